@@ -1,0 +1,196 @@
+"""Rows -> arrays, from mmap or pread at the manifest's offsets. No HDF5 library, no HDF5 handle, nothing written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from softcache.cache.manifest import Manifest, read_manifest
+from softcache.cache.samples import SampleTable, table_from_arrays
+from softcache.cache.schema import Layout
+from softcache.cache.shard import StoredArray, StoredFile
+from softcache.errors import CacheError, DamagedCacheError
+
+ReadMode = Literal["mmap", "pread"]
+
+
+class MappedFile:
+    """One file of a cache, mapped read-only; `array(name)` is a view into the map.
+
+    Raises:
+        DamagedCacheError: the file is missing, has another size, or a data set reaches past its end.
+    """
+
+    def __init__(self, root: Path, file: StoredFile) -> None:
+        self.file, self.path = file, root / file.path
+        self._fd = open_checked(self.path, file)
+        try:
+            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if file.nbytes else None
+        finally:
+            os.close(self._fd)
+
+    def array(self, name: str) -> np.ndarray:
+        stored = self.file.arrays[name]
+        if self._map is None or not stored.nbytes:
+            return np.zeros(stored.shape, stored.dtype)
+        count = stored.nbytes // np.dtype(stored.dtype).itemsize
+        return np.frombuffer(self._map, stored.dtype, count, stored.offset).reshape(stored.shape)
+
+
+def open_checked(path: Path, file: StoredFile) -> int:
+    """A read-only descriptor of a cache file whose size is the manifest's and whose data sets lie inside it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise DamagedCacheError(
+            f"{path}: the manifest names this file, but it is not there", tip="copy the cache again, or dump again"
+        ) from None
+    size = os.fstat(fd).st_size
+    if size != file.nbytes:
+        os.close(fd)
+        raise DamagedCacheError(
+            f"{path}: has {size} bytes, the manifest says {file.nbytes}",
+            tip="the copy is incomplete or damaged; copy the cache again, or dump again",
+        )
+    for name, stored in file.arrays.items():
+        if stored.offset < 0 or stored.offset + stored.nbytes > size:
+            os.close(fd)
+            raise DamagedCacheError(f"{path}: data set {name!r} reaches past the end of the file")
+    return fd
+
+
+class RowTable:
+    """Random access to one data set that is spread over the shards of a layout.
+
+    Args:
+        shards: in span order, as the manifest lists them.
+        name: the data set, shaped (views, rows, ...) in every shard.
+        mode: "mmap" reads through the page cache without system calls; "pread" suits network file systems.
+    """
+
+    def __init__(self, root: Path, shards: Sequence[StoredFile], name: str, layout: Layout, mode: ReadMode) -> None:
+        if len(shards) != len(layout):
+            raise DamagedCacheError(f"{root}: {len(shards)} shards hold {name!r}, the layout asks for {len(layout)}")
+        first = shards[0].arrays[name]
+        self.dtype, self.tail = np.dtype(first.dtype), first.shape[2:]
+        self._layout, self._mode = layout, mode
+        self._flat: list[np.ndarray] = []
+        self._files: list[tuple[int, StoredArray]] = []
+        for index, file in enumerate(shards):
+            span, stored = layout.span(index), file.arrays[name]
+            if stored.shape != (span.views, span.rows, *self.tail) or np.dtype(stored.dtype) != self.dtype:
+                raise DamagedCacheError(f"{root / file.path}: {name!r} does not have the shape of its span")
+            if mode == "mmap":
+                self._flat.append(MappedFile(root, file).array(name).reshape(-1, *self.tail))
+            else:
+                self._files.append((open_checked(root / file.path, file), stored))
+
+    def gather(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """(B, ...) records of B (row, view) pairs, in their order. IndexError when one is out of range."""
+        layout = self._layout
+        _check_range(rows, layout.num_rows, "row")
+        _check_range(views, layout.num_views, "view")
+        out = np.empty((len(rows), *self.tail), self.dtype)
+        if len(layout) == 1:
+            self._take(0, views * layout.num_rows + rows, out)
+            return out
+        row_range, row = np.divmod(rows, layout.shard_rows)
+        view_range, view = np.divmod(views, layout.shard_views)
+        span_rows = np.minimum(layout.shard_rows, layout.num_rows - row_range * layout.shard_rows)
+        span, record = row_range * layout.view_ranges + view_range, view * span_rows + row
+        order = np.argsort(span, kind="stable")
+        sorted_span, sorted_record = span[order], record[order]
+        borders = np.flatnonzero(np.diff(sorted_span)) + 1
+        grouped = np.empty_like(out)  # by shard; put back in order at the end
+        start = 0
+        for stop in [*borders.tolist(), len(rows)]:
+            if stop > start:
+                self._take(int(sorted_span[start]), sorted_record[start:stop], grouped[start:stop])
+            start = stop
+        out[order] = grouped
+        return out
+
+    def _take(self, span: int, records: np.ndarray, out: np.ndarray) -> None:
+        if self._mode == "mmap":
+            # "clip" only skips NumPy's buffering: the range is checked above
+            np.take(self._flat[span], records, axis=0, out=out, mode="clip")
+            return
+        fd, stored = self._files[span]
+        record_bytes = out[0].nbytes if len(out) else 0
+        for place, record in zip(out.reshape(len(records), -1), records.tolist(), strict=True):
+            got = os.preadv(fd, [place.view(np.uint8).data], stored.offset + record * record_bytes)
+            if got != record_bytes:
+                raise DamagedCacheError(f"span {span}: the file became shorter while it was read")
+
+    def close(self) -> None:
+        for fd, _ in self._files:
+            os.close(fd)
+        self._files.clear()
+        self._flat.clear()
+
+
+def _check_range(values: np.ndarray, limit: int, what: str) -> None:
+    if len(values) and (values.min() < 0 or values.max() >= limit):
+        raise IndexError(f"{what} {int(values.min())}..{int(values.max())} is outside 0..{limit - 1}")
+
+
+class CacheReader:
+    """A committed cache: its manifest, its sample table, and gathers of any stored data set.
+
+    Pickles by path and id: a worker process opens its own maps. Nothing is opened before it is first read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, id: str | None = None, mode: ReadMode = "mmap") -> None:
+        if mode not in ("mmap", "pread"):
+            raise CacheError(f"unknown read mode {mode!r}", tip="use 'mmap', or 'pread' on a network file system")
+        self.path, self.mode = Path(path), mode
+        self.manifest: Manifest = read_manifest(self.path, id=id)
+        self._tables: dict[tuple[str | None, str], RowTable] = {}
+        self._samples: SampleTable | None = None
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "id": self.manifest.id, "mode": self.mode}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], id=state["id"], mode=state["mode"])  # type: ignore[misc]
+
+    @property
+    def samples(self) -> SampleTable:
+        if self._samples is None:
+            (file,) = self.manifest.files_of("samples")
+            mapped = MappedFile(self.path, file)
+            plan = self.manifest.plan
+            self._samples = table_from_arrays(mapped.array, list(file.arrays), plan.samples, len(plan.class_names))
+        return self._samples
+
+    def table(self, member: str | None, name: str) -> RowTable:
+        """The data set `name` of a member (None: the views' pixel digests)."""
+        key = (member, name)
+        if key not in self._tables:
+            shards = list(self.manifest.files_of("views" if member is None else "logits", member))
+            self._tables[key] = RowTable(self.path, shards, name, self.manifest.plan.layout, self.mode)
+        return self._tables[key]
+
+    def gather(self, member: str | None, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """(B, ...) stored values of B (row, view) pairs."""
+        return self.table(member, name).gather(rows, views)
+
+    def array_names(self, member: str) -> list[str]:
+        """The data sets of a member, checksums left out."""
+        from softcache.cache.schema import CRC_SUFFIX
+
+        for file in self.manifest.files_of("logits", member):
+            return [name for name in file.arrays if not name.endswith(CRC_SUFFIX)]
+        raise CacheError(f"{self.path}: no member {member!r}")
+
+    def close(self) -> None:
+        for table in self._tables.values():
+            table.close()
+        self._tables.clear()
+        self._samples = None

@@ -1,0 +1,139 @@
+"""samples.h5: who the samples are. Row r of this table is row r of every shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from softcache.errors import CacheError
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """N samples in row order. The arrays may be views into a mapped file.
+
+    Attributes:
+        ids: (N,) uint64.
+        labels: (N,) int32 class index or -1; multi-label: (N, ceil(C / 8)) uint8, bit c of a row in little bit order.
+        digests: (N, 16) uint8 content digests.
+        key_bytes, key_offsets: UTF-8 blob and (N + 1,) uint64 offsets; both empty when keys were not stored.
+        multi_label: which of the two forms `labels` has.
+        num_classes: C.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    digests: np.ndarray
+    key_bytes: np.ndarray
+    key_offsets: np.ndarray
+    multi_label: bool
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def has_keys(self) -> bool:
+        return len(self.key_offsets) > 0
+
+    def key(self, row: int) -> str:
+        """The key of one row, or its id in hex where keys were not stored."""
+        if not self.has_keys:
+            return f"{int(self.ids[row]):016x}"
+        start, stop = int(self.key_offsets[row]), int(self.key_offsets[row + 1])
+        return bytes(self.key_bytes[start:stop]).decode("utf-8")
+
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """(B,) int64 class indices, or (B, C) bool for multi-label."""
+        if self.multi_label:
+            bits = np.unpackbits(self.labels[rows], axis=1, count=self.num_classes, bitorder="little")
+            return bits.astype(bool)
+        return self.labels[rows].astype(np.int64)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The data sets of samples.h5."""
+        arrays = {"ids": self.ids, "labels": self.labels, "digests": self.digests}
+        if self.has_keys:
+            arrays |= {"key_bytes": self.key_bytes, "key_offsets": self.key_offsets}
+        return arrays
+
+    def fingerprint(self) -> str:
+        """sha256 over (id, label, content digest) of every sample in order of id: the same for any row order."""
+        order = np.argsort(self.ids, kind="stable")
+        hasher = hashlib.sha256()
+        for array in (self.ids, self.labels, self.digests):
+            hasher.update(np.ascontiguousarray(array[order]).tobytes())
+        return hasher.hexdigest()
+
+
+def build_table(
+    keys: Sequence[str],
+    ids: np.ndarray,
+    labels: np.ndarray,
+    digests: np.ndarray,
+    num_classes: int,
+    order: np.ndarray,
+    *,
+    store_keys: bool,
+) -> SampleTable:
+    """The table with row r = sample order[r].
+
+    Args:
+        keys, ids, labels, digests: in the order of the transfer set; labels (N,) int or (N, C) bool.
+        order: (N,) permutation.
+        store_keys: False leaves the keys out (private names).
+    """
+    multi_label = labels.ndim == 2
+    blobs = [keys[int(i)].encode("utf-8") for i in order] if store_keys else []
+    offsets = np.zeros(len(blobs) + 1 if store_keys else 0, dtype="<u8")
+    if blobs:
+        np.cumsum([len(b) for b in blobs], out=offsets[1:])
+    return SampleTable(
+        ids=ids[order].astype("<u8"),
+        labels=pack_labels(labels)[order],
+        digests=digests[order],
+        key_bytes=np.frombuffer(b"".join(blobs), dtype=np.uint8),
+        key_offsets=offsets,
+        multi_label=multi_label,
+        num_classes=num_classes,
+    )
+
+
+def pack_labels(labels: np.ndarray) -> np.ndarray:
+    """Labels in stored form: (N,) int32, or (N, ceil(C / 8)) uint8 for (N, C) bool."""
+    if labels.ndim == 2:
+        return np.packbits(labels.astype(bool), axis=1, bitorder="little")
+    return labels.astype("<i4")
+
+
+def table_from_arrays(
+    load: Callable[[str], np.ndarray], names: Sequence[str], info: Any, num_classes: int
+) -> SampleTable:
+    """The table from a reader's arrays; CacheError when they do not agree with the manifest's `samples` (`info`)."""
+    empty = np.zeros(0, np.uint8)
+    table = SampleTable(
+        ids=load("ids"),
+        labels=load("labels"),
+        digests=load("digests"),
+        key_bytes=load("key_bytes") if "key_bytes" in names else empty,
+        key_offsets=load("key_offsets") if "key_offsets" in names else empty.astype("<u8"),
+        multi_label=info.multi_label,
+        num_classes=num_classes,
+    )
+    if not len(table.ids) == len(table.labels) == len(table.digests) == info.count:
+        raise CacheError(f"samples.h5 holds {len(table.ids)} samples, the manifest says {info.count}")
+    return table
+
+
+def seeded_order(count: int, seed: int) -> np.ndarray:
+    """(count,) permutation of the transfer set that becomes the row order: a stable sort of seeded 64-bit words.
+
+    The words are Philox4x64-10 (Salmon et al. 2011) output with key (seed, 0) from counter 1, NumPy's own convention; only the
+    raw stream is used, so that a library upgrade cannot change the order.
+    """
+    words = np.random.Philox(key=seed).random_raw(count) if count else np.zeros(0, np.uint64)
+    return np.argsort(words, kind="stable")

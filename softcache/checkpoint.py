@@ -1,0 +1,57 @@
+"""Save and resume a training run exactly: weights, optimiser, position, metrics and every random state."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.errors import TrainingError
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors, numbers, strings, lists and dicts; after a crash there is the old checkpoint or the new one."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as file:
+        torch.save(state | {"random": random_states()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read a checkpoint (data only, never code) and restore the random states; TrainingError if it cannot be read."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        restore_random_states(state.pop("random"))
+    except (RuntimeError, EOFError, KeyError, OSError, ValueError) as exc:
+        raise TrainingError(
+            f"{path}: cannot be read ({type(exc).__name__}: {exc})", tip="delete it to start the run again"
+        ) from None
+    return state
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's, NumPy's and Python's global generators, as plain data."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))

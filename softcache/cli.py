@@ -1,0 +1,293 @@
+"""The command line: one sub-command per verb; the only place that prints errors and sets exit codes.
+
+Nothing here imports torch before a verb runs, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from softcache import __version__
+from softcache.config import DumpConfig, EvalConfig, Resolved, TrainConfig, resolve
+from softcache.errors import SoftcacheError
+
+EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
+
+EXAMPLES = {
+    "demo": """
+  softcache demo
+  softcache demo --out my-demo --seeds 0,1,2""",
+    "dump": """
+  softcache dump --data digits --teacher runs/teacher --out caches/digits
+  softcache dump --data torchvision:MNIST?root=data --teacher softcache:mlp?hidden=1200,1200@runs/teacher \\
+                 --teacher runs/second --policy shift:pixels=2 --views 8 --codec float16 --out caches/mnist
+  torchrun --nproc-per-node 4 -m softcache dump --data imagefolder:train --teacher torchvision:resnet50@IMAGENET1K_V2 ...
+  softcache dump ... --part 1/3        (and 2/3, 3/3, as a job array)""",
+    "train": """
+  softcache train --data digits --student softcache:mlp?hidden=64,64 --loss ce --epochs 20 --out runs/hard
+  softcache train --cache caches/digits --data digits --eval-data digits?split=test \\
+                  --student softcache:mlp?hidden=64,64 --loss kd:temperature=4,weight=0.9 --loss ce:weight=0.1 --out runs/s""",
+    "eval": """
+  softcache eval runs/s --data digits?split=test
+  softcache eval runs/s --data digits --cache caches/digits --temperature 4""",
+    "inspect": """
+  softcache inspect caches/digits
+  softcache inspect caches/digits --sample digits/000001""",
+    "verify": """
+  softcache verify caches/digits --quick
+  softcache verify caches/digits --full --json""",
+}
+
+SUMMARIES = {
+    "demo": "the whole main job on scikit-learn's digits: teachers, one dump, students with and without the cache",
+    "dump": "run a teacher or an ensemble once over a transfer set and write its logits to a cache",
+    "train": "train a student from a cache, or on hard labels without one",
+    "eval": "measure a model: accuracy, likelihood, calibration, closeness to a cache",
+    "inspect": "what made this cache, from what, how big; one sample's soft target as bars",
+    "verify": "is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished",
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the main thread is, so that everything is left as after Ctrl-C."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        from softcache.errors import ConfigError
+
+        raise ConfigError(message, tip=f"see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _raise_terminated)
+    except ValueError:  # not the main thread: somebody else's signals
+        previous = None
+    try:
+        arguments = _build_parser().parse_args(argv)
+        code: int = arguments.handler(arguments)
+        sys.stdout.flush()
+        return code
+    except SoftcacheError as exc:
+        print(f"softcache: error: {exc.message}", file=sys.stderr)
+        for note in getattr(exc, "__notes__", []):
+            print(f"  {note}", file=sys.stderr)
+        if exc.tip:
+            print(f"  tip: {exc.tip}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        print("\nsoftcache: interrupted; the same command resumes where it stopped", file=sys.stderr)
+        return EXIT_INTERRUPT
+    except _Terminated:
+        print("\nsoftcache: terminated; the same command resumes where it stopped", file=sys.stderr)
+        return EXIT_TERMINATED
+    except BrokenPipeError:  # the reader of our output has gone: nothing to say, nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_USER
+    except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
+        print(f"softcache: error: {exc.filename}: {exc.strerror}", file=sys.stderr)
+        return EXIT_USER
+    except OSError as exc:
+        import errno
+
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"softcache: error: {exc.filename or 'writing'}: {exc.strerror}", file=sys.stderr)
+        print("  tip: free some space and run the same command again", file=sys.stderr)
+        return EXIT_USER
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_terminated(signum: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="softcache",
+        description="Run the teacher once, train any number of students: an offline soft-target cache for distillation.",
+        epilog="examples:\n  softcache demo\n  softcache dump --help\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"softcache {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    demo = _verb(verbs, "demo", _demo)
+    demo.add_argument("--out", default="softcache-demo", help="folder for teachers, cache, students and the picture")
+    demo.add_argument("--seeds", default="0,1,2,3,4", help="seeds of the students")
+    _config_verb(verbs, "dump", DumpConfig, _dump)
+    _config_verb(verbs, "train", TrainConfig, _train)
+    _config_verb(verbs, "eval", EvalConfig, _eval).add_argument("model", help="run folder or MODEL@WEIGHTS")
+    inspect = _verb(verbs, "inspect", _inspect)
+    inspect.add_argument("cache", help="folder of the cache")
+    inspect.add_argument("--sample", metavar="KEY", help="show this sample's soft target at several temperatures")
+    inspect.add_argument("--view", type=int, default=0, metavar="V", help="of the sample (default 0)")
+    inspect.add_argument("--json", action="store_true", help="for machines")
+    verify = _verb(verbs, "verify", _verify)
+    verify.add_argument("cache", help="folder of the cache")
+    depth = verify.add_mutually_exclusive_group()
+    depth.add_argument("--quick", action="store_true", help="names and sizes (the default)")
+    depth.add_argument("--full", action="store_true", help="hashes, block checksums and HDF5 structure")
+    verify.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+def _verb(verbs: Any, name: str, handler: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=SUMMARIES[name],
+        description=SUMMARIES[name],
+        epilog=f"examples:{EXAMPLES[name]}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _config_verb(
+    verbs: Any, name: str, kind: type[Any], handler: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    """A verb whose flags are the fields of a config dataclass."""
+    parser = _verb(verbs, name, handler)
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        flag, meta, hint = "--" + field.name.replace("_", "-"), field.metadata, hints[field.name]
+        text = meta["help"]
+        if field.default not in (None, (), False) and not meta["required"]:
+            text += f" (default: {field.default})"
+        text = text.replace("%", "%%")
+        if hint is bool:
+            parser.add_argument(flag, action="store_const", const="true", default=None, help=text)
+        elif typing.get_origin(hint) is tuple and meta["metavar"] in ("TEACHER", "STEP", "LOSS"):
+            parser.add_argument(flag, action="append", default=None, metavar=meta["metavar"], help=text)
+        else:
+            metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else meta["metavar"]
+            parser.add_argument(flag, default=None, metavar=metavar, help=text)
+    parser.add_argument("--config", metavar="FILE", help="settings from a TOML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; repeat")
+    parser.add_argument(
+        "--print-config", action="store_true", help="show every setting and where it came from, and stop"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--json", action="store_true", help="the result for machines")
+    return parser
+
+
+def _resolve(kind: type[Any], arguments: argparse.Namespace) -> Resolved[Any] | None:
+    """The config of a verb; None when it was only to be printed."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    flags = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    resolved = resolve(kind, file=arguments.config, sets=arguments.set, flags=flags)
+    if not arguments.print_config:
+        return resolved
+    from softcache.report import table
+
+    rows = [[name, str(getattr(resolved.config, name)), origin] for name, origin in resolved.origins.items()]
+    print(table(["setting", "value", "from"], rows))
+    return None
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    resolved = _resolve(DumpConfig, arguments)
+    if resolved is None:
+        return 0
+    from softcache import dump
+    from softcache.report import size
+
+    result = dump.run(resolved.config, quiet=arguments.quiet)
+    manifest = result.manifest
+    if arguments.json:
+        print(json.dumps({"path": str(result.path), "id": manifest.id if manifest else None}))
+    elif manifest is None:
+        print(f"{result.path}: this part is done; the cache is committed when the other parts are")
+    else:
+        print(f"{result.path}: {len(manifest.files)} files, {size(manifest.nbytes)}, id {manifest.id}")
+        print(
+            f"next: softcache train --cache {result.path} --data {resolved.config.data} --student ... --out runs/student"
+        )
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    resolved = _resolve(TrainConfig, arguments)
+    if resolved is None:
+        return 0
+    from softcache import train
+    from softcache.evaluate import summary
+    from softcache.report import table
+
+    result = train.run(resolved.config, quiet=arguments.quiet)
+    if arguments.json:
+        last = {"path": str(result.path), "parameters": result.parameters, **result.metrics[-1]}
+        print(json.dumps(last))
+        return 0
+    shown = [row for row in result.metrics if row["epoch"] % max(1, len(result.metrics) // 10) == 0]
+    if result.metrics[-1] not in shown:
+        shown.append(result.metrics[-1])
+    columns = [name for name in result.metrics[-1] if name != "view"]
+    print(table(columns, [[row.get(name) for name in columns] for row in shown]))
+    if result.evaluation is not None:
+        print("\n" + summary(resolved.config.eval_data, result.evaluation))
+    print(f"\n{result.path}: {result.parameters:,} parameters; next: softcache eval {result.path} --data ...")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    resolved = _resolve(EvalConfig, arguments)
+    if resolved is None:
+        return 0
+    from softcache import evaluate
+
+    result = evaluate.run(arguments.model, resolved.config, quiet=arguments.quiet)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(evaluate.summary(f"{arguments.model} on {resolved.config.data}", result))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from softcache import inspect
+
+    path = Path(arguments.cache)
+    if arguments.sample is not None:
+        print(inspect.sample_report(path, arguments.sample, view=arguments.view))
+    elif arguments.json:
+        print(json.dumps(inspect.describe(path), indent=1))
+    else:
+        print(inspect.report(path))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from softcache import verify
+
+    verdict = verify.run(Path(arguments.cache), full=arguments.full, quiet=arguments.json)
+    print(json.dumps(dataclasses.asdict(verdict)) if arguments.json else verdict.text())
+    return verdict.exit_code
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from softcache import demo
+    from softcache.spec import convert
+
+    seeds = convert(arguments.seeds, tuple[int, ...], "--seeds")
+    print(demo.run(Path(arguments.out), seeds=seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

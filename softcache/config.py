@@ -1,0 +1,246 @@
+"""Settings: frozen dataclasses <-> TOML files and flags. Unknown keys are refused; where each value came from is kept.
+
+Precedence: defaults < --config file.toml < --set key=value < flags.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from softcache.errors import ConfigError, nearest
+from softcache.spec import convert
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] = (), metavar: str | None = None) -> Any:
+    """A setting with its help text; `...` as default makes it required."""
+    return field(
+        default=None if default is ... else default,
+        metadata={"help": help, "choices": tuple(choices), "metavar": metavar, "required": default is ...},
+    )
+
+
+DATA_HELP = (
+    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory"
+)
+AUTOCAST = ("none", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which samples."""
+
+    data: str = option(..., DATA_HELP, metavar="DATA")
+    keep_labels: tuple[str, ...] = option((), "only samples of these classes (names or indices, 7,8)", metavar="LABELS")
+    drop_labels: tuple[str, ...] = option((), "no samples of these classes", metavar="LABELS")
+    samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
+    download: bool = option(False, "let torchvision download a data set that is not there")
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where it runs."""
+
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", metavar="DEVICE")
+    threads: int | None = option(None, "CPU threads of torch (default: all cores this process may use)", metavar="N")
+    workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
+    autocast: str = option("none", "compute in a half type where that is safe", choices=AUTOCAST)
+
+
+@dataclass(frozen=True)
+class DumpConfig(MachineOptions, DataOptions):
+    """softcache dump: run the teacher once over the transfer set."""
+
+    teacher: tuple[str, ...] = option(..., "MODEL@WEIGHTS or a run folder; repeat for an ensemble", metavar="TEACHER")
+    out: str = option(..., "folder of the cache", metavar="DIR")
+    codec: str = option("float16", "how logits are stored: float16, float32", metavar="CODEC")
+    policy: tuple[str, ...] = option((), "one step of the view policy, name:key=value,...; repeat", metavar="STEP")
+    views: int = option(1, "views per sample", metavar="V")
+    view_seed: int = option(0, "root seed of the views", metavar="SEED")
+    batch_size: int = option(256, "samples per teacher call; part of the plan", metavar="B")
+    order: str = option(
+        "permuted", "rows in a seeded order, or as the data set has them", choices=("permuted", "natural")
+    )
+    order_seed: int = option(0, "seed of the row order", metavar="SEED")
+    shard_rows: int | None = option(None, "rows per shard (default: about 64 shards)", metavar="N")
+    part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
+    no_keys: bool = option(False, "do not store sample keys (private names); ids stay")
+
+
+@dataclass(frozen=True)
+class TrainConfig(MachineOptions, DataOptions):
+    """softcache train: a student from a cache, or from hard labels without one."""
+
+    student: str = option(..., "MODEL or MODEL@WEIGHTS", metavar="MODEL")
+    out: str = option(..., "run folder", metavar="DIR")
+    eval_data: str | None = option(None, "data set for evaluation after each epoch", metavar="DATA")
+    cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
+    cache_id: str | None = option(None, "pin a manifest of the cache by its id", metavar="ID")
+    loss: tuple[str, ...] = option((), "name:weight=W,key=value,...; repeat to add terms", metavar="LOSS")
+    combine: str = option(
+        "mean_logits", "how members combine: mean_logits, mean_probs_at_t, mean_probs, vote, draw", metavar="RULE"
+    )
+    members: tuple[str, ...] = option((), "members to use, with weights if wanted: a=0.7,b=0.3", metavar="NAMES")
+    labels: str = option("cache", "dataset: allow labels that differ from the cache's", choices=("cache", "dataset"))
+    join: str = option("key", "how samples find their rows", choices=("key", "content"))
+    check_content: str = option("spread", "compare contents with the cache's", choices=("none", "spread", "full"))
+    read: str = option("mmap", "pread suits network file systems", choices=("mmap", "pread"))
+    view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
+    policy: tuple[str, ...] = option((), "one step of the view policy, without a cache; repeat", metavar="STEP")
+    view_seed: int = option(0, "root seed of the views, without a cache", metavar="SEED")
+    epochs: int = option(20, "passes over the data", metavar="N")
+    batch_size: int = option(128, "samples per step", metavar="B")
+    optimizer: str = option("adamw", "what makes the steps", choices=("sgd", "adam", "adamw"))
+    lr: float = option(1e-3, "learning rate at its peak", metavar="LR")
+    momentum: float = option(0.9, "of sgd", metavar="M")
+    nesterov: bool = option(False, "Nesterov momentum, of sgd")
+    weight_decay: float = option(0.0, "L2 for sgd and adam, decoupled for adamw", metavar="WD")
+    schedule: str = option("cosine", "of the learning rate", choices=("constant", "step", "cosine"))
+    warmup_epochs: float = option(0.0, "linear rise of the learning rate", metavar="E")
+    milestones: tuple[float, ...] = option((), "epochs at which `step` multiplies by gamma: 150,180,210", metavar="E,E")
+    gamma: float = option(0.1, "factor of `step`", metavar="G")
+    seed: int = option(0, "initial weights, order of samples, dropout", metavar="SEED")
+    checkpoint_every: int | None = option(None, "also save every N steps (default: every epoch)", metavar="N")
+
+
+@dataclass(frozen=True)
+class EvalConfig(MachineOptions, DataOptions):
+    """softcache eval: how good a model is on a data set."""
+
+    cache: str | None = option(None, "compare with the soft targets of this cache of the same data", metavar="DIR")
+    combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
+    temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
+    batch_size: int = option(512, "samples per forward pass", metavar="B")
+    policy: tuple[str, ...] = option((), "deterministic view steps (default: those of the run)", metavar="STEP")
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[Config]):
+    """A config and, per field, where its value came from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def resolve(
+    kind: type[Config], *, file: str | None = None, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> Resolved[Config]:
+    """One config out of all sources.
+
+    Args:
+        kind: a config dataclass.
+        file: a TOML file.
+        sets: "key=value" strings.
+        flags: values given on the command line, strings or tuples of strings.
+
+    Raises:
+        ConfigError: unknown key (with near names), a value of another type, an unknown choice, a required one missing.
+    """
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+    for origin, source in _sources(file, sets, flags or {}):
+        for key, value in source.items():
+            name = key.replace("-", "_")
+            if name not in known:
+                raise ConfigError(f"{origin}: unknown setting {key!r}", tip=nearest(name, known))
+            values[name] = coerce(value, hints[name], f"{origin}: {name}")
+            origins[name] = origin
+    for name, f in known.items():
+        choices = f.metadata["choices"]
+        if name in values and choices and values[name] not in choices:
+            raise ConfigError(
+                f"{origins[name]}: {name} cannot be {values[name]!r}", tip=nearest(str(values[name]), choices)
+            )
+        if f.metadata["required"] and not values.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is missing", tip=f"{flag} {f.metadata['metavar']}: {f.metadata['help']}")
+    return Resolved(kind(**values), origins)
+
+
+def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    sources: list[tuple[str, Mapping[str, Any]]] = []
+    if file is not None:
+        try:
+            sources.append((file, tomllib.loads(Path(file).read_text(encoding="utf-8"))))
+        except OSError as exc:
+            raise ConfigError(f"{file}: {exc.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"{file}: not TOML: {exc}") from None
+    for pair in sets:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair!r} is not key=value")
+        sources.append(("--set", {key: value}))
+    sources.append(("flag", flags))
+    return sources
+
+
+def coerce(value: Any, hint: Any, where: str) -> Any:
+    """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings."""
+    if isinstance(value, str):
+        wants_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str and ":" in value
+        return (value,) if wants_list else convert(value, hint, where)
+    if isinstance(value, list | tuple):
+        element = (typing.get_args(hint) or (str,))[0]
+        return tuple(_table_text(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
+    if isinstance(value, dict):
+        raise ConfigError(f"{where}: is a table, not a value")
+    return convert(str(value), hint, where)
+
+
+def _table_text(table: Mapping[str, Any], where: str) -> str:
+    if "name" not in table:
+        raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
+    rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")
+    return f"{table['name']}:{rest}" if rest else str(table["name"])
+
+
+def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
+    """`name:key=value,key=value` -> (name, {key: value})."""
+    name, _, rest = text.partition(":")
+    values: dict[str, str] = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{what} {text!r}: {pair!r} is not key=value", tip=f"write {name}:key=value,key=value")
+        values[key.strip()] = value.strip()
+    return name.strip(), values
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """`i/n` -> (i, n), counted from 1."""
+    if text is None:
+        return 1, 1
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit() or not 1 <= int(index) <= int(count):
+        raise ConfigError(f"--part {text!r} is not i/n", tip="write 1/3, 2/3 and 3/3 for three processes")
+    return int(index), int(count)
+
+
+def to_toml(config: Any) -> str:
+    """The settings that are not None, as a TOML file that `--config` reads back."""
+    lines = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is not None:
+            lines.append(f"{f.name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

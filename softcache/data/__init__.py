@@ -1,0 +1,1 @@
+"""Transfer sets, views, and the join by sample id."""

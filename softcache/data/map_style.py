@@ -1,0 +1,311 @@
+"""Other people's map-style data sets as sources: torchvision's by name, and whatever a user's factory returns."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
+from softcache.errors import DataError, MissingExtraError, SoftcacheError, nearest
+from softcache.spec import Spec, call_factory, load_factory, load_user_file
+
+ITEM_NAMES = ("item", "image", "text")
+IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")
+NOT_BY_NAME = ("ImageFolder", "DatasetFolder", "VisionDataset")  # imagefolder: reads these; the last one is abstract
+NOT_IN_A_SPEC = ("transform", "target_transform", "transforms", "loader")  # callables: views do that, and they are ours
+SPLIT_PARAMETERS = (
+    "split",
+    "what",
+    "folds",
+    "partition",
+    "train",
+)  # whatever changes which samples the positions count
+
+
+@dataclass(frozen=True)
+class MapStyleReader:
+    """Items of a map-style data set; images come as arrays, everything else as the data set gives it."""
+
+    dataset: Any
+    name: str
+    digest_kind = "item"
+
+    def read(self, row: int) -> tuple[Any, None]:
+        item, _ = split_sample(self.dataset[row], self.name)
+        return (image_array(item, f"{self.name}, sample {row}") if isinstance(item, Image.Image) else item), None
+
+
+@dataclass(frozen=True)
+class UserFileReader:
+    """A reader made by a user's .py file, which a spawned worker has to import before it can unpickle it."""
+
+    file: str
+    reader: Reader
+
+    @property
+    def digest_kind(self) -> str:
+        return self.reader.digest_kind
+
+    def read(self, row: int) -> tuple[Any, bytes | None]:
+        return self.reader.read(row)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _import_and_unpickle, (self.file, pickle.dumps(self.reader))
+
+
+def _import_and_unpickle(file: str, reader: bytes) -> UserFileReader:
+    load_user_file(file)
+    return UserFileReader(file, pickle.loads(reader))
+
+
+def from_factory(spec: Spec) -> Source:
+    """What the spec's factory returns, as a source: a map-style data set, or a TransferSet (read as it is)."""
+    dataset = call_factory(load_factory(spec), spec.parameters, spec.text)
+    source = from_dataset(dataset, spec.text, spec.name)
+    if not spec.scheme.endswith(".py"):
+        return source
+    reader = UserFileReader(str(Path(spec.scheme).resolve()), source.reader)
+    return Source(reader, source.keys, source.labels, source.class_names)
+
+
+def from_dataset(dataset: Any, name: str, prefix: str) -> Source:
+    """A map-style data set as a source.
+
+    Args:
+        dataset: `__len__`, and `__getitem__` giving an item, (item, label) or a dict of item (image, text) and label.
+        name: for messages.
+        prefix: of the keys, where the data set names no samples.
+
+    Raises:
+        DataError: an iterable data set, or keys, labels or classes that do not fit one another.
+    """
+    is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
+    if isinstance(dataset, IterableDataset) or not is_map:
+        raise DataError(
+            f"{name}: {type(dataset).__name__} can only be iterated, so a sample cannot be found again by its key",
+            tip="return a map-style data set: __len__, __getitem__(index) and, best, sample_keys",
+        )
+    if not len(dataset):
+        raise DataError(f"{name}: the data set is empty", tip="check the factory's parameters")
+    keys = _keys(dataset, name, prefix)
+    labels = _label_array(_labels(dataset, name), keys, name)
+    class_names = _class_names(dataset, labels)
+    _check_classes(labels, class_names, keys, name)
+    reader: Reader = (
+        dataset if hasattr(dataset, "read") and hasattr(dataset, "digest_kind") else MapStyleReader(dataset, name)
+    )
+    return Source(reader, keys, labels, class_names)
+
+
+def split_sample(sample: Any, name: str) -> tuple[Any, Any]:
+    """(item, label or None) of what a data set returned for one index."""
+    if isinstance(sample, Mapping):
+        found = [key for key in ITEM_NAMES if key in sample]
+        if len(found) != 1:
+            raise DataError(
+                f"{name}: a sample is a dict of {', '.join(map(repr, sample))}; which one is the item?",
+                tip="give it exactly one of 'item', 'image' and 'text', and 'label'",
+            )
+        return sample[found[0]], sample.get("label")
+    if isinstance(sample, tuple | list):
+        if len(sample) not in (1, 2):
+            raise DataError(
+                f"{name}: a sample is a {type(sample).__name__} of {len(sample)}, expected (item, label)",
+                tip="return (item, label), or a dict with 'item' and 'label'",
+            )
+        return sample[0], (sample[1] if len(sample) == 2 else None)
+    return sample, None
+
+
+def _keys(dataset: Any, name: str, prefix: str) -> StringTable:
+    keys = getattr(dataset, "sample_keys", None)
+    if callable(keys):
+        keys = keys()
+    if keys is None:
+        return _path_keys(dataset) or numbered(prefix, range(len(dataset)))
+    if len(keys) != len(dataset):
+        raise DataError(
+            f"{name}: {len(keys)} sample_keys for {len(dataset)} samples", tip="one key per sample, in order"
+        )
+    wrong = next((key for key in keys if not isinstance(key, str)), None)
+    if wrong is not None:
+        raise DataError(f"{name}: sample key {wrong!r} is not a string", tip="use str(...) of what names the sample")
+    return StringTable(keys)
+
+
+def _path_keys(dataset: Any) -> StringTable | None:
+    """Relative paths of an ImageFolder-like data set: `samples` of (path, label) below `root`."""
+    samples, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
+    if not isinstance(samples, Sequence) or root is None or len(samples) != len(dataset):
+        return None
+    try:
+        return StringTable(Path(path).relative_to(root).as_posix() for path, *_ in samples)
+    except (TypeError, ValueError):  # not paths, or not below root
+        return None
+
+
+def _labels(dataset: Any, name: str) -> Any:
+    """One label per sample, from an attribute, else by asking for every sample once."""
+    if getattr(dataset, "target_transform", None) is None:  # it would change what the attributes say
+        for attribute in ("labels", "targets", "_labels"):
+            found = getattr(dataset, attribute, None)
+            if found is not None and hasattr(found, "__len__") and len(found) == len(dataset):
+                return found
+    return [split_sample(dataset[row], name)[1] for row in range(len(dataset))]
+
+
+def _label_array(labels: Any, keys: Sequence[str], name: str) -> np.ndarray:
+    """(N,) int32 or (N, C) bool."""
+    if isinstance(labels, list | tuple):
+        labels = [-1 if label is None else np.asarray(label) for label in labels]
+    try:
+        array = np.asarray(labels)
+    except ValueError:  # shapes differ between samples
+        raise DataError(
+            f"{name}: labels differ in shape", tip="one class index, or one 0/1 row of C, per sample"
+        ) from None
+    if array.ndim not in (1, 2) or array.dtype.kind not in "biuf":
+        raise DataError(
+            f"{name}: labels of shape {array.shape} and type {array.dtype}, for example {array.flat[0]!r}",
+            tip="labels are class indices (-1 = none), or 0/1 rows of C for several classes per sample",
+        )
+    what = "a whole number" if array.ndim == 1 else "0 or 1"
+    with np.errstate(invalid="ignore"):  # NaN is refused below
+        result: np.ndarray = array.astype(np.int32 if array.ndim == 1 else np.bool_)
+    wrong = np.flatnonzero((result != array).reshape(len(array), -1).any(axis=1))
+    if wrong.size:
+        row = int(wrong[0])
+        raise DataError(
+            f"{name}: label {array[row]} of sample {keys[row]} is not {what}", tip="repair the data set's labels"
+        )
+    return result
+
+
+def _class_names(dataset: Any, labels: np.ndarray) -> tuple[str, ...]:
+    for attribute in ("class_names", "classes"):
+        found = getattr(dataset, attribute, None)
+        if isinstance(found, Sequence | np.ndarray) and not isinstance(found, str):
+            return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in found)  # tuple: synonyms
+    count = getattr(dataset, "num_classes", None)
+    if not isinstance(count, int):
+        count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    return tuple(str(number) for number in range(count))
+
+
+def _check_classes(labels: np.ndarray, class_names: Sequence[str], keys: Sequence[str], name: str) -> None:
+    count = len(class_names)
+    if len(set(class_names)) < count:
+        twice = next(one for one in class_names if list(class_names).count(one) > 1)
+        raise DataError(f"{name}: two classes are called {twice!r}", tip="give each class a name of its own")
+    if labels.ndim == 2:
+        if labels.shape[1] != count:
+            raise DataError(
+                f"{name}: label rows have {labels.shape[1]} columns for {count} classes", tip="make them equal"
+            )
+        return
+    wrong = np.flatnonzero((labels < -1) | (labels >= count))
+    if wrong.size:
+        row = int(wrong[0])
+        raise DataError(
+            f"{name}: label {labels[row]} of sample {keys[row]} is outside -1..{count - 1}",
+            tip="labels count from 0; -1 means none; class_names must list every class",
+        )
+
+
+def from_torchvision(spec: Spec, *, download: bool) -> Source:
+    """A torchvision classification data set by the name of its class; MNIST and its kin straight from their IDX files.
+
+    Keys are the split and the position: `train/000123`. Nothing is fetched without `download`.
+
+    Raises:
+        DataError: no such data set, or its files are not there.
+    """
+    import torchvision.datasets as zoo
+
+    classes = {name: getattr(zoo, name) for name in zoo.__all__ if name not in NOT_BY_NAME}
+    known: dict[str, Any] = {
+        name: cls for name, cls in classes.items() if inspect.isclass(cls) and issubclass(cls, Dataset)
+    }
+    if spec.name not in known:
+        raise DataError(f"torchvision has no data set {spec.name!r}", tip=nearest(spec.name, known))
+    given, defaults = _arguments(known[spec.name], spec, download=download)
+    prefix = _split_name(defaults | given)
+    if spec.name in IDX_SETS:
+        found = _idx_source(Path(given["root"]).expanduser(), spec.name, prefix, tuple(known[spec.name].classes))
+        if found is not None:
+            return found
+    try:
+        dataset = known[spec.name](**given)
+    except ModuleNotFoundError as exc:
+        raise MissingExtraError(
+            f"{spec.text!r} needs the package {exc.name!r}", tip=f"pip install {exc.name}"
+        ) from None
+    except SoftcacheError:
+        raise
+    except Exception as exc:  # torchvision raises RuntimeError, FileNotFoundError, ValueError and others for this
+        can_fetch = given.get("download") is False and not isinstance(exc, ValueError)
+        tip = "add --download, or point root= at the files" if can_fetch else "check the parameters, and root="
+        raise DataError(f"{spec.text!r}: {exc}", tip=tip) from exc
+    return from_dataset(dataset, spec.text, prefix)
+
+
+def _arguments(cls: Any, spec: Spec, *, download: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The spec's parameters, and the defaults; names and types from the class and the bases its **kwargs reach."""
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        signature = inspect.signature(init)
+        for name, parameter in list(signature.parameters.items())[1:]:
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in NOT_IN_A_SPEC:
+                parameters.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
+        hints = typing.get_type_hints(init) | hints
+        if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            break
+
+    def collect(**arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    # to call_factory it looks like the class with every **kwargs spelled out
+    collect.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    collect.__annotations__ = {name: hints[name] for name in parameters if name in hints}
+    given = call_factory(collect, spec.parameters, spec.text, download=download)
+    return given, {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+
+
+def _split_name(arguments: Mapping[str, Any]) -> str:
+    """`train`, `test`, or whatever the arguments choose between: `letters/train` for EMNIST."""
+    chosen = [arguments[name] for name in SPLIT_PARAMETERS if arguments.get(name) is not None]
+    names = [("train" if value else "test") if isinstance(value, bool) else str(value) for value in chosen]
+    return "/".join(names) or "all"
+
+
+def _idx_source(root: Path, name: str, split: str, class_names: tuple[str, ...]) -> Source | None:
+    """The source from IDX files in the usual folders, .gz or not; None where they are not."""
+    stem = {"train": "train", "test": "t10k"}[split]
+    for folder in (root / name / "raw", root / "raw", root):
+        files = [_plain_or_gz(folder / f"{stem}-{part}") for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+        if files[0] is None or files[1] is None:
+            continue
+        images, labels = read_idx(files[0]), read_idx(files[1])
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(images):
+            raise DataError(
+                f"{files[0]}: images of shape {images.shape} for labels of shape {labels.shape} in {files[1].name}",
+                tip="delete both files and fetch them again",
+            )
+        keys = numbered(split, range(len(images)))
+        _check_classes(labels.astype(np.int32), class_names, keys, str(files[1]))
+        return Source(ArrayReader(images), keys, labels.astype(np.int32), class_names)
+    return None
+
+
+def _plain_or_gz(path: Path) -> Path | None:
+    return next((file for file in (path, path.with_name(path.name + ".gz")) if file.is_file()), None)

@@ -1,0 +1,318 @@
+"""The built-in sources of samples: digits, image folders, tab-separated text; and the reader of IDX files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+from PIL import Image
+
+from softcache.data.identity import sample_id
+from softcache.errors import ConfigError, DataError, nearest, require_extra
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
+DIGITS_SEED = 20260101  # part of what `digits` means: another seed is another split
+DIGITS_TEST = 500
+
+
+class Reader(Protocol):
+    """Reads one item of a source. Picklable, cheap to fork."""
+
+    @property
+    def digest_kind(self) -> str: ...
+
+    def read(self, row: int) -> tuple[Any, bytes | None]:
+        """The item, and the file's bytes it was decoded from (None where `digest_kind` is "item")."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a transfer set comes from.
+
+    Attributes:
+        reader: gives the items.
+        keys: N keys.
+        labels: (N,) int32 with -1 = none, or (N, C) bool.
+        class_names: C names.
+    """
+
+    reader: Reader
+    keys: StringTable
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+class StringTable(Sequence[str]):
+    """Many strings as one block of UTF-8 and an array of offsets: small, and a forked worker copies none of it."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        parts = [string.encode("utf-8") for string in strings]
+        self._blob = b"".join(parts)
+        self._offsets = np.zeros(len(parts) + 1, dtype=np.int64)
+        np.cumsum([len(part) for part in parts], out=self._offsets[1:])
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> StringTable: ...
+    def __getitem__(self, index: int | slice) -> str | StringTable:
+        if isinstance(index, slice):
+            return self.take(range(*index.indices(len(self))))
+        row = range(len(self))[index]  # IndexError and negative positions, as a list has them
+        return self._blob[self._offsets[row] : self._offsets[row + 1]].decode("utf-8")
+
+    def take(self, rows: Iterable[int]) -> StringTable:
+        """The strings at these rows, in this order."""
+        return StringTable(self[int(row)] for row in rows)
+
+
+def numbered(prefix: str, numbers: Iterable[int]) -> StringTable:
+    """Keys by position: `prefix/000123`."""
+    return StringTable(f"{prefix}/{number:06d}" for number in numbers)
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Items that lie in memory as one array, (N, H, W) or (N, H, W, C) uint8."""
+
+    items: np.ndarray
+    digest_kind = "item"
+
+    def read(self, row: int) -> tuple[np.ndarray, None]:
+        return self.items[row].copy(), None  # a caller may write into its item, never into the set
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Items that are strings."""
+
+    texts: StringTable
+    digest_kind = "item"
+
+    def read(self, row: int) -> tuple[str, None]:
+        return self.texts[row], None
+
+
+@dataclass(frozen=True)
+class ImageFileReader:
+    """Image files below one folder, decoded from the same bytes that are digested."""
+
+    root: str
+    paths: StringTable
+    digest_kind = "file"
+
+    def read(self, row: int) -> tuple[np.ndarray, bytes]:
+        path = Path(self.root, self.paths[row])
+        try:
+            data = path.read_bytes()
+            with Image.open(io.BytesIO(data)) as image:
+                return image_array(image, str(path)), data
+        except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as exc:
+            reason = "it holds no image that Pillow knows" if isinstance(exc, Image.UnidentifiedImageError) else exc
+            raise DataError(
+                f"{path}: cannot be read as an image: {reason}", tip="repair the file, or leave it out with --samples"
+            ) from exc
+
+
+def image_array(image: Image.Image, where: str) -> np.ndarray:
+    """uint8 (H, W) of a grey image, (H, W, 3) of any other; alpha is dropped, EXIF orientation not applied.
+
+    Raises:
+        DataError: more than 8 bits per channel.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise DataError(
+            f"{where}: Pillow mode {image.mode!r} has more than 8 bits per channel, and scaling it would be a guess",
+            tip="convert it to 8 bits, or give arrays of your own through package.module:factory",
+        )
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB"):
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
+        image = image.convert("RGB")
+    return np.array(image)
+
+
+def digits(split: str = "train") -> Source:
+    """scikit-learn's 1,797 bundled digits, 8x8 grey, 10 classes: 1,297 to train and 500 to test, always the same ones.
+
+    The pixels' 0..16 become 0..255, so that they are ordinary grey images. Keys: `digits/` and the row in the file.
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"digits has no split {split!r}", tip="digits?split=train or digits?split=test")
+    require_extra("sklearn", "demo", "the data set 'digits'")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    labels = bunch.target.astype(np.int32)
+    # sorted by class, inside a class by a hash; evenly spaced picks then take the same share of each class
+    order = sorted(range(len(labels)), key=lambda i: (labels[i], sample_id(f"{DIGITS_SEED}/{i}")))
+    test = np.array(order)[np.arange(DIGITS_TEST) * len(order) // DIGITS_TEST]
+    rows = np.sort(test) if split == "test" else np.setdiff1d(np.arange(len(labels)), test)
+    names = tuple(str(digit) for digit in range(10))
+    return Source(ArrayReader(images[rows]), numbered("digits", rows), labels[rows], names)
+
+
+def imagefolder(path: Path) -> Source:
+    """Images in one sub-folder per class, in torchvision's ImageFolder order; keys are paths relative to the folder.
+
+    Hidden files and folders are passed over. A grey file stays grey: ImageFolder would make it RGB.
+    """
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: there is no such folder", tip="imagefolder:PATH wants a folder with one folder per class"
+        )
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise DataError(f"{path}: holds no folders, so there are no classes", tip="put each class into its own folder")
+    keys: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = [file.relative_to(path).as_posix() for file in _image_files(path / name)]
+        if not found:
+            raise DataError(
+                f"{path / name}: holds no images, so class {name!r} has no samples",
+                tip=f"remove the folder, or add images ({', '.join(IMAGE_EXTENSIONS)})",
+            )
+        keys += found
+        labels += [label] * len(found)
+    try:
+        table = StringTable(keys)
+    except UnicodeEncodeError as exc:
+        raise DataError(f"{path}: a file name is not UTF-8: {exc.object!r}", tip="rename the file") from None
+    return Source(ImageFileReader(os.path.abspath(path), table), table, np.array(labels, np.int32), tuple(classes))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files: list[Path] = []
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        hidden = any(part.startswith(".") for part in Path(place).relative_to(folder).parts)
+        shown = () if hidden else sorted(names)
+        files += [Path(place, n) for n in shown if n.lower().endswith(IMAGE_EXTENSIONS) and not n.startswith(".")]
+    return files
+
+
+def tsv(path: Path, text: str = "0", label: str = "1", header: bool = False, classes: tuple[str, ...] = ()) -> Source:
+    """Tab-separated UTF-8 text, plain or .gz, taken as it is (no quoting); keys are the file's stem and the row.
+
+    Args:
+        path: the file.
+        text: column of the text: a number from 0, or a name from the header.
+        label: column of the label, likewise; "none" where there is none.
+        header: the first line names the columns.
+        classes: the class list. Empty: the labels found, sorted; by number where all are whole numbers. In a column of
+            whole numbers -1 means no label.
+    """
+    if len(set(classes)) < len(classes):
+        raise ConfigError(f"{path}: classes={','.join(classes)} names a class twice", tip="keep one of them")
+    rows, names = _tsv_rows(path, header)
+    text_column = _tsv_column(path, text, "text", names, len(rows[0]))
+    texts = StringTable(row[text_column] for row in rows)
+    stem = path.name.removesuffix(".gz").removesuffix(".tsv")
+    if label == "none":
+        labels, class_names = np.full(len(rows), -1, np.int32), classes
+    else:
+        label_column = _tsv_column(path, label, "label", names, len(rows[0]))
+        labels, class_names = _tsv_labels(path, [row[label_column] for row in rows], classes, first_line=1 + header)
+    return Source(TextReader(texts), numbered(stem, range(len(rows))), labels, class_names)
+
+
+def _tsv_rows(path: Path, header: bool) -> tuple[list[list[str]], list[str]]:
+    data = read_maybe_gz(path)
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 ({exc.reason})", tip="convert the file to UTF-8") from None
+    # str.splitlines would also split at separators that belong to the text
+    rows = [line.removesuffix("\r").split("\t") for line in content.removesuffix("\n").split("\n")] if content else []
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]):
+            raise DataError(
+                f"{path}, line {number}: {len(row)} columns, but line 1 has {len(rows[0])}",
+                tip="each line needs the same number of tabs",
+            )
+    names = rows.pop(0) if header and rows else []
+    if not rows:
+        raise DataError(
+            f"{path}, line {1 + bool(names)}: the file ends before the first row", tip="give a file with rows"
+        )
+    return rows, names
+
+
+def _tsv_column(path: Path, wanted: str, what: str, names: Sequence[str], count: int) -> int:
+    if wanted.isdecimal() and int(wanted) < count:
+        return int(wanted)
+    if wanted in names:
+        return list(names).index(wanted)
+    if wanted.isdecimal():
+        raise DataError(
+            f"{path}, line 1: no column {wanted} for the {what}, there are {count}", tip="columns count from 0"
+        )
+    tip = nearest(wanted, names) if names else "add header=true if the first line names the columns"
+    raise DataError(f"{path}, line 1: no column {wanted!r} for the {what}", tip=tip)
+
+
+def _tsv_labels(
+    path: Path, found: Sequence[str], classes: tuple[str, ...], first_line: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    # int("01") or int(" 1") would give two spellings one class
+    numeric = all(name == "-1" or (name.isdecimal() and name == str(int(name))) for name in set(found))
+    if not classes:
+        classes = tuple(sorted(set(found) - {"-1"}, key=int) if numeric else sorted(set(found)))
+    index = {name: number for number, name in enumerate(classes)}
+    if numeric:
+        index.setdefault("-1", -1)
+    for line, name in enumerate(found, start=first_line):
+        if name not in index:
+            raise DataError(f"{path}, line {line}: label {name!r} is not in classes=", tip=nearest(name, classes))
+    return np.array([index[name] for name in found], np.int32), classes
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The uint8 array in an IDX file, plain or .gz (MNIST's format: magic number, big-endian sizes, C-order bytes).
+
+    Raises:
+        DataError: another file, another type than uint8, or a size that differs from the header's.
+    """
+    data = read_maybe_gz(path)
+    if len(data) < 4 or data[:2] != b"\0\0":
+        raise DataError(f"{path}: is not an IDX file", tip="delete it and fetch the data set again")
+    kind, axes = data[2], data[3]
+    if kind != 8:
+        raise DataError(f"{path}: holds IDX type 0x{kind:02x}, only uint8 (0x08) is read", tip="convert it to uint8")
+    start = 4 + 4 * axes
+    shape = struct.unpack(f">{axes}I", data[4:start]) if len(data) >= start else (0,)
+    count = int(np.prod(shape, dtype=object))
+    if len(data) != start + count:
+        raise DataError(
+            f"{path}: {len(data)} bytes, but its header asks for {start + count}", tip="delete it and fetch it again"
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # frombuffer alone is read-only
+
+
+def read_maybe_gz(path: Path) -> bytes:
+    """A file's bytes, decompressed where its name ends in .gz; nothing is written beside it."""
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file", tip="give the path as seen from the current folder") from None
+    except (OSError, EOFError, zlib.error) as exc:
+        raise DataError(
+            f"{path}: cannot be read: {exc}", tip="check the file; fetch it again if it is cut off"
+        ) from exc

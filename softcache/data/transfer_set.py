@@ -1,0 +1,197 @@
+"""The transfer set: samples with a stable key, a label and a content digest, opened from a spec string.
+
+    digits  digits?split=test             scikit-learn's bundled 8x8 digits
+    torchvision:NAME?root=PATH&train=true torchvision's classification data sets
+    imagefolder:PATH                      one folder per class
+    tsv:PATH?text=0&label=1&header=true   tab-separated text, plain or .gz
+    package.module:factory?arg=1          any map-style data set; also path/file.py:factory
+
+An item is a uint8 array (H, W) or (H, W, C), a string, or whatever else a user's data set returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from softcache.data.identity import file_digest, item_digest
+from softcache.data.map_style import from_factory, from_torchvision
+from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
+from softcache.errors import ConfigError, DataError, first_offenders, nearest
+from softcache.spec import Spec, call_factory, parse_spec
+
+FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "tsv": tsv}
+SOURCES = ("digits", "torchvision", *FILE_SOURCES)
+
+
+class TransferSet(Dataset[tuple[Any, Any]]):
+    """Samples by position, each with a key that names it wherever it stands. Map-style; pickles; small to fork.
+
+    Attributes:
+        name: the spec without local folders.
+        keys: N stable keys.
+        labels: (N,) int32 class indices, -1 = none; or (N, C) bool.
+        class_names: C names, whole even in a selection.
+    """
+
+    def __init__(self, name: str, source: Source) -> None:
+        self.name = name
+        self.keys: StringTable = source.keys
+        self.labels = source.labels
+        self.class_names = source.class_names
+        self._reader = source.reader
+        self._rows = np.arange(len(source.keys))  # where the reader finds each sample
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def multi_label(self) -> bool:
+        """True where a sample may have several classes."""
+        return self.labels.ndim == 2
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def digest_kind(self) -> str:
+        """ "file" where contents are digested as the bytes of their files, else "item"."""
+        return self._reader.digest_kind
+
+    @property
+    def sample_keys(self) -> Sequence[str]:
+        """The keys, under the name by which the join asks any data set for them."""
+        return self.keys
+
+    def read(self, index: int) -> tuple[Any, bytes | None]:
+        """The item, and the bytes of its file where `digest_kind` is "file"."""
+        return self._reader.read(int(self._rows[index]))
+
+    def load(self, index: int) -> tuple[Any, bytes]:
+        """The item and its 16-byte content digest, from one reading of the source."""
+        item, data = self.read(index)
+        return item, item_digest(item) if data is None else file_digest(data)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """(item, label): the label an int, or (C,) bool."""
+        item, _ = self.read(index)
+        return item, self.labels[index].copy() if self.multi_label else int(self.labels[index])
+
+    def select(self, indices: np.ndarray) -> TransferSet:
+        """The samples at these positions, in this order: same keys, same class list."""
+        taken = np.arange(len(self))[indices]
+        source = Source(self._reader, self.keys.take(taken), self.labels[taken], self.class_names)
+        chosen = TransferSet(self.name, source)
+        chosen._rows = self._rows[taken]
+        return chosen
+
+
+def open_transfer_set(
+    spec: str,
+    *,
+    download: bool = False,
+    keep_labels: Sequence[int | str] = (),
+    drop_labels: Sequence[int | str] = (),
+    samples: Path | None = None,
+) -> TransferSet:
+    """The transfer set that a spec string names, with samples chosen and the class list left whole.
+
+    Args:
+        spec: see the top of this file.
+        download: let torchvision fetch what is not there.
+        keep_labels: classes to keep, by name or index (a name wins over an index); unlabelled ones are left out.
+        drop_labels: classes to leave out; with several labels per sample, one of these is enough.
+        samples: a text file of keys, one per line. The order stays the transfer set's.
+
+    Raises:
+        ConfigError: a spec that cannot be understood.
+        DataError: data that cannot be read, a class or key that is not there, or nothing left.
+    """
+    parsed = parse_spec(spec)
+    transfer_set = TransferSet(_portable_name(parsed), _open_source(parsed, download=download))
+    chosen = np.ones(len(transfer_set), dtype=bool)
+    if samples is not None:
+        chosen &= _listed(transfer_set.keys, Path(samples))
+    if keep_labels:
+        chosen &= _has_label(transfer_set, keep_labels)
+    if drop_labels:
+        chosen &= ~_has_label(transfer_set, drop_labels)
+    if not chosen.any():
+        raise DataError(
+            f"{spec!r}: none of its {len(transfer_set)} samples is selected",
+            tip="loosen --keep-labels, --drop-labels or --samples",
+        )
+    return transfer_set if chosen.all() else transfer_set.select(np.flatnonzero(chosen))
+
+
+def _open_source(spec: Spec, *, download: bool) -> Source:
+    if not spec.scheme and spec.name == "digits":
+        return _checked_call(digits, spec)
+    if spec.scheme == "torchvision":
+        return from_torchvision(spec, download=download)
+    if spec.scheme in FILE_SOURCES:
+        return _checked_call(FILE_SOURCES[spec.scheme], spec, path=Path(spec.name).expanduser())
+    if spec.is_factory:
+        return from_factory(spec)
+    path = Path(spec.name).expanduser()
+    if not spec.scheme and path.exists():
+        kind = "imagefolder" if path.is_dir() else "tsv"
+        raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {kind}:{spec.text}?")
+    tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"
+    raise ConfigError(f"{spec.text!r}: no source is called {spec.scheme or spec.name!r}", tip=tip)
+
+
+def _checked_call(source: Callable[..., Source], spec: Spec, **offered: Any) -> Source:
+    if clash := set(offered) & set(spec.parameters):
+        raise ConfigError(f"{spec.text!r}: {clash.pop()!r} is given twice", tip=f"write {spec.scheme}:PATH")
+    made: Source = call_factory(source, spec.parameters, spec.text, **offered)
+    return made
+
+
+def _portable_name(spec: Spec) -> str:
+    """The spec without local folders: two machines that keep the same data in different places agree on it."""
+    if spec.scheme in FILE_SOURCES:
+        spec = replace(spec, name=Path(spec.name).expanduser().resolve().name)
+    return spec.without("root", "download").portable() if spec.scheme == "torchvision" else spec.portable()
+
+
+def _has_label(transfer_set: TransferSet, wanted: Sequence[int | str]) -> np.ndarray:
+    """(N,) bool: the samples that have one of these classes."""
+    classes = [_class_index(one, transfer_set.class_names) for one in wanted]
+    if transfer_set.multi_label:
+        return np.asarray(transfer_set.labels[:, classes].any(axis=1))
+    return np.isin(transfer_set.labels, classes)
+
+
+def _class_index(wanted: int | str, class_names: tuple[str, ...]) -> int:
+    if wanted in class_names:
+        return class_names.index(str(wanted))
+    if str(wanted).isdecimal() and int(wanted) < len(class_names):
+        return int(wanted)
+    raise DataError(f"no class {wanted!r} among {len(class_names)} classes", tip=nearest(str(wanted), class_names))
+
+
+def _listed(keys: Sequence[str], path: Path) -> np.ndarray:
+    """(N,) bool: the samples whose keys the file lists."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{path}: cannot be read as a list of keys: {exc}", tip="--samples wants UTF-8 text") from exc
+    wanted = dict.fromkeys(line.removesuffix("\r") for line in lines)
+    wanted.pop("", None)
+    found = np.fromiter((key in wanted for key in keys), dtype=bool, count=len(keys))
+    if int(found.sum()) < len(wanted):
+        known = set(keys)
+        unknown = [key for key in wanted if key not in known]
+        raise DataError(
+            f"{path}: {len(unknown)} of {len(wanted)} keys are not in the transfer set: "
+            + first_offenders(unknown, len(unknown)),
+            tip=f"write one key per line, as in {keys[0]!r}",
+        )
+    return found

@@ -1,0 +1,79 @@
+"""How ensemble members combine, at training time. Different rules are different teachers; a run records which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softcache.errors import LossError, nearest
+
+COMBINE_RULES = ("mean_logits", "mean_probs_at_t", "mean_probs", "vote", "draw")
+
+KEEPS_LEVEL = ("mean_logits", "draw")  # the others give log-probabilities, whose level means nothing
+CERTAIN = 1e9  # a vote is a one-hot target: logits far enough apart for any temperature
+
+
+def check_rule(rule: str) -> None:
+    """LossError with near names for an unknown combination rule."""
+    if rule not in COMBINE_RULES:
+        raise LossError(f"unknown combination rule {rule!r}", tip=nearest(rule, COMBINE_RULES))
+
+
+def combine(
+    member_logits: Sequence[Tensor],
+    rule: str,
+    *,
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    link: str = "softmax",
+    draws: Tensor | None = None,
+) -> Tensor:
+    """One teacher's logits out of several members': softmax(result / T) (or sigmoid) is the ensemble's soft target at T.
+
+    Args:
+        member_logits: M tensors (B, C), float32 or float64.
+        rule: "mean_logits": weighted mean of logits. "mean_probs_at_t": weighted mean of the probabilities at T.
+            "mean_probs": weighted mean of the probabilities at 1, tempered afterwards. "vote": one-hot of the class with
+            most (weighted) votes, ties to the smaller class; with link "sigmoid" a majority per class, ties to no.
+            "draw": one member per row, given by `draws`.
+        weights: M non-negative numbers; any sum (they are normalised). None = equal.
+        temperature: of the loss that asks; only "mean_probs_at_t" depends on it.
+        link: "softmax", or "sigmoid" for multi-label targets.
+        draws: (B,) numbers in [0, 1), for "draw": the member whose weight interval holds the number.
+
+    Returns:
+        (B, C). Only "mean_logits" and "draw" keep the members' level.
+    """
+    check_rule(rule)
+    logits = torch.stack(list(member_logits))  # (M, B, C)
+    share = torch.ones(len(logits), dtype=torch.float64) if weights is None else torch.tensor(weights).double()
+    share = (share / share.sum()).to(logits)  # (M,)
+    if rule == "mean_logits":
+        return torch.einsum("m,mbc->bc", share, logits)
+    if rule == "draw":
+        assert draws is not None, "the rule 'draw' needs draws"
+        borders = share.double().cumsum(0)[:-1].contiguous()
+        member = torch.bucketize(draws.double().to(borders.device), borders, right=True)  # (B,)
+        return logits[member, torch.arange(logits.shape[1], device=logits.device)]
+    if rule == "vote":
+        return _vote(logits, share, link)
+    t = temperature if rule == "mean_probs_at_t" else 1.0
+    log_share = share.log()[:, None, None]
+    if link == "sigmoid":
+        log_yes = torch.logsumexp(log_share + F.logsigmoid(logits / t), dim=0)
+        log_no = torch.logsumexp(log_share + F.logsigmoid(-logits / t), dim=0)
+        return t * (log_yes - log_no)
+    return t * torch.logsumexp(log_share + F.log_softmax(logits / t, dim=-1), dim=0)
+
+
+def _vote(logits: Tensor, share: Tensor, link: str) -> Tensor:
+    if link == "sigmoid":
+        yes = torch.einsum("m,mbc->bc", share, (logits > 0).to(logits))
+        return torch.where(yes > 0.5, CERTAIN, -CERTAIN).to(logits)
+    votes = torch.einsum("m,mbc->bc", share, F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits))
+    # a whisker of slack, so that equal votes summed in another order still tie; argmax takes the first of equals
+    winner = (votes >= votes.amax(dim=-1, keepdim=True) - 1e-6).to(torch.uint8).argmax(dim=-1)  # (B,)
+    return torch.where(F.one_hot(winner, logits.shape[-1]).bool(), 0.0, -CERTAIN).to(logits)

@@ -1,0 +1,138 @@
+"""Everything that can go wrong in a way the user can mend: one base class, a few named children.
+
+A message says what is wrong with the value found; the tip says what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SoftcacheError(Exception):
+    """A fault outside our code. The command line prints message and tip, without a traceback, and exits with `exit_code`."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, tip: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.tip = tip
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  tip: {self.tip}" if self.tip else self.message
+
+
+class ConfigError(SoftcacheError):
+    """A flag, a TOML key or a spec string that cannot be understood."""
+
+
+class MissingExtraError(SoftcacheError):
+    """An optional dependency that is not installed."""
+
+
+class DataError(SoftcacheError):
+    """A transfer set that cannot be opened, read, or given sample ids."""
+
+
+class ModelError(SoftcacheError):
+    """A model that cannot be built, or weights that do not fit it."""
+
+
+class TeacherError(SoftcacheError):
+    """A teacher whose outputs cannot be trusted: not finite, not repeatable, wrong shape, not logits."""
+
+
+class CodecRangeError(SoftcacheError):
+    """Logits that the chosen codec cannot hold."""
+
+
+class LossError(SoftcacheError):
+    """A loss that is unknown, wrongly set, or cannot be served by this cache."""
+
+
+class TrainingError(SoftcacheError):
+    """A training run that cannot go on: a loss that is not finite, a run folder of another run."""
+
+
+class DumpError(SoftcacheError):
+    """A dump that cannot start, resume or write."""
+
+
+class PlanMismatchError(DumpError):
+    """A resume or a part whose plan differs from the one the dump was started with."""
+
+
+class LockedError(DumpError):
+    """Another process is writing the same part of the same cache."""
+
+
+class DiskSpaceError(DumpError):
+    """Not enough room for the next shard."""
+
+
+class CacheError(SoftcacheError):
+    """A folder that is not a cache, or a cache of a version this code cannot read."""
+
+
+class UnfinishedCacheError(CacheError):
+    """A dump that has not been committed yet."""
+
+
+class DamagedCacheError(CacheError):
+    """Bytes on disk that differ from what the manifest says."""
+
+
+class JoinError(SoftcacheError):
+    """A data set that does not fit the cache. The children say how."""
+
+
+class MissingSampleError(JoinError):
+    """Samples of the data set that the cache does not hold."""
+
+
+class DuplicateKeyError(JoinError):
+    """Two samples with the same key, or two keys with the same id."""
+
+
+class LabelMismatchError(JoinError):
+    """Samples whose label differs from the one in the cache."""
+
+
+class ContentMismatchError(JoinError):
+    """Samples whose content differs from what the teacher saw."""
+
+
+class ClassMismatchError(JoinError):
+    """Another class list, another class order or another number of classes."""
+
+
+class DriftError(SoftcacheError):
+    """A view that no longer renders to the pixels the teacher saw."""
+
+
+def require_extra(module: str, extra: str, why: str) -> None:
+    """Raise MissingExtraError unless `module` can be imported."""
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtraError(
+            f"{why} needs the package {module!r}, which is not installed",
+            tip=f"pip install 'softcache[{extra}]'",
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean X?' and the known names, for messages about a name that is not one of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(repr(c) for c in close)}?"
+    return "known: " + ", ".join(names)
+
+
+def first_offenders(items: Iterable[str], total: int, limit: int = 5) -> str:
+    """The first few names of a long list, and how many more there are."""
+    shown = [str(item) for _, item in zip(range(limit), items, strict=False)]
+    more = total - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,244 @@
+"""How good a model is: accuracy, likelihood, calibration, and how close it comes to a cache's soft targets."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from softcache.config import EvalConfig, split_term
+from softcache.data.join import batches, check_classes
+from softcache.data.loading import ViewedSet, load_batches, to_device
+from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.data.views import Policy, make_step
+from softcache.errors import ClassMismatchError, ConfigError
+from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
+from softcache.models import Model, load_model, read_metadata
+from softcache.report import percent, table
+from softcache.targets import Joined
+from softcache.targets import open as open_cache
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured over one data set; shares are of 1, `nll` and `kl` in nats. None where it does not apply.
+
+    Attributes:
+        samples, labelled: how many there were.
+        top1, top5: share of labelled samples whose label is the largest, or among the five largest. Multi-label data: `top1`
+            is the share of single yes/no labels that are right.
+        nll: mean negative log-likelihood of the label.
+        calibration_error: expected calibration error in 15 equal bins of confidence (Guo et al. 2017).
+        agreement: share of samples where the largest class is the cache's.
+        kl: mean KL(cache || model) at `temperature`, not scaled by T**2.
+    """
+
+    samples: int
+    labelled: int
+    seconds: float
+    top1: float | None = None
+    top5: float | None = None
+    nll: float | None = None
+    calibration_error: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def errors(self) -> int | None:
+        return None if self.top1 is None else round((1 - self.top1) * self.labelled)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) lines for a table, without what does not apply."""
+        facts = [
+            ("samples", f"{self.samples:,}"),
+            ("top-1", None if self.top1 is None else f"{percent(self.top1)} ({self.errors:,} errors)"),
+            ("top-5", None if self.top5 is None else percent(self.top5)),
+            ("NLL", None if self.nll is None else f"{self.nll:.4f} nats"),
+            ("calibration error", None if self.calibration_error is None else percent(self.calibration_error)),
+            ("agreement with the cache", None if self.agreement is None else percent(self.agreement)),
+            (f"KL to the cache at T={self.temperature:g}", None if self.kl is None else f"{self.kl:.5f} nats"),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        return [(name, value) for name, value in facts if value is not None]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Model,
+    transfer_set: TransferSet,
+    policy: Policy,
+    *,
+    device: torch.device,
+    batch_size: int = 512,
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+    joined: Joined | None = None,
+    combine: str = "mean_logits",
+    temperature: float = 1.0,
+    progress: bool = False,
+) -> Evaluation:
+    """Run a model over a data set, at view 0 of the policy. The model's train or eval mode is put back afterwards.
+
+    Args:
+        joined: the same data set joined to a cache, to compare with its soft targets at `temperature`.
+    """
+    started, was_training = time.monotonic(), model.training
+    model.eval()
+    count = len(transfer_set)
+    sums = _Sums(transfer_set.num_classes)
+    viewed = ViewedSet(transfer_set, policy, [model.input.collate])
+    pairs = batches(np.arange(count), 0, batch_size)
+    loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
+    for batch in tqdm(loaded, total=-(-count // batch_size), desc="eval", disable=not progress, leave=False):
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            logits = model(to_device(batch.inputs[0], device))
+        logits = logits.float()
+        sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
+        if joined is not None:
+            targets = joined.gather_samples(batch.index, batch.views).to(device)
+            sums.add_targets(logits, targets.combined(combine, temperature=temperature), temperature)
+    model.train(was_training)
+    return sums.result(count, time.monotonic() - started, temperature)
+
+
+class _Sums:
+    """Running sums in float64 over the batches of one evaluation."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes, self.multi_label = num_classes, False
+        self.labelled = self.top1 = self.top5 = self.nll = self.agreement = self.kl = 0.0
+        self.compared = 0
+        self.bins = np.zeros((CALIBRATION_BINS, 3))  # count, confidence, correct
+
+    def add_labels(self, logits: Tensor, labels: Tensor) -> None:
+        if labels.ndim == 2:
+            self.multi_label = True
+            self.labelled += len(labels)
+            self.top1 += float(((logits > 0) == labels).double().mean(dim=1).sum())
+            losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+            self.nll += float(losses.double().mean(dim=1).sum())
+            return
+        known = labels >= 0
+        logits, labels = logits[known], labels[known].long()
+        if not len(labels):
+            return
+        confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        correct = predicted == labels
+        self.labelled += len(labels)
+        self.top1 += float(correct.sum())
+        if self.num_classes > 5:
+            self.top5 += float((logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1).sum())
+        self.nll += float(F.cross_entropy(logits, labels, reduction="none").double().sum())
+        place = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1).cpu().numpy()
+        for column, values in enumerate((torch.ones_like(confidence), confidence, correct)):
+            self.bins[:, column] += np.bincount(place, values.double().cpu().numpy(), minlength=CALIBRATION_BINS)
+
+    def add_targets(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+        self.compared += len(logits)
+        self.agreement += float((logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).sum())
+        log_p = (teacher_logits.double() / temperature).log_softmax(dim=1)
+        log_q = (logits.double() / temperature).log_softmax(dim=1)
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+
+    def result(self, samples: int, seconds: float, temperature: float) -> Evaluation:
+        n, single = self.labelled, not self.multi_label
+        filled = self.bins[:, 0] > 0
+        gaps = np.abs(self.bins[filled, 1] - self.bins[filled, 2])
+        return Evaluation(
+            samples=samples,
+            labelled=int(n),
+            seconds=seconds,
+            top1=self.top1 / n if n else None,
+            top5=self.top5 / n if n and single and self.num_classes > 5 else None,
+            nll=self.nll / n if n else None,
+            calibration_error=float(gaps.sum() / n) if n and single else None,
+            agreement=self.agreement / self.compared if self.compared else None,
+            kl=self.kl / self.compared if self.compared else None,
+            temperature=temperature,
+        )
+
+
+def check_same_classes(one: TransferSet, other: TransferSet) -> None:
+    """Raise ClassMismatchError unless both sets have the same classes in the same order."""
+    try:
+        check_classes(one, other.class_names)
+    except ClassMismatchError as exc:
+        exc.add_note(f"comparing {one.name} with {other.name}")
+        raise
+
+
+def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:
+    """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure."""
+    device = pick_device(config.device)
+    torch.set_num_threads(pick_threads(config.threads))
+    transfer_set = open_transfer_set(
+        config.data,
+        download=config.download,
+        keep_labels=config.keep_labels,
+        drop_labels=config.drop_labels,
+        samples=Path(config.samples) if config.samples else None,
+    )
+    joined = None
+    if config.cache is not None:
+        joined = open_cache(config.cache).join(transfer_set)
+        if config.policy:
+            raise ConfigError("--policy and --cache cannot be given together", tip="the cache brings its own policy")
+        policy = joined.cache.policy
+    elif config.policy:
+        policy = Policy(tuple(make_step(*split_term(step, "--policy")) for step in config.policy))
+    else:
+        policy = run_policy(model_text).for_evaluation()
+    item = ViewedSet(transfer_set, policy, ()).render(0, 0)[0]
+    model = load_model(
+        model_text,
+        num_classes=transfer_set.num_classes,
+        class_names=transfer_set.class_names,
+        input_shape=item_shape(item),
+        device=str(device),
+    )
+    return evaluate(
+        model,
+        transfer_set,
+        policy,
+        device=device,
+        batch_size=config.batch_size,
+        workers=pick_workers(config.workers, device),
+        autocast=autocast_dtype(config.autocast),
+        joined=joined,
+        combine=config.combine,
+        temperature=config.temperature,
+        progress=not quiet and sys.stderr.isatty(),
+    )
+
+
+def run_policy(model_text: str) -> Policy:
+    """The view policy a run folder was trained with; no steps for a model that does not come from a run."""
+    import json
+
+    path = Path(model_text.rpartition("@")[2])
+    if not path.exists() or (path.is_file() and path.suffix != ".safetensors"):
+        return Policy()
+    stored = read_metadata(path).get("softcache_policy")
+    return Policy() if stored is None else Policy.from_json(json.loads(stored), 0)
+
+
+def item_shape(item: Any) -> tuple[int, ...] | None:
+    """The shape of a rendered item; None for a text."""
+    shape = getattr(item, "shape", None)
+    return None if shape is None or isinstance(item, str) else tuple(shape)
+
+
+def summary(title: str, result: Evaluation) -> str:
+    """The readable table of one evaluation."""
+    return table([title, ""], result.rows())

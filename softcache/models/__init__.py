@@ -1,0 +1,221 @@
+"""Spec string -> network with its preprocessing and, if asked, its weights.
+
+Adding a model is a function that returns a Model and a line in MODELS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from softcache.errors import ConfigError, ModelError, nearest
+from softcache.models.cnn import cnn
+from softcache.models.from_torchvision import torchvision_model
+from softcache.models.inputs import AnyInput, ImageInput, Input, TextInput, VectorInput, restore_input
+from softcache.models.mlp import mlp
+from softcache.models.model import Model, final_linear
+from softcache.models.resnet import X4, cifar_resnet
+from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
+from softcache.models.weights import (
+    SavedModel,
+    fingerprint,
+    load_weights,
+    names_torchvision_weights,
+    read_metadata,
+    read_saved,
+    save_student,
+    weights_file,
+)
+from softcache.spec import Spec, call_factory, load_factory, parse_spec
+
+__all__ = [
+    "MODELS",
+    "AnyInput",
+    "ImageInput",
+    "Input",
+    "Model",
+    "SavedModel",
+    "TextInput",
+    "VectorInput",
+    "build",
+    "build_vocabulary",
+    "final_linear",
+    "fingerprint",
+    "load_model",
+    "load_weights",
+    "read_metadata",
+    "read_saved",
+    "read_vocabulary",
+    "save_student",
+    "write_vocabulary",
+]
+
+MODELS: dict[str, Callable[..., Model]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet8": cifar_resnet(8),
+    "resnet14": cifar_resnet(14),
+    "resnet20": cifar_resnet(20),
+    "resnet32": cifar_resnet(32),
+    "resnet44": cifar_resnet(44),
+    "resnet56": cifar_resnet(56),
+    "resnet110": cifar_resnet(110),
+    "resnet8x4": cifar_resnet(8, X4),
+    "resnet32x4": cifar_resnet(32, X4),
+    "textcnn": textcnn,
+}
+
+
+def load_model(
+    text: str,
+    *,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+    input_shape: tuple[int, ...] | None = None,
+    vocabulary: Sequence[str] | None = None,
+    device: str = "cpu",
+) -> Model:
+    """The model behind `MODEL`, `MODEL@WEIGHTS` or a run folder; fresh weights come from torch's global generator.
+
+    Args:
+        text: MODEL is a spec string; WEIGHTS is what `load_weights` takes. A run folder (or its student.safetensors)
+            alone brings model, preprocessing and vocabulary.
+        num_classes: C of the data.
+        class_names: of the data; they are saved with a student.
+        input_shape: shape of one rendered item, so that widths need not be said; None for texts.
+        vocabulary: for a text model whose spec and weights bring none.
+        device: where the network goes.
+
+    Raises:
+        ModelError: an unknown model, weights that do not fit, another number of classes, a factory that returns
+            no nn.Module.
+        ConfigError: an unknown or impossible parameter.
+    """
+    data: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
+    if os.path.exists(text):  # unlike Path.exists, no error for a spec longer than a file name can be
+        return _load_run(text, **data).to(device)
+    head, weights = split_weights(text)
+    spec = parse_spec(head)
+    if weights and names_torchvision_weights(spec, weights):  # torchvision's own builder knows what else they change
+        if "weights" in spec.parameters:
+            raise ModelError(f"{text!r} names weights twice", tip="keep one of them")
+        spec, weights = parse_spec(f"{head}{'&' if spec.parameters else '?'}weights={weights}"), ""
+    saved = read_saved(weights) if weights else None
+    if saved is not None and saved.vocabulary is not None:
+        vocabulary = saved.vocabulary  # the ids of its embedding
+    model = _build_model(spec, vocabulary=vocabulary, **data)
+    if weights:
+        load_weights(model, weights)
+    return model.to(device)
+
+
+def build(
+    spec: Spec,
+    *,
+    num_classes: int,
+    class_names: Sequence[str] = (),
+    input_shape: tuple[int, ...] | None = None,
+    vocabulary: Sequence[str] | None = None,
+) -> Any:
+    """What a spec names: a Model for our own and torchvision's, whatever a user's factory returns for the others.
+
+    A teacher may be anything that maps a batch to logits, so nothing is checked about a factory's result; a student
+    goes through `load_model`. A factory is offered num_classes, class_names, input_shape and vocabulary: it gets those
+    it asks for.
+
+    Raises:
+        ModelError: an unknown model, or a number of classes in the spec that is not the data's.
+        ConfigError: an unknown or impossible parameter, a factory that cannot be found.
+    """
+    offered: dict[str, Any] = {
+        "num_classes": num_classes,
+        "class_names": tuple(class_names),
+        "input_shape": input_shape,
+        "vocabulary": vocabulary,
+    }
+    if spec.is_factory:
+        return call_factory(load_factory(spec), spec.parameters, spec.text, **offered)
+    said = spec.parameters.get("num_classes", str(num_classes))
+    if said != str(num_classes):
+        raise ModelError(
+            f"{spec.text!r} has num_classes={said}, the data has {num_classes} classes", tip="leave num_classes out"
+        )
+    return call_factory(_builder(spec), spec.parameters, spec.text, **offered)
+
+
+def split_weights(text: str) -> tuple[str, str]:
+    """MODEL and WEIGHTS of `MODEL@WEIGHTS`; folders in front of a factory's `.py:` may hold an '@' of their own."""
+    cut = text.find("@", max(text.find(".py:"), 0))
+    if cut < 0:
+        return text, ""
+    if not text[cut + 1 :]:
+        raise ConfigError(f"{text!r} names no weights", tip="write MODEL@WEIGHTS, or MODEL alone")
+    return text[:cut], text[cut + 1 :]
+
+
+def _builder(spec: Spec) -> Callable[..., Model]:
+    if spec.scheme == "torchvision":
+        return torchvision_model(spec.name)
+    if spec.scheme == "softcache":
+        if spec.name not in MODELS:
+            raise ModelError(f"softcache has no model {spec.name!r}", tip=nearest(spec.name, MODELS))
+        return MODELS[spec.name]
+    if not spec.scheme:
+        shapes = "a model is softcache:mlp, torchvision:resnet18, package.module:factory or path/file.py:factory"
+        tip = f"did you mean 'softcache:{spec.name}'?" if spec.name in MODELS else shapes
+        raise ModelError(f"{spec.text!r} is neither a run folder nor a model", tip=tip)
+    raise ModelError(
+        f"{spec.text!r}: unknown kind of model {spec.scheme!r}",
+        tip=nearest(spec.scheme, ("softcache", "torchvision")) + "; a factory is package.module:name or file.py:name",
+    )
+
+
+def _build_model(spec: Spec, **data: Any) -> Model:
+    """A student: as `build`, but always a Model, and labelled with what it was built for."""
+    made = build(spec, **data)
+    if isinstance(made, Model):
+        model = made
+    elif isinstance(made, nn.Module):
+        own = getattr(made, "collate", None)
+        model = Model(made, AnyInput(own if callable(own) else None))
+    else:
+        raise ModelError(
+            f"{spec.text!r} returned {type(made).__name__}; a student must be an nn.Module",
+            tip="return a torch.nn.Module; other callables can serve as teachers",
+        )
+    kept = spec.without("vocabulary") if spec.scheme == "softcache" else spec  # it is saved beside the spec
+    model.spec = kept.portable()
+    model.num_classes = data["num_classes"]
+    model.data_class_names = data["class_names"]
+    model.input_shape = data["input_shape"]
+    return model
+
+
+def _load_run(text: str, *, num_classes: int, class_names: tuple[str, ...], input_shape: Any) -> Model:
+    """The student of a run folder, built from its own metadata; the data's input shape is not needed."""
+    path, saved = weights_file(text), read_saved(text)
+    if saved is None:
+        raise ModelError(f"{path} does not say what model it is", tip=f"name it: MODEL@{text}")
+    if saved.num_classes != num_classes:
+        raise ModelError(
+            f"{text} was trained on {saved.num_classes} classes, the data has {num_classes}",
+            tip="use the data the run was trained for",
+        )
+    spec = parse_spec(saved.spec)
+    if spec.scheme.endswith(".py") and not Path(spec.scheme).is_file():
+        raise ModelError(
+            f"{text} was built by {saved.spec}, which is not in the current folder",
+            tip=f"say where it is: path/to/{saved.spec}@{text}",
+        )
+    names = class_names or saved.class_names
+    shape = saved.input_shape if saved.input_shape is not None else input_shape
+    model = _build_model(
+        spec, num_classes=num_classes, class_names=names, input_shape=shape, vocabulary=saved.vocabulary
+    )
+    model.input = restore_input(saved.input) or model.input
+    load_weights(model, text)
+    return model

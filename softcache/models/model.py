@@ -1,0 +1,57 @@
+"""A network together with the preprocessing it was made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from softcache.errors import ModelError
+from softcache.models.inputs import Input
+
+OUTPUTS = ("logits", "log_probs", "probs")
+
+
+class Model(nn.Module):
+    """A network and its input; calling it maps a collated batch to logits (B, C).
+
+    Attributes:
+        net: the bare network; its state dict is what is saved, without a prefix.
+        input: collating (in workers) and normalising (on the device).
+        spec: the spec string it is built from, without local folders and without weights.
+        num_classes: C.
+        class_names: in the order of the outputs, where the loaded weights declare them; else None.
+        data_class_names: those of the data it was built for; what is saved with it.
+        input_shape: shape of one rendered item that it was built for; None if unknown, or for text.
+        output: "logits", unless the network declares `output = "log_probs"` or "probs".
+    """
+
+    def __init__(self, net: nn.Module, input: Input) -> None:
+        super().__init__()
+        self.net = net
+        self.input = input
+        self.spec = ""
+        self.num_classes = 0
+        self.class_names: tuple[str, ...] | None = None
+        self.data_class_names: tuple[str, ...] = ()
+        self.input_shape: tuple[int, ...] | None = None
+        declared = getattr(net, "output", "logits")
+        self.output: str = declared if isinstance(declared, str) else "logits"  # a layer may be called `output`
+        if self.output not in OUTPUTS:
+            raise ModelError(f"the module declares output={self.output!r}", tip=f"use one of {', '.join(OUTPUTS)}")
+
+    def forward(self, batch: Any) -> Tensor:
+        """(B, C), from what `input.collate` returned, already on the network's device."""
+        logits = self.net(self.input.prepare(batch))
+        if not isinstance(logits, Tensor):
+            raise ModelError(
+                f"{self.spec}: the network returned {type(logits).__name__}, not one tensor (batch, classes)",
+                tip="wrap it in a module that returns the logits only",
+            )
+        return logits
+
+
+def final_linear(net: nn.Module, num_classes: int | None = None) -> nn.Linear | None:
+    """The last nn.Linear in registration order (with `num_classes` outputs, if given); None if there is none."""
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear) and num_classes in (None, m.out_features)]
+    return layers[-1] if layers else None

@@ -1,0 +1,214 @@
+"""Spec strings: how a model or a data set is named on the command line, `scheme:name?key=value&key=value`.
+
+`softcache:mlp?hidden=800,800`, `torchvision:MNIST?root=data`, `package.module:factory?arg=1`, `path/to/file.py:factory`.
+A factory's parameters are converted by its own signature, so that a typing mistake is found before anything is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from softcache.errors import ConfigError, MissingExtraError, nearest
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One parsed spec string.
+
+    Attributes:
+        text: as the user wrote it.
+        scheme: before the first colon ("softcache", "torchvision", "imagefolder", a module or a .py file); "" if there is none.
+        name: between the colon and the question mark.
+        parameters: key -> value, both still strings.
+    """
+
+    text: str
+    scheme: str
+    name: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_factory(self) -> bool:
+        """True for `package.module:factory` and `path/to/file.py:factory`."""
+        return self.scheme.endswith(".py") or "." in self.scheme or "/" in self.scheme
+
+    def without(self, *keys: str) -> Spec:
+        """The same spec with some parameters left out (its text is rebuilt)."""
+        kept = {key: value for key, value in self.parameters.items() if key not in keys}
+        head = f"{self.scheme}:{self.name}" if self.scheme else self.name
+        query = "&".join(f"{key}={value}" for key, value in kept.items())
+        return Spec(f"{head}?{query}" if query else head, self.scheme, self.name, kept)
+
+    def portable(self) -> str:
+        """The spec without folders, for a manifest: `file.py:factory` keeps the file's name only, path parameters are dropped."""
+        scheme = Path(self.scheme).name if self.scheme.endswith(".py") else self.scheme
+        kept = {k: v for k, v in self.parameters.items() if "/" not in v and "\\" not in v}
+        head = f"{scheme}:{self.name}" if scheme else self.name
+        query = "&".join(f"{key}={value}" for key, value in sorted(kept.items()))
+        return f"{head}?{query}" if query else head
+
+
+def parse_spec(text: str) -> Spec:
+    """Split `scheme:name?key=value&...`; ConfigError for an empty spec or a parameter without '='."""
+    head, _, query = text.partition("?")
+    # a file path may hold a colon of its own only before ".py:"; everything else splits at the first colon
+    cut = head.rfind(".py:")
+    if cut >= 0:
+        scheme, name = head[: cut + 3], head[cut + 4 :]
+    else:
+        scheme, colon, name = head.partition(":")
+        if not colon:
+            scheme, name = "", head
+    if not name:
+        raise ConfigError(
+            f"{text!r} names nothing", tip="write scheme:name?key=value, for example softcache:mlp?hidden=800,800"
+        )
+    parameters: dict[str, str] = {}
+    for pair in filter(None, query.split("&")):
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{text!r}: parameter {pair!r} is not key=value", tip="separate parameters with '&'")
+        if key in parameters:
+            raise ConfigError(f"{text!r}: parameter {key!r} is given twice", tip="keep one of them")
+        parameters[key] = value
+    return Spec(text, scheme, name, parameters)
+
+
+def load_factory(spec: Spec) -> Callable[..., Any]:
+    """The callable behind `package.module:factory` or `file.py:factory`; its own import errors pass through with a note."""
+    if spec.scheme.endswith(".py"):
+        path = Path(spec.scheme)
+        if not path.is_file():
+            raise ConfigError(
+                f"{spec.text!r}: there is no file {path}", tip="give the path as seen from the current folder"
+            )
+        module = load_user_file(path)
+    else:
+        try:
+            module = importlib.import_module(spec.scheme)
+        except ModuleNotFoundError as exc:
+            if exc.name and (spec.scheme == exc.name or spec.scheme.startswith(exc.name + ".")):
+                raise ConfigError(
+                    f"{spec.text!r}: no module named {exc.name!r}",
+                    tip="install the package, or name a file: path/to/file.py:factory",
+                ) from None
+            raise MissingExtraError(
+                f"{spec.text!r} needs the package {exc.name!r}, which is not installed", tip=f"pip install {exc.name}"
+            ) from None
+    factory = getattr(module, spec.name, None)
+    if not callable(factory):
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise ConfigError(f"{spec.text!r}: {spec.scheme} has no factory {spec.name!r}", tip=nearest(spec.name, known))
+    return typing.cast(Callable[..., Any], factory)
+
+
+def load_user_file(path: str | Path) -> types.ModuleType:
+    """Import a user's file once, under a name of its own; worker processes call it before they unpickle its objects."""
+    resolved = Path(path).resolve()
+    name = f"softcache_user_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}_{resolved.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, resolved)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException as exc:
+        del sys.modules[name]
+        exc.add_note(f"while importing {path}")
+        raise
+    return module
+
+
+def user_files() -> list[str]:
+    """The user's files imported so far."""
+    return [str(m.__file__) for name, m in sys.modules.items() if name.startswith("softcache_user_") and m.__file__]
+
+
+def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], where: str, **offered: Any) -> Any:
+    """Call a factory with string parameters converted by its annotations (or defaults) plus whatever it asks for of `offered`.
+
+    Args:
+        factory: any callable; its signature decides the names and types.
+        parameters: from the spec string.
+        where: the spec string, for messages.
+        offered: values that are passed only when the signature has a parameter of that name (num_classes, ...).
+
+    Raises:
+        ConfigError: an unknown parameter, a value that does not convert, or a required parameter that is missing.
+    """
+    signature = inspect.signature(factory)
+    known = signature.parameters
+    catches_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    try:
+        hints = typing.get_type_hints(factory)
+    except Exception:  # an annotation that cannot be resolved is not the user's fault
+        hints = {}
+    arguments: dict[str, Any] = {name: value for name, value in offered.items() if name in known}
+    for name, text in parameters.items():
+        if name not in known and not catches_all:
+            raise ConfigError(f"{where!r}: unknown parameter {name!r}", tip=nearest(name, known))
+        parameter = known.get(name)
+        hint = hints.get(name)
+        if hint is None and parameter is not None and parameter.default not in (inspect.Parameter.empty, None):
+            hint = type(parameter.default)
+        arguments[name] = convert(text, hint, f"{where!r}: parameter {name!r}")
+    for name, parameter in known.items():
+        if (
+            parameter.default is inspect.Parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and name not in arguments
+        ):
+            raise ConfigError(f"{where!r}: parameter {name!r} is missing", tip=f"add {name}=... to the spec")
+    return factory(**arguments)
+
+
+def convert(text: str, hint: Any, where: str) -> Any:
+    """`text` as the type that `hint` asks for: int, float, bool, str, None, tuples and lists of them, unions in order."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            if option is type(None):
+                if text.lower() in ("none", ""):
+                    return None
+                continue
+            try:
+                return convert(text, option, where)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{where}: {text!r} is not {hint}")
+    if origin in (tuple, list) or hint in (tuple, list):
+        element = (typing.get_args(hint) or (str,))[0]
+        values = [convert(part, element, where) for part in text.split(",") if part]
+        return tuple(values) if (origin or hint) is tuple else values
+    if origin is typing.Literal:
+        for choice in typing.get_args(hint):
+            if str(choice) == text:
+                return choice
+        raise ConfigError(f"{where}: unknown value {text!r}", tip=nearest(text, map(str, typing.get_args(hint))))
+    if hint is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise ConfigError(f"{where}: {text!r} is not true or false")
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise ConfigError(f"{where}: {text!r} is not {kind}") from None
+    if hint is type(None):
+        raise ConfigError(f"{where}: takes no value")
+    return text

@@ -1,0 +1,324 @@
+"""A teacher: anything that maps a batch to logits, frozen and checked, with its classes in the transfer set's order."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from softcache.data.loading import to_device
+from softcache.errors import ConfigError, ModelError, TeacherError, nearest
+from softcache.models import Model, build, fingerprint, load_model
+from softcache.models import split_weights as split_model
+from softcache.spec import parse_spec
+
+OUTPUTS = ("logits", "log_probs", "probs")
+PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
+HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of a last layer in a half type
+
+
+@dataclass
+class TeacherOutput:
+    """One batch of logits, (B, C) float32 in the cache's class order.
+
+    Attributes:
+        rounding: (B,) bound on what the last layer's own dtype may have cost, 0 for float32.
+        floored: how many probabilities of exactly zero were raised to the floor.
+    """
+
+    logits: Tensor
+    rounding: Tensor
+    floored: int
+
+
+class Teacher:
+    """One member of the ensemble.
+
+    Attributes:
+        name: of the member.
+        model_spec: portable spec string.
+        collate: items -> batch, for the loader's workers.
+        output: what the teacher gives: "logits", "log_probs" or "probs".
+        fingerprint: sha256 of weights and preprocessing; None until the first batch for a teacher without weights.
+        class_order: permutation that brings its outputs into the cache's order; None when they stand so already.
+        compute_dtype: of the last layer; known after the first batch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model_spec: str,
+        network: Any,
+        collate: Callable[[Sequence[Any]], Any],
+        *,
+        output: str,
+        num_classes: int,
+        multi_label: bool = False,
+        class_order: Sequence[int] | None = None,
+        device: str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if output not in OUTPUTS:
+            raise ConfigError(f"teacher {name!r}: unknown output {output!r}", tip=nearest(output, OUTPUTS))
+        self.name, self.model_spec, self.network, self.collate = name, model_spec, network, collate
+        self.output, self.num_classes, self.multi_label = output, num_classes, multi_label
+        self.class_order, self.device, self.autocast = class_order, torch.device(device), autocast
+        self.compute_dtype = "float32"
+        self.fingerprint: str | None = None
+        if isinstance(network, nn.Module):
+            network.eval().requires_grad_(False).to(self.device)
+            described = f"{model_spec} {output} {network.input.describe() if isinstance(network, Model) else ''}"
+            self.fingerprint = hashlib.sha256(f"{fingerprint(network)} {described}".encode()).hexdigest()
+            self._buffers = {n: b.clone() for n, b in network.named_buffers()}
+
+    @torch.inference_mode()
+    def __call__(self, batch: Any) -> TeacherOutput:
+        """The teacher's logits of one collated batch.
+
+        Raises:
+            TeacherError: a result of another shape, or one that is not finite.
+        """
+        raw = self._run(batch)
+        if not isinstance(raw, Tensor):
+            raw = torch.as_tensor(np.asarray(raw))
+        raw = raw.to(self.device)
+        if raw.ndim != 2 or raw.shape[1] != self.num_classes:
+            raise TeacherError(
+                f"teacher {self.name!r} gave a result of shape {tuple(raw.shape)}; "
+                f"the transfer set has {self.num_classes} classes, so (batch, {self.num_classes}) is needed",
+                tip="use a teacher trained for these classes, or the data set it was trained on",
+            )
+        self.compute_dtype = str(raw.dtype).removeprefix("torch.")
+        relative = HALF_ROUNDING.get(raw.dtype, 0.0)
+        values = raw.double() if raw.dtype == torch.float64 or self.output == "probs" else raw.float()
+        floored = 0
+        if self.output == "probs":
+            values, floored = self._log(values)
+        if self.class_order is not None:
+            values = values[:, torch.tensor(self.class_order, device=values.device)]
+        logits = values.float()
+        return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored)
+
+    def _run(self, batch: Any) -> Any:
+        if not isinstance(self.network, nn.Module):
+            return self.network(batch)
+        inputs = to_device(batch, self.device)
+        if self.autocast is None:
+            return self.network(inputs)
+        with torch.autocast(self.device.type, dtype=self.autocast), _last_layer_in_float32(self.network):
+            return self.network(inputs)
+
+    def _log(self, probabilities: Tensor) -> tuple[Tensor, int]:
+        if bool((probabilities < 0).any()) or bool((probabilities > 1 + 1e-6).any()):
+            raise TeacherError(f"teacher {self.name!r}: output=probs, but values outside [0, 1] came out")
+        held = probabilities.clamp(PROBABILITY_FLOOR, 1.0)
+        floored = int((probabilities < PROBABILITY_FLOOR).sum())
+        if not self.multi_label:
+            return held.log(), floored
+        below = (1 - probabilities).clamp(PROBABILITY_FLOOR, 1.0)
+        return held.log() - below.log(), floored + int((1 - probabilities < PROBABILITY_FLOOR).sum())
+
+    def check_first_batch(self, batch: Any) -> None:
+        """Run one batch twice and look at it hard, before anything is written.
+
+        Raises:
+            TeacherError: train mode, changed buffers, another output the second time, or probabilities declared as logits.
+        """
+        first, second = self(batch).logits, self(batch).logits
+        if isinstance(self.network, nn.Module):
+            if any(module.training for module in self.network.modules()):
+                raise TeacherError(
+                    f"teacher {self.name!r} has modules in train mode: dropout and BatchNorm would make its logits random",
+                    tip="do not call train() in the module's forward",
+                )
+            self.check_buffers()
+        if self.fingerprint is None:
+            self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()
+        scale = max(1.0, float(first.abs().amax())) if first.numel() else 1.0
+        tolerance = 0.0 if self.device.type == "cpu" else 1e-4 * scale
+        difference = float((first - second).abs().amax()) if first.numel() else 0.0
+        if difference > tolerance:
+            raise TeacherError(
+                f"teacher {self.name!r} gave two outputs for one batch, up to {difference:.3g} apart",
+                tip="switch off dropout and sampling in the teacher; its logits must be a function of the input",
+            )
+        if self.output == "logits" and len(first) and not self.multi_label:
+            self._refuse_probabilities(first)
+
+    def _refuse_probabilities(self, values: Tensor) -> None:
+        sums = values.sum(dim=1)
+        if bool((values >= 0).all()) and bool((sums - 1).abs().amax() < 1e-3):
+            raise TeacherError(
+                f"teacher {self.name!r} was declared to give logits, but its rows are probabilities (they sum to one)",
+                tip="declare it: add output=probs to the teacher's spec",
+            )
+        if float(values.logsumexp(dim=1).abs().amax()) < 1e-3:
+            raise TeacherError(
+                f"teacher {self.name!r} was declared to give logits, but its rows are log-probabilities",
+                tip="declare it: add output=log_probs to the teacher's spec, or drop its last log_softmax",
+            )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its last layer computed in a half type, which counts into eps."""
+        return self.compute_dtype in ("float16", "bfloat16")
+
+    def check_at_end(self) -> None:
+        """After the last batch: a teacher must not have learned during the dump."""
+        if isinstance(self.network, nn.Module):
+            self.check_buffers()
+
+    def check_buffers(self) -> None:
+        """Raise TeacherError when a buffer (BatchNorm statistics) is not what it was."""
+        for name, before in self._buffers.items():
+            if not torch.equal(before, self.network.get_buffer(name)):
+                raise TeacherError(
+                    f"teacher {self.name!r} changed its buffer {name!r} while it ran",
+                    tip="run it in eval mode; a teacher must not learn during a dump",
+                )
+
+
+class _last_layer_in_float32:
+    """Within autocast, the final nn.Linear computes in float32: its rounding would cost more than any codec."""
+
+    def __init__(self, network: nn.Module) -> None:
+        layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
+        self._layer = layers[-1] if layers else None
+
+    def __enter__(self) -> None:
+        if self._layer is None:
+            return
+        layer, forward = self._layer, self._layer.forward
+
+        def in_float32(inputs: Tensor) -> Tensor:
+            with torch.autocast(inputs.device.type, enabled=False):
+                return forward(inputs.float())
+
+        layer.forward = in_float32  # type: ignore[method-assign,assignment]
+
+    def __exit__(self, *_: object) -> None:
+        if self._layer is not None:
+            del self._layer.__dict__["forward"]
+
+
+@dataclass(frozen=True)
+class ArrayCollate:
+    """Items of a scikit-learn style teacher: (B, features) NumPy float32, every item flattened."""
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        if items and isinstance(items[0], str):
+            return list(items)
+        return np.stack([np.asarray(item, dtype=np.float32).ravel() for item in items])
+
+
+def open_teacher(
+    text: str,
+    *,
+    taken: Sequence[str],
+    num_classes: int,
+    class_names: Sequence[str],
+    multi_label: bool,
+    input_shape: tuple[int, ...] | None,
+    device: str,
+    autocast: torch.dtype | None,
+) -> Teacher:
+    """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
+
+    The parameters `name=` (of the member) and `output=` (logits, log_probs, probs) belong to the teacher, the rest to the model.
+
+    Args:
+        taken: member names that are in use already.
+
+    Raises:
+        ModelError: it cannot be built, has other classes, or gives something else.
+    """
+    head, weights = split_model(text)
+    spec = parse_spec(head)
+    bare = parse_spec(spec.without("name", "output").text)
+    is_run = Path(bare.text).exists()  # a run folder, or its student.safetensors
+    name = member_name(spec.parameters.get("name") or (Path(bare.text).name if is_run else spec.name), taken)
+    shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
+    made: Any = None
+    if bare.is_factory and not is_run:
+        made = build(bare, **shape)
+    if made is None or isinstance(made, nn.Module):
+        model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
+        declared, output, portable = (
+            model.class_names or getattr(model.net, "class_names", None),
+            model.output,
+            model.spec,
+        )
+        network, collate = model, model.input.collate
+    elif weights:
+        raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
+    else:
+        network, collate, output, declared = _estimator(made, text, num_classes)
+        portable = bare.portable()
+    output = spec.parameters.get("output", output)
+    return Teacher(
+        name,
+        portable,
+        network,
+        collate,
+        output=output,
+        num_classes=num_classes,
+        multi_label=multi_label,
+        class_order=_class_order(name, declared, class_names),
+        device=device,
+        autocast=autocast,
+    )
+
+
+def _estimator(made: Any, text: str, num_classes: int) -> tuple[Any, Any, str, tuple[str, ...] | None]:
+    """(callable, collate, output kind, class names) of a scikit-learn estimator or any other callable."""
+    collate = getattr(made, "collate", None) or ArrayCollate()
+    declared = getattr(made, "class_names", None)
+    output = getattr(made, "output", None)
+    found = getattr(made, "classes_", None)
+    if found is not None and declared is None:
+        kinds = np.asarray(found)
+        if kinds.dtype.kind in "iu":
+            if sorted(kinds.tolist()) != list(range(num_classes)):
+                raise ModelError(f"{text!r} was fitted on the classes {kinds.tolist()}, the data has {num_classes}")
+        else:
+            declared = tuple(map(str, kinds))
+    for method, kind in (("predict_proba", "probs"), ("decision_function", "logits")):
+        if not callable(made) and hasattr(made, method) and output in (None, kind):
+            return getattr(made, method), collate, kind, declared
+    if not callable(made):
+        raise ModelError(
+            f"{text!r} returned {type(made).__name__}, which neither is callable nor has predict_proba or decision_function",
+            tip="return a torch module, a fitted classifier, or a function from a batch to (batch, classes)",
+        )
+    return made, collate, output or "logits", declared
+
+
+def _class_order(name: str, declared: Sequence[str] | None, class_names: Sequence[str]) -> list[int] | None:
+    """The permutation that brings declared classes into the cache's order; None when nothing is to be done."""
+    if declared is None or list(declared) == list(class_names):
+        return None
+    if sorted(declared) != sorted(class_names):
+        unknown = sorted(set(declared) - set(class_names))[:3] or sorted(set(class_names) - set(declared))[:3]
+        raise ModelError(
+            f"teacher {name!r} knows other classes than the transfer set has, for example {', '.join(map(repr, unknown))}",
+            tip="use the teacher's own data set, or give the data set the teacher's class names",
+        )
+    place = {class_name: i for i, class_name in enumerate(declared)}
+    return [place[class_name] for class_name in class_names]
+
+
+def member_name(wanted: str, taken: Sequence[str]) -> str:
+    """A valid member name that is not taken yet: lower case, `-2`, `-3`, ... appended where needed."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", wanted.lower()).strip("-_")[:56] or "teacher"
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}-{number}"
+    return unique
