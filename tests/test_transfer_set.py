@@ -130,9 +130,9 @@ def factories(tmp_path: Path) -> str:
 
 @pytest.fixture
 def animals(tmp_path: Path) -> Path:
-    """Two classes; sorted walk order is cat/a, cat/z, cat/deep/b (a folder's own files first), dog/c."""
+    """Two classes; in sorted walk order a folder's own files come before its folders."""
     root = tmp_path / "animals"
-    for number, name in enumerate(("dog/c.png", "cat/z.PNG", "cat/a.png", "cat/deep/b.png")):
+    for number, name in enumerate(("dog/c.png", "cat/z.PNG", "cat/a.png", *(f"cat/d{n}/b.png" for n in "30142"))):
         write_png(root / name, np.full((3, 4, 3), number * 10))
     write(root / "cat/.hidden.png", "no image")
     write(root / "cat/.ipynb_checkpoints/a.png", "no image")
@@ -227,6 +227,16 @@ def test_idx_files_are_read_where_they_lie(tmp_path: Path, place: str, gz: bool)
     assert (train.keys[11], test.keys[6]) == ("train/000011", "test/000006")
     assert train.class_names[:2] == ("T-shirt/top", "Trouser")
     assert (train.name, test.name) == ("torchvision:FashionMNIST", "torchvision:FashionMNIST?train=false")
+
+
+def test_the_name_leaves_local_folders_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_idx(tmp_path / "data", "t10k", 2)
+    write(tmp_path / "data/x.tsv", "a\tb\n")
+    monkeypatch.chdir(tmp_path)
+    assert open_transfer_set("torchvision:MNIST?root=data&train=false").name == "torchvision:MNIST?train=false"
+    monkeypatch.chdir(tmp_path / "data")
+    for path in ("x.tsv", "../data/x.tsv", tmp_path / "data/x.tsv"):
+        assert open_transfer_set(f"tsv:{path}?label=1").name == "tsv:x.tsv?label=1"
 
 
 def test_idx_in_a_read_only_folder_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -346,8 +356,8 @@ def test_imagefolder_follows_torchvisions_order_and_digests_files(animals: Path)
 
     found = open_transfer_set(f"imagefolder:{animals}")
     check_whole(found)
-    assert list(found.keys) == ["cat/a.png", "cat/z.PNG", "cat/deep/b.png", "dog/c.png"]
-    assert found.labels.tolist() == [0, 0, 0, 1]
+    assert list(found.keys) == ["cat/a.png", "cat/z.PNG", *(f"cat/d{n}/b.png" for n in range(5)), "dog/c.png"]
+    assert found.labels.tolist() == [0] * 7 + [1]
     assert (found.name, found.class_names, found.digest_kind) == ("imagefolder:animals", ("cat", "dog"), "file")
     for index, key in enumerate(found.keys):
         assert found.load(index)[1] == file_digest((animals / key).read_bytes())
@@ -386,11 +396,12 @@ def test_image_modes(mode: str, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(array, expected)
 
 
-def test_palette_with_transparency_keeps_its_colours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha", [b"\x00\xff", b"\x80\x40"], ids=["one-colour", "per-colour"])
+def test_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path: Path, alpha: bytes) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putdata([0, 1])
-    image.save(tmp_path / "p.png", transparency=b"\x00\xff")
+    image.save(tmp_path / "p.png", transparency=alpha)
     np.testing.assert_array_equal(image_array(Image.open(tmp_path / "p.png"), "p"), [[[10, 20, 30], [40, 50, 60]]])
 
 
@@ -553,7 +564,7 @@ def test_factory_with_a_transfer_set_keeps_it(factories: str, animals: Path) -> 
     code = f"from softcache.data.transfer_set import *\ndef files(): return open_transfer_set('imagefolder:{animals}')"
     nested = open_transfer_set(f"{write(animals.parent / 'nested.py', code)}:files")
     assert nested.digest_kind == "file"
-    assert nested.load(3)[1] == file_digest((animals / "dog/c.png").read_bytes())
+    assert nested.load(7)[1] == file_digest((animals / "dog/c.png").read_bytes())
 
 
 def test_factory_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,7 +295,9 @@ def _create(path: Path, arrays: Sequence[ArraySpec], kind: str) -> dict[str, int
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_alignment(1, ALIGNMENT)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    handle = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access)
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)  # the root group's times would make equal inputs give other bytes
+    handle = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access)
     with h5py.File(handle) as file:
         file.attrs.create("softcache_format", FORMAT_VERSION, dtype="<u4")
         file.attrs.create("softcache_kind", np.bytes_(kind))

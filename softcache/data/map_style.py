@@ -22,13 +22,8 @@ ITEM_NAMES = ("item", "image", "text")
 IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")
 NOT_BY_NAME = ("ImageFolder", "DatasetFolder", "VisionDataset")  # imagefolder: reads these; the last one is abstract
 NOT_IN_A_SPEC = ("transform", "target_transform", "transforms", "loader")  # callables: views do that, and they are ours
-SPLIT_PARAMETERS = (
-    "split",
-    "what",
-    "folds",
-    "partition",
-    "train",
-)  # whatever changes which samples the positions count
+# parameters that change which samples the positions count
+SPLIT_PARAMETERS = ("split", "what", "folds", "partition", "train")
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ def read_idx(path: Path) -> np.ndarray:
         raise DataError(
             f"{path}: {len(data)} bytes, but its header asks for {start + count}", tip="delete it and fetch it again"
         )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # frombuffer alone is read-only
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def read_maybe_gz(path: Path) -> bytes:

@@ -70,7 +70,9 @@ def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> No
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, aside, metadata={**metadata, METADATA_KEY: json.dumps(about)})
+        # under one key: safetensors writes several in a random order, and equal students should be equal files
+        told = json.dumps({**metadata, METADATA_KEY: json.dumps(about)}, sort_keys=True)
+        save_file(tensors, aside, metadata={"softcache": told})
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -81,8 +83,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     path = weights_file(str(path))
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as exc:
+            found = dict(file.metadata() or {})
+            return dict(json.loads(found["softcache"])) if "softcache" in found else found
+    except (SafetensorError, OSError, ValueError) as exc:
         raise ModelError(f"{path} is not a safetensors file: {exc}") from None
 
 
