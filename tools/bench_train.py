@@ -1,0 +1,190 @@
+"""What does the cache cost a training step? Cached, hard-label and live-teacher steps, alternating in one run; medians.
+
+    python tools/bench_train.py [--steps 200] [--device cuda] [--teacher softcache:resnet56]
+
+The small cnn at 32 pixels, batch 128, 100 classes, random images: only time matters here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import softcache
+from softcache import dump
+from softcache.config import DumpConfig
+from softcache.data.join import batches
+from softcache.data.loading import LoadedBatch, ViewedSet, epoch_order, load_batches, to_device
+from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.data.views import Policy
+from softcache.losses import make_term
+from softcache.machine import pick_device
+from softcache.models import Model, load_model, save_student
+from softcache.report import table
+from softcache.targets import Targets
+from softcache.train import loss_parts, total_loss
+
+
+class RandomImages:
+    """N random 32 x 32 RGB images with random labels."""
+
+    def __init__(self, count: int, classes: int) -> None:
+        random = np.random.default_rng(0)
+        self.images = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        self.labels = random.integers(0, classes, count)
+        self.class_names = [str(c) for c in range(classes)]
+        self.sample_keys = [f"image/{i:06d}" for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        image: np.ndarray = self.images[index]
+        return image
+
+
+def images(count: int = 12_800, classes: int = 100) -> RandomImages:
+    """The data set, as a factory for `softcache dump`."""
+    return RandomImages(count, classes)
+
+
+def forever(viewed: ViewedSet, batch_size: int, workers: int) -> Iterator[LoadedBatch]:
+    """Batches of one epoch after another, full ones only."""
+    epoch, count = 0, len(viewed) // batch_size * batch_size
+    while True:
+        yield from load_batches(viewed, batches(epoch_order(count, 0, epoch), 0, batch_size), workers=workers)
+        epoch += 1
+
+
+def make_step(
+    device: torch.device,
+    transfer_set: TransferSet,
+    student_spec: str,
+    targets_of: Callable[[LoadedBatch, Any], Targets | Tensor | None],
+    batch_size: int,
+    workers: int,
+) -> Callable[[], None]:
+    """One training step with a student and an optimiser of its own."""
+    torch.manual_seed(0)
+    model = load_model(
+        student_spec, num_classes=transfer_set.num_classes, input_shape=(32, 32, 3), device=str(device)
+    ).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    loader = forever(ViewedSet(transfer_set, Policy(), [model.input.collate]), batch_size, workers)
+    hard, soft = make_term("ce"), make_term("kd", temperature=4, weight=0.9)
+
+    def step() -> None:
+        batch = next(loader)
+        inputs = to_device(batch.inputs[0], device)
+        labels = torch.from_numpy(transfer_set.labels[batch.index]).to(device).long()
+        targets = targets_of(batch, inputs)
+        student_logits = model(inputs)
+        if isinstance(targets, Tensor):
+            parts = {"ce": hard(student_logits, labels), "kd": soft(student_logits, targets)}
+            loss = total_loss([hard, soft], parts)
+        else:
+            terms = [hard] if targets is None else [hard, soft]
+            loss = total_loss(terms, loss_parts(terms, student_logits, labels, targets, "mean_logits", None))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    device = pick_device(arguments.device)
+    data = f"{__file__}:images"
+    transfer_set = open_transfer_set(data)
+    teacher: Model = load_model(arguments.teacher, num_classes=100, input_shape=(32, 32, 3))
+    save_student(teacher, root / "student.safetensors", metadata={})
+    teacher = teacher.eval().to(device)
+    out = {codec: root / f"cache-{codec}" for codec in ("float16", "float32")}
+    for codec, path in out.items():
+        config = DumpConfig(
+            data=data, teacher=(f"{arguments.teacher}@{root}",), out=str(path), codec=codec, device=arguments.device
+        )
+        dump.run(config, quiet=True)
+
+    def from_cache(path: Path) -> Callable[[LoadedBatch, Any], Targets]:
+        joined = softcache.open(path).join(transfer_set)
+        return lambda batch, inputs: joined.gather_samples(batch.index, batch.views).to(device)
+
+    def live(batch: LoadedBatch, inputs: Any) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = teacher(inputs)
+        return logits.clone()
+
+    def step_with(targets_of: Callable[[LoadedBatch, Any], Any]) -> Callable[[], None]:
+        return make_step(device, transfer_set, arguments.student, targets_of, arguments.batch_size, arguments.workers)
+
+    kinds = {
+        "hard labels": step_with(lambda batch, inputs: None),
+        "cached, float16": step_with(from_cache(out["float16"])),
+        "cached, float32": step_with(from_cache(out["float32"])),
+    }
+    if not arguments.no_live:
+        kinds[f"live teacher {arguments.teacher}"] = step_with(live)
+    for step in kinds.values():
+        for _ in range(5):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(arguments.steps):
+        names = list(kinds)
+        for name in names if number % 2 else reversed(names):  # neither always first
+            begin = time.perf_counter()
+            kinds[name]()
+            times[name].append(time.perf_counter() - begin)
+    base = times["hard labels"]
+    return [
+        {
+            "step": name,
+            "median_ms": 1e3 * median(values),
+            "to_hard_labels": median(values) / median(base),
+            "median_of_pairwise_ratios": median(v / b for v, b in zip(values, base, strict=True)),
+            "steps": len(values),
+        }
+        for name, values in times.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="alternated steps of each kind")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--student", default="softcache:cnn")
+    parser.add_argument("--teacher", default="softcache:resnet32x4")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--no-live", action="store_true", help="leave the live teacher out")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="bench-train-"))
+    try:
+        results = bench(root, arguments)
+    finally:
+        shutil.rmtree(root)
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+        return
+    device = pick_device(arguments.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"bench_train.py: {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(table(list(results[0]), [list(row.values()) for row in results]))
+
+
+if __name__ == "__main__":
+    main()
