@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         restore_random_states(state.pop("random"))
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError) as exc:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, ValueError, TypeError) as exc:
+        # torch's own message for a file that is not plain data proposes to load it with code and all
+        reason = "" if isinstance(exc, pickle.UnpicklingError) else f": {exc}"
         raise TrainingError(
-            f"{path}: cannot be read ({type(exc).__name__}: {exc})", tip="delete it to start the run again"
+            f"{path}: cannot be read as a checkpoint ({type(exc).__name__}{reason})",
+            tip="delete it to start the run again",
         ) from None
     return state
 

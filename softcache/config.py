@@ -190,6 +190,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         wants_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str and ":" in value
         return (value,) if wants_list else convert(value, hint, where)
     if isinstance(value, list | tuple):
+        if typing.get_origin(hint) is not tuple:
+            raise ConfigError(f"{where}: {list(value)!r} is a list, not one value")
         element = (typing.get_args(hint) or (str,))[0]
         return tuple(_table_text(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
     if isinstance(value, dict):
@@ -212,6 +214,8 @@ def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"{what} {text!r}: {pair!r} is not key=value", tip=f"write {name}:key=value,key=value")
+        if key.strip() in values:
+            raise ConfigError(f"{what} {text!r}: {key.strip()!r} is given twice", tip="keep one of them")
         values[key.strip()] = value.strip()
     return name.strip(), values
 
@@ -221,7 +225,7 @@ def parse_part(text: str | None) -> tuple[int, int]:
     if text is None:
         return 1, 1
     index, slash, count = text.partition("/")
-    if not slash or not index.isdigit() or not count.isdigit() or not 1 <= int(index) <= int(count):
+    if not slash or not index.isdecimal() or not count.isdecimal() or not 1 <= int(index) <= int(count):
         raise ConfigError(f"--part {text!r} is not i/n", tip="write 1/3, 2/3 and 3/3 for three processes")
     return int(index), int(count)
 

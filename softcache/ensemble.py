@@ -14,6 +14,7 @@ COMBINE_RULES = ("mean_logits", "mean_probs_at_t", "mean_probs", "vote", "draw")
 
 KEEPS_LEVEL = ("mean_logits", "draw")  # the others give log-probabilities, whose level means nothing
 CERTAIN = 1e9  # a vote is a one-hot target: logits far enough apart for any temperature
+SLACK = 1e-6  # of a share of votes, so that equal votes summed in another order still tie
 
 
 def check_rule(rule: str) -> None:
@@ -39,23 +40,32 @@ def combine(
             "mean_probs": weighted mean of the probabilities at 1, tempered afterwards. "vote": one-hot of the class with
             most (weighted) votes, ties to the smaller class; with link "sigmoid" a majority per class, ties to no.
             "draw": one member per row, given by `draws`.
-        weights: M non-negative numbers; any sum (they are normalised). None = equal.
+        weights: M non-negative numbers; any sum but zero (they are normalised). None = equal.
         temperature: of the loss that asks; only "mean_probs_at_t" depends on it.
         link: "softmax", or "sigmoid" for multi-label targets.
         draws: (B,) numbers in [0, 1), for "draw": the member whose weight interval holds the number.
 
     Returns:
         (B, C). Only "mean_logits" and "draw" keep the members' level.
+
+    Raises:
+        LossError: an unknown rule, or weights that are not M finite numbers >= 0 with a sum > 0.
     """
     check_rule(rule)
     logits = torch.stack(list(member_logits))  # (M, B, C)
-    share = torch.ones(len(logits), dtype=torch.float64) if weights is None else torch.tensor(weights).double()
-    share = (share / share.sum()).to(logits)  # (M,)
+    exact = torch.tensor([1.0] * len(logits) if weights is None else list(weights), dtype=torch.float64)
+    if len(exact) != len(logits) or not bool((exact.isfinite() & (exact >= 0)).all()) or not exact.sum() > 0:
+        raise LossError(
+            f"{len(logits)} members cannot be weighted by {exact.tolist()}",
+            tip="give each member a number >= 0, and at least one of them more than 0",
+        )
+    share = (exact / exact.sum()).to(logits)  # (M,)
     if rule == "mean_logits":
         return torch.einsum("m,mbc->bc", share, logits)
     if rule == "draw":
         assert draws is not None, "the rule 'draw' needs draws"
-        borders = share.double().cumsum(0)[:-1].contiguous()
+        ends = exact.cumsum(0)
+        borders = (ends / ends[-1])[:-1].to(logits.device)  # float64: exactly 1 where only zero weights follow
         member = torch.bucketize(draws.double().to(borders.device), borders, right=True)  # (B,)
         return logits[member, torch.arange(logits.shape[1], device=logits.device)]
     if rule == "vote":
@@ -72,8 +82,8 @@ def combine(
 def _vote(logits: Tensor, share: Tensor, link: str) -> Tensor:
     if link == "sigmoid":
         yes = torch.einsum("m,mbc->bc", share, (logits > 0).to(logits))
-        return torch.where(yes > 0.5, CERTAIN, -CERTAIN).to(logits)
+        return torch.where(yes > 0.5 + SLACK, CERTAIN, -CERTAIN).to(logits)
     votes = torch.einsum("m,mbc->bc", share, F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits))
-    # a whisker of slack, so that equal votes summed in another order still tie; argmax takes the first of equals
-    winner = (votes >= votes.amax(dim=-1, keepdim=True) - 1e-6).to(torch.uint8).argmax(dim=-1)  # (B,)
+    # argmax takes the first of equals
+    winner = (votes >= votes.amax(dim=-1, keepdim=True) - SLACK).to(torch.uint8).argmax(dim=-1)  # (B,)
     return torch.where(F.one_hot(winner, logits.shape[-1]).bool(), 0.0, -CERTAIN).to(logits)

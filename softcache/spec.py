@@ -152,7 +152,7 @@ def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], whe
     known = signature.parameters
     catches_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
     try:
-        hints = typing.get_type_hints(factory)
+        hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)  # type: ignore[misc]
     except Exception:  # an annotation that cannot be resolved is not the user's fault
         hints = {}
     arguments: dict[str, Any] = {name: value for name, value in offered.items() if name in known}
@@ -162,7 +162,7 @@ def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], whe
         parameter = known.get(name)
         hint = hints.get(name)
         if hint is None and parameter is not None and parameter.default not in (inspect.Parameter.empty, None):
-            hint = type(parameter.default)
+            hint = _type_of(parameter.default)
         arguments[name] = convert(text, hint, f"{where!r}: parameter {name!r}")
     for name, parameter in known.items():
         if (
@@ -172,6 +172,12 @@ def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], whe
         ):
             raise ConfigError(f"{where!r}: parameter {name!r} is missing", tip=f"add {name}=... to the spec")
     return factory(**arguments)
+
+
+def _type_of(default: Any) -> Any:
+    """The type that a default stands for; a tuple or list has elements like its first one."""
+    kind: Any = type(default)
+    return kind[type(default[0])] if kind in (tuple, list) and default else kind
 
 
 def convert(text: str, hint: Any, where: str) -> Any:

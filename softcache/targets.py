@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -38,16 +38,14 @@ class Targets:
 
     Attributes:
         rows, views: (B,) int64 place of each record in the cache.
-        labels: (B,) int64 class index or -1, or (B, C) bool; as the cache holds them.
-        sample_ids: (B,) int64, the bits of the uint64 ids.
         arrays: member -> data set -> (B, ...) stored values.
         codecs: member -> codec.
+        samples: the cache's sample table, read only when labels or ids are asked for.
     """
 
-    rows: Tensor
-    views: Tensor
-    labels: Tensor
-    sample_ids: Tensor
+    rows: np.ndarray
+    views: np.ndarray
+    samples: SampleTable
     arrays: Mapping[str, Mapping[str, Tensor]]
     codecs: Mapping[str, Codec]
 
@@ -57,12 +55,21 @@ class Targets:
             member: {name: value.to(device, non_blocking=non_blocking) for name, value in arrays.items()}
             for member, arrays in self.arrays.items()
         }
-        labels = self.labels.to(device, non_blocking=non_blocking)
-        return Targets(self.rows, self.views, labels, self.sample_ids, moved, self.codecs)
+        return replace(self, arrays=moved)
 
     @property
     def members(self) -> tuple[str, ...]:
         return tuple(self.arrays)
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,) int64 class index or -1, or (B, C) bool, on the CPU; as the cache holds them."""
+        return torch.from_numpy(self.samples.labels_of(self.rows))
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(B,) uint64."""
+        return self.samples.ids[self.rows]
 
     def logits(self, member: str | None = None) -> Tensor:
         """(B, C) float32 logits of one member (default: the only one).
@@ -116,8 +123,7 @@ class Targets:
     def _draws(self, seed: int) -> Tensor:
         """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone."""
         key = step_key("member", 0)
-        ids = self.sample_ids.numpy().view(np.uint64)
-        pairs = zip(ids.tolist(), self.views.tolist(), strict=True)
+        pairs = zip(self.sample_ids.tolist(), self.views.tolist(), strict=True)
         return torch.tensor([Draws(seed, key, sample, view).uniform() for sample, view in pairs], dtype=torch.float64)
 
 
@@ -192,15 +198,8 @@ class Cache:
                 for name in self._names[member]
                 if name != "eps"
             }
-        samples = self.samples
-        return Targets(
-            rows=torch.from_numpy(rows),
-            views=torch.from_numpy(views),
-            labels=torch.from_numpy(samples.labels_of(rows)),
-            sample_ids=torch.from_numpy(samples.ids[rows].view(np.int64)),
-            arrays=arrays,
-            codecs={name: self.codecs[name] for name in names},
-        )
+        codecs = {name: self.codecs[name] for name in names}
+        return Targets(rows, views, self.samples, arrays, codecs)
 
     def eps(self, member: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B,) float32 bound on |stored - given| over the logits of each record."""
@@ -217,7 +216,14 @@ class Cache:
     ) -> Joined:
         """The data set with each sample's place in this cache; see `softcache.data.join.join` for arguments and errors."""
         rows, changed = join(
-            self.samples, dataset, self.class_names, keys=keys, by=by, labels=labels, check_content=check_content
+            self.samples,
+            dataset,
+            self.class_names,
+            keys=keys,
+            by=by,
+            labels=labels,
+            check_content=check_content,
+            digest_kind=self.manifest.plan.samples.digest_kind,
         )
         return Joined(self, dataset, rows, labels_changed=changed)
 

@@ -97,10 +97,12 @@ class Teacher:
             )
         self.compute_dtype = str(raw.dtype).removeprefix("torch.")
         relative = HALF_ROUNDING.get(raw.dtype, 0.0)
-        values = raw.double() if raw.dtype == torch.float64 or self.output == "probs" else raw.float()
+        # a class's log-odds need 1 - p as well, so log-probabilities of several labels go through the probabilities
+        through_probs = self.output == "probs" or (self.output == "log_probs" and self.multi_label)
+        values = raw.double() if raw.dtype == torch.float64 or through_probs else raw.float()
         floored = 0
-        if self.output == "probs":
-            values, floored = self._log(values)
+        if through_probs:
+            values, floored = self._log(values if self.output == "probs" else values.exp())
         if self.class_order is not None:
             values = values[:, torch.tensor(self.class_order, device=values.device)]
         logits = values.float()
@@ -117,7 +119,7 @@ class Teacher:
 
     def _log(self, probabilities: Tensor) -> tuple[Tensor, int]:
         if bool((probabilities < 0).any()) or bool((probabilities > 1 + 1e-6).any()):
-            raise TeacherError(f"teacher {self.name!r}: output=probs, but values outside [0, 1] came out")
+            raise TeacherError(f"teacher {self.name!r}: output={self.output}, but probabilities outside [0, 1] came out")
         held = probabilities.clamp(PROBABILITY_FLOOR, 1.0)
         floored = int((probabilities < PROBABILITY_FLOOR).sum())
         if not self.multi_label:

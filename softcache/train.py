@@ -8,7 +8,9 @@ Without a cache the same recipe trains on hard labels: that is how teachers and 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,9 +130,10 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         )
         bar = _bar(loaded, epoch, config.epochs, first_step, steps, quiet)
         for step, batch in enumerate(bar, start=first_step):
+            position = epoch + step / steps
             factor = scheduled(
                 config.schedule,
-                epoch + (step + 1) / steps if config.warmup_epochs else epoch + step / steps,
+                position + (1 / steps if position < config.warmup_epochs else 0.0),  # never a step at zero
                 config.epochs,
                 warmup_epochs=config.warmup_epochs,
                 milestones=config.milestones,
@@ -173,11 +176,13 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             row |= {"eval_top1": evaluation.top1, "eval_nll": evaluation.nll, "eval_errors": evaluation.errors}
         row["seconds"] = round(time.monotonic() - started, 3)
         metrics.append(row)
+        _write_metrics(out, metrics)  # before the checkpoint: a run killed in between does this epoch again
         _save(out, model, optimizer, scaler, epoch + 1, 0, {}, metrics)
-        _write_metrics(out, metrics)
 
     if evaluation is None and eval_set is not None:
-        evaluation = evaluate(model, eval_set, policy.for_evaluation(), device=device, workers=workers)
+        evaluation = evaluate(
+            model, eval_set, policy.for_evaluation(), device=device, workers=workers, autocast=autocast
+        )
     metadata = {
         "softcache_policy": json.dumps(policy.to_json()),
         "softcache_cache": cache.id if cache is not None else "",
@@ -335,7 +340,7 @@ def _claim_folder(config: TrainConfig) -> Path:
                 f"{out}: holds a run with other settings: {listing}",
                 tip="choose another --out; the same settings resume the run",
             )
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path.name != f"{RUN}.tmp" for path in out.iterdir()):
         raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out
@@ -466,13 +471,21 @@ def _describe_run(
         "numpy": np.__version__,
         "python": sys.version.split()[0],
     }
-    (out / RUN).write_text(json.dumps(about, indent=1) + "\n")
-    (out / CONFIG).write_text(to_toml(config))
+    _write_aside(out / RUN, json.dumps(about, indent=1) + "\n")
+    _write_aside(out / CONFIG, to_toml(config))
 
 
 def _write_metrics(out: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    (out / METRICS_JSONL).write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    with (out / METRICS_CSV).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(metrics[0]))
-        writer.writeheader()
-        writer.writerows(metrics)
+    _write_aside(out / METRICS_JSONL, "".join(json.dumps(row) + "\n" for row in metrics))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(metrics[0]))
+    writer.writeheader()
+    writer.writerows(metrics)
+    _write_aside(out / METRICS_CSV, text.getvalue())
+
+
+def _write_aside(path: Path, text: str) -> None:
+    """After a kill there is the old file or the new one, never a part of it."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_bytes(text.encode("utf-8"))
+    os.replace(aside, path)

@@ -55,7 +55,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file aside, fsync, rename: after a crash there is the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # processes on two machines may share a folder and a pid
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:

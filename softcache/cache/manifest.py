@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.cache.schema import FORMAT_VERSION, MANIFEST, MANIFESTS, PLAN, WORK, Layout
-from softcache.cache.shard import StoredFile
+from softcache.cache.stored import StoredFile
 from softcache.errors import CacheError, DamagedCacheError, UnfinishedCacheError
 
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -268,6 +268,11 @@ def read_manifest(path: Path, *, id: str | None = None) -> Manifest:
 
 def _without_manifest(path: Path) -> CacheError:
     if not (path / PLAN).is_file():
+        if (path / WORK).is_dir():
+            return UnfinishedCacheError(
+                f"{path}: the dump is not finished: it was still reading the samples, no span is written",
+                tip="run the same `softcache dump` command again to resume it",
+            )
         return CacheError(
             f"{path}: no {MANIFEST}, so this is not a softcache cache",
             tip="give the folder that `softcache dump --out` wrote",

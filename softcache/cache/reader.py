@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 
 from softcache.cache.manifest import Manifest, read_manifest
+from softcache.cache.mapping import BackToBack, Piece, fits_back_to_back
 from softcache.cache.samples import SampleTable, table_from_arrays
 from softcache.cache.schema import Layout
-from softcache.cache.shard import StoredArray, StoredFile
+from softcache.cache.stored import StoredArray, StoredFile
 from softcache.errors import CacheError, DamagedCacheError
 
 ReadMode = Literal["mmap", "pread"]
@@ -79,30 +81,41 @@ class RowTable:
         first = shards[0].arrays[name]
         self.dtype, self.tail = np.dtype(first.dtype), first.shape[2:]
         self._layout, self._mode = layout, mode
-        self._flat: list[np.ndarray] = []
-        self._files: list[tuple[int, StoredArray]] = []
+        self._whole: np.ndarray | None = None  # all records in one array, where the shards can be mapped back to back
+        self._flat: list[np.ndarray] = []  # else the records of each shard
+        self._files: list[tuple[int, StoredArray]] = []  # for pread
+        weakref.finalize(self, _close_all, self._files)
         for index, file in enumerate(shards):
             span, stored = layout.span(index), file.arrays[name]
             if stored.shape != (span.views, span.rows, *self.tail) or np.dtype(stored.dtype) != self.dtype:
                 raise DamagedCacheError(f"{root / file.path}: {name!r} does not have the shape of its span")
-            if mode == "mmap":
-                self._flat.append(MappedFile(root, file).array(name).reshape(-1, *self.tail))
-            else:
+            try:
                 self._files.append((open_checked(root / file.path, file), stored))
+            except DamagedCacheError:
+                self._close_files()
+                raise
+        sizes = [layout.span(index).views * layout.span(index).rows for index in range(len(layout))]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]  # each span's first record in `whole`
+        if mode == "mmap":
+            pieces = [Piece(fd, stored.offset, stored.nbytes) for fd, stored in self._files]
+            if fits_back_to_back(pieces):
+                self._whole = np.frombuffer(memoryview(BackToBack(pieces).memory), self.dtype).reshape(-1, *self.tail)
+                self._whole.flags.writeable = False
+            else:
+                self._flat = [MappedFile(root, file).array(name).reshape(-1, *self.tail) for file in shards]
+            self._close_files()
 
     def gather(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B, ...) records of B (row, view) pairs, in their order. IndexError when one is out of range."""
-        layout = self._layout
-        _check_range(rows, layout.num_rows, "row")
-        _check_range(views, layout.num_views, "view")
+        rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
+        _check_range(rows, self._layout.num_rows, "row")
+        _check_range(views, self._layout.num_views, "view")
+        if self._whole is not None and self._layout.num_views == 1:
+            return np.take(self._whole, rows, axis=0)
+        span, record = self._place(rows, views)
+        if self._whole is not None:
+            return np.take(self._whole, self._starts[span] + record, axis=0)
         out = np.empty((len(rows), *self.tail), self.dtype)
-        if len(layout) == 1:
-            self._take(0, views * layout.num_rows + rows, out)
-            return out
-        row_range, row = np.divmod(rows, layout.shard_rows)
-        view_range, view = np.divmod(views, layout.shard_views)
-        span_rows = np.minimum(layout.shard_rows, layout.num_rows - row_range * layout.shard_rows)
-        span, record = row_range * layout.view_ranges + view_range, view * span_rows + row
         order = np.argsort(span, kind="stable")
         sorted_span, sorted_record = span[order], record[order]
         borders = np.flatnonzero(np.diff(sorted_span)) + 1
@@ -114,6 +127,14 @@ class RowTable:
             start = stop
         out[order] = grouped
         return out
+
+    def _place(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(span, record within the span) of each (row, view); FORMAT.md has the same arithmetic."""
+        layout = self._layout
+        row_range, row = np.divmod(rows, layout.shard_rows)
+        view_range, view = np.divmod(views, layout.shard_views)
+        span_rows = np.minimum(layout.shard_rows, layout.num_rows - row_range * layout.shard_rows)
+        return row_range * layout.view_ranges + view_range, view * span_rows + row
 
     def _take(self, span: int, records: np.ndarray, out: np.ndarray) -> None:
         if self._mode == "mmap":
@@ -128,14 +149,22 @@ class RowTable:
                 raise DamagedCacheError(f"span {span}: the file became shorter while it was read")
 
     def close(self) -> None:
-        for fd, _ in self._files:
-            os.close(fd)
-        self._files.clear()
+        self._close_files()
         self._flat.clear()
+        self._whole = None
+
+    def _close_files(self) -> None:
+        _close_all(self._files)
+
+
+def _close_all(files: list[tuple[int, StoredArray]]) -> None:
+    while files:
+        os.close(files.pop()[0])
 
 
 def _check_range(values: np.ndarray, limit: int, what: str) -> None:
-    if len(values) and (values.min() < 0 or values.max() >= limit):
+    # negative numbers are huge as unsigned ones: one pass instead of two
+    if len(values) and int(values.view(np.uint64).max()) >= limit:
         raise IndexError(f"{what} {int(values.min())}..{int(values.max())} is outside 0..{limit - 1}")
 
 
@@ -152,7 +181,6 @@ class CacheReader:
         self.manifest: Manifest = read_manifest(self.path, id=id)
         self._tables: dict[tuple[str | None, str], RowTable] = {}
         self._samples: SampleTable | None = None
-        self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "id": self.manifest.id, "mode": self.mode}

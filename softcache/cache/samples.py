@@ -135,5 +135,5 @@ def seeded_order(count: int, seed: int) -> np.ndarray:
     The words are Philox4x64-10 (Salmon et al. 2011) output with key (seed, 0) from counter 1, NumPy's own convention; only the
     raw stream is used, so that a library upgrade cannot change the order.
     """
-    words = np.random.Philox(key=seed).random_raw(count) if count else np.zeros(0, np.uint64)
+    words = np.random.Philox(key=seed & (2**64 - 1)).random_raw(count) if count else np.zeros(0, np.uint64)
     return np.argsort(words, kind="stable")

@@ -21,72 +21,11 @@ import numpy as np
 
 from softcache.cache import files
 from softcache.cache.schema import ALIGNMENT, BLOCK_BYTES, CRC_SUFFIX, FORMAT_VERSION, ArraySpec
+from softcache.cache.stored import StoredArray, StoredFile
 from softcache.errors import DamagedCacheError, DiskSpaceError
 
 WRITE_ROWS = 1024  # rows gathered before one pwrite
 READ_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class StoredArray:
-    """Where one data set lies in its file."""
-
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return ArraySpec("", self.dtype, self.shape).nbytes
-
-    def to_json(self) -> dict[str, Any]:
-        return {"offset": self.offset, "dtype": self.dtype, "shape": list(self.shape)}
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """What the manifest says about one file: its size, its sha256 and its data sets."""
-
-    path: str
-    kind: str  # "samples", "logits" or "views"
-    nbytes: int
-    sha256: str
-    arrays: Mapping[str, StoredArray]
-    member: str | None = None
-    rows: tuple[int, int] | None = None
-    views: tuple[int, int] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        entry: dict[str, Any] = {
-            "path": self.path,
-            "kind": self.kind,
-            "bytes": self.nbytes,
-            "sha256": self.sha256,
-            "arrays": {name: array.to_json() for name, array in self.arrays.items()},
-        }
-        if self.member is not None:
-            entry["member"] = self.member
-        if self.rows is not None and self.views is not None:
-            entry |= {"rows": list(self.rows), "views": list(self.views)}
-        return entry
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> StoredFile:
-        arrays = {
-            str(name): StoredArray(int(a["offset"]), str(a["dtype"]), tuple(int(n) for n in a["shape"]))
-            for name, a in entry["arrays"].items()
-        }
-        rows, views = entry.get("rows"), entry.get("views")
-        return cls(
-            path=str(entry["path"]),
-            kind=str(entry["kind"]),
-            nbytes=int(entry["bytes"]),
-            sha256=str(entry["sha256"]),
-            arrays=arrays,
-            member=entry.get("member"),
-            rows=None if rows is None else (int(rows[0]), int(rows[1])),
-            views=None if views is None else (int(views[0]), int(views[1])),
-        )
 
 
 @dataclass

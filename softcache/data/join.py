@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from softcache.cache.samples import SampleTable, pack_labels
 from softcache.data.identity import item_digest, sample_ids
+from softcache.data.sources import image_array
 from softcache.errors import (
     ClassMismatchError,
     ContentMismatchError,
@@ -51,8 +53,10 @@ def dataset_keys(dataset: Any) -> Sequence[str]:
         return [key for part in dataset.datasets for key in dataset_keys(part)]
     if hasattr(dataset, "samples") and hasattr(dataset, "root"):  # ImageFolder
         return [Path(path).relative_to(dataset.root).as_posix() for path, *_ in dataset.samples]
-    split = getattr(dataset, "split", None)
-    if split is None and isinstance(getattr(dataset, "train", None), bool):
+    # positions are names only where the class says which sample stands where; others have a `split` and are shuffled
+    by_torchvision = any(kind.__module__.startswith("torchvision.") for kind in type(dataset).__mro__)
+    split = getattr(dataset, "split", None) if by_torchvision else None
+    if by_torchvision and split is None and isinstance(getattr(dataset, "train", None), bool):
         split = "train" if dataset.train else "test"
     if isinstance(split, str):
         return [f"{split}/{i:06d}" for i in range(len(dataset))]
@@ -70,43 +74,59 @@ def dataset_labels(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, ConcatDataset):
         parts = [dataset_labels(part) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
-        return np.concatenate(known) if len(known) == len(parts) else None
+        if len(known) < len(parts) and not all(part.ndim == 1 for part in known):
+            return None
+        filled = [np.full(len(d), -1) if p is None else p for d, p in zip(dataset.datasets, parts, strict=True)]
+        return np.concatenate(filled) if known else None
     for name in ("labels", "targets", "_labels"):
-        if (found := getattr(dataset, name, None)) is not None:
-            return np.asarray(found)
+        found = getattr(dataset, name, None)
+        if isinstance(found, list | tuple):
+            found = [-1 if label is None else label for label in found]
+        if found is None or not hasattr(found, "__len__") or len(found) != len(dataset):
+            continue
+        array = np.asarray(found)
+        if array.ndim in (1, 2) and array.dtype.kind in "biuf":
+            return array
     return None
 
 
-def _dataset_classes(dataset: Any) -> Sequence[str] | None:
-    if isinstance(dataset, Subset):
-        return _dataset_classes(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
-        return _dataset_classes(dataset.datasets[0])
-    found = getattr(dataset, "class_names", None)
-    return found if found is not None else getattr(dataset, "classes", None)
+def _dataset_classes(dataset: Any) -> tuple[str, ...] | None:
+    for name in ("class_names", "classes"):
+        found = getattr(dataset, name, None)
+        if isinstance(found, Sequence | np.ndarray) and not isinstance(found, str):
+            return tuple(", ".join(one) if isinstance(one, tuple) else str(one) for one in found)  # tuple: synonyms
+    return None
 
 
-def dataset_digest(dataset: Any, index: int) -> bytes | None:
-    """The 16-byte content digest of one sample, where the data set gives it as the dump did; else None."""
+def dataset_digest(dataset: Any, index: int, kind: str = "item") -> bytes | None:
+    """The 16-byte content digest of one sample, where the data set gives digests of this kind ("file", "item"); else None."""
     if isinstance(dataset, Subset):
-        return dataset_digest(dataset.dataset, int(dataset.indices[index]))
+        return dataset_digest(dataset.dataset, int(dataset.indices[index]), kind)
     if isinstance(dataset, ConcatDataset):
         part = int(np.searchsorted(dataset.cumulative_sizes, index, side="right"))
         start = dataset.cumulative_sizes[part - 1] if part else 0
-        return dataset_digest(dataset.datasets[part], index - start)
-    return dataset.load(index)[1] if hasattr(dataset, "load") else None
+        return dataset_digest(dataset.datasets[part], index - start, kind)
+    gives = hasattr(dataset, "load") and getattr(dataset, "digest_kind", None) == kind
+    return dataset.load(index)[1] if gives else None
 
 
 def check_classes(dataset: Any, class_names: Sequence[str]) -> None:
-    """Raise ClassMismatchError unless the data set has the cache's classes, in the cache's order."""
+    """Raise ClassMismatchError unless the data set, and every part of it, has the cache's classes in the cache's order."""
+    if isinstance(dataset, Subset):
+        return check_classes(dataset.dataset, class_names)
+    if isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            check_classes(part, class_names)
+        return None
     found = _dataset_classes(dataset)
-    if found is None or list(found) == list(class_names):
-        return
-    if len(found) != len(class_names):
+    count = getattr(dataset, "num_classes", None) if found is None else len(found)
+    if isinstance(count, int) and count != len(class_names):
         raise ClassMismatchError(
-            f"the data set has {len(found)} classes, the cache {len(class_names)}",
+            f"the data set has {count} classes, the cache {len(class_names)}",
             tip="use the data set that was dumped; --keep-labels chooses samples and leaves the class list whole",
         )
+    if found is None or found == tuple(class_names):
+        return None
     where = next(i for i, (one, other) in enumerate(zip(found, class_names, strict=True)) if one != other)
     same = sorted(found) == sorted(class_names)
     raise ClassMismatchError(
@@ -149,7 +169,8 @@ def join_contents(table: SampleTable, digests: np.ndarray, key_of: Callable[[int
     if missing.size:
         raise MissingSampleError(
             f"{missing.size} of {len(rows)} samples have a content that the cache does not hold: "
-            + first_offenders((key_of(int(i)) for i in missing), missing.size)
+            + first_offenders((key_of(int(i)) for i in missing), missing.size),
+            tip="give the items as they were dumped, before any transform",
         )
     return rows
 
@@ -162,6 +183,10 @@ def check_labels(table: SampleTable, rows: np.ndarray, labels: np.ndarray, *, al
     """
     if (labels.ndim == 2) != table.multi_label:
         raise LabelMismatchError("one of data set and cache has several labels per sample, the other one")
+    if table.multi_label and labels.shape[1] != table.num_classes:
+        raise ClassMismatchError(
+            f"the data set's labels are rows of {labels.shape[1]}, the cache has {table.num_classes}"
+        )
     if table.multi_label:
         differs = (pack_labels(labels) != table.labels[rows]).any(axis=1)
     else:
@@ -224,6 +249,7 @@ def join(
     by: JoinBy = "key",
     labels: Literal["cache", "dataset"] = "cache",
     check_content: ContentCheck | None = None,
+    digest_kind: str = "item",
 ) -> tuple[np.ndarray, int]:
     """(N,) rows of the cache, one per sample of the data set, after every check; and the number of labels that differ.
 
@@ -233,13 +259,14 @@ def join(
         by: "key", or "content": by the digests of what the samples hold.
         labels: "dataset" allows labels that differ from the cache's.
         check_content: "none", "spread" (64 samples) or "full". None: "spread" where the data set gives digests as the dump did.
+        digest_kind: of the cache, "file" or "item". Digests of two kinds are never compared.
 
     Raises:
         JoinError: and its children, each naming the first offenders.
     """
     check_classes(dataset, class_names)
     if by == "content":
-        digests = [dataset_digest(dataset, i) or item_digest(_item_of(dataset[i])) for i in range(len(dataset))]
+        digests = [_digest_to_join(dataset, i, digest_kind) for i in range(len(dataset))]
         rows = join_contents(table, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16), lambda i: f"sample {i}")
     else:
         names = keys if keys is not None else dataset_keys(dataset)
@@ -249,8 +276,22 @@ def join(
     found = dataset_labels(dataset)
     changed = 0 if found is None else check_labels(table, rows, found, allow=labels == "dataset")
     how: ContentCheck = check_content or "spread"
-    check_contents(table, rows, lambda i: dataset_digest(dataset, i), how)
+    check_contents(table, rows, lambda i: dataset_digest(dataset, i, digest_kind), how)
     return rows, changed
+
+
+def _digest_to_join(dataset: Any, index: int, kind: str) -> bytes:
+    """The digest of one sample's content: as the data set gives it, else of the item it returns."""
+    given = dataset_digest(dataset, index, kind)
+    if given is not None:
+        return given
+    if kind != "item":
+        raise JoinError(
+            "the cache knows contents by the bytes of their files, and this data set gives none",
+            tip="join by key, or open the data as it was dumped (imagefolder:PATH)",
+        )
+    item = _item_of(dataset[index])
+    return item_digest(image_array(item, f"sample {index}") if isinstance(item, Image.Image) else item)
 
 
 def _item_of(sample: Any) -> Any:

@@ -183,7 +183,7 @@ def _listed(keys: Sequence[str], path: Path) -> np.ndarray:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"{path}: cannot be read as a list of keys: {exc}", tip="--samples wants UTF-8 text") from exc
-    wanted = dict.fromkeys(line.removesuffix("\r") for line in lines)
+    wanted = dict.fromkeys(lines)
     wanted.pop("", None)
     found = np.fromiter((key in wanted for key in keys), dtype=bool, count=len(keys))
     if int(found.sum()) < len(wanted):

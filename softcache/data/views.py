@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from softcache.data.philox import Draws, step_key
+from softcache.data.sources import image_array
 from softcache.errors import ConfigError, DataError, nearest
 from softcache.spec import convert
 
@@ -38,6 +39,11 @@ class StepKind:
 
 def to_rgb(image: Tensor, draws: Draws) -> Tensor:
     """Three channels: a grey image three times, the first three of four."""
+    if image.shape[0] not in (1, 3, 4):
+        raise DataError(
+            f"the view step to_rgb takes images of 1, 3 or 4 channels, this one has {image.shape[0]}",
+            tip="let the data set return grey, RGB or RGBA images",
+        )
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
 
 
@@ -113,7 +119,7 @@ class Step:
 
 
 def make_step(name: str, parameters: Mapping[str, Any]) -> Step:
-    """A checked step; parameters may be strings. ConfigError for an unknown step or parameter, or a value of another type."""
+    """A checked step; parameters may be strings. ConfigError for an unknown step or parameter, or a value that it cannot be."""
     if name not in STEPS:
         raise ConfigError(f"unknown view step {name!r}", tip=nearest(name, STEPS))
     function = STEPS[name].function
@@ -130,6 +136,9 @@ def make_step(name: str, parameters: Mapping[str, Any]) -> Step:
             raise ConfigError(f"view step {name!r}: parameter {key!r} is missing", tip=f"write {name}:{key}=...")
         else:
             values[key] = parameter.default
+        lowest = 1 if key == "size" else 0
+        if not values[key] >= lowest:
+            raise ConfigError(f"view step {name!r}: {key}={values[key]} must be at least {lowest}")
     return Step(name, values)
 
 
@@ -195,12 +204,13 @@ def _step_keys(steps: Sequence[Step]) -> tuple[int, ...]:
 
 def _to_tensor(item: Any) -> Tensor:
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim in (2, 3):
+        item = np.ascontiguousarray(item)  # torch knows no negative strides
         image = torch.from_numpy(item if item.flags.writeable else item.copy())
         return image[None] if item.ndim == 2 else image.permute(2, 0, 1)
     if isinstance(item, Tensor) and item.dtype == torch.uint8 and item.ndim == 3:
         return item
     if hasattr(item, "getbands"):  # a PIL image
-        return _to_tensor(np.array(item))
+        return _to_tensor(image_array(item, "a view"))
     shape = getattr(item, "shape", "")
     raise DataError(
         f"a view policy needs uint8 images, got {type(item).__name__} {getattr(item, 'dtype', '')} {tuple(shape) or ''}",
@@ -209,8 +219,8 @@ def _to_tensor(item: Any) -> Tensor:
 
 
 def _like(image: Tensor, item: Any) -> Any:
-    """Back to the layout of the item: arrays channels-last (grey stays H x W), tensors channels-first."""
+    """Back to the layout of the item: arrays channels-last (H x W stays H x W), tensors channels-first."""
     if isinstance(item, Tensor):
         return image.contiguous()
     array = image.permute(1, 2, 0).contiguous().numpy()
-    return array[:, :, 0] if array.shape[2] == 1 else array
+    return array[:, :, 0] if array.shape[2] == 1 and getattr(item, "ndim", 2) == 2 else array

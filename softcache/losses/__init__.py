@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ def make_term(name: str, *, weight: Any = 1.0, **parameters: Any) -> LossTerm:
     """A checked term: strings become numbers, defaults are filled in.
 
     Raises:
-        LossError: unknown loss or parameter, or a value that is not a number.
+        LossError: unknown loss or parameter, or a value that is not a finite number.
     """
     if name not in LOSSES:
         raise LossError(f"unknown loss {name!r}", tip=nearest(name, LOSSES))
@@ -88,6 +89,9 @@ def make_term(name: str, *, weight: Any = 1.0, **parameters: Any) -> LossTerm:
 
 def _number(name: str, key: str, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise LossError(f"loss {name!r}: {key}={value!r} is not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise LossError(f"loss {name!r}: {key}={value!r} is not a finite number")
+    return number

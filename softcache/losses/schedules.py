@@ -36,7 +36,10 @@ def scheduled(
     """
     check_schedule(name)
     if warmup_epochs and epoch < warmup_epochs:
-        return epoch / warmup_epochs
+        reached = scheduled(
+            name, warmup_epochs, epochs, warmup_epochs=warmup_epochs, milestones=milestones, gamma=gamma
+        )
+        return reached * epoch / warmup_epochs
     if name == "step":
         return float(gamma ** sum(epoch >= m for m in milestones))
     if name == "cosine":

@@ -1,0 +1,71 @@
+"""Several files in one stretch of memory: the records of all shards become one array, and a gather one call.
+
+Shard data starts on a page border and, but for the last shard, usually fills whole pages; then the files can be mapped back
+to back with mmap(MAP_FIXED) inside a reserved range. Where that is not so, the reader takes shard by shard: same result,
+three times slower with 64 shards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_MAP_FIXED = 0x10
+_PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_FAILED = ctypes.c_void_p(-1).value
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [offset, offset + nbytes) of an open file."""
+
+    fd: int
+    offset: int
+    nbytes: int
+
+
+def fits_back_to_back(pieces: Sequence[Piece]) -> bool:
+    """Whether every piece starts on a page border and all but the last fill whole pages."""
+    page = mmap.PAGESIZE
+    return (
+        sys.platform == "linux"
+        and all(piece.offset % page == 0 and piece.nbytes > 0 for piece in pieces)
+        and all(piece.nbytes % page == 0 for piece in pieces[:-1])
+    )
+
+
+class BackToBack:
+    """The pieces, mapped read-only one after the other; unmapped when the last array into them is gone.
+
+    `memory` is what NumPy may view; the descriptors can be closed afterwards. OSError when the kernel refuses.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        assert fits_back_to_back(pieces)
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        total = sum(piece.nbytes for piece in pieces)
+        base = libc.mmap(None, total, 0, _PRIVATE_ANONYMOUS, -1, 0)  # reserve the range: no access, no memory
+        if base == _FAILED:
+            raise _last_error("reserving address space")
+        self.memory = (ctypes.c_char * total).from_address(base)
+        # arrays keep the buffer object alive, so its end is the end of the last of them
+        weakref.finalize(self.memory, libc.munmap, base, total).atexit = False  # threads may still read then
+        place = base
+        for piece in pieces:
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            if libc.mmap(place, piece.nbytes, mmap.PROT_READ, flags, piece.fd, piece.offset) == _FAILED:
+                raise _last_error("mapping a shard")
+            place += piece.nbytes
+
+
+def _last_error(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")

@@ -1,0 +1,546 @@
+"""Settings and spec strings: who wins, where a value came from, and a message for every way to get one wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from softcache.config import (
+    DumpConfig,
+    EvalConfig,
+    TrainConfig,
+    parse_part,
+    resolve,
+    split_term,
+    to_toml,
+)
+from softcache.errors import ConfigError, MissingExtraError
+from softcache.spec import Spec, call_factory, convert, load_factory, load_user_file, parse_spec, user_files
+
+KINDS = (DumpConfig, TrainConfig, EvalConfig)
+NEEDED: dict[type[Any], dict[str, Any]] = {
+    DumpConfig: {"data": "digits", "teacher": ["runs/t"], "out": "c"},
+    TrainConfig: {"data": "digits", "student": "softcache:mlp", "out": "r"},
+    EvalConfig: {"data": "digits"},
+}
+over_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+def toml(folder: Path, text: str) -> str:
+    path = folder / "settings.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def train(*, file: str | None = None, sets: tuple[str, ...] = (), **flags: Any) -> TrainConfig:
+    return resolve(TrainConfig, file=file, sets=sets, flags=NEEDED[TrainConfig] | flags).config
+
+
+# ------------------------------------------------------------------------------------------------------------- precedence
+
+
+def test_defaults_then_file_then_set_then_flags(tmp_path: Path) -> None:
+    file = toml(tmp_path, 'epochs = 1\nlr = 0.5\nseed = 7\nout = "from-file"\nstudent = "m"\ndata = "digits"\n')
+    sets = ["lr=0.25", "epochs=2"]
+    resolved = resolve(TrainConfig, file=file, sets=sets, flags={"epochs": "3", "out": "from-flag"})
+    config = resolved.config
+    assert (config.epochs, config.lr, config.seed, config.batch_size) == (3, 0.25, 7, 128)
+    assert (config.out, config.student) == ("from-flag", "m")
+    origins = {name: resolved.origins[name] for name in ("epochs", "lr", "seed", "batch_size", "out", "student")}
+    assert origins == {
+        "epochs": "flag",
+        "lr": "--set",
+        "seed": file,
+        "batch_size": "default",
+        "out": "flag",
+        "student": file,
+    }
+
+
+def test_every_setting_has_an_origin_and_the_last_set_wins() -> None:
+    resolved = resolve(TrainConfig, sets=["lr=1", "lr=2"], flags=NEEDED[TrainConfig])
+    assert resolved.config.lr == 2.0
+    assert list(resolved.origins) == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert [name for name, origin in resolved.origins.items() if origin == "flag"] == ["data", "student", "out"]
+
+
+@over_kinds
+def test_defaults_are_those_of_the_dataclass(kind: type[Any]) -> None:
+    config = resolve(kind, flags=NEEDED[kind]).config
+    for field in dataclasses.fields(kind):
+        if field.name not in NEEDED[kind]:
+            assert getattr(config, field.name) == field.default
+        assert field.metadata["help"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.data = "other"
+
+
+# ----------------------------------------------------------------------------------------------------------------- values
+
+
+def test_each_type_from_a_string_and_from_toml(tmp_path: Path) -> None:
+    file = toml(
+        tmp_path,
+        'workers = 2\nlr = 1\nnesterov = true\nmilestones = [150, 180.5]\nkeep-labels = [7, "cat"]\nview_seed = 5\n'
+        'eval-data = "digits?split=test"\n',
+    )
+    config = train(file=file)
+    assert (config.workers, config.lr, config.nesterov, config.view_seed) == (2, 1.0, True, 5)
+    assert config.milestones == (150.0, 180.5) and config.keep_labels == ("7", "cat")
+    assert config.eval_data == "digits?split=test"
+    sets = ("workers=2", "lr=1", "nesterov=yes", "milestones=150,180.5", "keep-labels=7,cat", "view=none")
+    other = train(sets=sets, view_seed="5", eval_data="digits?split=test")
+    assert other == config and isinstance(other.lr, float)
+
+
+def test_terms_keep_their_commas() -> None:
+    """A `name:key=value,...` string is one term; names without parameters may be listed."""
+    kd, ce = "kd:temperature=4,weight=0.9", "ce:weight=0.1"
+    assert train(loss=[kd, ce]).loss == (kd, ce)
+    assert train(sets=(f"loss={kd}",)).loss == (kd,)
+    assert train(sets=("loss=kd,ce",)).loss == ("kd", "ce")
+    teacher = "softcache:mlp?hidden=1200,1200@runs/t"
+    config = resolve(DumpConfig, sets=[f"teacher={teacher}"], flags={"data": "digits", "out": "c"}).config
+    assert config.teacher == (teacher,)
+    assert train(members=["a=0.7,b=0.3"]).members == ("a=0.7,b=0.3",)
+    assert train(members="a=0.7,b=0.3").members == ("a=0.7", "b=0.3")
+
+
+def test_tables_are_terms(tmp_path: Path) -> None:
+    file = toml(
+        tmp_path,
+        '[[loss]]\nname = "kd"\nweight = 0.9\ntemperature = 4\n\n[[loss]]\nname = "ce"\n\n'
+        '[[policy]]\nname = "shift"\npixels = 3\n',
+    )
+    config = train(file=file)
+    assert config.loss == ("kd:weight=0.9,temperature=4", "ce") and config.policy == ("shift:pixels=3",)
+    assert split_term(config.loss[0], "--loss") == ("kd", {"weight": "0.9", "temperature": "4"})
+
+
+def variety(kind: type[Any]) -> dict[str, Any]:
+    """A value other than the default for every setting of a config."""
+    odd = 'a "quoted" back\\slash, ünïcode\tand a line\nend'
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        hint, choices = str(field.type), field.metadata["choices"]
+        if choices:
+            values[field.name] = choices[-1]
+        elif hint.startswith("tuple[float"):
+            values[field.name] = (1.0, 2.5, 1e-7, 1e22)
+        elif hint.startswith("tuple"):
+            values[field.name] = ("kd:temperature=4,weight=0.9", odd, "7")
+        elif hint == "bool":
+            values[field.name] = True
+        elif hint.startswith("int"):
+            values[field.name] = 12345678901
+        elif hint.startswith("float"):
+            values[field.name] = 1.0 / 3e7
+        else:
+            values[field.name] = odd
+    return values
+
+
+@over_kinds
+def test_to_toml_is_read_back_as_it_was(kind: type[Any], tmp_path: Path) -> None:
+    for number, config in enumerate((kind(**variety(kind)), resolve(kind, flags=NEEDED[kind]).config)):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(to_toml(config), encoding="utf-8")
+        resolved = resolve(kind, file=str(path))
+        assert resolved.config == config
+        for field in dataclasses.fields(kind):
+            assert type(getattr(resolved.config, field.name)) is type(getattr(config, field.name))
+        unset = {name for name, origin in resolved.origins.items() if origin == "default"}
+        assert unset == {field.name for field in dataclasses.fields(kind) if getattr(config, field.name) is None}
+
+
+# ----------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("sets", "flags", "message"),
+    [
+        (["epoch=3"], {}, r"--set: unknown setting 'epoch'\n.*did you mean 'epochs'"),
+        (["batch-sise=3"], {}, r"--set: unknown setting 'batch-sise'\n.*did you mean 'batch_size'"),
+        (["a.b=3"], {}, r"--set: unknown setting 'a.b'"),
+        ([], {"temperature": "4"}, r"flag: unknown setting 'temperature'"),
+        (["epochs"], {}, "--set 'epochs' is not key=value"),
+        (["epochs=ten"], {}, "--set: epochs: 'ten' is not a whole number"),
+        (["epochs=2.5"], {}, "--set: epochs: '2.5' is not a whole number"),
+        (["lr=fast"], {}, "--set: lr: 'fast' is not a number"),
+        (["nesterov=maybe"], {}, "--set: nesterov: 'maybe' is not true or false"),
+        (["workers=many"], {}, r"--set: workers: 'many' is not int \| None"),
+        (["milestones=1,two"], {}, "--set: milestones: 'two' is not a number"),
+        ([], {"lr": "x"}, "flag: lr: 'x' is not a number"),
+        ([], {"milestones": ["1", "x"]}, "flag: milestones: 'x' is not a number"),
+        ([], {"optimizer": "sdg"}, r"flag: optimizer cannot be 'sdg'\n.*did you mean 'sgd'"),
+        (["schedule=cosin"], {}, r"--set: schedule cannot be 'cosin'\n.*did you mean 'cosine'"),
+        (["autocast=int4"], {}, r"--set: autocast cannot be 'int4'\n.*known: bf16, fp16, none"),
+        ([], {"student": ""}, r"--student is missing\n.*--student MODEL: MODEL or MODEL@WEIGHTS"),
+        ([], {"data": ""}, r"--data is missing\n.*--data DATA: transfer set"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_that_makes_no_sense_is_refused(sets: list[str], flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(TrainConfig, sets=sets, flags=NEEDED[TrainConfig] | flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", r"settings.toml: unknown setting 'epoch'\n.*did you mean 'epochs'"),
+        ("epochs = 'three'", "settings.toml: epochs: 'three' is not a whole number"),
+        ("epochs = true", "settings.toml: epochs: 'True' is not a whole number"),
+        ("epochs = 2.5", "settings.toml: epochs: '2.5' is not a whole number"),
+        ("epochs = [1, 2]", r"settings.toml: epochs: \[1, 2\] is a list, not one value"),
+        ("view = [1]", r"settings.toml: view: \[1\] is a list, not one value"),
+        ("data = ['digits']", r"settings.toml: data: \['digits'\] is a list, not one value"),
+        ("milestones = ['x']", "settings.toml: milestones: 'x' is not a number"),
+        ("[epochs]\nx = 1", "settings.toml: epochs: is a table, not a value"),
+        ("[[epochs]]\nname = 'x'", "settings.toml: epochs: .*is a list, not one value"),
+        ("[[loss]]\nweight = 1", r"settings.toml: loss: a table needs a name\n.*name = \"kd\""),
+        ("schedule = 'cosin'", r"settings.toml: schedule cannot be 'cosin'\n.*did you mean 'cosine'"),
+        ("epochs = ", "settings.toml: not TOML: "),
+        ("epochs = 1\nepochs = 2", "settings.toml: not TOML: "),
+    ],
+    ids=lambda value: value if "settings" not in value else "",
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(TrainConfig, file=toml(tmp_path, text), flags=NEEDED[TrainConfig])
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml: No such file"):
+        resolve(TrainConfig, file=str(tmp_path / "no.toml"))
+    with pytest.raises(ConfigError, match="Is a directory"):
+        resolve(TrainConfig, file=str(tmp_path))
+    (tmp_path / "latin").write_bytes(b'out = "\xe9"')
+    with pytest.raises(ConfigError, match="latin: not TOML: "):
+        resolve(TrainConfig, file=str(tmp_path / "latin"))
+
+
+@over_kinds
+def test_every_required_setting_is_asked_for(kind: type[Any]) -> None:
+    required = [field.name for field in dataclasses.fields(kind) if field.metadata["required"]]
+    assert sorted(required) == sorted(NEEDED[kind])
+    for name in required:
+        flags = {key: value for key, value in NEEDED[kind].items() if key != name}
+        with pytest.raises(ConfigError, match=f"^--{name} is missing"):
+            resolve(kind, flags=flags)
+
+
+# --------------------------------------------------------------------------------------------------------- terms and parts
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("kd", ("kd", {})),
+        ("kd:", ("kd", {})),
+        ("kd:temperature=4", ("kd", {"temperature": "4"})),
+        ("kd:temperature=4,weight=0.9", ("kd", {"temperature": "4", "weight": "0.9"})),
+        (" kd : temperature = 4 , weight = 1 ", ("kd", {"temperature": "4", "weight": "1"})),
+        ("x:a=b=c,", ("x", {"a": "b=c"})),
+        ("x:a=", ("x", {"a": ""})),
+    ],
+    ids=str,
+)
+def test_split_term(text: str, wanted: tuple[str, dict[str, str]]) -> None:
+    assert split_term(text, "--loss") == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kd:4", r"--loss 'kd:4': '4' is not key=value\n.*write kd:key=value"),
+        ("kd:=4", "--loss 'kd:=4': '=4' is not key=value"),
+        ("kd:weight=1,2", "'2' is not key=value"),
+        ("kd:weight=1, weight=2", "--loss 'kd:weight=1, weight=2': 'weight' is given twice"),
+    ],
+    ids=lambda value: value if value.startswith("kd") else "",
+)
+def test_a_term_that_cannot_be_split_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split_term(text, "--loss")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [(None, (1, 1)), ("1/1", (1, 1)), ("1/3", (1, 3)), ("3/3", (3, 3)), ("12/40", (12, 40))]
+)
+def test_parse_part(text: str | None, wanted: tuple[int, int]) -> None:
+    assert parse_part(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "/", "1/", "/3", "0/3", "4/3", "-1/3", "a/b", "1/3/3", "1.0/3", "²/3", " /3"]
+)
+def test_a_part_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--part '{text}' is not i/n\n.*write 1/3, 2/3 and 3/3"):
+        parse_part(text)
+
+
+# ----------------------------------------------------------------------------------------------------------- spec strings
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "name", "parameters"),
+    [
+        ("digits", "", "digits", {}),
+        ("digits?split=test", "", "digits", {"split": "test"}),
+        ("softcache:mlp?hidden=800,800", "softcache", "mlp", {"hidden": "800,800"}),
+        ("softcache:mlp?hidden=8&dropout=0.5", "softcache", "mlp", {"hidden": "8", "dropout": "0.5"}),
+        ("imagefolder:/data/a b", "imagefolder", "/data/a b", {}),
+        ("tsv:x.tsv?text=0&label=1&header=true", "tsv", "x.tsv", {"text": "0", "label": "1", "header": "true"}),
+        ("torchvision:MNIST?root=/a:b", "torchvision", "MNIST", {"root": "/a:b"}),
+        ("package.module:make?x=1", "package.module", "make", {"x": "1"}),
+        ("a/b/file.py:make", "a/b/file.py", "make", {}),
+        ("a:odd/file.py:make?x=a=b", "a:odd/file.py", "make", {"x": "a=b"}),
+        ("file.py:make?x=", "file.py", "make", {"x": ""}),
+        ("softcache:cnn?", "softcache", "cnn", {}),
+        ("softcache:cnn?&a=1&", "softcache", "cnn", {"a": "1"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parse_spec(text: str, scheme: str, name: str, parameters: dict[str, str]) -> None:
+    assert parse_spec(text) == Spec(text, scheme, name, parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"'' names nothing\n.*write scheme:name"),
+        ("softcache:", "'softcache:' names nothing"),
+        ("?a=1", "names nothing"),
+        ("file.py:", "'file.py:' names nothing"),
+        ("softcache:mlp?hidden", r"parameter 'hidden' is not key=value\n.*separate parameters with '&'"),
+        ("softcache:mlp?=3", "parameter '=3' is not key=value"),
+        ("softcache:mlp?a=1&a=2", r"parameter 'a' is given twice\n.*keep one"),
+    ],
+    ids=lambda value: value if len(value) < 24 else "",
+)
+def test_a_spec_that_cannot_be_parsed_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_spec(text)
+
+
+def test_what_a_spec_knows_of_itself() -> None:
+    factories = ("a.b:f", "file.py:f", "a/b/file.py:f")
+    assert [parse_spec(text).is_factory for text in factories] == [True, True, True]
+    assert not any(parse_spec(text).is_factory for text in ("digits", "softcache:mlp", "torchvision:MNIST?root=a/b.c"))
+    spec = parse_spec("softcache:mlp?hidden=8&dropout=0.5&x=1")
+    assert spec.without("hidden", "x") == Spec("softcache:mlp?dropout=0.5", "softcache", "mlp", {"dropout": "0.5"})
+    assert spec.without(*spec.parameters).text == "softcache:mlp"
+    assert parse_spec("digits?split=test").without("split").text == "digits"
+
+
+def test_a_portable_spec_names_no_folder_and_has_one_order() -> None:
+    assert parse_spec("/home/me/file.py:make?b=2&a=1&root=/data").portable() == "file.py:make?a=1&b=2"
+    assert parse_spec("softcache:textcnn?vocabulary=a\\b&width=3").portable() == "softcache:textcnn?width=3"
+    assert parse_spec("digits").portable() == "digits"
+
+
+# ---------------------------------------------------------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "wanted"),
+    [
+        ("a", str, "a"),
+        ("a", None, "a"),
+        ("a", Any, "a"),
+        ("-3", int, -3),
+        ("3", float, 3.0),
+        ("1e-3", float, 0.001),
+        ("True", bool, True),
+        ("1", bool, True),
+        ("YES", bool, True),
+        ("false", bool, False),
+        ("0", bool, False),
+        ("no", bool, False),
+        ("None", int | None, None),
+        ("", int | None, None),
+        ("4", int | None, 4),
+        ("4", int | float, 4),
+        ("4.5", int | float, 4.5),
+        ("x", int | str, "x"),
+        ("1,2", tuple[int, ...], (1, 2)),
+        ("1,2", list[int], [1, 2]),
+        ("1", tuple[int, ...], (1,)),
+        ("", tuple[int, ...], ()),
+        ("1,2,", tuple[float, ...], (1.0, 2.0)),
+        ("a,b", tuple, ("a", "b")),
+        ("a,b", list, ["a", "b"]),
+        ("yes,no", tuple[bool, ...], (True, False)),
+        ("b", Literal["a", "b"], "b"),
+        ("2", Literal[1, 2], 2),
+        ("none", Literal["a"] | None, None),
+    ],
+    ids=str,
+)
+def test_convert(text: str, hint: Any, wanted: Any) -> None:
+    made = convert(text, hint, "here")
+    assert made == wanted and type(made) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "message"),
+    [
+        ("x", int, "here: 'x' is not a whole number"),
+        ("1.5", int, "here: '1.5' is not a whole number"),
+        ("", int, "here: '' is not a whole number"),
+        ("x", float, "here: 'x' is not a number"),
+        ("maybe", bool, "here: 'maybe' is not true or false"),
+        ("2", bool, "here: '2' is not true or false"),
+        ("x", int | float, r"here: 'x' is not int \| float"),
+        ("x", int | None, r"here: 'x' is not int \| None"),
+        ("1,x", tuple[int, ...], "here: 'x' is not a whole number"),
+        ("sgdd", Literal["sgd", "adam"], r"here: unknown value 'sgdd'\n.*did you mean 'sgd'"),
+        ("x", type(None), "here: takes no value"),
+    ],
+    ids=str,
+)
+def test_a_text_of_another_type_is_refused(text: str, hint: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        convert(text, hint, "here")
+
+
+# -------------------------------------------------------------------------------------------------------------- factories
+
+
+def build(num_classes: int, width: int = 8, *, rate: float = 0.5, hidden=(8, 8), flag=False, names=("a",), free=None):
+    """Some parameters annotated, some known by their default alone."""
+    return dict(locals())
+
+
+class Built:
+    """A class is a factory as well: its __init__ decides."""
+
+    kind: str = "not a parameter"
+
+    def __init__(self, width: int, scale: float | None = None) -> None:
+        self.width, self.scale = width, scale
+
+
+def catch_all(width: int, **rest):
+    return {"width": width, **rest}
+
+
+def test_parameters_follow_annotations_then_defaults() -> None:
+    given = {"width": "3", "rate": "1", "hidden": "4,5,6", "flag": "yes", "names": "x,y", "free": "7"}
+    made = call_factory(build, given, "w", num_classes=10, input_shape=(8, 8))
+    assert made == {
+        "num_classes": 10,
+        "width": 3,
+        "rate": 1.0,
+        "hidden": (4, 5, 6),
+        "flag": True,
+        "names": ("x", "y"),
+        "free": "7",
+    }
+    assert isinstance(made["rate"], float)
+
+
+def test_a_class_is_called_by_its_own_signature() -> None:
+    built = call_factory(Built, {"width": "3", "scale": "none"}, "w", num_classes=10)
+    assert (built.width, built.scale) == (3, None)
+    assert call_factory(Built, {"width": "3", "scale": "2"}, "w").scale == 2.0
+
+
+def test_the_spec_wins_over_what_is_offered_and_a_catch_all_takes_strings() -> None:
+    assert call_factory(build, {"num_classes": "3"}, "w", num_classes=10)["num_classes"] == 3
+    made = call_factory(catch_all, {"width": "1", "depth": "2"}, "w", num_classes=10)
+    assert made == {"width": 1, "depth": "2"}
+
+
+def test_a_factory_whose_annotations_cannot_be_resolved_still_works() -> None:
+    def odd(width: NotDefinedAnywhere = 3, name: NotDefinedAnywhere = "x"):  # type: ignore[name-defined]  # noqa: F821
+        return width, name
+
+    assert call_factory(odd, {"width": "4"}, "w") == (4, "x")
+
+
+@pytest.mark.parametrize(
+    ("factory", "parameters", "message"),
+    [
+        (build, {"num_classes": "3", "widht": "1"}, r"'w': unknown parameter 'widht'\n.*did you mean 'width'"),
+        (build, {}, r"'w': parameter 'num_classes' is missing\n.*add num_classes="),
+        (build, {"num_classes": "ten"}, "'w': parameter 'num_classes': 'ten' is not a whole number"),
+        (build, {"num_classes": "1", "hidden": "8,x"}, "'w': parameter 'hidden': 'x' is not a whole number"),
+        (build, {"num_classes": "1", "flag": "x"}, "'w': parameter 'flag': 'x' is not true or false"),
+        (Built, {"width": "wide"}, "'w': parameter 'width': 'wide' is not a whole number"),
+        (Built, {"width": "1", "kind": "x"}, "'w': unknown parameter 'kind'"),
+        (catch_all, {"depth": "2"}, "'w': parameter 'width' is missing"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_call_that_does_not_fit_is_refused(factory: Any, parameters: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call_factory(factory, parameters, "w")
+
+
+def test_an_error_inside_a_factory_is_its_own() -> None:
+    def broken(width: int):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        call_factory(broken, {"width": "1"}, "w")
+
+
+def test_a_factory_from_a_module_and_from_a_file(tmp_path: Path) -> None:
+    assert load_factory(parse_spec("collections.abc:Mapping")) is __import__("collections.abc").abc.Mapping
+    path = tmp_path / "mine.py"
+    path.write_text("COUNT = []\nCOUNT.append(1)\n\ndef make(width: int = 3):\n    return width, len(COUNT)\n")
+    spec = parse_spec(f"{path}:make?width=5")
+    make = load_factory(spec)
+    assert load_factory(spec) is make  # imported once
+    assert call_factory(make, spec.parameters, spec.text) == (5, 1)
+    assert str(path) in user_files() and inspect.getmodule(make) is load_user_file(path)
+
+
+def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same.py").write_text(f"def make():\n    return {name!r}\n")
+    assert [load_factory(parse_spec(f"{tmp_path}/{name}/same.py:make"))() for name in "ab"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("source", "spec", "fault", "message"),
+    [
+        ("", "none.py:make", ConfigError, r"there is no file .*none.py\n.*current folder"),
+        ("def make():\n    pass", "mine.py:mack", ConfigError, r"has no factory 'mack'\n.*did you mean 'make'"),
+        ("make = 3", "mine.py:make", ConfigError, "has no factory 'make'"),
+        ("import torch_of_nowhere", "mine.py:make", ModuleNotFoundError, "torch_of_nowhere"),
+        ("1 / 0", "mine.py:make", ZeroDivisionError, "division"),
+    ],
+    ids=["no file", "no such name", "not callable", "its own import", "its own error"],
+)
+def test_a_file_without_the_factory_is_refused(
+    tmp_path: Path, source: str, spec: str, fault: type[Exception], message: str
+) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(fault, match=message) as caught:
+        load_factory(parse_spec(f"{tmp_path}/{spec}"))
+    if fault is not ConfigError:
+        assert any("while importing" in note and "mine.py" in note for note in caught.value.__notes__)
+        with pytest.raises(fault):  # a broken import is not remembered as a good one
+            load_factory(parse_spec(f"{tmp_path}/{spec}"))
+
+
+def test_a_module_that_is_not_there_is_told_from_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needs_more_than_there_is.py").write_text("import package_of_nowhere\n")
+    (tmp_path / "folder_of_mine").mkdir()
+    (tmp_path / "folder_of_mine" / "inner.py").write_text("import package_of_nowhere.deeper\n")
+    with pytest.raises(ConfigError, match=r"no module named 'nowhere'\n.*install the package"):
+        load_factory(Spec("nowhere.at_all:f", "nowhere.at_all", "f"))
+    with pytest.raises(ConfigError, match=r"no module named 'folder_of_mine.other'"):
+        load_factory(parse_spec("folder_of_mine.other:f"))
+    for scheme in ("needs_more_than_there_is", "folder_of_mine.inner"):
+        with pytest.raises(MissingExtraError, match=r"needs the package 'package_of_nowhere'.*\n.*pip install package"):
+            load_factory(Spec(f"{scheme}:f", scheme, "f"))

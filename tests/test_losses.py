@@ -1,0 +1,406 @@
+"""Every loss against a plain float64 formula, its gradient against the formula's own, and the terms a configuration makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from softcache.errors import ConfigError, LossError
+from softcache.losses import LOSSES, LossTerm, bce, ce, kd, make_term, mse_logits, soft_ce
+from softcache.losses.schedules import SCHEDULES, check_schedule, scheduled
+
+# ---------------------------------------------------------------------------------------------------- oracles, in float64
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+def log1p_exp(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x)))
+
+
+def kd_oracle(student: np.ndarray, teacher: np.ndarray, t: float) -> float:
+    log_p, log_q = log_softmax(teacher / t), log_softmax(student / t)
+    return float(t * t * (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
+
+
+def soft_ce_oracle(student: np.ndarray, teacher: np.ndarray, t: float) -> float:
+    return float(-t * t * (np.exp(log_softmax(teacher / t)) * log_softmax(student / t)).sum(axis=1).mean())
+
+
+def mse_oracle(student: np.ndarray, teacher: np.ndarray) -> float:
+    return float(((student - teacher) ** 2).sum() / student.size)
+
+
+def bce_oracle(student: np.ndarray, teacher: np.ndarray, t: float) -> float:
+    p = sigmoid(teacher / t)  # -p log q - (1 - p) log(1 - q) with q = sigmoid(s / T)
+    return float(t * t * (p * log1p_exp(-student / t) + (1 - p) * log1p_exp(student / t)).mean())
+
+
+def ce_oracle(student: np.ndarray, labels: np.ndarray) -> float:
+    if labels.ndim == 2:
+        return float((labels * log1p_exp(-student) + (1 - labels) * log1p_exp(student)).mean())
+    rows = np.flatnonzero(labels >= 0)
+    return float(-log_softmax(student)[rows, labels[rows]].sum() / max(1, len(rows)))
+
+
+ORACLES: dict[str, Callable[..., float]] = {
+    "kd": kd_oracle,
+    "soft_ce": soft_ce_oracle,
+    "mse_logits": mse_oracle,
+    "bce": bce_oracle,
+    "ce": ce_oracle,
+}
+SIZES = [(1, 1), (1, 2), (5, 1), (7, 10), (3, 1000)]
+TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
+AGAINST_TEACHER = [name for name in LOSSES if LOSSES[name].target == "teacher"]
+TEMPERED = [name for name in LOSSES if "temperature" in LOSSES[name].defaults]
+
+
+def pair(batch: int, classes: int, *, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits in float64, with levels of their own."""
+    rng = np.random.default_rng([seed, batch, classes])
+    student, teacher = rng.normal(2.0, scale, (batch, classes)), rng.normal(-1.0, scale, (batch, classes))
+    return torch.from_numpy(student), torch.from_numpy(teacher)
+
+
+def settings(name: str) -> list[dict[str, float]]:
+    return [{"temperature": t} for t in TEMPERATURES] if name in TEMPERED else [{}]
+
+
+def target_of(name: str, batch: int, classes: int) -> Tensor:
+    if name == "ce":
+        return torch.from_numpy(np.random.default_rng([9, batch, classes]).integers(0, classes, batch))
+    return pair(batch, classes)[1]
+
+
+def test_the_list_of_losses_is_the_list_of_oracles() -> None:
+    assert set(LOSSES) == set(ORACLES)
+
+
+# ------------------------------------------------------------------------------------------------------ values, gradients
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_equals_the_formula(name: str, size: tuple[int, int]) -> None:
+    student, target = pair(*size)[0], target_of(name, *size)
+    for values in settings(name):
+        wanted = ORACLES[name](student.numpy(), target.numpy(), *values.values())
+        exact = LOSSES[name].function(student, target, **values)
+        assert exact.dtype == torch.float64 and exact.shape == ()
+        assert exact.item() == pytest.approx(wanted, rel=1e-12, abs=1e-13)
+        single = target.float() if target.is_floating_point() else target
+        rounded = LOSSES[name].function(student.float(), single, **values)
+        assert rounded.dtype == torch.float32
+        assert rounded.item() == pytest.approx(wanted, rel=2e-5, abs=2e-5)
+
+
+def gradient(loss: Callable[..., Tensor], student: Tensor, target: Tensor, **values: float) -> np.ndarray:
+    student = student.clone().requires_grad_()
+    loss(student, target, **values).backward()
+    assert student.grad is not None
+    return student.grad.numpy()
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(log_softmax(logits))
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+def test_gradients_are_those_of_the_formulas(t: float) -> None:
+    student, teacher = pair(6, 10)
+    s, z, batch, size = student.numpy(), teacher.numpy(), 6, 60
+    difference = softmax(s / t) - softmax(z / t)
+    tempered = {"temperature": t}
+    close: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-14}
+    np.testing.assert_allclose(gradient(kd, student, teacher, **tempered), t * difference / batch, **close)
+    np.testing.assert_allclose(gradient(soft_ce, student, teacher, **tempered), t * difference / batch, **close)
+    wanted = t * (sigmoid(s / t) - sigmoid(z / t)) / size
+    np.testing.assert_allclose(gradient(bce, student, teacher, **tempered), wanted, **close)
+    np.testing.assert_allclose(gradient(mse_logits, student, teacher), 2 * (s - z) / size, **close)
+    labels = torch.tensor([3, -1, 0, 9, -1, 3])
+    one_hot = np.eye(10)[labels.numpy()] * (labels.numpy() >= 0)[:, None]
+    wanted = (softmax(s) * (labels.numpy() >= 0)[:, None] - one_hot) / 4  # 4 of 6 rows are labelled
+    np.testing.assert_allclose(gradient(ce, student, labels), wanted, **close)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_is_that_of_the_value(name: str) -> None:
+    student, target = pair(3, 5)[0].requires_grad_(), target_of(name, 3, 5)
+    for values in settings(name):
+        assert torch.autograd.gradcheck(lambda s, v=values: LOSSES[name].function(s, target, **v), (student,))
+
+
+def test_at_a_high_temperature_kd_becomes_the_squared_difference_of_centred_logits() -> None:
+    student, teacher = pair(4, 10)
+    centred = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
+    limit = (centred**2).sum(1).mean().item() / (2 * 10)  # Hinton et al. (2015), section 2.1
+    assert kd(student, teacher, 1e4).item() == pytest.approx(limit, rel=1e-2)
+
+
+def test_soft_ce_is_kd_plus_the_entropy_of_the_target() -> None:
+    student, teacher = pair(6, 10)
+    for t in TEMPERATURES:
+        log_p = log_softmax(teacher.numpy() / t)
+        entropy = -t * t * (np.exp(log_p) * log_p).sum(axis=1).mean()
+        assert soft_ce(student, teacher, t).item() == pytest.approx(kd(student, teacher, t).item() + entropy, rel=1e-12)
+
+
+def test_kd_is_not_symmetric_and_the_teacher_comes_second() -> None:
+    student, teacher = pair(6, 10)
+    forward, backward = kd(student, teacher, 1.0).item(), kd(teacher, student, 1.0).item()
+    assert abs(forward - backward) > 0.01
+    assert forward == pytest.approx(kd_oracle(student.numpy(), teacher.numpy(), 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [kd, mse_logits])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_equal_student_and_teacher_cost_nothing(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    logits = pair(5, 10)[0].to(dtype).requires_grad_()
+    value = loss(logits, logits.detach().clone())
+    value.backward()
+    assert value.item() == 0.0
+    assert logits.grad is not None and float(logits.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", TEMPERED)
+def test_at_equality_the_gradient_vanishes_at_any_temperature(name: str) -> None:
+    logits = pair(5, 10)[0]
+    for t in TEMPERATURES:
+        assert np.abs(gradient(LOSSES[name].function, logits, logits.clone(), temperature=t)).max() < 1e-15
+
+
+@pytest.mark.parametrize("name", ["kd", "soft_ce"])
+def test_softmax_losses_do_not_see_the_level(name: str) -> None:
+    student, teacher = pair(5, 10)
+    moved = LOSSES[name].function(student + 7.0, teacher - 3.0, 2.0)
+    assert moved.item() == pytest.approx(LOSSES[name].function(student, teacher, 2.0).item(), rel=1e-12)
+    assert not LOSSES[name].needs_level
+
+
+@pytest.mark.parametrize("name", ["mse_logits", "bce"])
+def test_losses_that_see_the_level_say_so(name: str) -> None:
+    student, teacher = pair(5, 10)
+    assert LOSSES[name].needs_level
+    assert abs((LOSSES[name].function(student, teacher + 1) - LOSSES[name].function(student, teacher)).item()) > 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------- number types
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_types_are_computed_in_float32(name: str, half: torch.dtype) -> None:
+    """The value is the float32 one of the rounded logits, not something rounded again on the way."""
+    student, target = pair(64, 100, scale=5.0)[0].to(half), target_of(name, 64, 100)
+    target = target.to(half) if target.is_floating_point() else target
+    for values in settings(name):
+        value = LOSSES[name].function(student, target, **values)
+        single = target.float() if target.is_floating_point() else target
+        assert value.dtype == torch.float32
+        assert value.item() == LOSSES[name].function(student.float(), single, **values).item()
+        exact = target.double().numpy() if target.is_floating_point() else target.numpy()
+        wanted = ORACLES[name](student.double().numpy(), exact, *values.values())
+        assert value.item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", AGAINST_TEACHER)
+def test_the_students_type_decides_where_the_two_differ(name: str) -> None:
+    student, teacher = pair(4, 10)
+    loss = LOSSES[name].function
+    assert loss(student, teacher.float()).dtype == torch.float64
+    assert loss(student.float(), teacher).dtype == torch.float32
+    assert loss(student.half(), teacher).dtype == torch.float32
+    assert loss(student, teacher.float()).item() == loss(student, teacher.float().double()).item()
+
+
+def test_multi_hot_labels_of_any_type() -> None:
+    student = pair(4, 6)[0]
+    hot = torch.from_numpy(np.random.default_rng(1).integers(0, 2, (4, 6)))
+    wanted = ce_oracle(student.numpy(), hot.numpy())
+    for labels in (hot, hot.bool(), hot.float(), hot.to(torch.uint8)):
+        assert ce(student, labels).item() == pytest.approx(wanted, rel=1e-12)
+    assert ce(student.half(), hot.bool()).dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------------------- extremes
+
+BIG = 1e4
+EXTREMES = {
+    "far apart": ([[BIG, -BIG, 0.0]], [[-BIG, BIG, 0.0]]),
+    "same peak": ([[BIG, -BIG, 0.0]], [[BIG, -BIG, 1.0]]),
+    "all at the top": ([[BIG, BIG, BIG]], [[-BIG, -BIG, -BIG]]),
+    "ties": ([[0.0, 0.0, 0.0]], [[5.0, 5.0, -5.0]]),
+    "a vote": ([[1.0, 2.0, 3.0]], [[0.0, -1e9, -1e9]]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("name", AGAINST_TEACHER)
+def test_extreme_logits_give_finite_values_and_gradients(name: str, case: str, dtype: torch.dtype) -> None:
+    student, teacher = (torch.tensor(rows, dtype=dtype) for rows in EXTREMES[case])
+    for values in settings(name):
+        wanted = ORACLES[name](student.double().numpy(), teacher.double().numpy(), *values.values())
+        assert LOSSES[name].function(student, teacher, **values).item() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        assert np.isfinite(gradient(LOSSES[name].function, student, teacher, **values)).all()
+
+
+def test_one_class_leaves_softmax_losses_nothing_to_learn() -> None:
+    student, teacher = pair(5, 1)
+    assert kd(student, teacher).item() == 0.0
+    assert soft_ce(student, teacher).item() == 0.0
+    assert ce(student, torch.zeros(5, dtype=torch.int64)).item() == 0.0
+    assert not gradient(kd, student, teacher).any()
+
+
+def test_extreme_hard_labels() -> None:
+    student = torch.tensor([[BIG, -BIG], [BIG, -BIG]])
+    assert ce(student, torch.tensor([0, 1])).item() == pytest.approx(BIG)
+    assert ce(student, torch.tensor([[1, 0], [0, 1]])).item() == pytest.approx(BIG / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ hard labels
+
+
+def test_ce_averages_over_labelled_rows_only() -> None:
+    student = pair(6, 4)[0]
+    labels = torch.tensor([-1, 2, -1, 0, 3, -1])
+    labelled = labels >= 0
+    assert ce(student, labels).item() == pytest.approx(ce(student[labelled], labels[labelled]).item(), rel=1e-14)
+    assert ce(student, labels).item() == pytest.approx(ce_oracle(student.numpy(), labels.numpy()), rel=1e-12)
+    assert not gradient(ce, student, labels)[~labelled.numpy()].any()
+
+
+def test_ce_without_any_label_is_zero_with_a_zero_gradient() -> None:
+    student = pair(3, 4)[0].requires_grad_()
+    value = ce(student, torch.full((3,), -1))
+    value.backward()
+    assert value.item() == 0.0
+    assert student.grad is not None and not student.grad.any()
+
+
+# ----------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("name", AGAINST_TEACHER)
+@pytest.mark.parametrize("shape", [(4, 9), (5, 10), (10,), (1, 10), (4, 1)], ids=str)
+def test_other_shapes_are_refused_with_both(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"differ in shape: \(4, 10\) vs .*same classes"):
+        LOSSES[name].function(torch.zeros(4, 10), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", TEMPERED)
+@pytest.mark.parametrize("t", [0.0, -1.0])
+def test_a_temperature_that_is_not_positive_is_refused(name: str, t: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature must be > 0, got {t}"):
+        LOSSES[name].function(torch.zeros(2, 3), torch.zeros(2, 3), t)
+
+
+@pytest.mark.parametrize(
+    ("labels", "fault"),
+    [
+        (torch.zeros(3, dtype=torch.int64), ValueError),
+        (torch.zeros(4, 9), ValueError),
+        (torch.tensor([0, 1, 2, 10]), IndexError),
+        (torch.tensor([0, 1, 2, -2]), IndexError),
+    ],
+    ids=["too few", "other classes", "class too large", "below -1"],
+)
+def test_labels_that_do_not_fit_are_refused(labels: Tensor, fault: type[Exception]) -> None:
+    with pytest.raises(fault):
+        ce(torch.zeros(4, 10), labels)
+
+
+# ------------------------------------------------------------------------------------------------------------------ terms
+
+
+def test_make_term_turns_strings_into_numbers_and_fills_in_defaults() -> None:
+    term = make_term("kd", weight="0.9", temperature="8")
+    assert term == LossTerm("kd", 0.9, {"temperature": 8.0})
+    assert make_term("kd") == LossTerm("kd", 1.0, {"temperature": 4.0})
+    assert make_term("bce").temperature == 1.0 and make_term("ce").temperature == 1.0
+    assert make_term("ce", weight=0) == LossTerm("ce", 0.0, {})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_term_calls_its_own_loss_with_its_own_parameters_unweighted(name: str) -> None:
+    student, target = pair(4, 10)[0], target_of(name, 4, 10)
+    for values in settings(name):
+        term = make_term(name, weight=0.25, **values)
+        wanted = ORACLES[name](student.numpy(), target.numpy(), *values.values())
+        assert term(student, target).item() == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("kdd", {}, r"unknown loss 'kdd'\n.*did you mean 'kd'\?"),
+        ("hinge", {}, r"unknown loss 'hinge'\n.*known: bce, ce, kd, mse_logits, soft_ce"),
+        ("kd", {"temprature": 4}, r"loss 'kd' has no parameter 'temprature'\n.*did you mean 'temperature'\?"),
+        ("kd", {"wieght": 4}, r"no parameter 'wieght'\n.*did you mean 'weight'"),
+        ("ce", {"temperature": 4}, "loss 'ce' has no parameter 'temperature'"),
+        ("mse_logits", {"temperature": 4}, "loss 'mse_logits' has no parameter 'temperature'"),
+        ("kd", {"temperature": "four"}, "loss 'kd': temperature='four' is not a finite number"),
+        ("kd", {"temperature": None}, "loss 'kd': temperature=None is not a finite number"),
+        ("kd", {"temperature": "nan"}, "loss 'kd': temperature='nan' is not a finite number"),
+        ("kd", {"weight": "inf"}, "loss 'kd': weight='inf' is not a finite number"),
+        ("ce", {"weight": ""}, "loss 'ce': weight='' is not a finite number"),
+        ("kd", {"temperature": 0}, r"loss 'kd': temperature must be > 0, got 0\.0"),
+        ("bce", {"temperature": "-2"}, r"loss 'bce': temperature must be > 0, got -2\.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
+)
+def test_a_term_that_makes_no_sense_is_refused(name: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(LossError, match=message):
+        make_term(name, **values)
+
+
+# -------------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_constant_and_step_and_cosine() -> None:
+    assert [scheduled("constant", e, 10) for e in (0, 5, 10)] == [1.0, 1.0, 1.0]
+    steps = [scheduled("step", e, 10, milestones=(4, 8), gamma=0.5) for e in (0, 3.999, 4, 7.999, 8, 10)]
+    assert steps == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    for e in (0.0, 2.5, 5.0, 9.0, 10.0):
+        assert scheduled("cosine", e, 10) == pytest.approx(math.cos(math.pi * e / 20) ** 2, abs=1e-15)
+    assert scheduled("cosine", 11, 10) == pytest.approx(0.0, abs=1e-15)  # never rises again
+
+
+def test_default_step_without_milestones_is_constant() -> None:
+    assert {scheduled("step", e, 10) for e in (0, 5, 9.9)} == {1.0}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_warm_up_is_linear_from_zero_to_the_schedules_own_value(name: str) -> None:
+    values: dict[str, Any] = {"warmup_epochs": 4, "milestones": (2, 6), "gamma": 0.5}
+    top = {"constant": 1.0, "step": 0.5, "cosine": 1.0}[name]
+    rise = [scheduled(name, e, 10, **values) for e in (0, 1, 2, 3, 4)]
+    assert rise == pytest.approx([top * e / 4 for e in (0, 1, 2, 3, 4)])
+    assert scheduled(name, 3.999999, 10, **values) == pytest.approx(scheduled(name, 4, 10, **values), abs=1e-6)
+
+
+def test_after_warm_up_the_cosine_uses_what_is_left() -> None:
+    assert scheduled("cosine", 7, 10, warmup_epochs=4) == pytest.approx(0.5)
+    assert scheduled("cosine", 10, 10, warmup_epochs=4) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_an_unknown_schedule_is_refused_with_near_names() -> None:
+    check_schedule("cosine")
+    for call in (lambda: check_schedule("cosin"), lambda: scheduled("cosin", 0, 1)):
+        with pytest.raises(ConfigError, match=r"unknown schedule 'cosin'\n.*did you mean 'cosine'\?"):
+            call()
