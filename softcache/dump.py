@@ -25,6 +25,7 @@ from softcache.cache.files import free_bytes
 from softcache.cache.manifest import Manifest, MemberInfo, MemberStatistics, Plan, SampleInfo, ViewInfo
 from softcache.cache.samples import SampleTable, build_table, seeded_order
 from softcache.cache.schema import ArraySpec, Span, plan_layout
+from softcache.cache.shard import HDF5_VERSION
 from softcache.cache.writer import CacheWriter, Part, planned_threads
 from softcache.codecs import Codec, make_codec
 from softcache.config import DumpConfig, parse_part, split_term
@@ -302,6 +303,7 @@ def _plan(
     threads: int,
 ) -> Plan:
     """Everything that is fixed before the first row; the transfer set's fingerprint is added by the writer."""
+    import PIL
     import torchvision
 
     num_classes = transfer_set.num_classes
@@ -339,6 +341,9 @@ def _plan(
             "softcache": softcache.__version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "hdf5": HDF5_VERSION,
             "device": describe_device(device),
             "batch_size": config.batch_size,
             "threads": threads,

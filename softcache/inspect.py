@@ -10,7 +10,7 @@ import numpy as np
 
 from softcache.cache.schema import PROVENANCE
 from softcache.data.identity import sample_id
-from softcache.errors import MissingSampleError, nearest
+from softcache.errors import ConfigError, MissingSampleError, nearest
 from softcache.report import bar, percent, size, table
 from softcache.targets import Cache
 from softcache.targets import open as open_cache
@@ -80,6 +80,8 @@ def report(path: Path) -> str:
 def sample_report(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> str:
     """One sample's soft target at several temperatures, as bars; one block per member, then the ensemble's."""
     cache = open_cache(path)
+    if not 0 <= view < cache.num_views:
+        raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
     row = _row_of(cache, key)
     rows, views = np.array([row]), np.array([view])
     targets = cache.gather(rows, views)

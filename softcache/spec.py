@@ -184,9 +184,11 @@ def convert(text: str, hint: Any, where: str) -> Any:
     """`text` as the type that `hint` asks for: int, float, bool, str, None, tuples and lists of them, unions in order."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none" and type(None) in typing.get_args(hint):
+            return None
         for option in typing.get_args(hint):
             if option is type(None):
-                if text.lower() in ("none", ""):
+                if not text:
                     return None
                 continue
             try:

@@ -97,6 +97,11 @@ class Teacher:
             )
         self.compute_dtype = str(raw.dtype).removeprefix("torch.")
         relative = HALF_ROUNDING.get(raw.dtype, 0.0)
+        if relative and self.output != "logits":
+            raise TeacherError(
+                f"teacher {self.name!r} gave {self.output} in {self.compute_dtype}: small probabilities are lost in it",
+                tip="let it return logits, or take its softmax in float32",
+            )
         # a class's log-odds need 1 - p as well, so log-probabilities of several labels go through the probabilities
         through_probs = self.output == "probs" or (self.output == "log_probs" and self.multi_label)
         values = raw.double() if raw.dtype == torch.float64 or through_probs else raw.float()

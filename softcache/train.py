@@ -31,7 +31,7 @@ from softcache.data.loading import ViewedSet, epoch_order, load_batches, to_devi
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy, make_step
 from softcache.ensemble import KEEPS_LEVEL, check_rule
-from softcache.errors import ConfigError, LossError, TrainingError
+from softcache.errors import CacheError, ConfigError, LossError, TrainingError
 from softcache.evaluate import Evaluation, check_same_classes, evaluate, item_shape
 from softcache.losses import LossTerm, make_term
 from softcache.losses.schedules import check_schedule, scheduled
@@ -81,7 +81,7 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         check_same_classes(eval_set, transfer_set)
 
     terms = parse_terms(config.loss, has_cache=config.cache is not None)
-    cache = open_cache(config.cache, id=config.cache_id, mode=config.read) if config.cache else None  # type: ignore[arg-type]
+    cache = _open_cache(config, out)
     weights = parse_members(config.members)
     joined = _join(cache, transfer_set, config) if cache is not None else None
     if cache is not None:
@@ -344,6 +344,19 @@ def _claim_folder(config: TrainConfig) -> Path:
         raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
+    """The cache to learn from; a run that is resumed stays with the manifest it began with."""
+    if config.cache is None:
+        return None
+    before = json.loads((out / RUN).read_text())["cache"] if (out / RUN).is_file() else None
+    try:
+        return open_cache(config.cache, id=before or config.cache_id, mode=config.read)  # type: ignore[arg-type]
+    except CacheError as exc:
+        if before is not None:
+            exc.add_note(f"{out} began with cache {before}; another one needs another --out")
+        raise
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:

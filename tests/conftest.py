@@ -64,13 +64,14 @@ def exact(num_classes, input_shape, seed: int = 0):
     return Exact(np.random.default_rng(seed).integers(-8, 9, (num_classes, prod(input_shape))))
 
 
-def network(num_classes, input_shape, seed: int = 0, scale: float = 4.0):
-    """A network whose logits spread over about -scale .. scale, and depend on the batch in their last bits."""
+def network(num_classes, input_shape, seed: int = 0, scale: float = 4.0, level: float = 0.0):
+    """A network whose logits spread by about `scale` around `level`, and depend on the batch in their last bits."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), 32), nn.Tanh(), nn.Linear(32, num_classes))
         nn.init.normal_(net[1].weight, std=0.3)
-        nn.init.normal_(net[3].weight, std=scale / 10)
+        nn.init.normal_(net[3].weight, std=scale / 32**0.5)
+        nn.init.constant_(net[3].bias, level)
     return net
 '''
 

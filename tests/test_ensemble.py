@@ -230,6 +230,17 @@ def test_extreme_logits_stay_finite(rule: str, link: str) -> None:
     assert bool(made.isfinite().all()) and made.dtype == torch.float32
 
 
+@pytest.mark.parametrize("t", [1.0, 4.0])
+@pytest.mark.parametrize("rule", ["mean_probs_at_t", "mean_probs"])
+def test_members_that_agree_are_sure_of_it(rule: str, t: float) -> None:
+    """A probability of 1 - 1e-18 is 1 in float32; its logit still comes back."""
+    logits = torch.tensor([[40.0, -40.0, 0.5]])
+    made = combine([logits, logits.clone()], rule, temperature=t, link="sigmoid")
+    torch.testing.assert_close(made, logits, rtol=1e-5, atol=1e-5)
+    made = combine([logits, logits.clone()], rule, temperature=t)
+    torch.testing.assert_close(made - made[:, :1], logits - logits[:, :1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", [rule for rule in COMBINE_RULES if rule != "mean_probs_at_t"])
 def test_only_one_rule_depends_on_the_temperature(rule: str) -> None:
     logits, draws = member_logits(), torch.full((BATCH,), 0.6, dtype=torch.float64)

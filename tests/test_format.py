@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from math import ceil, floor
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,7 @@ from softcache.codecs import CODECS
 from softcache.codecs.floats import round_up_to_half
 from softcache.config import DumpConfig
 from softcache.data.identity import file_digest, item_digest, pixel_digest, sample_id
-from softcache.data.philox import philox, step_key
+from softcache.data.philox import Draws, philox, step_key
 from softcache.data.views import STEPS, Policy, make_step
 from softcache.errors import TeacherError
 from softcache.teacher import OUTPUTS, Teacher
@@ -40,7 +41,6 @@ from softcache.teacher import OUTPUTS, Teacher
 FORMAT = (Path(softcache.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 VECTORS = {name: json.loads(body) for name, body in re.findall(r"^```json ([\w-]+)\n(.*?)^```$", FORMAT, re.M | re.S)}
 COUNT, VIEWS, PADDING = 600, 3, 2
-MASK = 2**64 - 1
 
 
 def section(number: int) -> str:
@@ -333,6 +333,16 @@ def test_philox_words() -> None:
         (c0, c1, c2, c3), (k0, k1) = numbers(vector["counter"]), numbers(vector["key"])
         expected = list(numbers(vector["words"]))
         assert list(philox((c0, c1, c2, c3), (k0, k1))) == expected == words((c0, c1, c2, c3), (k0, k1))
+
+
+def test_draws() -> None:
+    vector, block = VECTORS["draws"], VECTORS["philox"][2]
+    (sample, view, *_), (seed, key) = numbers(block["counter"]), numbers(block["key"])
+    uniform, integers = Draws(seed, key, sample, view), Draws(seed, key, sample, view)
+    for word, text, number in zip(numbers(block["words"]), vector["uniform()"], vector["integer(-4, 4)"], strict=True):
+        assert uniform.uniform() == float(text) == float(Fraction(word // 2**11, 2**53))
+        assert integers.integer(-4, 4) == number == -4 + floor(Fraction(9 * word, 2**64))
+    assert uniform.word() == words((sample, view, 1, 0), (seed, key))[0]  # the next block
 
 
 def test_step_keys() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +110,9 @@ def command(folder: Path, out: Path, *more: str, settings: str = CACHED) -> list
 
 def _exit_with(argv: list[str], pause_s: float) -> None:
     """In a process of its own: a command, and its exit code."""
-    import os
-    import sys
-
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as in a process that a shell starts, for the loader's workers
     os.environ["STUDENT_PAUSE_S"] = str(pause_s)
     sys.exit(cli.main(argv))
 
@@ -139,7 +141,7 @@ def kill_in_the_middle(server: Any, argv: list[str], out: Path, moment: random.R
     start = time.monotonic()
     while step_of(out / "checkpoint.pt") < awaited:
         assert process.is_alive() and time.monotonic() - start < 60
-        time.sleep(0.002)
+        time.sleep(0.005)
     time.sleep(moment.uniform(0, 0.03))  # less than the steps up to the next checkpoint take
     process.kill()
     process.join()

@@ -68,7 +68,9 @@ def learning_batch_norm(net: Any, logits: Tensor) -> Tensor:
         pytest.param(in_train_mode, "modules in train mode", r"train\(\)", id="train mode"),
         pytest.param(learning, "changed its buffer 'seen'", "must not learn", id="buffer"),
         pytest.param(learning_batch_norm, r"changed its buffer 'norm\.running_mean'", "eval mode", id="BatchNorm"),
-        pytest.param(lambda net, z: z + net.count, "two outputs for one batch, up to 1 apart", "dropout", id="counting"),
+        pytest.param(
+            lambda net, z: z + net.count, "two outputs for one batch, up to 1 apart", "dropout", id="counting"
+        ),
         pytest.param(lambda net, z: z + 1e-6 * torch.rand(3), "two outputs for one batch", "function of", id="noise"),
         pytest.param(lambda net, z: z.softmax(1), r"probabilities \(they sum to one\)", "output=probs", id="probs"),
         pytest.param(lambda net, z: z.log_softmax(1), "log-probabilities", "output=log_probs", id="log_probs"),
@@ -237,7 +239,7 @@ def test_member_names(wanted: str, taken: list[str], name: str) -> None:
 
 # ---- opening --------------------------------------------------------------------------------------------------------
 
-PIECES = '''
+PIECES = """
 import numpy as np
 from torch import nn
 
@@ -256,7 +258,7 @@ def other_classes(): return Estimator(classes_=np.array([0, 1, 4]), predict_prob
 def named(): return Estimator(classes_=np.array(["c", "a", "b"]), predict_proba=lambda x: x)
 def unfit(): return object()
 def module(num_classes): return nn.Linear(5, num_classes)
-'''
+"""
 
 
 def opened(path: Path, text: str, taken: Sequence[str] = (), names: Sequence[str] = ("a", "b", "c")) -> Teacher:
@@ -313,7 +315,9 @@ def test_a_run_folder_brings_its_name_weights_and_class_order(pieces: Path) -> N
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        pytest.param("{pieces}:other_classes", ModelError, r"fitted on the classes \[0, 1, 4\]", id="estimator classes"),
+        pytest.param(
+            "{pieces}:other_classes", ModelError, r"fitted on the classes \[0, 1, 4\]", id="estimator classes"
+        ),
         pytest.param("{pieces}:unfit", ModelError, "neither is callable nor", id="not a model"),
         pytest.param("{pieces}:plain@w.pt", ModelError, "only be loaded into a torch module", id="weights"),
         pytest.param("{pieces}:nothing", ConfigError, "no factory 'nothing'", id="factory"),
@@ -328,7 +332,7 @@ def test_specs_that_open_nothing(pieces: Path, text: str, error: type[SoftcacheE
 
 def test_estimators_see_their_classes_by_name(pieces: Path) -> None:
     assert opened(pieces, "{pieces}:named").class_order == [1, 2, 0]
-    with pytest.raises(ModelError, match="knows other classes.*'c'") as caught:
+    with pytest.raises(ModelError, match=r"knows other classes.*'c'") as caught:
         opened(pieces, "{pieces}:named", names=("a", "b", "z"))
     assert "class names" in caught.value.tip
 

@@ -28,7 +28,7 @@ from softcache.errors import (
 from softcache.models import load_model, read_metadata, read_saved
 from softcache.train import STUDENT, TrainResult, check_term, parse_members, parse_terms
 
-PIECES = '''
+PIECES = """
 import numpy as np
 import torch
 from torch import nn
@@ -101,7 +101,7 @@ def wild(num_classes):
             return self.fc(batch.flatten(1)) * 1e38 * 1e3
 
     return Wild()
-'''
+"""
 
 
 class World:
@@ -210,16 +210,16 @@ def test_a_student_from_the_cache_without_labels(digits: Path, tmp_path: Path, t
             student="softcache:mlp?hidden=32",
             loss=(f"kd:temperature={temperature}",),
             out=str(tmp_path / "run"),
-            epochs=8,
+            epochs=12,
             batch_size=64,
-            lr=0.01,
+            lr=0.02,
             threads=1,
             device="cpu",
         ),
         quiet=True,
     )
     assert result.evaluation is not None and result.evaluation.top1 is not None
-    assert result.evaluation.top1 > 0.85
+    assert result.evaluation.top1 > 0.75  # chance is 0.1
     assert result.metrics[-1]["kd"] < 0.5 * result.metrics[0]["kd"]
     assert result.metrics[-1]["eval_top1"] == result.evaluation.top1
     assert result.parameters == 64 * 32 + 32 + 32 * 10 + 10
@@ -333,8 +333,7 @@ def test_seeds(world: World, tmp_path: Path) -> None:
     assert not torch.equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_workers_do_not_matter(world: World, tmp_path: Path) -> None:
-    """Loaded in the main process or not, the global random state and so the weights are the same."""
+def test_how_it_is_read_does_not_matter(world: World, tmp_path: Path) -> None:
     world.train(tmp_path / "a", cache="views")
     world.train(tmp_path / "b", cache="views", read="pread", check_content="full")
     assert (tmp_path / "a" / STUDENT).read_bytes() == (tmp_path / "b" / STUDENT).read_bytes()
@@ -364,7 +363,9 @@ def first_step(world: World, out: Path, **settings: Any) -> tuple[dict[str, Any]
 
 
 def log_softmax(z: np.ndarray) -> np.ndarray:
-    return z - z.max(axis=1, keepdims=True) - np.log(np.exp(z - z.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
+    return (
+        z - z.max(axis=1, keepdims=True) - np.log(np.exp(z - z.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
+    )
 
 
 def kl(teacher: np.ndarray, student: np.ndarray, t: float) -> float:
@@ -398,7 +399,9 @@ def test_the_first_kd_value_is_the_formulas(world: World, tmp_path: Path, view: 
 def test_chosen_members_are_combined(
     world: World, tmp_path: Path, settings: dict[str, Any], share: tuple[float, float]
 ) -> None:
-    row, student, (pixels, _) = first_step(world, tmp_path / "run", cache="three", loss=("kd:temperature=2",), **settings)
+    row, student, (pixels, _) = first_step(
+        world, tmp_path / "run", cache="three", loss=("kd:temperature=2",), **settings
+    )
     sharp, blunt = pixels[:, :4] / 30 - 3, (pixels[:, :4] + pixels[:, 4:8]) / 60
     assert row["kd"] == pytest.approx(kl(share[0] * sharp + share[1] * blunt, student, 2), rel=1e-5)
 
@@ -483,21 +486,42 @@ def test_learning_rates(
     assert min(used) > 0
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_optimisers_learn_and_decay(world: World, tmp_path: Path, optimizer: str) -> None:
-    lr = 0.1 if optimizer == "sgd" else 0.02
-    free = world.train(tmp_path / "free", optimizer=optimizer, lr=lr, epochs=15)
-    assert free.metrics[-1]["ce"] < 0.6 * free.metrics[0]["ce"]
-    world.train(tmp_path / "decayed", optimizer=optimizer, lr=lr, epochs=15, weight_decay=0.3)
-    assert weights(tmp_path / "decayed").norm() < 0.9 * weights(tmp_path / "free").norm()
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        pytest.param({"optimizer": "sgd"}, lambda w, g: g + 0.3 * w, id="sgd"),
+        pytest.param(
+            {"optimizer": "sgd", "nesterov": True, "momentum": 0.8}, lambda w, g: 1.8 * (g + 0.3 * w), id="nesterov"
+        ),
+        pytest.param({"optimizer": "adam"}, lambda w, g: (g + 0.3 * w) / ((g + 0.3 * w).abs() + 1e-8), id="adam"),
+        pytest.param({"optimizer": "adamw"}, lambda w, g: g / (g.abs() + 1e-8) + 0.3 * w, id="adamw"),
+    ],
+)
+def test_the_first_step_of_each_optimiser(world: World, tmp_path: Path, settings: dict[str, Any], step: Any) -> None:
+    """From its definition, with weight decay 0.3: L2 in the gradient, for adamw beside it."""
+    more = {"epochs": 1, "batch_size": 90, "seed": 6, "schedule": "constant", "lr": 0.02, "weight_decay": 0.3}
+    world.train(tmp_path / "run", **more, **settings)
+    data = train.open_transfer_set(world.spec("toy"))
+    torch.manual_seed(6)
+    model = load_model("softcache:mlp?hidden=8", num_classes=4, input_shape=(4, 4))
+    logits = model(model.input.collate([data.load(i)[0] for i in range(90)]))
+    (-logits.log_softmax(1)[torch.arange(90), torch.from_numpy(data.labels).long()]).mean().backward()
+    trained = load_file(tmp_path / "run" / STUDENT)
+    for name, w in model.net.named_parameters():
+        assert w.grad is not None
+        # a gradient of zero (a dead unit) has no direction that rounding would not choose for it
+        sure = (w.grad.abs() > 1e-6) | (w.grad == 0)
+        expected = w.detach() - 0.02 * step(w.detach(), w.grad)
+        torch.testing.assert_close(trained[name][sure], expected[sure], rtol=1e-4, atol=1e-5)
+        assert bool((trained[name] != w).any())
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
     full = world.train(tmp_path / "full", cache="one", epochs=5, eval_data=world.spec("toy"))
     half = world.train(tmp_path / "half", cache="one", epochs=5, eval_data=world.spec("toy"), autocast=kind)
-    assert half.metrics[-1]["kd"] < 0.8 * half.metrics[0]["kd"]
-    assert half.metrics[0]["kd"] == pytest.approx(full.metrics[0]["kd"], rel=0.05)
+    assert [row["kd"] for row in half.metrics] == pytest.approx([row["kd"] for row in full.metrics], rel=0.02)
+    assert half.metrics[-1]["eval_nll"] == pytest.approx(full.metrics[-1]["eval_nll"], rel=0.02)
     assert not torch.equal(weights(tmp_path / "half"), weights(tmp_path / "full"))
     assert weights(tmp_path / "half").dtype == torch.float32
 
@@ -533,14 +557,18 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param({"cache": "one", "members": ("sharp=0",)}, ConfigError, "all weights are zero", "", id="zero"),
         pytest.param({"cache": "views", "view": 3}, ConfigError, "views 0 to 2", "", id="view"),
         pytest.param({"cache": "views", "view": -1}, ConfigError, "views 0 to 2", "", id="negative view"),
-        pytest.param({"cache": "one", "policy": ("shift",)}, ConfigError, "cannot be given together", "own", id="policy"),
+        pytest.param(
+            {"cache": "one", "policy": ("shift",)}, ConfigError, "cannot be given together", "own", id="policy"
+        ),
         pytest.param({"view": 0}, ConfigError, "--view needs --cache", "", id="view without cache"),
         pytest.param({"members": ("a",)}, ConfigError, "--members needs --cache", "", id="members without cache"),
         pytest.param({"cache_id": "ab"}, ConfigError, "--cache-id needs --cache", "", id="id without cache"),
         pytest.param({"cache": "one", "cache_id": "zz"}, CacheError, "0 manifests match", "", id="unknown id"),
         pytest.param({"data": "{}:toy?labels=none"}, LossError, "no sample of .* has one", "soft targets", id="ce"),
         pytest.param({"cache": "one", "data": "{}:three_classes"}, ClassMismatchError, "3 classes", "", id="classes"),
-        pytest.param({"cache": "one", "data": "{}:turned"}, ClassMismatchError, "in another order", "", id="class order"),
+        pytest.param(
+            {"cache": "one", "data": "{}:turned"}, ClassMismatchError, "in another order", "", id="class order"
+        ),
         pytest.param({"eval_data": "{}:three_classes"}, ClassMismatchError, "3 classes", "", id="classes of eval data"),
         pytest.param({"loss": ("ce:temperature=2",)}, LossError, "no parameter 'temperature'", "", id="parameter"),
         pytest.param({"loss": ("cee",)}, LossError, "unknown loss 'cee'", "'ce'", id="loss"),
@@ -554,7 +582,9 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param({"threads": 0}, ConfigError, "--threads 0", "", id="threads"),
         pytest.param({"workers": -1}, ConfigError, "--workers -1", "", id="workers"),
         pytest.param({"device": "tpu"}, ConfigError, "'tpu'", "", id="device"),
-        pytest.param({"student": "{}:wild"}, TrainingError, "not finite in epoch 0, step 0", "--lr", id="infinite loss"),
+        pytest.param(
+            {"student": "{}:wild"}, TrainingError, "not finite in epoch 0, step 0", "--lr", id="infinite loss"
+        ),
     ],
 )
 def test_refused(
@@ -597,8 +627,9 @@ def test_a_cache_that_was_made_anew_under_a_run(world: World, tmp_path: Path) ->
     (tmp_path / "cache").rename(tmp_path / "old")
     world.dump(str(tmp_path / "cache"), "toy", "blunt")
     (tmp_path / "run" / STUDENT).unlink()
-    with pytest.raises((TrainingError, CacheError), match="cache"):
+    with pytest.raises(CacheError, match="0 manifests match id") as caught:
         world.train(tmp_path / "run", **settings)
+    assert "--out" in caught.value.__notes__[0]
 
 
 def test_pixels_that_drifted(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

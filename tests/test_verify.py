@@ -20,7 +20,7 @@ from softcache import cli, verify
 from softcache.cache.manifest import Manifest, canonical_json
 from softcache.errors import CacheError, SoftcacheError
 
-PIECES = '''
+PIECES = """
 import numpy as np
 
 
@@ -45,7 +45,7 @@ def toy():
 
 def teacher():
     return lambda batch: batch[:, :40] - batch[:, 20:60]
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def faults(cache: Path, *, full: bool) -> list[str]:
 @pytest.mark.parametrize("full", [False, True])
 def test_a_whole_cache(pristine: Path, full: bool) -> None:
     verdict = verify.run(pristine, full=full, quiet=True)
-    files = [p for p in pristine.rglob("*.h5")]
+    files = list(pristine.rglob("*.h5"))
     assert (verdict.state, verdict.exit_code, verdict.faults) == ("whole", 0, [])
     assert verdict.files == len(files) == 3
     assert verdict.nbytes == sum(p.stat().st_size for p in files)
@@ -129,7 +129,7 @@ def test_a_flipped_bit_outside_the_data(cache: Path, path: str) -> None:
     file = stored(cache, path)
     sums = next(array for name, array in file.arrays.items() if name.endswith("_crc32"))
     first = min(array.offset for array in file.arrays.values())
-    assert 0 < first
+    assert first > 0
     for offset in (sums.offset, 8, first - 1):
         flip(cache / path, offset)
         found = faults(cache, full=True)

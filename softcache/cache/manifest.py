@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softcache.cache.schema import FORMAT_VERSION, MANIFEST, MANIFESTS, PLAN, WORK, Layout
+from softcache.cache.schema import FORMAT_VERSION, MANIFEST, MANIFESTS, OUR_FILES, PLAN, WORK, Layout
 from softcache.cache.stored import StoredFile
 from softcache.errors import CacheError, DamagedCacheError, UnfinishedCacheError
 
@@ -210,18 +210,22 @@ class Manifest:
             raise DamagedCacheError(
                 f"{where}: not a manifest ({exc})", tip="copy the cache again, or restore the file from manifests/"
             ) from None
-        if found != FORMAT_VERSION:
+        if isinstance(found, bool) or found != FORMAT_VERSION:
             raise CacheError(
                 f"{where}: written in format version {found}; this softcache reads version {FORMAT_VERSION}",
                 tip="install the softcache that wrote it, or dump again",
             )
         try:
-            return cls(
+            manifest = cls(
                 plan=Plan.from_json(entry),
                 files=tuple(StoredFile.from_json(file) for file in entry["files"]),
                 statistics={name: MemberStatistics.from_json(s) for name, s in entry["statistics"].items()},
                 id=hashlib.sha256(data).hexdigest(),
             )
+            for file in manifest.files:
+                if not OUR_FILES.fullmatch(file.path):
+                    raise ValueError(f"{file.path!r} is not the name of a cache file")
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise DamagedCacheError(
                 f"{where}: field missing or of the wrong type ({exc})",

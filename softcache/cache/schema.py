@@ -28,6 +28,8 @@ PLAN = "dump/plan.json"
 CRC_SUFFIX = "_crc32"
 
 MEMBER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# the only names a manifest may give: nothing else in the folder is opened, and nothing outside it
+OUR_FILES = re.compile(rf"samples\.h5|(views|members/{MEMBER_NAME.pattern})/part-[0-9]{{5,}}\.h5")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from softcache.errors import DamagedCacheError, DiskSpaceError
 
 WRITE_ROWS = 1024  # rows gathered before one pwrite
 READ_BYTES = 1 << 20
+HDF5_VERSION = f"{h5py.version.hdf5_version} (h5py {h5py.version.version})"
 
 
 @dataclass

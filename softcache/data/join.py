@@ -76,7 +76,8 @@ def dataset_labels(dataset: Any) -> np.ndarray | None:
         known = [part for part in parts if part is not None]
         if len(known) < len(parts) and not all(part.ndim == 1 for part in known):
             return None
-        filled = [np.full(len(d), -1) if p is None else p for d, p in zip(dataset.datasets, parts, strict=True)]
+        sets: list[Any] = list(dataset.datasets)
+        filled = [np.full(len(d), -1) if p is None else p for d, p in zip(sets, parts, strict=True)]
         return np.concatenate(filled) if known else None
     for name in ("labels", "targets", "_labels"):
         found = getattr(dataset, name, None)

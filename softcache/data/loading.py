@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,12 +132,18 @@ def load_batches(
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_end_quietly,
         generator=torch.Generator(),  # its own: the global random state must not depend on loading
     )
     for batch in loader:
         if isinstance(batch, _Fault):
             raise batch.error
         yield batch
+
+
+def _end_quietly(worker: int) -> None:
+    """In a worker: SIGTERM, which a scheduler sends to the whole process group, is for the main process to report."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _as_it_is(batch: Any) -> Any:
