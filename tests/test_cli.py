@@ -339,7 +339,7 @@ MISTAKES = [
     row("teacher not a module as student", train_on(student="pieces.py:good"), "must be an nn.Module", "teachers"),
     row("classes of a run", dump_of("run", data="digits"), "trained on 3 classes, the data has 10", ""),
     row("classes of a teacher", dump_of("pieces.py:wide"), r"shape \(40, 5\).*3 classes", "these classes"),
-    row("weights of another model", dump_of("softcache:mlp?hidden=5@run"), "run", ""),
+    row("weights of another model", dump_of("softcache:mlp?hidden=5@run"), "3 of another shape: 0.weight", "name and param"),
     row("eval of nothing", ["eval", "nowhere", *DATA, *QUIET], "neither a run folder nor a model", ""),
     row("NaN logits", dump_of("pieces.py:nan"), "not finite for 40 samples.*toy/0", "look at these samples"),
     row("package in a factory", dump_of("softcache_is_not_a_package_xyz.sub:f"), "no module named", "install"),

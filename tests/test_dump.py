@@ -806,6 +806,30 @@ def test_a_disk_that_fills_up_while_writing(world: World, monkeypatch: pytest.Mo
     assert shards(world.path / "cache") == shards(world.path / "whole")
 
 
+def test_a_disk_that_cannot_hold_a_whole_shard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is set aside before the first row is written; without it nothing of the shard stays."""
+    reserve, calls = files.reserve, 0
+
+    def refusing(fd: int, size: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # samples.h5, the views and the member of span 0, the views of span 1, its member
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(fd, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "reserve", refusing)
+        with pytest.raises(DiskSpaceError, match=r"part-00001\.h5: No space left") as caught:
+            world.dump(**SIX_SPANS)
+    assert "free some space" in caught.value.tip
+    assert sorted(p.name for p in (world.path / "cache").rglob("*.h5*")) == [
+        "part-00000.h5",
+        "part-00000.h5",
+        "samples.h5",
+    ]
+    assert world.dump(**SIX_SPANS).id == world.dump(out="whole", **SIX_SPANS).id
+
+
 def test_parts_in_any_order_commit_when_the_last_is_done(world: World) -> None:
     whole = world.dump(out="whole", **SIX_SPANS)
     done = [dump.run(world.config(part=part, **SIX_SPANS), quiet=True).manifest for part in ("2/3", "3/3", "1/3")]
