@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from softcache.errors import TrainingError
+from softcache.models import Model
+
+CHECKPOINT = "checkpoint.pt"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -24,7 +28,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(aside, path)
 
 
-def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint (data only, never code) and restore the random states; TrainingError if it cannot be read."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -37,6 +41,43 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
             tip="delete it to start the run again",
         ) from None
     return state
+
+
+def resume_run(
+    out: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> dict[str, Any]:
+    """Where to go on: the checkpoint's state put back, or the beginning."""
+    path = out / CHECKPOINT
+    if not path.is_file():
+        return {"epoch": 0, "step": 0, "sums": {}, "metrics": []}
+    state = load_checkpoint(path)
+    model.net.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state
+
+
+def save_run(
+    out: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    epoch: int,
+    step: int,
+    sums: dict[str, Tensor],
+    metrics: list[dict[str, Any]],
+) -> None:
+    """The run as it stands before `step` of `epoch`, with the running sums and metrics that lead there."""
+    state = {
+        "epoch": epoch,
+        "step": step,
+        "sums": {name: value.cpu() for name, value in sums.items()},
+        "metrics": metrics,
+        "model": model.net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    save_checkpoint(out / CHECKPOINT, state)
 
 
 def random_states() -> dict[str, Any]:

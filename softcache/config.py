@@ -43,6 +43,15 @@ class DataOptions:
     samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
     download: bool = option(False, "let torchvision download a data set that is not there")
 
+    def selection(self) -> dict[str, Any]:
+        """What `open_transfer_set` takes beside the spec."""
+        return {
+            "download": self.download,
+            "keep_labels": self.keep_labels,
+            "drop_labels": self.drop_labels,
+            "samples": Path(self.samples) if self.samples else None,
+        }
+
 
 @dataclass(frozen=True)
 class MachineOptions:

@@ -62,13 +62,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     torch.set_num_threads(threads)
     part = _part(config)
 
-    transfer_set = open_transfer_set(
-        config.data,
-        download=config.download,
-        keep_labels=config.keep_labels,
-        drop_labels=config.drop_labels,
-        samples=Path(config.samples) if config.samples else None,
-    )
+    transfer_set = open_transfer_set(config.data, **config.selection())
     ids = sample_ids(transfer_set.keys)
     check_unique(transfer_set.keys, ids)
     count = len(transfer_set)

@@ -182,13 +182,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure."""
     device = pick_device(config.device)
     torch.set_num_threads(pick_threads(config.threads))
-    transfer_set = open_transfer_set(
-        config.data,
-        download=config.download,
-        keep_labels=config.keep_labels,
-        drop_labels=config.drop_labels,
-        samples=Path(config.samples) if config.samples else None,
-    )
+    transfer_set = open_transfer_set(config.data, **config.selection())
     joined = None
     if config.cache is not None:
         joined = open_cache(config.cache).join(transfer_set)

@@ -124,7 +124,9 @@ class Teacher:
 
     def _log(self, probabilities: Tensor) -> tuple[Tensor, int]:
         if bool((probabilities < 0).any()) or bool((probabilities > 1 + 1e-6).any()):
-            raise TeacherError(f"teacher {self.name!r}: output={self.output}, but probabilities outside [0, 1] came out")
+            raise TeacherError(
+                f"teacher {self.name!r}: output={self.output}, but probabilities outside [0, 1] came out"
+            )
         held = probabilities.clamp(PROBABILITY_FLOOR, 1.0)
         floored = int((probabilities < PROBABILITY_FLOOR).sum())
         if not self.multi_label:

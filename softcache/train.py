@@ -7,14 +7,11 @@ Without a cache the same recipe trains on hard labels: that is how teachers and 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +21,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import softcache
-from softcache.checkpoint import load_checkpoint, save_checkpoint
-from softcache.config import TrainConfig, split_term, to_toml
+from softcache.checkpoint import resume_run, save_run
+from softcache.config import TrainConfig, split_term
 from softcache.data.join import SPREAD, batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy, make_step
-from softcache.ensemble import KEEPS_LEVEL, check_rule
 from softcache.errors import CacheError, ConfigError, LossError, TrainingError
 from softcache.evaluate import Evaluation, check_same_classes, evaluate, item_shape
-from softcache.losses import LossTerm, make_term
+from softcache.losses import LossTerm
 from softcache.losses.schedules import check_schedule, scheduled
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, build_vocabulary, load_model, save_student
-from softcache.targets import Cache, Joined, Targets
+from softcache.objective import check_term, loss_parts, parse_members, parse_terms, total_loss
+from softcache.run_folder import STUDENT, claim_folder, describe_run, pinned_cache, write_metrics
+from softcache.targets import Cache, Joined
 from softcache.targets import open as open_cache
-
-STUDENT, CHECKPOINT, RUN, CONFIG = "student.safetensors", "checkpoint.pt", "run.json", "config.toml"
-METRICS_JSONL, METRICS_CSV = "metrics.jsonl", "metrics.csv"
-
-# settings that may differ between a run and its resume: they do not belong to what is computed
-FREE_TO_CHANGE = ("out", "workers", "threads", "device", "checkpoint_every", "download", "read", "check_content")
 
 
 @dataclass(frozen=True)
@@ -67,15 +59,9 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     torch.set_num_threads(pick_threads(config.threads))
     workers, autocast = pick_workers(config.workers, device), autocast_dtype(config.autocast)
     _check_numbers(config)
-    out = _claim_folder(config)
+    out = claim_folder(config)
 
-    transfer_set = open_transfer_set(
-        config.data,
-        download=config.download,
-        keep_labels=config.keep_labels,
-        drop_labels=config.drop_labels,
-        samples=Path(config.samples) if config.samples else None,
-    )
+    transfer_set = open_transfer_set(config.data, **config.selection())
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
     if eval_set is not None:
         check_same_classes(eval_set, transfer_set)
@@ -110,10 +96,18 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     viewed = ViewedSet(transfer_set, policy, [model.input.collate])
     count, steps = len(transfer_set), -(-len(transfer_set) // config.batch_size)
 
-    state = _resume(out, model, optimizer, scaler, device)
+    state = resume_run(out, model, optimizer, scaler)
     metrics: list[dict[str, Any]] = state["metrics"]
     evaluation = None
-    _describe_run(out, config, cache, labelled, count, joined)
+    describe_run(
+        out,
+        config,
+        terms,
+        cache_id=cache.id if cache is not None else None,
+        samples=count,
+        labelled=labelled,
+        labels_changed=joined.labels_changed if joined is not None else 0,
+    )
 
     for epoch in range(state["epoch"], config.epochs):
         model.train()
@@ -165,7 +159,7 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
                 _check_finite(sums["loss"], epoch, step)
                 bar.set_postfix_str(f"loss {sums['loss'].item() / (step + 1):.4f}")
             if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
-                _save(out, model, optimizer, scaler, epoch, step + 1, sums, metrics)
+                save_run(out, model, optimizer, scaler, epoch, step + 1, sums, metrics)
 
         row: dict[str, Any] = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "view": view}
         row |= {name: value.item() / steps for name, value in sums.items()}
@@ -176,8 +170,8 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
             row |= {"eval_top1": evaluation.top1, "eval_nll": evaluation.nll, "eval_errors": evaluation.errors}
         row["seconds"] = round(time.monotonic() - started, 3)
         metrics.append(row)
-        _write_metrics(out, metrics)  # before the checkpoint: a run killed in between does this epoch again
-        _save(out, model, optimizer, scaler, epoch + 1, 0, {}, metrics)
+        write_metrics(out, metrics)  # before the checkpoint: a run killed in between does this epoch again
+        save_run(out, model, optimizer, scaler, epoch + 1, 0, {}, metrics)
 
     if evaluation is None and eval_set is not None:
         evaluation = evaluate(
@@ -191,106 +185,6 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     save_student(model, out / STUDENT, metadata=metadata)
     parameters = sum(p.numel() for p in model.net.parameters())
     return TrainResult(out, metrics, evaluation, parameters)
-
-
-def loss_parts(
-    terms: Sequence[LossTerm],
-    student_logits: Tensor,
-    labels: Tensor,
-    targets: Targets | None,
-    combine: str,
-    weights: Mapping[str, float] | None,
-    draw_seed: int = 0,
-) -> dict[str, Tensor]:
-    """The unweighted value of each term on one batch, by the term's name in the run (kd, ce, kd-2, ...)."""
-    teachers: dict[tuple[float, str], Tensor] = {}
-    parts: dict[str, Tensor] = {}
-    for name, term in named_terms(terms):
-        if term.loss.target == "labels":
-            parts[name] = term(student_logits, labels)
-            continue
-        assert targets is not None
-        asked = (term.temperature, term.loss.link)
-        if asked not in teachers:
-            teachers[asked] = targets.combined(
-                combine, weights=weights, temperature=term.temperature, link=term.loss.link, draw_seed=draw_seed
-            )
-        parts[name] = term(student_logits, teachers[asked])
-    return parts
-
-
-def total_loss(terms: Sequence[LossTerm], parts: Mapping[str, Tensor]) -> Tensor:
-    """The weighted sum of the terms."""
-    return torch.stack([term.weight * parts[name] for name, term in named_terms(terms)]).sum()
-
-
-def named_terms(terms: Sequence[LossTerm]) -> Iterator[tuple[str, LossTerm]]:
-    """Each term with a name of its own: a second `kd` is `kd-2`."""
-    seen: dict[str, int] = {}
-    for term in terms:
-        seen[term.name] = number = seen.get(term.name, 0) + 1
-        yield (term.name if number == 1 else f"{term.name}-{number}"), term
-
-
-def parse_terms(texts: Sequence[str], *, has_cache: bool) -> list[LossTerm]:
-    """`kd:temperature=4,weight=0.9` strings -> checked terms; by default kd at 4 with a cache, ce without."""
-    if not texts:
-        texts = ["kd:temperature=4"] if has_cache else ["ce"]
-    terms = []
-    for text in texts:
-        name, values = split_term(text, "--loss")
-        term = make_term(name, **values)
-        if term.loss.target == "teacher" and not has_cache:
-            raise LossError(
-                f"loss {name!r} learns from a teacher's logits, and there is no cache",
-                tip="add --cache DIR, or train on hard labels with --loss ce",
-            )
-        terms.append(term)
-    return terms
-
-
-def parse_members(texts: Sequence[str]) -> dict[str, float] | None:
-    """`a=0.7`, `b` -> {member: weight}, 1 where none is given; None for all members equally."""
-    weights: dict[str, float] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        try:
-            weights[name] = float(value) if equals else 1.0
-        except ValueError:
-            raise ConfigError(f"--members {text!r}: {value!r} is not a number") from None
-        if weights[name] < 0:
-            raise ConfigError(f"--members {text!r}: a weight cannot be negative")
-    if weights and not sum(weights.values()):
-        raise ConfigError("--members: all weights are zero")
-    return weights or None
-
-
-def check_term(cache: Cache, term: LossTerm, rule: str, weights: Mapping[str, float] | None = None) -> None:
-    """Raise LossError when a cache cannot serve a loss term under a combination rule."""
-    check_rule(rule)
-    chosen = cache.members if weights is None else tuple(weights)
-    for name in chosen:
-        info = cache.member(name)  # an unknown member is refused here, whatever the term
-        if term.loss.target != "teacher":
-            continue
-        codec = cache.codecs[name]
-        if codec.temperatures is not None and term.temperature not in codec.temperatures:
-            raise LossError(
-                f"codec {codec.name!r} of member {name!r} serves the temperatures {codec.temperatures}, "
-                f"{term.name} asks for {term.temperature}"
-            )
-        has_level = codec.keeps_level and (info.output == "logits" or cache.manifest.plan.samples.multi_label)
-        if term.loss.needs_level and not has_level:
-            raise LossError(
-                f"loss {term.name!r} needs the level of the logits; member {name!r} gave {info.output}, "
-                "which do not have one",
-                tip="use kd or soft_ce, or dump a teacher that gives logits",
-            )
-    if term.loss.needs_level and term.loss.link == "softmax" and rule not in KEEPS_LEVEL and len(chosen) > 1:
-        raise LossError(
-            f"loss {term.name!r} needs the level of the logits, which the rule {rule!r} does not keep",
-            tip=f"combine with one of {', '.join(KEEPS_LEVEL)}, or use kd",
-        )
 
 
 def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
@@ -325,42 +219,17 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} needs --cache")
 
 
-def _claim_folder(config: TrainConfig) -> Path:
-    """The run folder, refused when it holds another run or foreign files."""
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out}: is a file", tip="choose another --out")
-    if (out / RUN).is_file():
-        before = json.loads((out / RUN).read_text())["config"]
-        now = json.loads(json.dumps(_comparable(config)))
-        changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
-            listing = "; ".join(f"{key} was {before.get(key)!r}, is now {now[key]!r}" for key in changed[:6])
-            raise TrainingError(
-                f"{out}: holds a run with other settings: {listing}",
-                tip="choose another --out; the same settings resume the run",
-            )
-    elif out.is_dir() and any(path.name != f"{RUN}.tmp" for path in out.iterdir()):
-        raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
     """The cache to learn from; a run that is resumed stays with the manifest it began with."""
     if config.cache is None:
         return None
-    before = json.loads((out / RUN).read_text())["cache"] if (out / RUN).is_file() else None
+    before = pinned_cache(out)
     try:
         return open_cache(config.cache, id=before or config.cache_id, mode=config.read)  # type: ignore[arg-type]
     except CacheError as exc:
         if before is not None:
             exc.add_note(f"{out} began with cache {before}; another one needs another --out")
         raise
-
-
-def _comparable(config: TrainConfig) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE_TO_CHANGE}
 
 
 def _join(cache: Cache, transfer_set: TransferSet, config: TrainConfig) -> Joined:
@@ -409,42 +278,6 @@ def _check_views(joined: Joined, viewed: ViewedSet, config: TrainConfig) -> None
     cache.check_pixels(items, joined.rows[index].astype(np.int64), views)
 
 
-def _resume(
-    out: Path, model: Model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
-) -> dict[str, Any]:
-    """Where to go on: the checkpoint's state put back, or the beginning."""
-    path = out / CHECKPOINT
-    if not path.is_file():
-        return {"epoch": 0, "step": 0, "sums": {}, "metrics": []}
-    state = load_checkpoint(path, device)
-    model.net.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state
-
-
-def _save(
-    out: Path,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    epoch: int,
-    step: int,
-    sums: dict[str, Tensor],
-    metrics: list[dict[str, Any]],
-) -> None:
-    state = {
-        "epoch": epoch,
-        "step": step,
-        "sums": {name: value.cpu() for name, value in sums.items()},
-        "metrics": metrics,
-        "model": model.net.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    save_checkpoint(out / CHECKPOINT, state)
-
-
 def _check_finite(loss: Tensor, epoch: int, step: int) -> None:
     if not bool(loss.isfinite()):
         raise TrainingError(
@@ -464,41 +297,3 @@ def _bar(loaded: Any, epoch: int, epochs: int, first: int, steps: int, quiet: bo
         leave=False,
         file=sys.stderr,
     )
-
-
-def _describe_run(
-    out: Path, config: TrainConfig, cache: Cache | None, labelled: int, count: int, joined: Joined | None
-) -> None:
-    """run.json and config.toml: what this run is, and the file that repeats it."""
-    terms = parse_terms(config.loss, has_cache=cache is not None)
-    about = {
-        "config": _comparable(config),
-        "cache": cache.id if cache is not None else None,
-        "targets": "matched" if cache is not None else None,
-        "samples": count,
-        "labelled": labelled,
-        "labels_changed": joined.labels_changed if joined is not None else 0,
-        "losses": [{"name": t.name, "weight": t.weight, **t.parameters} for t in terms],
-        "softcache": softcache.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": sys.version.split()[0],
-    }
-    _write_aside(out / RUN, json.dumps(about, indent=1) + "\n")
-    _write_aside(out / CONFIG, to_toml(config))
-
-
-def _write_metrics(out: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    _write_aside(out / METRICS_JSONL, "".join(json.dumps(row) + "\n" for row in metrics))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(metrics[0]))
-    writer.writeheader()
-    writer.writerows(metrics)
-    _write_aside(out / METRICS_CSV, text.getvalue())
-
-
-def _write_aside(path: Path, text: str) -> None:
-    """After a kill there is the old file or the new one, never a part of it."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_bytes(text.encode("utf-8"))
-    os.replace(aside, path)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from conftest import QuickDump
 from torch import Tensor
 
-from softcache import train
+from softcache import objective
 from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches
 from softcache.data.transfer_set import open_transfer_set
@@ -141,9 +141,9 @@ def walk(
     """STEPS steps of one student from the cache, as train makes them, each beside the live teachers'."""
     transfer_set = open_transfer_set(data)
     joined = cache.join(transfer_set)
-    terms = train.parse_terms([loss], has_cache=True)
+    terms = objective.parse_terms([loss], has_cache=True)
     (term,), given = terms, {name: float(weight) for name, weight in weights.items()}
-    train.check_term(cache, term, rule, given)
+    objective.check_term(cache, term, rule, given)
     link = "sigmoid" if term.name == "bce" else "softmax"
     networks = {name: load_user_file(toy).network(4, (8, 8), MEMBERS[name], level=level).eval() for name in weights}
 
@@ -171,8 +171,8 @@ def walk(
             targets = joined.gather_samples(index, views, members=list(weights))
             logits = student(inputs)[kept]
             logits.retain_grad()
-            parts = train.loss_parts(terms, logits, torch.zeros(len(index)), targets, rule, given, SEED)
-            cached = train.total_loss(terms, parts)
+            parts = objective.loss_parts(terms, logits, torch.zeros(len(index)), targets, rule, given, SEED)
+            cached = objective.total_loss(terms, parts)
             optimizer.zero_grad()
             cached.backward()
 

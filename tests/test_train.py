@@ -26,7 +26,9 @@ from softcache.errors import (
     TrainingError,
 )
 from softcache.models import load_model, read_metadata, read_saved
-from softcache.train import STUDENT, TrainResult, check_term, parse_members, parse_terms
+from softcache.objective import check_term, parse_members, parse_terms
+from softcache.run_folder import STUDENT
+from softcache.train import TrainResult
 
 PIECES = """
 import numpy as np

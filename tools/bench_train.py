@@ -31,9 +31,9 @@ from softcache.data.views import Policy
 from softcache.losses import make_term
 from softcache.machine import pick_device
 from softcache.models import Model, load_model, save_student
+from softcache.objective import loss_parts, total_loss
 from softcache.report import table
 from softcache.targets import Targets
-from softcache.train import loss_parts, total_loss
 
 
 class RandomImages:

@@ -1,0 +1,114 @@
+"""What a student is asked to do: weighted loss terms, each against hard labels or against the combined members of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from softcache.config import split_term
+from softcache.ensemble import KEEPS_LEVEL, check_rule
+from softcache.errors import ConfigError, LossError
+from softcache.losses import LossTerm, make_term
+from softcache.targets import Cache, Targets
+
+
+def loss_parts(
+    terms: Sequence[LossTerm],
+    student_logits: Tensor,
+    labels: Tensor,
+    targets: Targets | None,
+    combine: str,
+    weights: Mapping[str, float] | None,
+    draw_seed: int = 0,
+) -> dict[str, Tensor]:
+    """The unweighted value of each term on one batch, by the term's name in the run (kd, ce, kd-2, ...)."""
+    teachers: dict[tuple[float, str], Tensor] = {}
+    parts: dict[str, Tensor] = {}
+    for name, term in named_terms(terms):
+        if term.loss.target == "labels":
+            parts[name] = term(student_logits, labels)
+            continue
+        assert targets is not None
+        asked = (term.temperature, term.loss.link)
+        if asked not in teachers:
+            teachers[asked] = targets.combined(
+                combine, weights=weights, temperature=term.temperature, link=term.loss.link, draw_seed=draw_seed
+            )
+        parts[name] = term(student_logits, teachers[asked])
+    return parts
+
+
+def total_loss(terms: Sequence[LossTerm], parts: Mapping[str, Tensor]) -> Tensor:
+    """The weighted sum of the terms."""
+    return torch.stack([term.weight * parts[name] for name, term in named_terms(terms)]).sum()
+
+
+def named_terms(terms: Sequence[LossTerm]) -> Iterator[tuple[str, LossTerm]]:
+    """Each term with a name of its own: a second `kd` is `kd-2`."""
+    seen: dict[str, int] = {}
+    for term in terms:
+        seen[term.name] = number = seen.get(term.name, 0) + 1
+        yield (term.name if number == 1 else f"{term.name}-{number}"), term
+
+
+def parse_terms(texts: Sequence[str], *, has_cache: bool) -> list[LossTerm]:
+    """`kd:temperature=4,weight=0.9` strings -> checked terms; by default kd at 4 with a cache, ce without."""
+    if not texts:
+        texts = ["kd:temperature=4"] if has_cache else ["ce"]
+    terms = []
+    for text in texts:
+        name, values = split_term(text, "--loss")
+        term = make_term(name, **values)
+        if term.loss.target == "teacher" and not has_cache:
+            raise LossError(
+                f"loss {name!r} learns from a teacher's logits, and there is no cache",
+                tip="add --cache DIR, or train on hard labels with --loss ce",
+            )
+        terms.append(term)
+    return terms
+
+
+def parse_members(texts: Sequence[str]) -> dict[str, float] | None:
+    """`a=0.7`, `b` -> {member: weight}, 1 where none is given; None for all members equally."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            weights[name] = float(value) if equals else 1.0
+        except ValueError:
+            raise ConfigError(f"--members {text!r}: {value!r} is not a number") from None
+        if weights[name] < 0:
+            raise ConfigError(f"--members {text!r}: a weight cannot be negative")
+    if weights and not sum(weights.values()):
+        raise ConfigError("--members: all weights are zero")
+    return weights or None
+
+
+def check_term(cache: Cache, term: LossTerm, rule: str, weights: Mapping[str, float] | None = None) -> None:
+    """Raise LossError when a cache cannot serve a loss term under a combination rule."""
+    check_rule(rule)
+    chosen = cache.members if weights is None else tuple(weights)
+    for name in chosen:
+        info = cache.member(name)  # an unknown member is refused here, whatever the term
+        if term.loss.target != "teacher":
+            continue
+        codec = cache.codecs[name]
+        if codec.temperatures is not None and term.temperature not in codec.temperatures:
+            raise LossError(
+                f"codec {codec.name!r} of member {name!r} serves the temperatures {codec.temperatures}, "
+                f"{term.name} asks for {term.temperature}"
+            )
+        has_level = codec.keeps_level and (info.output == "logits" or cache.manifest.plan.samples.multi_label)
+        if term.loss.needs_level and not has_level:
+            raise LossError(
+                f"loss {term.name!r} needs the level of the logits; member {name!r} gave {info.output}, "
+                "which do not have one",
+                tip="use kd or soft_ce, or dump a teacher that gives logits",
+            )
+    if term.loss.needs_level and term.loss.link == "softmax" and rule not in KEEPS_LEVEL and len(chosen) > 1:
+        raise LossError(
+            f"loss {term.name!r} needs the level of the logits, which the rule {rule!r} does not keep",
+            tip=f"combine with one of {', '.join(KEEPS_LEVEL)}, or use kd",
+        )
