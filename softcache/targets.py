@@ -133,7 +133,10 @@ class Cache:
     def __init__(self, reader: CacheReader) -> None:
         self.reader = reader
         self.codecs = {m.name: make_codec(m.codec["name"]) for m in self.manifest.plan.members}
-        self._names = {name: list(codec.arrays(self.num_classes)) for name, codec in self.codecs.items()}
+        self._names = {  # what decoding takes; the error bounds are read only when asked for
+            member: [name for name in codec.arrays(self.num_classes) if name != "eps"]
+            for member, codec in self.codecs.items()
+        }
 
     @property
     def manifest(self) -> Manifest:
@@ -194,9 +197,7 @@ class Cache:
             if member not in self.codecs:
                 raise CacheError(f"{self.reader.path}: no member {member!r}", tip=nearest(member, self.members))
             arrays[member] = {
-                name: torch.from_numpy(self.reader.gather(member, name, rows, views))
-                for name in self._names[member]
-                if name != "eps"
+                name: torch.from_numpy(self.reader.gather(member, name, rows, views)) for name in self._names[member]
             }
         codecs = {name: self.codecs[name] for name in names}
         return Targets(rows, views, self.samples, arrays, codecs)

@@ -256,12 +256,12 @@ def disk_full(here: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def disk_full_in_training(here: Path, patch: pytest.MonkeyPatch) -> None:
-    from softcache import train
+    from softcache import checkpoint
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "new/checkpoint.pt")
 
-    patch.setattr(train, "save_checkpoint", full)
+    patch.setattr(checkpoint, "save_checkpoint", full)
 
 
 def no_scikit_learn(here: Path, patch: pytest.MonkeyPatch) -> None:

@@ -178,13 +178,12 @@ def test_members_are_chosen_by_name(quick_dump: QuickDump, toy: Path) -> None:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def gather_elsewhere(given: Any, records: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def logits_through(given: Any, records: np.ndarray) -> np.ndarray:
     """What a worker reads through the cache, or the joined data set, that it was handed."""
-    opened = [name for name in ("h5py",) if name in sys.modules]
     if isinstance(given, Cache):
         views, rows = np.divmod(records, len(given))
-        return given.gather(rows, views).logits().numpy(), opened
-    return given.gather(records).logits().numpy(), opened
+        return given.gather(rows, views).logits().numpy()
+    return given.gather(records).logits().numpy()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -192,11 +191,11 @@ def test_pickles_of_cache_and_joined(mode: str, quick_dump: QuickDump, toy: Path
     cache = reopened(quick_dump(policy=("shift",), views=2), mode)
     joined = cache.join(open_transfer_set(f"{toy}:images").select(np.arange(39, 9, -3))).for_view(1)
     records = np.array([joined[i][1] for i in range(len(joined))])
-    wanted, _ = gather_elsewhere(joined, records)
+    wanted = logits_through(joined, records)
     assert len(pickle.dumps(cache)) < 1000  # by path and id: no rows travel
     for given in (cache, joined):
         copy = pickle.loads(pickle.dumps(given))
-        np.testing.assert_array_equal(gather_elsewhere(copy, records)[0], wanted)
+        np.testing.assert_array_equal(logits_through(copy, records), wanted)
     copy = pickle.loads(pickle.dumps(joined))
     assert (copy.cache.id, copy.cache.reader.mode, copy.view) == (cache.id, mode, 1)
     np.testing.assert_array_equal(copy[4][0][0], joined[4][0][0])
@@ -212,12 +211,12 @@ def test_workers_read_for_themselves(mode: str, method: str, quick_dump: QuickDu
     cache = reopened(quick_dump(policy=("shift",), views=2), mode)
     joined = cache.join(open_transfer_set(f"{toy}:images"))
     records = np.random.default_rng(0).integers(0, 80, 500)
-    wanted, _ = gather_elsewhere(joined, records)  # the maps are open before the fork
+    wanted = logits_through(joined, records)  # the maps are open before the fork
     with multiprocessing.get_context(method).Pool(2) as pool:
         handed = [(given, records[i::4]) for i, given in enumerate([cache, joined, cache, joined])]
-        for i, (found, _) in enumerate(pool.starmap(gather_elsewhere, handed)):
+        for i, found in enumerate(pool.starmap(logits_through, handed)):
             np.testing.assert_array_equal(found, wanted[i::4])
-    np.testing.assert_array_equal(gather_elsewhere(joined, records)[0], wanted)
+    np.testing.assert_array_equal(logits_through(joined, records), wanted)
 
 
 def test_many_opens_hold_no_descriptors(quick_dump: QuickDump, toy: Path) -> None:
@@ -485,6 +484,8 @@ def test_layouts_cover_everything_once_in_shards_of_a_good_size() -> None:
             assert span.rows * span.views * record <= 256 * 2**20
         if 1024 * record <= 256 * 2**20:
             assert spans[0].rows >= min(1024, rows)
+        if 1024 * record * views <= 256 * 2**20:
+            assert layout.shard_views == views  # the views of one row range stay together while they fit
         wanted = rows * members / 64
         if wanted > 1024 and (wanted + 256) * record * views <= 256 * 2**20:
             full_sized += 1

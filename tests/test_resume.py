@@ -200,7 +200,7 @@ def test_a_run_that_stopped_after_an_epoch_goes_on(folder: Path, tmp_path: Path,
             return original(*args, **more)
 
         with monkeypatch.context() as patch:
-            for name in ("_save", "_write_metrics", "save_student"):
+            for name in ("save_run", "write_metrics", "save_student"):
                 original = getattr(train, name)
                 patch.setattr(train, name, lambda *a, original=original, **k: counted(original, *a, **k))
             assert cli.main(command(folder, out)) == 130
@@ -239,7 +239,7 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c.pt", {"epoch": 3, "metrics": [{"loss": 0.5, "view": 1}]})
     expected = draw()
     assert draw() != expected
-    state = load_checkpoint(tmp_path / "c.pt", torch.device("cpu"))
+    state = load_checkpoint(tmp_path / "c.pt")
     assert draw() == expected
     assert state == {"epoch": 3, "metrics": [{"loss": 0.5, "view": 1}]}
 
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     data = path.read_bytes()
     path.write_bytes({"cut": data[: len(data) // 2], "text": b"no checkpoint", "empty": b""}[damage])
     with pytest.raises(TrainingError, match=r"c\.pt: cannot be read") as caught:
-        load_checkpoint(path, torch.device("cpu"))
+        load_checkpoint(path)
     assert "delete it" in caught.value.tip
 
 
@@ -259,4 +259,4 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     torch.save({"random": Path("x"), "epoch": 0}, path)
     with pytest.raises(TrainingError, match="cannot be read"):
-        load_checkpoint(path, torch.device("cpu"))
+        load_checkpoint(path)
