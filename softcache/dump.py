@@ -9,20 +9,18 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import softcache
 from softcache.cache.card import card
-from softcache.cache.files import free_bytes
-from softcache.cache.manifest import Manifest, MemberInfo, MemberStatistics, Plan, SampleInfo, ViewInfo
+from softcache.cache.manifest import Manifest, MemberInfo, Plan, SampleInfo, ViewInfo
 from softcache.cache.samples import SampleTable, build_table, seeded_order
 from softcache.cache.schema import ArraySpec, Span, plan_layout
 from softcache.cache.shard import HDF5_VERSION
@@ -33,8 +31,10 @@ from softcache.data.identity import check_unique, sample_ids
 from softcache.data.loading import LoadedBatch, Pair, ViewedSet, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy, make_step
-from softcache.errors import CodecRangeError, ConfigError, DataError, TeacherError, first_offenders
+from softcache.encode import Encoded, encode
+from softcache.errors import ConfigError, DataError, first_offenders
 from softcache.machine import autocast_dtype, describe_device, pick_device, pick_threads, pick_workers
+from softcache.progress import DumpProgress
 from softcache.teacher import Teacher, open_teacher
 
 CHECKED_SAMPLES = 64  # of the first batch, which is run twice
@@ -105,7 +105,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         finished = len(plan.layout) - len(spans)
         if finished and spans and not quiet and part.count == 1:
             print(f"resuming {config.out}: {finished} of {len(plan.layout)} spans are there already", file=sys.stderr)
-        clock = _Clock(writer, sum(span.rows * span.views for span in spans), quiet=quiet)
+        clock = DumpProgress(writer, sum(span.rows * span.views for span in spans), quiet=quiet)
         _write_spans(writer, spans, transfer_set, policy, order, teachers, codec, config.batch_size, workers, clock)
         for teacher in teachers:
             teacher.check_at_end()
@@ -123,7 +123,7 @@ def _write_spans(
     codec: Codec,
     batch_size: int,
     workers: int,
-    clock: _Clock,
+    clock: DumpProgress,
 ) -> None:
     """Every batch of every span, through every teacher, into its shards. A batch never crosses a span's border."""
     viewed = ViewedSet(transfer_set, policy, [teacher.collate for teacher in teachers], digests=True)
@@ -134,14 +134,14 @@ def _write_spans(
     row_of[order] = np.arange(len(order))
     for span in spans:
         with writer.span(span, {t.name: _array_specs(codec, span, t.num_classes) for t in teachers}) as out:
-            pending: list[_Encoded] = []  # the previous batch, copied to the host while the device computes the next
+            pending: list[Encoded] = []  # the previous batch, copied to the host while the device computes the next
             for _ in range(-(-span.rows // batch_size) * span.views):
                 batch = clock.wait_for(loaded)
                 rows = row_of[batch.index]
                 _check_unchanged(writer.samples, rows, batch)
                 out.append(None, {"pixel_digests": batch.pixel_digests})
                 encoded = [
-                    _encode(teacher, codec, inputs, transfer_set.labels[batch.index], writer.samples, rows)
+                    encode(teacher, codec, inputs, transfer_set.labels[batch.index], writer.samples, rows)
                     for teacher, inputs in zip(teachers, batch.inputs, strict=True)
                 ]
                 for done in pending:
@@ -162,102 +162,6 @@ def _pairs(span: Span, order: np.ndarray, batch_size: int) -> Iterator[list[Pair
 def _array_specs(codec: Codec, span: Span, num_classes: int) -> list[ArraySpec]:
     arrays = codec.arrays(num_classes).items()
     return [ArraySpec(name, dtype, (span.views, span.rows, *tail)) for name, (dtype, tail) in arrays]
-
-
-@dataclass
-class _Encoded:
-    """One member's encoded batch on its way to the host."""
-
-    member: str
-    codec: Codec
-    arrays: Mapping[str, Tensor]
-    measured: Tensor  # float64: correct, labelled, entropy sum, finite rows
-    floored: int
-    samples: SampleTable
-    rows: np.ndarray
-    ready: Any
-
-    def append_to(self, out: Any) -> None:
-        """Check what only the host can see cheaply, and write. Errors name the first samples."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        correct, labelled, entropy, finite = self.measured.tolist()
-        host = {name: value.numpy() for name, value in self.arrays.items()}
-        if int(finite) < len(self.rows):
-            bad = np.flatnonzero(~np.isfinite(host["eps"]))
-            keys = (self.samples.key(int(self.rows[i])) for i in bad)
-            raise TeacherError(
-                f"teacher {self.member!r} gave logits that are not finite for {len(bad)} samples of this batch: "
-                + first_offenders(keys, len(bad)),
-                tip="look at these samples; under autocast fp16 try --autocast bf16 or none",
-            )
-        worst = float(host["eps"].max(initial=0.0))
-        if not np.isfinite(worst):
-            raise CodecRangeError(
-                f"codec {self.codec.name!r} cannot hold the logits of teacher {self.member!r}: they are too large",
-                tip="use --codec float32",
-            )
-        out.append(
-            self.member,
-            host,
-            MemberStatistics(len(self.rows), int(labelled), int(correct), entropy, worst, self.floored),
-        )
-
-
-def _encode(
-    teacher: Teacher, codec: Codec, inputs: Any, labels: np.ndarray, samples: SampleTable, rows: np.ndarray
-) -> _Encoded:
-    """Teacher, statistics and codec, on the teacher's device; the result is on its way to the host when this returns."""
-    try:
-        output = teacher(inputs)
-    except torch.OutOfMemoryError as exc:
-        raise TeacherError(
-            f"teacher {teacher.name!r} ran out of memory at batch size {len(rows)}",
-            tip=f"try --batch-size {max(1, len(rows) // 2)} in a new --out: the batch size is part of the plan",
-        ) from exc
-    logits = output.logits
-    if len(logits) != len(rows):
-        raise TeacherError(f"teacher {teacher.name!r} gave {len(logits)} rows for {len(rows)} samples")
-    finite = logits.isfinite().all(dim=1)
-    try:
-        arrays = codec.encode(logits)
-    except CodecRangeError as exc:
-        if bool(finite.all()):
-            exc.add_note(f"teacher {teacher.name!r}")
-            raise
-        arrays = codec.encode(logits.nan_to_num(0.0, 0.0, 0.0))
-    eps = arrays["eps"]
-    if teacher.rounds:
-        from softcache.codecs.floats import round_up_to_half
-
-        eps = round_up_to_half(eps.float() + output.rounding)
-    arrays = {**arrays, "eps": torch.where(finite, eps, torch.full_like(eps, torch.inf))}
-    measured = _measure(logits, finite, labels)
-    if logits.is_cuda:
-        arrays = {name: _to_pinned(value) for name, value in arrays.items()}
-        measured = _to_pinned(measured)
-        ready = torch.cuda.Event()
-        ready.record()
-    else:
-        ready = None
-    return _Encoded(teacher.name, codec, arrays, measured, output.floored, samples, rows, ready)
-
-
-def _measure(logits: Tensor, finite: Tensor, labels: np.ndarray) -> Tensor:
-    """(4,) float64: correct, labelled, entropy sum, finite rows."""
-    log_p = logits.double().log_softmax(dim=1)
-    entropy = -(log_p.exp() * log_p).sum(dim=1).nansum()
-    if labels.ndim == 1:
-        truth = torch.from_numpy(labels.astype(np.int64)).to(logits.device)
-        correct, labelled = (logits.argmax(dim=1) == truth).sum(), (truth >= 0).sum()
-    else:
-        correct = labelled = torch.zeros((), device=logits.device)
-    return torch.stack([correct.double(), labelled.double(), entropy, finite.sum().double()])
-
-
-def _to_pinned(value: Tensor) -> Tensor:
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return host.copy_(value, non_blocking=True)
 
 
 def _open_teachers(
@@ -397,45 +301,7 @@ def _part(config: DumpConfig) -> Part:
     return Part(*parse_part(config.part))
 
 
-class _Clock:
-    """Progress on stderr: samples/s, MB/s, share of time spent waiting for data, ETA, GB left on the disk."""
-
-    def __init__(self, writer: CacheWriter, total: int, *, quiet: bool) -> None:
-        self._writer = writer
-        self._bar = tqdm(total=total, unit="view", unit_scale=True, desc=f"dump {writer.path}", disable=quiet)
-        self._started, self._waited, self._done, self._shown = time.monotonic(), 0.0, 0, 0.0
-
-    def wait_for(self, loaded: Iterator[LoadedBatch]) -> LoadedBatch:
-        begin = time.monotonic()
-        batch = next(loaded)
-        self._waited += time.monotonic() - begin
-        return batch
-
-    def count(self, records: int) -> None:
-        self._done += records
-        self._bar.update(records)
-        now = time.monotonic()
-        if not self._bar.disable and now - self._shown > 0.5:
-            self._shown = now
-            left = free_bytes(self._writer.path) / 1e9
-            self._bar.set_postfix_str(
-                f"{self._writer.bytes_written / 1e6 / max(1e-9, now - self._started):.1f} MB/s, "
-                f"waiting {100 * self.wait_share:.0f} %, {left:.0f} GB left"
-            )
-
-    @property
-    def wait_share(self) -> float:
-        return self._waited / max(1e-9, time.monotonic() - self._started)
-
-    @property
-    def samples_per_s(self) -> float:
-        return self._done / max(1e-9, time.monotonic() - self._started)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def _provenance(config: DumpConfig, started: float, clock: _Clock) -> dict[str, Any]:
+def _provenance(config: DumpConfig, started: float, clock: DumpProgress) -> dict[str, Any]:
     clock.close()
     return {
         "command": vars(config),

@@ -842,14 +842,14 @@ def test_parts_in_any_order_commit_when_the_last_is_done(world: World) -> None:
 def test_batches_do_not_cross_the_border_of_a_shard(world: World) -> None:
     """Rows of a shard depend on the plan alone, so the batches at its end are short ones."""
     sizes: list[int] = []
-    original = dump._encode
+    original = dump.encode
 
     def noted(teacher: Any, codec: Any, inputs: Any, *rest: Any) -> Any:
         sizes.append(len(inputs))
         return original(teacher, codec, inputs, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dump, "_encode", noted)
+        patch.setattr(dump, "encode", noted)
         world.dump(data="toy?count=600", batch_size=100)
     assert sizes == [100, 100, 56, 100, 100, 56, 88]
 

@@ -41,7 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {*LEAVES, "config", "data", "models", "targets"},
     "inspect": {*LEAVES, "cache", "data", "targets"},
     "verify": {*LEAVES, "cache"},
-    "dump": {*LEAVES, PACKAGE, "config", "cache", "codecs", "data", "models", "teacher"},
+    "encode": {"errors", "cache", "codecs", "teacher"},
+    "progress": {"cache", "data"},
+    "dump": {*LEAVES, PACKAGE, "config", "cache", "codecs", "data", "encode", "models", "progress", "teacher"},
     "train": {
         *LEAVES,
         PACKAGE,
