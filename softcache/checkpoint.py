@@ -51,8 +51,11 @@ def resume_run(
     if not path.is_file():
         return {"epoch": 0, "step": 0, "sums": {}, "metrics": []}
     state = load_checkpoint(path)
-    model.net.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        model.net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as exc:
+        raise TrainingError(f"{path}: does not fit this student: {exc}", tip="choose another --out") from None
     scaler.load_state_dict(state["scaler"])
     return state
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import typing
@@ -171,7 +172,7 @@ def _config_verb(
         text = text.replace("%", "%%")
         if hint is bool:
             parser.add_argument(flag, action="store_const", const="true", default=None, help=text)
-        elif typing.get_origin(hint) is tuple and meta["metavar"] in ("TEACHER", "STEP", "LOSS"):
+        elif typing.get_origin(hint) is tuple:
             parser.add_argument(flag, action="append", default=None, metavar=meta["metavar"], help=text)
         else:
             metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else meta["metavar"]
@@ -190,6 +191,10 @@ def _resolve(kind: type[Any], arguments: argparse.Namespace) -> Resolved[Any] | 
     """The config of a verb; None when it was only to be printed."""
     names = {field.name for field in dataclasses.fields(kind)}
     flags = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    for name, value in flags.items():
+        # a repeated list is one list; teachers, steps and losses hold commas of their own
+        if isinstance(value, list) and name not in ("teacher", "policy", "loss"):
+            flags[name] = ",".join(value)
     resolved = resolve(kind, file=arguments.config, sets=arguments.set, flags=flags)
     if not arguments.print_config:
         return resolved
@@ -215,9 +220,8 @@ def _dump(arguments: argparse.Namespace) -> int:
         print(f"{result.path}: this part is done; the cache is committed when the other parts are")
     else:
         print(f"{result.path}: {len(manifest.files)} files, {size(manifest.nbytes)}, id {manifest.id}")
-        print(
-            f"next: softcache train --cache {result.path} --data {resolved.config.data} --student ... --out runs/student"
-        )
+        data = shlex.quote(resolved.config.data)
+        print(f"next: softcache train --cache {result.path} --data {data} --student ... --out runs/student")
     return 0
 
 

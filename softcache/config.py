@@ -161,7 +161,8 @@ def resolve(
             name = key.replace("-", "_")
             if name not in known:
                 raise ConfigError(f"{origin}: unknown setting {key!r}", tip=nearest(name, known))
-            values[name] = coerce(value, hints[name], f"{origin}: {name}")
+            where = f"--{name.replace('_', '-')}" if origin == "flag" else f"{origin}: {name}"
+            values[name] = coerce(value, hints[name], where)
             origins[name] = origin
     for name, f in known.items():
         choices = f.metadata["choices"]

@@ -32,7 +32,7 @@ from softcache.data.loading import LoadedBatch, Pair, ViewedSet, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy, make_step
 from softcache.encode import Encoded, encode
-from softcache.errors import ConfigError, DataError, first_offenders
+from softcache.errors import ConfigError, DataError, DumpError, first_offenders
 from softcache.machine import autocast_dtype, describe_device, pick_device, pick_threads, pick_workers
 from softcache.progress import DumpProgress
 from softcache.teacher import Teacher, open_teacher
@@ -69,6 +69,9 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     natural = config.order == "natural"
     order = np.arange(count) if natural else seeded_order(count, config.order_seed)
     policy = Policy(tuple(make_step(*split_term(step, "--policy")) for step in config.policy), config.view_seed)
+    for flag, value in (("batch-size", config.batch_size), ("shard-rows", config.shard_rows)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} {value}: must be at least 1")
     if config.views < 1:
         raise ConfigError(f"--views {config.views}: at least one view is needed")
     if config.views > 1 and not policy.is_random:
@@ -110,6 +113,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         for teacher in teachers:
             teacher.check_at_end()
         manifest = writer.commit(card, _provenance(config, started, clock))
+        if manifest is None and part.count == 1:
+            raise DumpError(f"{config.out}: some spans are missing", tip="run the same command again")
         return DumpResult(Path(config.out), manifest, clock.samples_per_s, clock.wait_share)
 
 

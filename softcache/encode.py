@@ -92,7 +92,7 @@ def encode(
         arrays = {name: _to_pinned(value) for name, value in arrays.items()}
         measured = _to_pinned(measured)
         ready = torch.cuda.Event()
-        ready.record()
+        ready.record(torch.cuda.current_stream(logits.device))
     else:
         ready = None
     return Encoded(teacher.name, codec, arrays, measured, output.floored, samples, rows, ready)

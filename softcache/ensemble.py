@@ -52,6 +52,8 @@ def combine(
         LossError: an unknown rule, or weights that are not M finite numbers >= 0 with a sum > 0.
     """
     check_rule(rule)
+    if not temperature > 0:
+        raise LossError(f"temperature must be > 0, got {temperature}")
     logits = torch.stack(list(member_logits))  # (M, B, C)
     exact = torch.tensor([1.0] * len(logits) if weights is None else list(weights), dtype=torch.float64)
     if len(exact) != len(logits) or not bool((exact.isfinite() & (exact >= 0)).all()) or not exact.sum() > 0:

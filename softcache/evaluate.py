@@ -180,6 +180,8 @@ def check_same_classes(one: TransferSet, other: TransferSet) -> None:
 
 def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:
     """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure."""
+    if not config.temperature > 0:
+        raise ConfigError(f"--temperature {config.temperature}: must be > 0")
     device = pick_device(config.device)
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())

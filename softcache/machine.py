@@ -26,6 +26,7 @@ def pick_device(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)  # streams, events and pinned memory go by the current device
     return device
 
 

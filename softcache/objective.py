@@ -79,8 +79,8 @@ def parse_members(texts: Sequence[str]) -> dict[str, float] | None:
             weights[name] = float(value) if equals else 1.0
         except ValueError:
             raise ConfigError(f"--members {text!r}: {value!r} is not a number") from None
-        if weights[name] < 0:
-            raise ConfigError(f"--members {text!r}: a weight cannot be negative")
+        if not 0 <= weights[name] < float("inf"):
+            raise ConfigError(f"--members {text!r}: a weight must be a number that is not negative")
     if weights and not sum(weights.values()):
         raise ConfigError("--members: all weights are zero")
     return weights or None

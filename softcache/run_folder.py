@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import hashlib
 import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,11 @@ import torch
 
 import softcache
 from softcache.config import TrainConfig, to_toml
-from softcache.errors import TrainingError
+from softcache.errors import LockedError, TrainingError
 from softcache.losses import LossTerm
 
 STUDENT, RUN, CONFIG = "student.safetensors", "run.json", "config.toml"
-METRICS_JSONL, METRICS_CSV = "metrics.jsonl", "metrics.csv"
+METRICS_JSONL, METRICS_CSV, LOCK = "metrics.jsonl", "metrics.csv", "lock"
 
 # settings that may differ between a run and its resume: they do not belong to what is computed
 FREE_TO_CHANGE = ("out", "workers", "threads", "device", "checkpoint_every", "download", "read", "check_content")
@@ -33,7 +36,7 @@ def claim_folder(config: TrainConfig) -> Path:
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out}: is a file", tip="choose another --out")
     if (out / RUN).is_file():
-        before = json.loads((out / RUN).read_text())["config"]
+        before = _read_run(out)["config"]
         now = json.loads(json.dumps(_comparable(config)))
         changed = [key for key in now if now[key] != before.get(key)]
         if changed:
@@ -42,15 +45,69 @@ def claim_folder(config: TrainConfig) -> Path:
                 f"{out}: holds a run with other settings: {listing}",
                 tip="choose another --out; the same settings resume the run",
             )
-    elif out.is_dir() and any(path.name != f"{RUN}.tmp" for path in out.iterdir()):
+    elif out.is_dir() and any(path.name not in (LOCK, f"{RUN}.tmp") for path in out.iterdir()):
         raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; a folder in which nothing came to be is removed again.
+
+    Raises:
+        LockedError: another process trains here.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    fd = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(
+                f"{out}: another process is training in this folder", tip="wait for it, or choose another --out"
+            ) from None
+        yield
+        (out / LOCK).unlink(missing_ok=True)
+    except LockedError:
+        raise
+    except BaseException:
+        (out / LOCK).unlink(missing_ok=True)
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _read_run(out: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((out / RUN).read_text())
+        about["config"], about["cache"], about["data"]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise TrainingError(f"{out / RUN}: is damaged ({exc!r})", tip="choose another --out") from None
+    return about
+
+
+def check_same_data(out: Path, data: str) -> None:
+    """Raise TrainingError when the run in this folder began with other samples, labels or another vocabulary."""
+    if (out / RUN).is_file() and _read_run(out)["data"] != data:
+        raise TrainingError(
+            f"{out}: this run began with other samples, labels or another vocabulary",
+            tip="restore the data set, or choose another --out",
+        )
+
+
+def data_fingerprint(ids: np.ndarray, labels: np.ndarray, vocabulary: Sequence[str]) -> str:
+    """sha256 over what a resumed run must find again: (N,) sample ids, labels, and a text model's vocabulary, in order."""
+    hasher = hashlib.sha256(np.ascontiguousarray(ids).tobytes())
+    hasher.update(np.ascontiguousarray(labels).tobytes())
+    hasher.update("\n".join(vocabulary).encode("utf-8"))
+    return hasher.hexdigest()
 
 
 def pinned_cache(out: Path) -> str | None:
     """The id of the cache that the run in this folder began with; None for a new run, or one without a cache."""
-    return json.loads((out / RUN).read_text())["cache"] if (out / RUN).is_file() else None
+    return _read_run(out)["cache"] if (out / RUN).is_file() else None
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
@@ -63,6 +120,7 @@ def describe_run(
     terms: Sequence[LossTerm],
     *,
     cache_id: str | None,
+    data: str,
     samples: int,
     labelled: int,
     labels_changed: int,
@@ -71,6 +129,7 @@ def describe_run(
     about = {
         "config": _comparable(config),
         "cache": cache_id,
+        "data": data,
         "targets": "matched" if cache_id is not None else None,
         "samples": samples,
         "labelled": labelled,
@@ -98,5 +157,8 @@ def write_metrics(out: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
 def _write_aside(path: Path, text: str) -> None:
     """After a kill there is the old file or the new one, never a part of it."""
     aside = path.with_name(f"{path.name}.tmp")
-    aside.write_bytes(text.encode("utf-8"))
+    with aside.open("wb") as file:
+        file.write(text.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)

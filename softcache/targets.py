@@ -50,7 +50,7 @@ class Targets:
     codecs: Mapping[str, Codec]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Targets:
-        """The same targets with labels and stored values on another device."""
+        """The same targets with the stored values on another device."""
         moved = {
             member: {name: value.to(device, non_blocking=non_blocking) for name, value in arrays.items()}
             for member, arrays in self.arrays.items()
@@ -289,6 +289,8 @@ class Joined(Dataset[Any]):
 
     def gather(self, records: Tensor | np.ndarray, *, members: Sequence[str] | None = None) -> Targets:
         """The targets of a batch of records, in the batch's order."""
+        if isinstance(records, Tensor):
+            records = records.cpu().numpy()
         views, rows = np.divmod(np.asarray(records, dtype=np.int64), len(self.cache))
         return self.cache.gather(rows, views, members=members)
 

@@ -187,7 +187,7 @@ class Teacher:
     def check_buffers(self) -> None:
         """Raise TeacherError when a buffer (BatchNorm statistics) is not what it was."""
         for name, before in self._buffers.items():
-            if not torch.equal(before, self.network.get_buffer(name)):
+            if not torch.allclose(before, self.network.get_buffer(name), rtol=0, atol=0, equal_nan=True):
                 raise TeacherError(
                     f"teacher {self.name!r} changed its buffer {name!r} while it ran",
                     tip="run it in eval mode; a teacher must not learn during a dump",

@@ -8,6 +8,7 @@ Without a cache the same recipe trains on hard labels: that is how teachers and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from tqdm import tqdm
 import softcache
 from softcache.checkpoint import resume_run, save_run
 from softcache.config import TrainConfig, split_term
+from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD, batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
@@ -34,7 +36,16 @@ from softcache.losses.schedules import check_schedule, scheduled
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, build_vocabulary, load_model, save_student
 from softcache.objective import check_term, loss_parts, parse_members, parse_terms, total_loss
-from softcache.run_folder import STUDENT, claim_folder, describe_run, pinned_cache, write_metrics
+from softcache.run_folder import (
+    STUDENT,
+    check_same_data,
+    claim_folder,
+    data_fingerprint,
+    describe_run,
+    locked,
+    pinned_cache,
+    write_metrics,
+)
 from softcache.targets import Cache, Joined
 from softcache.targets import open as open_cache
 
@@ -55,11 +66,16 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     Raises:
         SoftcacheError: and its children, before the first step wherever that is possible.
     """
+    _check_numbers(config)
+    out = claim_folder(config)
+    with locked(out):
+        return _train(config, out, quiet=quiet)
+
+
+def _train(config: TrainConfig, out: Path, *, quiet: bool) -> TrainResult:
     device = pick_device(config.device)
     torch.set_num_threads(pick_threads(config.threads))
     workers, autocast = pick_workers(config.workers, device), autocast_dtype(config.autocast)
-    _check_numbers(config)
-    out = claim_folder(config)
 
     transfer_set = open_transfer_set(config.data, **config.selection())
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
@@ -96,6 +112,9 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     viewed = ViewedSet(transfer_set, policy, [model.input.collate])
     count, steps = len(transfer_set), -(-len(transfer_set) // config.batch_size)
 
+    vocabulary = getattr(model.input, "vocabulary", ())
+    data = data_fingerprint(sample_ids(transfer_set.keys), transfer_set.labels, tuple(vocabulary))
+    check_same_data(out, data)
     state = resume_run(out, model, optimizer, scaler)
     metrics: list[dict[str, Any]] = state["metrics"]
     evaluation = None
@@ -104,6 +123,7 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         config,
         terms,
         cache_id=cache.id if cache is not None else None,
+        data=data,
         samples=count,
         labelled=labelled,
         labels_changed=joined.labels_changed if joined is not None else 0,
@@ -206,6 +226,13 @@ def _check_numbers(config: TrainConfig) -> None:
     for name, lowest in (("epochs", 1), ("batch_size", 1)):
         if getattr(config, name) < lowest:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {lowest}")
+    for name in ("weight_decay", "warmup_epochs", "momentum"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
+    if config.checkpoint_every is not None and config.checkpoint_every < 1:
+        raise ConfigError(f"--checkpoint-every {config.checkpoint_every}: must be at least 1")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training runs on one process", tip="start it without torchrun; dumping runs on several")
     if not config.lr > 0:
         raise ConfigError(f"--lr {config.lr}: must be > 0")
     check_schedule(config.schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -17,8 +18,6 @@ def reserve(fd: int, size: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as exc:
-        import errno
-
         if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
@@ -53,6 +52,14 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, and make their names durable."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file aside, fsync, rename: after a crash there is the old file or the new one."""
     # processes on two machines may share a folder and a pid
@@ -77,7 +84,9 @@ def append_line(path: Path, line: bytes) -> None:
         # a line torn by a crash is closed off first, so that it cannot swallow this one
         size = os.fstat(fd).st_size
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        os.write(fd, (b"\n" if torn else b"") + line + b"\n")
+        data = (b"\n" if torn else b"") + line + b"\n"
+        if os.write(fd, data) != len(data):  # a full disk may take a part of it without an error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         sync(fd)
     finally:
         close(fd)

@@ -289,14 +289,19 @@ def _without_manifest(path: Path) -> CacheError:
     )
 
 
-def read_journals(path: Path) -> dict[int, dict[str, Any]]:
-    """Span index -> journal entry, over all parts. A line torn by a crash is skipped: its span is done again."""
-    entries: dict[int, dict[str, Any]] = {}
+def read_journals(path: Path) -> dict[int, list[dict[str, Any]]]:
+    """Span index -> its different journal entries, over all parts: one, unless a span was written twice.
+
+    A line torn by a crash is skipped: its span is done again.
+    """
+    entries: dict[int, list[dict[str, Any]]] = {}
     for journal in sorted((path / WORK).glob("part-*.jsonl")):
         for line in journal.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)
-                entries[int(entry["span"])] = entry
+                known = entries.setdefault(int(entry["span"]), [])
+                if entry not in known:
+                    known.append(entry)
             except (ValueError, KeyError, TypeError):
                 continue
     return entries

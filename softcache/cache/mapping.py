@@ -12,7 +12,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _MAP_FIXED = 0x10
@@ -23,9 +23,8 @@ _FAILED = ctypes.c_void_p(-1).value
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [offset, offset + nbytes) of an open file."""
+    """Bytes [offset, offset + nbytes) of a file."""
 
-    fd: int
     offset: int
     nbytes: int
 
@@ -43,10 +42,14 @@ def fits_back_to_back(pieces: Sequence[Piece]) -> bool:
 class BackToBack:
     """The pieces, mapped read-only one after the other; unmapped when the last array into them is gone.
 
-    `memory` is what NumPy may view; the descriptors can be closed afterwards. OSError when the kernel refuses.
+    `memory` is what NumPy may view. OSError when the kernel refuses.
+
+    Args:
+        pieces: for which `fits_back_to_back` holds.
+        open_piece: piece number -> descriptor; closed again at once, so that any number of shards needs one.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], open_piece: Callable[[int], int]) -> None:
         assert fits_back_to_back(pieces)
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
@@ -65,10 +68,14 @@ class BackToBack:
             self.memory, libc.munmap, reserved, total + _HUGE
         ).atexit = False  # threads may still read then
         place = base
-        for piece in pieces:
-            flags = mmap.MAP_SHARED | _MAP_FIXED
-            if libc.mmap(place, piece.nbytes, mmap.PROT_READ, flags, piece.fd, piece.offset) == _FAILED:
-                raise _last_error("mapping a shard")
+        for number, piece in enumerate(pieces):
+            fd = open_piece(number)
+            try:
+                flags = mmap.MAP_SHARED | _MAP_FIXED
+                if libc.mmap(place, piece.nbytes, mmap.PROT_READ, flags, fd, piece.offset) == _FAILED:
+                    raise _last_error("mapping a shard")
+            finally:
+                os.close(fd)
             place += piece.nbytes
 
 

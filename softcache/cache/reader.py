@@ -89,21 +89,28 @@ class RowTable:
             span, stored = layout.span(index), file.arrays[name]
             if stored.shape != (span.views, span.rows, *self.tail) or np.dtype(stored.dtype) != self.dtype:
                 raise DamagedCacheError(f"{root / file.path}: {name!r} does not have the shape of its span")
-            try:
-                self._files.append((open_checked(root / file.path, file), stored))
-            except DamagedCacheError:
-                self._close_files()
-                raise
         sizes = [layout.span(index).views * layout.span(index).rows for index in range(len(layout))]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]  # each span's first record in `whole`
-        if mode == "mmap":
-            pieces = [Piece(fd, stored.offset, stored.nbytes) for fd, stored in self._files]
+        if mode == "pread":
+            for file in shards:
+                try:
+                    self._files.append((open_checked(root / file.path, file), file.arrays[name]))
+                except DamagedCacheError:
+                    self._close_files()
+                    raise
+            return
+        groups = [shards] if fits_back_to_back([_piece(file, name) for file in shards]) else [[file] for file in shards]
+        for group in groups:
+            pieces = [_piece(file, name) for file in group]
             if fits_back_to_back(pieces):
-                self._whole = np.frombuffer(memoryview(BackToBack(pieces).memory), self.dtype).reshape(-1, *self.tail)
-                self._whole.flags.writeable = False
-            else:
-                self._flat = [MappedFile(root, file).array(name).reshape(-1, *self.tail) for file in shards]
-            self._close_files()
+                mapped = BackToBack(pieces, lambda i, group=group: open_checked(root / group[i].path, group[i]))  # type: ignore[misc]
+                records = np.frombuffer(memoryview(mapped.memory), self.dtype).reshape(-1, *self.tail)
+                records.flags.writeable = False
+            else:  # not on Linux
+                records = MappedFile(root, group[0]).array(name).reshape(-1, *self.tail)
+            self._flat.append(records)
+        if len(groups) == 1:
+            self._whole = self._flat[0]
 
     def gather(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B, ...) records of B (row, view) pairs, in their order. IndexError when one is out of range."""
@@ -160,6 +167,10 @@ class RowTable:
 def _close_all(files: list[tuple[int, StoredArray]]) -> None:
     while files:
         os.close(files.pop()[0])
+
+
+def _piece(file: StoredFile, name: str) -> Piece:
+    return Piece(file.arrays[name].offset, file.arrays[name].nbytes)
 
 
 def _check_range(values: np.ndarray, limit: int, what: str) -> None:

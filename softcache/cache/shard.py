@@ -73,7 +73,7 @@ class ShardWriter:
     def __init__(self, path: Path, arrays: Sequence[ArraySpec], *, kind: str, tag: str = "0") -> None:
         self.path, self.kind = path, kind
         self.temporary = path.with_name(f"{path.name}.tmp-{tag}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         self._fd = -1
         specs = [spec for array in arrays for spec in (array, array.checksums)]
         with self._undone_on_fault():

@@ -39,8 +39,8 @@ from softcache.cache.schema import (
     member_shard_path,
     view_shard_path,
 )
-from softcache.cache.shard import ShardWriter, StoredFile, write_shard
-from softcache.errors import DiskSpaceError, DumpError, LockedError, PlanMismatchError
+from softcache.cache.shard import ShardWriter, StoredFile, sha256_of, write_shard
+from softcache.errors import DamagedCacheError, DiskSpaceError, DumpError, LockedError, PlanMismatchError
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,16 @@ class CacheWriter:
     ) -> None:
         self.path, self.part = path, part or Part()
         self._refuse_foreign_folder()
-        (path / WORK).mkdir(parents=True, exist_ok=True)
-        (path / MANIFESTS).mkdir(exist_ok=True)
+        files.make_folder(path / WORK)
+        files.make_folder(path / MANIFESTS)
         with _waiting_lock(path / WORK / "setup.lock"):
-            self.plan, self.samples_file, self.samples = self._begin(plan, make_samples)
-        self._lock = _take_lock(path / WORK / f"part-{self.part}.lock", self.part)
+            self._refuse_other_split()
+            self._lock = _take_lock(path / WORK / f"part-{self.part}.lock", self.part)
+            try:
+                self.plan, self.samples_file, self.samples = self._begin(plan, make_samples)
+            except BaseException:
+                os.close(self._lock)
+                raise
         self._journal = path / WORK / f"part-{self.part}.jsonl"
         self.bytes_written = 0
 
@@ -99,6 +104,12 @@ class CacheWriter:
                 f"{self.path}: holds files that no dump wrote", tip="choose another --out, or empty the folder"
             )
 
+    def _refuse_other_split(self) -> None:
+        """A living process that splits the same dump into another number of parts would write the same spans."""
+        for lock in sorted((self.path / WORK).glob("part-*.lock")):
+            if not lock.stem.endswith(f"-of-{self.part.count}"):
+                os.close(_take_lock(lock, self.part, announce=False))
+
     def _begin(self, plan: Plan, make_samples: Callable[[], SampleTable]) -> tuple[Plan, StoredFile, SampleTable]:
         plan_path = self.path / PLAN
         if not plan_path.exists():
@@ -107,7 +118,10 @@ class CacheWriter:
             plan = replace(plan, samples=replace(plan.samples, fingerprint=table.fingerprint()))
             files.write_whole(plan_path, canonical_json({"plan": plan.to_json(), "samples_file": file.to_json()}))
             return plan, file, table
-        stored = json.loads(plan_path.read_bytes())
+        try:
+            stored = json.loads(plan_path.read_bytes())
+        except ValueError as exc:
+            raise DamagedCacheError(f"{plan_path}: is damaged ({exc})", tip="start again with another --out") from None
         found = Plan.from_json(stored["plan"])
         wanted = replace(plan, samples=replace(plan.samples, fingerprint=found.samples.fingerprint))
         changed = list(differences(json.loads(canonical_json(wanted.to_json())), stored["plan"]))
@@ -127,11 +141,14 @@ class CacheWriter:
 
     def finished_spans(self) -> dict[int, dict[str, Any]]:
         """Journal entries of every span whose files are there, over all parts."""
-        return {
-            index: entry
-            for index, entry in read_journals(self.path).items()
-            if all(_has_size(self.path / file["path"], int(file["bytes"])) for file in entry["files"])
-        }
+        finished = {}
+        for index, entries in read_journals(self.path).items():
+            there = [e for e in entries if all(_has_size(self.path / f["path"], int(f["bytes"])) for f in e["files"])]
+            if len(there) > 1:  # written twice, with other bytes: the entry that fits the files is the one that holds
+                there = [e for e in there if all(sha256_of(self.path / f["path"]) == f["sha256"] for f in e["files"])]
+            if there:
+                finished[index] = there[-1]
+        return finished
 
     def my_spans(self) -> list[Span]:
         """The spans of this part that are still to be written."""
@@ -262,7 +279,7 @@ def _waiting_lock(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _take_lock(path: Path, part: Part) -> int:
+def _take_lock(path: Path, part: Part, *, announce: bool = True) -> int:
     """The part's lock, or LockedError naming who holds it. The kernel releases it when the process ends, however it ends."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -274,6 +291,8 @@ def _take_lock(path: Path, part: Part) -> int:
             f"{path.parent.parent}: part {part.index} of {part.count} is being written by another process: {holder}",
             tip="wait for it, end it, or give this process a part of its own with --part i/n",
         ) from None
+    if not announce:
+        return fd
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"host {socket.gethostname()}, pid {os.getpid()}, since {started}\n".encode(), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,7 +182,7 @@ def check_labels(table: SampleTable, rows: np.ndarray, labels: np.ndarray, *, al
         LabelMismatchError: some differ and `allow` is False; lists the first.
     """
     if (labels.ndim == 2) != table.multi_label:
-        raise LabelMismatchError("one of data set and cache has several labels per sample, the other one")
+        raise LabelMismatchError("one of data set and cache has several labels per sample, the other has one")
     if table.multi_label and labels.shape[1] != table.num_classes:
         raise ClassMismatchError(
             f"the data set's labels are rows of {labels.shape[1]}, the cache has {table.num_classes}"
@@ -317,4 +316,4 @@ def replace_item(sample: Any, change: Callable[[Any], Any]) -> Any:
 def batches(order: np.ndarray, view: int, batch_size: int, *, start: int = 0) -> Iterator[list[tuple[int, int]]]:
     """(index, view) pairs in batches, from batch number `start` on; the last one may be smaller."""
     for first in range(start * batch_size, len(order), batch_size):
-        yield [(int(i), view) for i in islice(order, first, first + batch_size)]
+        yield [(index, view) for index in order[first : first + batch_size].tolist()]
