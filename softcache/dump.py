@@ -32,7 +32,7 @@ from softcache.data.loading import LoadedBatch, Pair, ViewedSet, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy, make_step
 from softcache.encode import Encoded, encode
-from softcache.errors import ConfigError, DataError, DumpError, first_offenders
+from softcache.errors import ConfigError, DataError, DumpError, ModelError, first_offenders
 from softcache.machine import autocast_dtype, describe_device, pick_device, pick_threads, pick_workers
 from softcache.progress import DumpProgress
 from softcache.teacher import Teacher, open_teacher
@@ -187,6 +187,12 @@ def _open_teachers(
                 autocast=autocast_dtype(config.autocast),
             )
         )
+    for teacher, text in zip(teachers, config.teacher, strict=True):
+        if not teacher.has_weights:
+            raise ModelError(
+                f"teacher {text!r} has no weights: its logits would be random numbers",
+                tip=f"write {text}@WEIGHTS, or name a run folder",
+            )
     return teachers
 
 

@@ -49,6 +49,7 @@ class Teacher:
         fingerprint: sha256 of weights and preprocessing; None until the first batch for a teacher without weights.
         class_order: permutation that brings its outputs into the cache's order; None when they stand so already.
         compute_dtype: of the last layer; known after the first batch.
+        has_weights: False for one of our models, or torchvision's, that was named without any.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Teacher:
         self.class_order, self.device, self.autocast = class_order, torch.device(device), autocast
         self.compute_dtype = "float32"
         self.fingerprint: str | None = None
+        self.has_weights = True
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False).to(self.device)
             described = f"{model_spec} {output} {network.input.describe() if isinstance(network, Model) else ''}"
@@ -271,7 +273,7 @@ def open_teacher(
         network, collate, output, declared = _estimator(made, text, num_classes)
         portable = bare.portable()
     output = spec.parameters.get("output", output)
-    return Teacher(
+    teacher = Teacher(
         name,
         portable,
         network,
@@ -283,6 +285,8 @@ def open_teacher(
         device=device,
         autocast=autocast,
     )
+    teacher.has_weights = bool(is_run or bare.is_factory or weights or "weights" in bare.parameters)
+    return teacher
 
 
 def _estimator(made: Any, text: str, num_classes: int) -> tuple[Any, Any, str, tuple[str, ...] | None]:

@@ -334,6 +334,7 @@ MISTAKES = [
     row("keys to take", [*dump_of(), "--samples", "none.txt"], "cannot be read as a list of keys", "UTF-8"),
     # models
     row("model", dump_of("softcache:mlpp"), "softcache has no model 'mlpp'", "'mlp'"),
+    row("teacher without weights", dump_of("softcache:mlp?hidden=4"), "has no weights", "@WEIGHTS"),
     row("model scheme", dump_of("sofcache:mlp"), "unknown kind of model 'sofcache'", "'softcache'"),
     row("model without scheme", train_on(student="resnet20"), "neither a run folder nor a model", "softcache:resnet20"),
     row("model parameter", train_on(student="softcache:mlp?hiden=3"), "unknown parameter 'hiden'", "'hidden'"),
