@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 import softcache
+from softcache.cache.locks import release_lock, take_lock
 from softcache.config import TrainConfig, to_toml
 from softcache.errors import LockedError, TrainingError
 from softcache.losses import LossTerm
@@ -58,25 +58,19 @@ def locked(out: Path) -> Iterator[None]:
         LockedError: another process trains here.
     """
     out.mkdir(parents=True, exist_ok=True)
-    fd = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(
-                f"{out}: another process is training in this folder", tip="wait for it, or choose another --out"
-            ) from None
+        fd = take_lock(out / LOCK)
+    except BlockingIOError:
+        raise LockedError(
+            f"{out}: another process is training in this folder", tip="wait for it, or choose another --out"
+        ) from None
+    try:
         yield
-        (out / LOCK).unlink(missing_ok=True)
-    except LockedError:
-        raise
-    except BaseException:
+    finally:
         (out / LOCK).unlink(missing_ok=True)
         if not any(out.iterdir()):
             out.rmdir()
-        raise
-    finally:
-        os.close(fd)
+        release_lock(fd)
 
 
 def _read_run(out: Path) -> dict[str, Any]:

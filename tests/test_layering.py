@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"errors", "cache", "codecs", "data", "ensemble"},
     "teacher": {"errors", "spec", "data", "models"},
     "objective": {"errors", "config", "ensemble", "losses", "targets"},
-    "run_folder": {"errors", PACKAGE, "config", "losses"},
+    "run_folder": {"errors", PACKAGE, "cache", "config", "losses"},
     "evaluate": {*LEAVES, "config", "data", "models", "targets"},
     "inspect": {*LEAVES, "cache", "data", "targets"},
     "verify": {*LEAVES, "cache"},

@@ -14,6 +14,7 @@ from conftest import QuickDump
 
 from softcache import cli, dump, train, verify
 from softcache.cache import files
+from softcache.cache.locks import release_lock, take_lock
 from softcache.cache.manifest import read_journals
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data.join import batches
@@ -167,3 +168,21 @@ def test_many_shards_need_few_descriptors(quick_dump: QuickDump, toy: str, tmp_p
     cache.eps("exact", np.arange(100), np.zeros(100, np.int64))
     assert len(cache.manifest.plan.layout) == 11
     assert len(os.listdir("/proc/self/fd")) - before <= 1  # samples.h5
+
+
+def test_a_forked_worker_does_not_keep_its_dead_parents_lock(tmp_path: Path) -> None:
+    """A loader worker outlives a killed parent for a moment; the resume must not find the lock still held."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    fd = take_lock(tmp_path / "lock")
+    stop = context.Event()
+    worker = context.Process(target=stop.wait, args=(30,))
+    worker.start()
+    with pytest.raises(BlockingIOError):
+        take_lock(tmp_path / "lock")
+    release_lock(fd)  # as the kernel does when the parent dies: its own descriptors only
+    release_lock(take_lock(tmp_path / "lock"))
+    stop.set()
+    worker.join()
+    assert worker.exitcode == 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from softcache.cache import files
+from softcache.cache.locks import release_lock, take_lock
 from softcache.cache.manifest import (
     Manifest,
     MemberStatistics,
@@ -85,7 +86,7 @@ class CacheWriter:
             try:
                 self.plan, self.samples_file, self.samples = self._begin(plan, make_samples)
             except BaseException:
-                os.close(self._lock)
+                release_lock(self._lock)
                 raise
         self._journal = path / WORK / f"part-{self.part}.jsonl"
         self.bytes_written = 0
@@ -94,7 +95,7 @@ class CacheWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        release_lock(self._lock)
 
     def _refuse_foreign_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -108,7 +109,7 @@ class CacheWriter:
         """A living process that splits the same dump into another number of parts would write the same spans."""
         for lock in sorted((self.path / WORK).glob("part-*.lock")):
             if not lock.stem.endswith(f"-of-{self.part.count}"):
-                os.close(_take_lock(lock, self.part, announce=False))
+                release_lock(_take_lock(lock, self.part, announce=False))
 
     def _begin(self, plan: Plan, make_samples: Callable[[], SampleTable]) -> tuple[Plan, StoredFile, SampleTable]:
         plan_path = self.path / PLAN
@@ -281,12 +282,10 @@ def _waiting_lock(path: Path) -> Iterator[None]:
 
 def _take_lock(path: Path, part: Part, *, announce: bool = True) -> int:
     """The part's lock, or LockedError naming who holds it. The kernel releases it when the process ends, however it ends."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fd = take_lock(path)
     except BlockingIOError:
-        holder = os.pread(fd, 4096, 0).decode("utf-8", "replace").strip() or "unknown"
-        os.close(fd)
+        holder = path.read_text("utf-8", "replace").strip() or "unknown"
         raise LockedError(
             f"{path.parent.parent}: part {part.index} of {part.count} is being written by another process: {holder}",
             tip="wait for it, end it, or give this process a part of its own with --part i/n",
