@@ -170,15 +170,21 @@ def test_many_shards_need_few_descriptors(quick_dump: QuickDump, toy: str, tmp_p
     assert len(os.listdir("/proc/self/fd")) - before <= 1  # samples.h5
 
 
+def _wait(ready: Any, stop: Any) -> None:
+    ready.set()
+    stop.wait(30)
+
+
 def test_a_forked_worker_does_not_keep_its_dead_parents_lock(tmp_path: Path) -> None:
     """A loader worker outlives a killed parent for a moment; the resume must not find the lock still held."""
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
     fd = take_lock(tmp_path / "lock")
-    stop = context.Event()
-    worker = context.Process(target=stop.wait, args=(30,))
+    ready, stop = context.Event(), context.Event()
+    worker = context.Process(target=_wait, args=(ready, stop))
     worker.start()
+    assert ready.wait(30)
     with pytest.raises(BlockingIOError):
         take_lock(tmp_path / "lock")
     release_lock(fd)  # as the kernel does when the parent dies: its own descriptors only
