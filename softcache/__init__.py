@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from softcache.version import __version__
+
 __all__ = ["Cache", "Joined", "Targets", "__version__", "open"]
 
 if TYPE_CHECKING:

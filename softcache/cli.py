@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache import __version__
-from softcache.config import DumpConfig, EvalConfig, Resolved, TrainConfig, resolve
+from softcache.config import DumpConfig, EvalConfig, PlanConfig, Resolved, TrainConfig, resolve
 from softcache.errors import SoftcacheError
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
@@ -32,7 +32,13 @@ EXAMPLES = {
   softcache dump --data torchvision:MNIST?root=data --teacher softcache:mlp?hidden=1200,1200@runs/teacher \\
                  --teacher runs/second --policy shift:pixels=2 --views 8 --codec float16 --out caches/mnist
   torchrun --nproc-per-node 4 -m softcache dump --data imagefolder:train --teacher torchvision:resnet50@IMAGENET1K_V2 ...
-  softcache dump ... --part 1/3        (and 2/3, 3/3, as a job array)""",
+  softcache dump ... --part 1/3        (and 2/3, 3/3, as a job array)
+  softcache dump --extend --out caches/mnist --data torchvision:MNIST?root=data --teacher ... --views 16
+  softcache dump --data digits --teacher runs/teacher --features layers.0:flatten --codec int8 --out caches/features
+  softcache dump --data digits --teacher runs/teacher --out caches/any --list-modules""",
+    "plan": """
+  softcache plan --data digits --teacher runs/teacher --policy shift:pixels=1 --views 8
+  softcache plan --data imagefolder:train --teacher torchvision:resnet50@IMAGENET1K_V2 --max-kl 1e-3 --at-temperature 4""",
     "train": """
   softcache train --data digits --student softcache:mlp?hidden=64,64 --loss ce --epochs 20 --out runs/hard
   softcache train --cache caches/digits --data digits --eval-data digits?split=test \\
@@ -43,17 +49,22 @@ EXAMPLES = {
     "inspect": """
   softcache inspect caches/digits
   softcache inspect caches/digits --sample digits/000001""",
+    "views": """
+  softcache views caches/digits --sample digits/000001 --out views.png""",
     "verify": """
   softcache verify caches/digits --quick
-  softcache verify caches/digits --full --json""",
+  softcache verify caches/digits --full --json
+  softcache verify caches/digits --replay 1000""",
 }
 
 SUMMARIES = {
     "demo": "the whole main job on scikit-learn's digits: teachers, one dump, students with and without the cache",
     "dump": "run a teacher or an ensemble once over a transfer set and write its logits to a cache",
+    "plan": "what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for",
     "train": "train a student from a cache, or on hard labels without one",
     "eval": "measure a model: accuracy, likelihood, calibration, closeness to a cache",
     "inspect": "what made this cache, from what, how big; one sample's soft target as bars",
+    "views": "a picture of what the teacher saw of one sample, and of what it answered",
     "verify": "is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished",
 }
 
@@ -129,6 +140,7 @@ def _build_parser() -> argparse.ArgumentParser:
     demo = _verb(verbs, "demo", _demo)
     demo.add_argument("--out", default="softcache-demo", help="folder for teachers, cache, students and the picture")
     demo.add_argument("--seeds", default="0,1,2,3,4", help="seeds of the students")
+    _config_verb(verbs, "plan", PlanConfig, _plan)
     _config_verb(verbs, "dump", DumpConfig, _dump)
     _config_verb(verbs, "train", TrainConfig, _train)
     _config_verb(verbs, "eval", EvalConfig, _eval).add_argument("model", help="run folder or MODEL@WEIGHTS")
@@ -137,11 +149,18 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--sample", metavar="KEY", help="show this sample's soft target at several temperatures")
     inspect.add_argument("--view", type=int, default=0, metavar="V", help="of the sample (default 0)")
     inspect.add_argument("--json", action="store_true", help="for machines")
+    views = _verb(verbs, "views", _views)
+    views.add_argument("cache", help="folder of the cache")
+    views.add_argument("--sample", metavar="KEY", required=True, help="whose views")
+    views.add_argument("--out", metavar="FILE", default="views.png", help="the picture (default: views.png)")
+    views.add_argument("--data", metavar="DATA", help="where the sample is (default: as the dump was given it)")
     verify = _verb(verbs, "verify", _verify)
     verify.add_argument("cache", help="folder of the cache")
     depth = verify.add_mutually_exclusive_group()
     depth.add_argument("--quick", action="store_true", help="names and sizes (the default)")
     depth.add_argument("--full", action="store_true", help="hashes, block checksums and HDF5 structure")
+    verify.add_argument("--replay", type=int, default=0, metavar="N", help="also render N records and compare pixels")
+    verify.add_argument("--data", metavar="DATA", help="for --replay (default: as the dump was given it)")
     verify.add_argument("--json", action="store_true", help="for machines")
     return parser
 
@@ -193,7 +212,7 @@ def _resolve(kind: type[Any], arguments: argparse.Namespace) -> Resolved[Any] | 
     flags = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     for name, value in flags.items():
         # a repeated list is one list; teachers, steps and losses hold commas of their own
-        if isinstance(value, list) and name not in ("teacher", "policy", "loss"):
+        if isinstance(value, list) and name not in ("teacher", "policy", "augment", "loss"):
             flags[name] = ",".join(value)
     resolved = resolve(kind, file=arguments.config, sets=arguments.set, flags=flags)
     if not arguments.print_config:
@@ -212,6 +231,9 @@ def _dump(arguments: argparse.Namespace) -> int:
     from softcache import dump
     from softcache.report import size
 
+    if resolved.config.list_modules:
+        print(dump.list_modules(resolved.config))
+        return 0
     result = dump.run(resolved.config, quiet=arguments.quiet)
     manifest = result.manifest
     if arguments.json:
@@ -222,6 +244,17 @@ def _dump(arguments: argparse.Namespace) -> int:
         print(f"{result.path}: {len(manifest.files)} files, {size(manifest.nbytes)}, id {manifest.id}")
         data = shlex.quote(resolved.config.data)
         print(f"next: softcache train --cache {result.path} --data {data} --student ... --out runs/student")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    resolved = _resolve(PlanConfig, arguments)
+    if resolved is None:
+        return 0
+    from softcache import plan
+
+    forecast = plan.run(resolved.config)
+    print(json.dumps(forecast.to_json()) if arguments.json else forecast.text())
     return 0
 
 
@@ -276,10 +309,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _views(arguments: argparse.Namespace) -> int:
+    from softcache import picture
+
+    print(picture.draw_views(Path(arguments.cache), arguments.sample, Path(arguments.out), data=arguments.data))
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from softcache import verify
 
-    verdict = verify.run(Path(arguments.cache), full=arguments.full, quiet=arguments.json)
+    path = Path(arguments.cache)
+    verdict = verify.run(path, full=arguments.full, quiet=arguments.json, replay=arguments.replay, data=arguments.data)
     print(json.dumps(dataclasses.asdict(verdict)) if arguments.json else verdict.text())
     return verdict.exit_code
 

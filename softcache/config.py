@@ -63,15 +63,28 @@ class MachineOptions:
     autocast: str = option("none", "compute in a half type where that is safe", choices=AUTOCAST)
 
 
+CODEC_HELP = (
+    "how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; "
+    "`softcache plan` compares them on your teacher"
+)
+
+
 @dataclass(frozen=True)
-class DumpConfig(MachineOptions, DataOptions):
-    """softcache dump: run the teacher once over the transfer set."""
+class StorageOptions(MachineOptions, DataOptions):
+    """What a dump stores, and how: the same for `dump` and `plan`."""
 
     teacher: tuple[str, ...] = option(..., "MODEL@WEIGHTS or a run folder; repeat for an ensemble", metavar="TEACHER")
-    out: str = option(..., "folder of the cache", metavar="DIR")
-    codec: str = option("float16", "how logits are stored: float16, float32", metavar="CODEC")
+    codec: str | None = option(None, CODEC_HELP, metavar="CODEC")
+    max_kl: float | None = option(
+        None, "promise: KL(teacher || stored) of every record at most this, in nats; picks a codec", metavar="NATS"
+    )
+    at_temperature: float = option(4.0, "temperature of the promise", metavar="T")
+    features: tuple[str, ...] = option(
+        (), "also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool", metavar="F,F"
+    )
+    feature_dtype: str = option("float16", "how features are stored", choices=("float16", "int8"))
     policy: tuple[str, ...] = option((), "one step of the view policy, name:key=value,...; repeat", metavar="STEP")
-    views: int = option(1, "views per sample", metavar="V")
+    views: int | None = option(None, "views per sample (default: 1)", metavar="V")
     view_seed: int = option(0, "root seed of the views", metavar="SEED")
     batch_size: int = option(256, "samples per teacher call; part of the plan", metavar="B")
     order: str = option(
@@ -79,8 +92,22 @@ class DumpConfig(MachineOptions, DataOptions):
     )
     order_seed: int = option(0, "seed of the row order", metavar="SEED")
     shard_rows: int | None = option(None, "rows per shard (default: about 64 shards)", metavar="N")
-    part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
     no_keys: bool = option(False, "do not store sample keys (private names); ids stay")
+
+
+@dataclass(frozen=True)
+class PlanConfig(StorageOptions):
+    """softcache plan: what a dump would cost and keep, measured on some of the samples."""
+
+
+@dataclass(frozen=True)
+class DumpConfig(StorageOptions):
+    """softcache dump: run the teacher once over the transfer set."""
+
+    out: str = option(..., "folder of the cache", metavar="DIR")
+    extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
+    part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
+    list_modules: bool = option(False, "print the teacher's modules and their output shapes for --features, and stop")
 
 
 @dataclass(frozen=True)
@@ -102,8 +129,15 @@ class TrainConfig(MachineOptions, DataOptions):
     check_content: str = option("spread", "compare contents with the cache's", choices=("none", "spread", "full"))
     read: str = option("mmap", "pread suits network file systems", choices=("mmap", "pread"))
     view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
+    size: int | None = option(None, "render the cache's views at this width instead of the teacher's", metavar="PIXELS")
+    augment: tuple[str, ...] = option(
+        (),
+        "one step of a policy of the student's own: views that are not the targets'; known to lose; repeat",
+        metavar="STEP",
+    )
+    on_drift: str = option("error", "when views render to other pixels than the teacher saw", choices=("error", "warn"))
     policy: tuple[str, ...] = option((), "one step of the view policy, without a cache; repeat", metavar="STEP")
-    view_seed: int = option(0, "root seed of the views, without a cache", metavar="SEED")
+    view_seed: int = option(0, "root seed of the views, without a cache and of --augment", metavar="SEED")
     epochs: int = option(20, "passes over the data", metavar="N")
     batch_size: int = option(128, "samples per step", metavar="B")
     optimizer: str = option("adamw", "what makes the steps", choices=("sgd", "adam", "adamw"))
@@ -214,20 +248,6 @@ def _table_text(table: Mapping[str, Any], where: str) -> str:
         raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
     rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")
     return f"{table['name']}:{rest}" if rest else str(table["name"])
-
-
-def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
-    """`name:key=value,key=value` -> (name, {key: value})."""
-    name, _, rest = text.partition(":")
-    values: dict[str, str] = {}
-    for pair in filter(None, rest.split(",")):
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{what} {text!r}: {pair!r} is not key=value", tip=f"write {name}:key=value,key=value")
-        if key.strip() in values:
-            raise ConfigError(f"{what} {text!r}: {key.strip()!r} is given twice", tip="keep one of them")
-        values[key.strip()] = value.strip()
-    return name.strip(), values
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

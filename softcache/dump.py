@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,28 @@ from tqdm import tqdm
 
 import softcache
 from softcache.cache.card import card
-from softcache.cache.manifest import Manifest, MemberInfo, Plan, SampleInfo, ViewInfo
-from softcache.cache.samples import SampleTable, build_table, seeded_order
-from softcache.cache.schema import ArraySpec, Span, plan_layout
+from softcache.cache.manifest import Manifest
+from softcache.cache.plan import Plan
+from softcache.cache.reader import CacheReader
+from softcache.cache.samples import SampleTable, build_table
+from softcache.cache.schema import Span
 from softcache.cache.shard import HDF5_VERSION
-from softcache.cache.writer import CacheWriter, Part, planned_threads
-from softcache.codecs import Codec, make_codec
-from softcache.config import DumpConfig, parse_part, split_term
-from softcache.data.identity import check_unique, sample_ids
-from softcache.data.loading import LoadedBatch, Pair, ViewedSet, load_batches
+from softcache.cache.writer import CacheWriter, Part, Setup
+from softcache.config import DumpConfig, StorageOptions, parse_part
+from softcache.data.identity import check_unique, pixel_digest, sample_ids
+from softcache.data.loading import LoadedBatch, Pair, Partners, ViewedSet, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
-from softcache.data.views import Policy, make_step
+from softcache.data.views import Policy
+from softcache.drift import check_drift, make_probe
 from softcache.encode import Encoded, encode
 from softcache.errors import ConfigError, DataError, DumpError, ModelError, first_offenders
 from softcache.machine import autocast_dtype, describe_device, pick_device, pick_threads, pick_workers
 from softcache.progress import DumpProgress
+from softcache.report import size, table
+from softcache.rounds import Job, extension_job, make_plan, match_members, new_job
+from softcache.storage import Storage
+from softcache.survey import CHECKED_SAMPLES, Prober, choose_storages
 from softcache.teacher import Teacher, open_teacher
-
-CHECKED_SAMPLES = 64  # of the first batch, which is run twice
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class DumpResult:
     manifest: Manifest | None
     samples_per_s: float
     wait_share: float  # of the time, spent waiting for the loader
+    seconds: float
 
 
 def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
@@ -57,96 +62,98 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
     """
     started = time.monotonic()
+    out, part = Path(config.out), _part(config)
     device = pick_device(config.device)
-    threads = pick_threads(config.threads if config.threads is not None else planned_threads(Path(config.out)))
+    transfer_set, ids = open_samples(config)
+    job = extension_job(config, transfer_set) if config.extend else new_job(config, transfer_set, out)
+    made_before = job.planned.plan.rounds[-1].made_with if job.planned else {}
+    threads = pick_threads(config.threads if config.threads is not None else made_before.get("threads"))
     torch.set_num_threads(threads)
-    part = _part(config)
 
-    transfer_set = open_transfer_set(config.data, **config.selection())
-    ids = sample_ids(transfer_set.keys)
-    check_unique(transfer_set.keys, ids)
-    count = len(transfer_set)
-    natural = config.order == "natural"
-    order = np.arange(count) if natural else seeded_order(count, config.order_seed)
-    policy = Policy(tuple(make_step(*split_term(step, "--policy")) for step in config.policy), config.view_seed)
-    for flag, value in (("batch-size", config.batch_size), ("shard-rows", config.shard_rows)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag} {value}: must be at least 1")
-    if config.views < 1:
-        raise ConfigError(f"--views {config.views}: at least one view is needed")
-    if config.views > 1 and not policy.is_random:
-        raise ConfigError(
-            f"--views {config.views}, but every view of this policy is the same ({policy})",
-            tip="add a random step such as --policy crop_flip, or leave --views out",
-        )
-
-    viewed = ViewedSet(transfer_set, policy, ())
-    first_item, _ = viewed.render(int(order[0]), 0)
-    teachers = _open_teachers(config, transfer_set, first_item, device)
-    codec = make_codec(config.codec)
-    for teacher in teachers:
-        _check_first_batch(teacher, viewed, order)
-
-    plan = _plan(config, transfer_set, policy, teachers, codec, device, threads)
+    viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
+    prober = Prober(viewed, job.order, config.batch_size)
+    teachers = match_members(job, open_teachers(config, prober, transfer_set, device))
+    if not teachers:
+        assert job.base is not None
+        print(f"{out}: nothing to add, every teacher is a member already", file=sys.stderr)
+        return DumpResult(out, job.base, 0.0, 0.0, time.monotonic() - started)
+    if not job.new_views:  # looked at before anything is planned: a refusal is then nothing to clear away
+        _PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first(prober)
+    storages = choose_storages(config, job, teachers, prober, out)
+    plan = make_plan(config, job, transfer_set, teachers, storages, _made_with(config, device, threads))
     workers = pick_workers(config.workers, device)
+    if not quiet:
+        print(sizes(plan, storages), file=sys.stderr)
 
-    def make_samples() -> SampleTable:
+    def make_setup() -> Setup:
+        constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
+        if job.base is not None:
+            return Setup(CacheReader(out).samples, {}, constants)
         digests = _content_digests(transfer_set, workers=workers, quiet=quiet)
-        return build_table(
+        samples = build_table(
             transfer_set.keys,
             ids,
             transfer_set.labels,
             digests,
             transfer_set.num_classes,
-            order,
+            job.order,
             store_keys=not config.no_keys,
         )
+        probe = make_probe(lambda row, view: viewed.render(int(job.order[row]), view)[0], len(ids), job.views)
+        return Setup(samples, probe, constants)
 
-    with CacheWriter(Path(config.out), plan, make_samples, part=part) as writer:
-        _check_same_samples(writer.samples, ids[order], transfer_set, order)
+    with CacheWriter(out, plan, make_setup, part=part, base=job.base) as writer:
+        _check_same_samples(writer.samples, ids[job.order], transfer_set, job.order)
+        storages = {n: s.with_constants(writer.constants(n)) for n, s in storages.items()}
         spans = writer.my_spans()
-        finished = len(plan.layout) - len(spans)
+        finished = len(plan.rounds[-1].layout) - len(spans)
         if finished and spans and not quiet and part.count == 1:
-            print(f"resuming {config.out}: {finished} of {len(plan.layout)} spans are there already", file=sys.stderr)
+            print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         clock = DumpProgress(writer, sum(span.rows * span.views for span in spans), quiet=quiet)
-        _write_spans(writer, spans, transfer_set, policy, order, teachers, codec, config.batch_size, workers, clock)
+        _write_spans(writer, spans, job, viewed, teachers, storages, config.batch_size, workers, clock)
         for teacher in teachers:
             teacher.check_at_end()
         manifest = writer.commit(card, _provenance(config, started, clock))
         if manifest is None and part.count == 1:
-            raise DumpError(f"{config.out}: some spans are missing", tip="run the same command again")
-        return DumpResult(Path(config.out), manifest, clock.samples_per_s, clock.wait_share)
+            raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
+        seconds = time.monotonic() - started
+        return DumpResult(out, manifest, clock.samples_per_s, clock.wait_share, seconds)
 
 
 def _write_spans(
     writer: CacheWriter,
     spans: Sequence[Span],
-    transfer_set: TransferSet,
-    policy: Policy,
-    order: np.ndarray,
+    job: Job,
+    viewed: ViewedSet,
     teachers: Sequence[Teacher],
-    codec: Codec,
+    storages: Mapping[str, Storage],
     batch_size: int,
     workers: int,
     clock: DumpProgress,
 ) -> None:
     """Every batch of every span, through every teacher, into its shards. A batch never crosses a span's border."""
-    viewed = ViewedSet(transfer_set, policy, [teacher.collate for teacher in teachers], digests=True)
-    pairs = [_pairs(span, order, batch_size) for span in spans]
+    labels = viewed.transfer_set.labels
+    collates = [teacher.collate for teacher in teachers]
+    viewed = ViewedSet(viewed.transfer_set, job.policy, collates, digests=True, partners=viewed.partners)
+    pairs = [_pairs(span, job.order, batch_size) for span in spans]
     pinned = teachers[0].device.type == "cuda"
     loaded = load_batches(viewed, (batch for span in pairs for batch in span), workers=workers, pin_memory=pinned)
-    row_of = np.empty(len(order), np.int64)
-    row_of[order] = np.arange(len(order))
+    row_of = np.empty(len(job.order), np.int64)
+    row_of[job.order] = np.arange(len(job.order))
+    pixels = None if job.new_views else _PixelCheck(CacheReader(writer.path, id=job.base_id), job.order, viewed)
     for span in spans:
-        with writer.span(span, {t.name: _array_specs(codec, span, t.num_classes) for t in teachers}) as out:
+        with writer.span(span, {name: storage.array_specs(span) for name, storage in storages.items()}) as out:
             pending: list[Encoded] = []  # the previous batch, copied to the host while the device computes the next
             for _ in range(-(-span.rows // batch_size) * span.views):
                 batch = clock.wait_for(loaded)
                 rows = row_of[batch.index]
                 _check_unchanged(writer.samples, rows, batch)
-                out.append(None, {"pixel_digests": batch.pixel_digests})
+                if pixels is None:
+                    out.append(None, {"pixel_digests": batch.pixel_digests})
+                else:
+                    pixels.check(rows, batch)
                 encoded = [
-                    encode(teacher, codec, inputs, transfer_set.labels[batch.index], writer.samples, rows)
+                    encode(teacher, storages[teacher.name], inputs, labels[batch.index], writer.samples, rows)
                     for teacher, inputs in zip(teachers, batch.inputs, strict=True)
                 ]
                 for done in pending:
@@ -164,101 +171,101 @@ def _pairs(span: Span, order: np.ndarray, batch_size: int) -> Iterator[list[Pair
             yield [(int(i), view) for i in order[start : min(start + batch_size, span.row_stop)]]
 
 
-def _array_specs(codec: Codec, span: Span, num_classes: int) -> list[ArraySpec]:
-    arrays = codec.arrays(num_classes).items()
-    return [ArraySpec(name, dtype, (span.views, span.rows, *tail)) for name, (dtype, tail) in arrays]
+def open_samples(config: StorageOptions) -> tuple[TransferSet, np.ndarray]:
+    """The transfer set and its sample ids, all different; the numbers of the config that need no data are checked."""
+    for flag, value in (("batch-size", config.batch_size), ("shard-rows", config.shard_rows)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} {value}: must be at least 1")
+    transfer_set = open_transfer_set(config.data, **config.selection())
+    ids = sample_ids(transfer_set.keys)
+    check_unique(transfer_set.keys, ids)
+    return transfer_set, ids
 
 
-def _open_teachers(
-    config: DumpConfig, transfer_set: TransferSet, first_item: Any, device: torch.device
+def open_teachers(
+    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device
 ) -> list[Teacher]:
-    shape = None if isinstance(first_item, str) else tuple(getattr(first_item, "shape", ())) or None
+    """The teachers of the config, each checked on the first batch of the cache's rows."""
+    (item,) = prober.items(0, 1)
+    shape = None if isinstance(item, str) else tuple(getattr(item, "shape", ())) or None
     teachers: list[Teacher] = []
     for text in config.teacher:
-        teachers.append(
-            open_teacher(
-                text,
-                taken=[t.name for t in teachers],
-                num_classes=transfer_set.num_classes,
-                class_names=transfer_set.class_names,
-                multi_label=transfer_set.multi_label,
-                input_shape=shape,
-                device=str(device),
-                autocast=autocast_dtype(config.autocast),
-            )
+        teacher = open_teacher(
+            text,
+            taken=[t.name for t in teachers],
+            num_classes=transfer_set.num_classes,
+            class_names=transfer_set.class_names,
+            multi_label=transfer_set.multi_label,
+            input_shape=shape,
+            device=str(device),
+            autocast=autocast_dtype(config.autocast),
         )
-    for teacher, text in zip(teachers, config.teacher, strict=True):
         if not teacher.has_weights:
             raise ModelError(
                 f"teacher {text!r} has no weights: its logits would be random numbers",
                 tip=f"write {text}@WEIGHTS, or name a run folder",
             )
+        teachers.append(teacher)
+    for teacher in teachers:
+        teacher.check_first_batch(prober.first_batch(teacher))
     return teachers
 
 
-def _check_first_batch(teacher: Teacher, viewed: ViewedSet, order: np.ndarray) -> None:
-    indices = [int(i) for i in order[:CHECKED_SAMPLES]]
-    items = [viewed.render(i, 0)[0] for i in indices]
-    teacher.check_first_batch(teacher.collate(items))
+def list_modules(config: StorageOptions) -> str:
+    """The modules of every teacher with their output shapes on one batch, as a table: what --features can name."""
+    transfer_set, _ = open_samples(config)
+    job = new_job(config, transfer_set)
+    viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
+    prober = Prober(viewed, job.order, config.batch_size)
+    texts = []
+    for teacher in open_teachers(config, prober, transfer_set, pick_device(config.device)):
+        modules = teacher.list_modules(prober.first_batch(teacher))
+        rows = [
+            [
+                m.name,
+                m.kind,
+                " x ".join(map(str, m.shape[1:])) if m.shape else f"({m.gives})",
+                "" if m.calls == 1 else m.calls,
+            ]
+            for m in modules
+        ]
+        texts.append(f"{teacher.name}\n" + table(["module", "type", "output of one sample", "calls, if not 1"], rows))
+    return "\n\n".join(texts)
 
 
-def _plan(
-    config: DumpConfig,
-    transfer_set: TransferSet,
-    policy: Policy,
-    teachers: Sequence[Teacher],
-    codec: Codec,
-    device: torch.device,
-    threads: int,
-) -> Plan:
-    """Everything that is fixed before the first row; the transfer set's fingerprint is added by the writer."""
+def _made_with(config: StorageOptions, device: torch.device, threads: int) -> dict[str, Any]:
+    """What equal bytes depend on."""
     import PIL
     import torchvision
 
-    num_classes = transfer_set.num_classes
-    record = sum(
-        int(np.dtype(dtype).itemsize * np.prod(tail, dtype=np.int64))
-        for dtype, tail in codec.arrays(num_classes).values()
+    return {
+        "softcache": softcache.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "hdf5": HDF5_VERSION,
+        "device": describe_device(device),
+        "batch_size": config.batch_size,
+        "threads": threads,
+        "autocast": config.autocast,
+    }
+
+
+def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:
+    """What this round will write, as a table: bytes of a record and of the whole, for each member and each thing kept."""
+    layout = plan.rounds[-1].layout
+    records = layout.num_rows * layout.num_views
+    rows, total = [], 0
+    for name, storage in storages.items():
+        parts = [(storage.codec.text, storage.codec_bytes)]
+        parts += [(f"{f.name} as {f.codec.form}, {f.codec.dtype}", f.nbytes) for f in storage.features]
+        rows += [[name, what, f"{nbytes:,}", size(nbytes * records)] for what, nbytes in parts]
+        total += sum(nbytes for _, nbytes in parts)
+    title = (
+        f"{layout.num_rows:,} samples x {layout.num_views} views, {len(layout)} parts; {size(total * records)} in all"
     )
-    return Plan(
-        samples=SampleInfo(
-            source=transfer_set.name,
-            count=len(transfer_set),
-            fingerprint="",
-            digest_kind=transfer_set.digest_kind,
-            has_keys=not config.no_keys,
-            multi_label=transfer_set.multi_label,
-            order=config.order,
-            order_seed=str(config.order_seed),
-        ),
-        class_names=tuple(transfer_set.class_names),
-        views=ViewInfo(config.views, str(config.view_seed), "derived", policy.to_json()),
-        members=tuple(
-            MemberInfo(
-                name=teacher.name,
-                model=teacher.model_spec,
-                fingerprint=teacher.fingerprint or "",
-                output=teacher.output,
-                compute_dtype=teacher.compute_dtype,
-                class_order=teacher.class_order,
-                codec={"name": codec.name, "parameters": {}},
-            )
-            for teacher in teachers
-        ),
-        layout=plan_layout(len(transfer_set), config.views, len(teachers), record, shard_rows=config.shard_rows),
-        made_with={
-            "softcache": softcache.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "hdf5": HDF5_VERSION,
-            "device": describe_device(device),
-            "batch_size": config.batch_size,
-            "threads": threads,
-            "autocast": config.autocast,
-        },
-    )
+    return title + "\n" + table(["member", "stored", "bytes a record", "bytes"], rows)
 
 
 def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) -> np.ndarray:
@@ -273,6 +280,29 @@ def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) ->
             digests[batch.index] = batch.content_digests
             bar.update(len(batch.index))
     return digests
+
+
+class _PixelCheck:
+    """A new member must see what the others saw: every view's pixels against the cache's digests. A rounding is told once."""
+
+    def __init__(self, reader: CacheReader, order: np.ndarray, viewed: ViewedSet) -> None:
+        self._reader, self._order, self._viewed, self._told = reader, order, viewed, False
+
+    def check_first(self, prober: Prober) -> None:
+        """The first rows of view 0."""
+        digests = np.array([pixel_digest(item) for item in prober.items(0, CHECKED_SAMPLES)], dtype=np.uint32)
+        rows = np.arange(len(digests))
+        check_drift(self._reader, rows, np.zeros_like(rows), digests, self._render)
+
+    def check(self, rows: np.ndarray, batch: LoadedBatch) -> None:
+        assert batch.pixel_digests is not None
+        drift = check_drift(self._reader, rows, batch.views, batch.pixel_digests, self._render)
+        if drift is not None and not self._told:
+            self._told = True
+            print(f"softcache: warning: {drift}", file=sys.stderr)
+
+    def _render(self, row: int, view: int) -> Any:
+        return self._viewed.render(int(self._order[row]), view)[0]
 
 
 def _check_same_samples(table: SampleTable, ids: np.ndarray, transfer_set: TransferSet, order: np.ndarray) -> None:

@@ -1,24 +1,27 @@
-"""One batch of one member: teacher, statistics and codec on the device, then the copy to the host and the last checks.
+"""One batch of one member: teacher, codec and measurements on the device, then the copy to the host and the last checks.
 
 The two halves are apart so that the device computes the next batch while the host writes this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from softcache.cache.manifest import MemberStatistics
 from softcache.cache.samples import SampleTable
+from softcache.cache.statistics import Divergence, MemberStatistics
 from softcache.codecs import Codec
-from softcache.codecs.floats import round_up_to_half
-from softcache.errors import CodecRangeError, TeacherError, first_offenders
+from softcache.codecs.fidelity import eps_of, grid_of, kl_at, round_up_to_half
+from softcache.errors import CodecFitError, CodecRangeError, TeacherError, first_offenders
+from softcache.storage import Storage
 from softcache.teacher import Teacher
+
+MEASURED_ROWS = 32  # of each batch, on which the divergence over the grid of temperatures is measured
 
 
 @dataclass
@@ -26,45 +29,88 @@ class Encoded:
     """One member's encoded batch on its way to the host."""
 
     member: str
-    codec: Codec
+    storage: Storage
     arrays: Mapping[str, Tensor]
-    measured: Tensor  # float64: correct, labelled, entropy sum, finite rows
+    dense: Mapping[str, Tensor]  # dense, dense_at; empty for most codecs
+    measured: Mapping[str, Tensor]
     floored: int
     samples: SampleTable
     rows: np.ndarray
-    ready: Any
+    ready: Any = field(default=None)
 
     def append_to(self, out: Any) -> None:
         """Check what only the host can see cheaply, and write. Errors name the first samples."""
         if self.ready is not None:
             self.ready.synchronize()
-        correct, labelled, entropy, finite = self.measured.tolist()
         host = {name: value.numpy() for name, value in self.arrays.items()}
-        if int(finite) < len(self.rows):
-            bad = np.flatnonzero(~np.isfinite(host["eps"]))
-            keys = (self.samples.key(int(self.rows[i])) for i in bad)
+        measured = {name: value.numpy() for name, value in self.measured.items()}
+        self._check(host, measured)
+        if "dense_at" in self.dense:
+            _number_dense_rows(out, self.member, self.storage.codec, host["records"], self.dense)
+        out.append(self.member, host, self._statistics(host, measured))
+
+    def _check(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> None:
+        codec, promise = self.storage.codec, self.storage.promise
+        if not measured["finite"].all():
             raise TeacherError(
-                f"teacher {self.member!r} gave logits that are not finite for {len(bad)} samples of this batch: "
-                + first_offenders(keys, len(bad)),
+                f"teacher {self.member!r} gave logits that are not finite for "
+                + self._named(~measured["finite"].astype(bool)),
                 tip="look at these samples; under autocast fp16 try --autocast bf16 or none",
             )
-        worst = float(host["eps"].max(initial=0.0))
-        if not np.isfinite(worst):
+        if "eps" in host and not np.isfinite(host["eps"]).all():
             raise CodecRangeError(
-                f"codec {self.codec.name!r} cannot hold the logits of teacher {self.member!r}: they are too large",
+                f"codec {codec.name!r} cannot hold the logits of teacher {self.member!r}, they are too large, for "
+                + self._named(~np.isfinite(host["eps"])),
                 tip="use --codec float32",
             )
-        out.append(
-            self.member,
-            host,
-            MemberStatistics(len(self.rows), int(labelled), int(correct), entropy, worst, self.floored),
+        for feature in self.storage.features:
+            error = host[feature.error_name]
+            if not np.isfinite(error).all():
+                raise TeacherError(
+                    f"feature {feature.name!r} of teacher {self.member!r} is not finite, or too large to be stored, for "
+                    + self._named(~np.isfinite(error)),
+                    tip="look at these samples; --feature-dtype float16 holds up to 65504",
+                )
+        if promise is not None:
+            broken = measured["promised_kl"] > promise.max_kl
+            if broken.any():
+                worst = float(measured["promised_kl"].max())
+                raise CodecFitError(
+                    f"codec {codec.name!r} does not keep {promise}: KL {worst:.3g} for " + self._named(broken),
+                    tip="use --codec lowrank, which keeps such rows dense, or headtail or float16; finished shards stay, but "
+                    "another codec needs another --out",
+                )
+
+    def _named(self, where: np.ndarray) -> str:
+        return _named(where, self.samples, self.rows)
+
+    def _statistics(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> MemberStatistics:
+        correct, labelled, entropy, agreed = measured["sums"].tolist()
+        kl = measured["kl"]  # (grid, measured rows); empty for multi-label targets
+        return MemberStatistics(
+            records=len(self.rows),
+            labelled=int(labelled),
+            correct=int(correct),
+            entropy_sum=entropy,
+            max_eps=float(host["eps"].max(initial=0.0)) if "eps" in host else 0.0,
+            floored=self.floored,
+            dense=len(self.dense["dense_at"]) if self.dense else 0,
+            measured=kl.shape[1],
+            agreed=int(agreed),
+            kl={
+                f"{t:g}": Divergence(float(r.sum()), float(r.max()))
+                for t, r in zip(grid_of(self.storage.codec), kl, strict=True)
+            }
+            if kl.size
+            else {},
+            feature_errors={f.name: float(host[f.error_name].max()) for f in self.storage.features},
         )
 
 
 def encode(
-    teacher: Teacher, codec: Codec, inputs: Any, labels: np.ndarray, samples: SampleTable, rows: np.ndarray
+    teacher: Teacher, storage: Storage, inputs: Any, labels: np.ndarray, samples: SampleTable, rows: np.ndarray
 ) -> Encoded:
-    """Teacher, statistics and codec, on the teacher's device; the result is on its way to the host when this returns."""
+    """Teacher, codec and measurements, on the teacher's device; the result is on its way to the host when this returns."""
     try:
         output = teacher(inputs)
     except torch.OutOfMemoryError as exc:
@@ -72,42 +118,104 @@ def encode(
             f"teacher {teacher.name!r} ran out of memory at batch size {len(rows)}",
             tip=f"try --batch-size {max(1, len(rows) // 2)} in a new --out: the batch size is part of the plan",
         ) from exc
-    logits = output.logits
-    if len(logits) != len(rows):
-        raise TeacherError(f"teacher {teacher.name!r} gave {len(logits)} rows for {len(rows)} samples")
-    finite = logits.isfinite().all(dim=1)
-    try:
-        arrays = codec.encode(logits)
-    except CodecRangeError as exc:
-        if bool(finite.all()):
-            exc.add_note(f"teacher {teacher.name!r}")
-            raise
-        arrays = codec.encode(logits.nan_to_num(0.0, 0.0, 0.0))
-    eps = arrays["eps"]
-    if teacher.rounds:
-        eps = round_up_to_half(eps.float() + output.rounding)
-    arrays = {**arrays, "eps": torch.where(finite, eps, torch.full_like(eps, torch.inf))}
-    measured = _measure(logits, finite, labels)
+    if len(output.logits) != len(rows):
+        raise TeacherError(f"teacher {teacher.name!r} gave {len(output.logits)} rows for {len(rows)} samples")
+    finite = output.logits.isfinite().all(dim=1)
+    logits = torch.where(finite[:, None], output.logits, 0.0)
+    codec = storage.codec
+    head_input = None if output.head_input is None else torch.where(finite[:, None], output.head_input, 0.0)
+    coded = _encoded(codec.encode, (logits, head_input), f"teacher {teacher.name!r}", samples, rows)
+    arrays = {name: coded[name] for name in codec.arrays}
+    decoded = codec.decode(coded) if codec.complete else None
+    if decoded is not None and codec.bounded:
+        eps = eps_of(codec, logits, coded, decoded)
+        arrays["eps"] = round_up_to_half(eps + output.rounding if teacher.rounds else eps)
+    for feature in storage.features:
+        values = output.features[feature.name]
+        what = f"feature {feature.name!r} of teacher {teacher.name!r}"
+        stored = _encoded(feature.codec.encode, (values,), what, samples, rows)
+        arrays |= {feature.prefix + name: value for name, value in stored.items()}
+        error = feature.codec.error(values, feature.codec.decode(stored))
+        arrays[feature.error_name] = round_up_to_half(error.float())
+    measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}
+    measured["kl"] = _divergences(codec, logits, coded, decoded, single=labels.ndim == 1)
+    if storage.promise is not None:
+        measured["promised_kl"] = kl_at(codec, logits, coded, decoded, storage.promise.temperature)
+    dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}
+    ready = None
     if logits.is_cuda:
-        arrays = {name: _to_pinned(value) for name, value in arrays.items()}
-        measured = _to_pinned(measured)
+        arrays, dense, measured = ({n: _to_pinned(v) for n, v in part.items()} for part in (arrays, dense, measured))
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(logits.device))
-    else:
-        ready = None
-    return Encoded(teacher.name, codec, arrays, measured, output.floored, samples, rows, ready)
+    return Encoded(teacher.name, storage, arrays, dense, measured, output.floored, samples, rows, ready)
 
 
-def _measure(logits: Tensor, finite: Tensor, labels: np.ndarray) -> Tensor:
-    """(4,) float64: correct, labelled, entropy sum, finite rows."""
-    log_p = logits.double().log_softmax(dim=1)
-    entropy = -(log_p.exp() * log_p).sum(dim=1).nansum()
+def _encoded(
+    encode: Callable[..., dict[str, Tensor]],
+    values: Sequence[Tensor | None],
+    what: str,
+    samples: SampleTable,
+    rows: np.ndarray,
+) -> dict[str, Tensor]:
+    """encode(*values); the error for numbers that it cannot hold names the samples that have them."""
+
+    def holds(i: int) -> bool:
+        try:
+            encode(*(value if value is None else value[i : i + 1] for value in values))
+        except CodecRangeError:
+            return False
+        return True
+
+    try:
+        return encode(*values)
+    except CodecRangeError as exc:
+        bad = np.array([not holds(i) for i in range(len(rows))])
+        raise CodecRangeError(f"{what}: {exc.message}, for {_named(bad, samples, rows)}", tip=exc.tip) from None
+
+
+def _named(where: np.ndarray, samples: SampleTable, rows: np.ndarray) -> str:
+    """How many samples of the batch, and the keys of the first ones."""
+    bad = np.flatnonzero(where)
+    return f"{len(bad)} samples of this batch: " + first_offenders((samples.key(int(rows[i])) for i in bad), len(bad))
+
+
+def _divergences(
+    codec: Codec, logits: Tensor, coded: Mapping[str, Tensor], decoded: Tensor | None, *, single: bool
+) -> Tensor:
+    """(grid, n) KL of the first rows of the batch; (0, 0) for multi-label targets."""
+    if not single:
+        return logits.new_zeros(0, 0)
+    count = MEASURED_ROWS
+    few = {name: value[:count] for name, value in coded.items() if name not in ("dense", "dense_at")}
+    shown = None if decoded is None else decoded[:count]
+    return torch.stack([kl_at(codec, logits[:count], few, shown, t) for t in grid_of(codec)])
+
+
+def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray) -> Tensor:
+    """(4,) float64: correct, labelled, sum of entropies; and of the measured rows, those whose largest class is kept."""
+    log_p = logits.log_softmax(dim=1)  # float32: a mean over many rows needs no more
+    entropy = -(log_p.exp() * log_p).nansum(dim=1, dtype=torch.float64).sum()
+    largest = logits.argmax(dim=1)
     if labels.ndim == 1:
         truth = torch.from_numpy(labels.astype(np.int64)).to(logits.device)
-        correct, labelled = (logits.argmax(dim=1) == truth).sum(), (truth >= 0).sum()
+        correct, labelled = (largest == truth).sum(), (truth >= 0).sum()
+        few = largest[:MEASURED_ROWS]
+        agreed = few >= 0 if decoded is None else few == decoded[:MEASURED_ROWS].argmax(dim=1)
     else:
         correct = labelled = torch.zeros((), device=logits.device)
-    return torch.stack([correct.double(), labelled.double(), entropy, finite.sum().double()])
+        agreed = torch.zeros(1, device=logits.device)
+    return torch.stack([correct.double(), labelled.double(), entropy, agreed.sum().double()])
+
+
+def _number_dense_rows(out: Any, member: str, codec: Codec, records: np.ndarray, dense: Mapping[str, Tensor]) -> None:
+    """Hand the dense rows over, and write each one's number into its record."""
+    at = dense["dense_at"].numpy()
+    if not len(at):
+        return
+    first = out.append_dense(member, dense["dense"].numpy())
+    (place,) = (f for f in codec.fields if f.name == "dense")
+    numbers = np.arange(first, first + len(at), dtype="<u4")
+    records[at, place.offset : place.offset + 4] = numbers.view(np.uint8).reshape(len(at), 4)
 
 
 def _to_pinned(value: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ class CodecRangeError(SoftcacheError):
     """Logits that the chosen codec cannot hold."""
 
 
+class CodecFitError(SoftcacheError):
+    """A codec does not suit this teacher, or cannot keep what was promised of it."""
+
+
 class LossError(SoftcacheError):
     """A loss that is unknown, wrongly set, or cannot be served by this cache."""
 

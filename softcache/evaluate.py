@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from softcache.config import EvalConfig, split_term
+from softcache.config import EvalConfig
 from softcache.data.join import batches, check_classes
 from softcache.data.loading import ViewedSet, load_batches, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
-from softcache.data.views import Policy, make_step
+from softcache.data.views import Policy
 from softcache.errors import ClassMismatchError, ConfigError
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata
@@ -97,7 +97,8 @@ def evaluate(
     model.eval()
     count = len(transfer_set)
     sums = _Sums(transfer_set.num_classes)
-    viewed = ViewedSet(transfer_set, policy, [model.input.collate])
+    partners = joined.partners if joined is not None else None
+    viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
     for batch in tqdm(loaded, total=-(-count // batch_size), desc="eval", disable=not progress, leave=False):
@@ -192,10 +193,10 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
             raise ConfigError("--policy and --cache cannot be given together", tip="the cache brings its own policy")
         policy = joined.cache.policy
     elif config.policy:
-        policy = Policy(tuple(make_step(*split_term(step, "--policy")) for step in config.policy))
+        policy = Policy.parse(config.policy, 0)
     else:
         policy = run_policy(model_text).for_evaluation()
-    item = ViewedSet(transfer_set, policy, ()).render(0, 0)[0]
+    item = ViewedSet(transfer_set, policy, (), partners=joined.partners if joined else None).render(0, 0)[0]
     model = load_model(
         model_text,
         num_classes=transfer_set.num_classes,

@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from softcache.cache.schema import PROVENANCE
+from softcache.cache.card import codec_text
+from softcache.cache.manifest import Manifest
+from softcache.cache.plan import Plan
+from softcache.cache.schema import CRC_SUFFIX, PROVENANCE
+from softcache.cache.statistics import MemberStatistics
 from softcache.data.identity import sample_id
 from softcache.errors import ConfigError, MissingSampleError, nearest
 from softcache.report import bar, percent, size, table
@@ -17,6 +21,7 @@ from softcache.targets import open as open_cache
 
 TEMPERATURES = (1.0, 2.0, 4.0, 20.0)
 SHOWN_CLASSES = 8
+SHOWN_DIVERGENCES = ("1", "4")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -28,7 +33,16 @@ def describe(path: Path) -> dict[str, Any]:
         "files": len(manifest.files),
         **manifest.plan.to_json(),
         "statistics": {
-            name: {"accuracy": s.accuracy, "entropy": s.entropy, "max_eps": s.max_eps, "records": s.records}
+            name: {
+                "accuracy": s.accuracy,
+                "entropy": s.entropy,
+                "max_eps": s.max_eps,
+                "records": s.records,
+                "dense": s.dense,
+                "agreement": s.agreement,
+                "kl": {t: {"mean": s.mean_kl(t), "worst": d.worst} for t, d in s.kl.items()},
+                "feature_errors": dict(s.feature_errors),
+            }
             for name, s in manifest.statistics.items()
         },
     }
@@ -39,18 +53,13 @@ def report(path: Path) -> str:
     cache = open_cache(path)
     plan, manifest = cache.manifest.plan, cache.manifest
     names = list(cache.class_names)
-    per_view = sum(s.nbytes for m in cache.members for f in manifest.files_of("logits", m) for s in f.arrays.values())
     facts = [
         ("id", manifest.id),
         ("transfer set", f"{plan.samples.source}, {plan.samples.count:,} samples"),
         ("classes", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"),
         ("views", f"{plan.views.count} of {cache.policy}, root seed {plan.views.root_seed}"),
         ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
-        (
-            "per record",
-            f"{per_view / max(1, plan.samples.count * plan.views.count * len(cache.members)):.1f} B a member",
-        ),
-        ("rows", f"{plan.samples.order} order, {plan.layout.shard_rows:,} rows a shard"),
+        *_rounds(plan),
         ("made with", ", ".join(f"{k} {v}" for k, v in plan.made_with.items())),
     ]
     provenance = Path(path) / PROVENANCE
@@ -65,16 +74,58 @@ def report(path: Path) -> str:
                 member.name,
                 member.model,
                 member.output,
-                member.codec["name"],
-                f"{s.max_eps:.3g}",
+                codec_text(member.codec),
+                f"{_record_bytes(manifest, member.name):.1f}",
+                f"{s.max_eps:.3g}" if cache.codecs[member.name].bounded else "none",
+                *(_divergence(s, t) for t in SHOWN_DIVERGENCES),
                 percent(s.accuracy),
                 f"{s.entropy:.4f}",
                 member.fingerprint[:12],
             ]
         )
-    header = ["member", "model", "output", "codec", "max eps", "top-1", "entropy (nats)", "weights"]
+    divergences = [f"KL at T={t}, mean / worst" for t in SHOWN_DIVERGENCES]
+    header = ["member", "model", "output", "codec", "bytes a record", "max eps", *divergences]
+    header += ["top-1", "entropy (nats)", "weights"]
     width = max(len(name) for name, _ in facts)
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in facts), "", table(header, members)])
+    lines = [*(f"{name:<{width}}  {value}" for name, value in facts), "", table(header, members)]
+    features = [
+        [m.name, f.name, f.stored, f.dtype, " + ".join(map(str, f.shapes)), f"{error:.2g}"]
+        for m in plan.members
+        for f in m.features
+        for error in [manifest.statistics[m.name].feature_errors.get(f.name, 0.0)]
+    ]
+    if features:
+        lines += ["", table(["member", "feature", "stored as", "dtype", "output", "worst L2 error"], features)]
+    return "\n".join(lines)
+
+
+def _rounds(plan: Plan) -> list[tuple[str, str]]:
+    """A line for the dump, and one for each that extended it."""
+    lines = []
+    for number, one in enumerate(plan.rounds):
+        layout, stop = one.layout, one.layout.first_view + one.layout.num_views
+        what = f"views {layout.first_view} to {stop - 1} of {', '.join(one.members)}"
+        parts = f"{len(layout)} parts of {layout.shard_rows:,} rows x {layout.shard_views} views"
+        lines.append(
+            (
+                "extended by" if number else "rows",
+                f"{what}; {parts}" + ("" if number else f", {plan.samples.order} order"),
+            )
+        )
+    return lines
+
+
+def _record_bytes(manifest: Manifest, member: str) -> float:
+    """Of one record on average: its arrays and rows kept dense, without checksums."""
+    files = [*manifest.files_of("member", member), *manifest.files_of("dense", member)]
+    stored = sum(a.nbytes for f in files for name, a in f.arrays.items() if not name.endswith(CRC_SUFFIX))
+    return stored / max(1, manifest.statistics[member].records)
+
+
+def _divergence(s: MemberStatistics, temperature: str) -> str:
+    if temperature not in s.kl:
+        return "not measured"
+    return f"{s.mean_kl(temperature):.2g} / {s.kl[temperature].worst:.2g}"
 
 
 def sample_report(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> str:
@@ -82,7 +133,7 @@ def sample_report(path: Path, key: str, *, view: int = 0, combine: str = "mean_p
     cache = open_cache(path)
     if not 0 <= view < cache.num_views:
         raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
-    row = _row_of(cache, key)
+    row = row_of(cache, key)
     rows, views = np.array([row]), np.array([view])
     targets = cache.gather(rows, views)
     samples = cache.samples
@@ -90,25 +141,26 @@ def sample_report(path: Path, key: str, *, view: int = 0, combine: str = "mean_p
     truth = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
     named = ", ".join(cache.class_names[i] for i in truth) or "none"
     lines = [f"{samples.key(row)}: row {row}, view {view}, id {int(samples.ids[row]):016x}, label {named}"]
-    blocks = {member: [targets.logits(member)] * len(TEMPERATURES) for member in cache.members}
-    if len(cache.members) > 1:
-        blocks[f"ensemble ({combine})"] = [targets.combined(combine, temperature=t) for t in TEMPERATURES]
-    for title, logits in blocks.items():
-        shown = zip(TEMPERATURES, logits, strict=True)
-        tables = {t: (z[0].double() / t).softmax(dim=0).numpy() for t, z in shown}
+    served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in cache.codecs.values())]
+    blocks = {member: [targets.log_probs(member, t) for t in served] for member in cache.members}
+    if len(cache.members) > 1 and all(codec.complete for codec in cache.codecs.values()):
+        combined = [targets.combined(combine, temperature=t) / t for t in served]
+        blocks[f"ensemble ({combine})"] = [logits.log_softmax(dim=1) for logits in combined]
+    for title, log_probs in blocks.items():
+        tables = {t: row[0].double().exp().numpy() for t, row in zip(served, log_probs, strict=True)}
         order = np.argsort(-tables[1.0], kind="stable")[:SHOWN_CLASSES]
         width = max(len(cache.class_names[i]) for i in order)
-        lines += ["", title, " " * (width + 4) + "".join(f"{f'T={t:g}':<22}" for t in TEMPERATURES)]
+        lines += ["", title, " " * (width + 4) + "".join(f"{f'T={t:g}':<22}" for t in served)]
         for i in order:
             mark = "*" if int(i) in truth else " "
-            cells = [f"{100 * tables[t][i]:6.2f} % {bar(float(tables[t][i]), 12):<12}" for t in TEMPERATURES]
+            cells = [f"{100 * tables[t][i]:6.2f} % {bar(float(tables[t][i]), 12):<12}" for t in served]
             lines.append(f"{mark} {cache.class_names[i]:<{width}}  " + " ".join(cells).rstrip())
         if len(cache.class_names) > SHOWN_CLASSES:
             lines.append(f"  ... {len(cache.class_names) - SHOWN_CLASSES} more classes")
     return "\n".join(lines)
 
 
-def _row_of(cache: Cache, key: str) -> int:
+def row_of(cache: Cache, key: str) -> int:
     """The row of a key, or of an id in hex."""
     samples = cache.samples
     wanted = {sample_id(key)} | ({int(key, 16)} if len(key) == 16 and _is_hex(key) else set())

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from softcache.config import split_term
 from softcache.ensemble import KEEPS_LEVEL, check_rule
 from softcache.errors import ConfigError, LossError
 from softcache.losses import LossTerm, make_term
+from softcache.spec import split_term
 from softcache.targets import Cache, Targets
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The hard labels of one batch, on the device.
+
+    Attributes:
+        own: (B,) int64 class index or -1, or (B, C) bool.
+        partners: the same of the samples that the views are mixed with; None for views that are not mixed.
+        shares: (B,) float32 weight of the own label; None likewise.
+    """
+
+    own: Tensor
+    partners: Tensor | None = None
+    shares: Tensor | None = None
 
 
 def loss_parts(
     terms: Sequence[LossTerm],
     student_logits: Tensor,
-    labels: Tensor,
+    labels: Labels,
     targets: Targets | None,
     combine: str,
     weights: Mapping[str, float] | None,
@@ -28,9 +44,13 @@ def loss_parts(
     parts: dict[str, Tensor] = {}
     for name, term in named_terms(terms):
         if term.loss.target == "labels":
-            parts[name] = term(student_logits, labels)
+            parts[name] = _label_loss(term, student_logits, labels)
             continue
         assert targets is not None
+        if term.loss.form == "head":
+            member = next(iter(targets.arrays if weights is None else weights))
+            parts[name] = term(student_logits, *targets.head(member, term.temperature))
+            continue
         asked = (term.temperature, term.loss.link)
         if asked not in teachers:
             teachers[asked] = targets.combined(
@@ -38,6 +58,12 @@ def loss_parts(
             )
         parts[name] = term(student_logits, teachers[asked])
     return parts
+
+
+def _label_loss(term: LossTerm, student_logits: Tensor, labels: Labels) -> Tensor:
+    if labels.partners is None or term.loss.mixed is None:
+        return term(student_logits, labels.own)
+    return term.loss.mixed(student_logits, labels.own, labels.partners, labels.shares, **term.parameters)
 
 
 def total_loss(terms: Sequence[LossTerm], parts: Mapping[str, Tensor]) -> Tensor:
@@ -86,6 +112,16 @@ def parse_members(texts: Sequence[str]) -> dict[str, float] | None:
     return weights or None
 
 
+def check_mixed(terms: Sequence[LossTerm], policy: str) -> None:
+    """Raise LossError for a loss on one hard label when views are mixed with partners."""
+    for term in terms:
+        if term.loss.target == "labels" and term.loss.mixed is None:
+            raise LossError(
+                f"loss {term.name!r} is defined by one hard label, and these views are mixed ({policy})",
+                tip="use ce, which weighs both labels, or losses on the teacher's logits",
+            )
+
+
 def check_term(cache: Cache, term: LossTerm, rule: str, weights: Mapping[str, float] | None = None) -> None:
     """Raise LossError when a cache cannot serve a loss term under a combination rule."""
     check_rule(rule)
@@ -95,10 +131,26 @@ def check_term(cache: Cache, term: LossTerm, rule: str, weights: Mapping[str, fl
         if term.loss.target != "teacher":
             continue
         codec = cache.codecs[name]
-        if codec.temperatures is not None and term.temperature not in codec.temperatures:
+        if not codec.serves(term.temperature):
+            lowest, highest = codec.temperatures or (0.0, 0.0)
             raise LossError(
-                f"codec {codec.name!r} of member {name!r} serves the temperatures {codec.temperatures}, "
-                f"{term.name} asks for {term.temperature}"
+                f"codec {codec.name!r} of member {name!r} serves temperatures from {lowest:g} to {highest:g}, "
+                f"{term.name} asks for {term.temperature:g}",
+                tip="choose another temperature, or dump with a codec that keeps every class (headtail, int8)",
+            )
+        if term.loss.form == "logits" and not codec.complete:
+            raise LossError(
+                f"loss {term.name!r} needs the logits of every class; codec {codec.name!r} of member {name!r} keeps some",
+                tip="use kd_lower_bound, or dump with a codec that keeps every class (headtail, int8)",
+            )
+        if term.loss.form == "head" and codec.complete:
+            raise LossError(
+                f"loss {term.name!r} is for caches that keep some classes; member {name!r} has them all",
+                tip="use kd, of which it is a lower bound",
+            )
+        if term.loss.form == "head" and len(chosen) > 1:
+            raise LossError(
+                f"loss {term.name!r} takes one teacher: the members' classes differ", tip="choose one with --members"
             )
         has_level = codec.keeps_level and (info.output == "logits" or cache.manifest.plan.samples.multi_label)
         if term.loss.needs_level and not has_level:

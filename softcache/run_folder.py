@@ -27,7 +27,17 @@ STUDENT, RUN, CONFIG = "student.safetensors", "run.json", "config.toml"
 METRICS_JSONL, METRICS_CSV, LOCK = "metrics.jsonl", "metrics.csv", "lock"
 
 # settings that may differ between a run and its resume: they do not belong to what is computed
-FREE_TO_CHANGE = ("out", "workers", "threads", "device", "checkpoint_every", "download", "read", "check_content")
+FREE_TO_CHANGE = (
+    "out",
+    "workers",
+    "threads",
+    "device",
+    "checkpoint_every",
+    "download",
+    "read",
+    "check_content",
+    "on_drift",
+)
 
 
 def claim_folder(config: TrainConfig) -> Path:
@@ -118,13 +128,15 @@ def describe_run(
     samples: int,
     labelled: int,
     labels_changed: int,
+    drift: str | None,
 ) -> None:
     """run.json and config.toml: what this run is, and the file that repeats it."""
     about = {
         "config": _comparable(config),
         "cache": cache_id,
         "data": data,
-        "targets": "matched" if cache_id is not None else None,
+        "targets": None if cache_id is None else "mismatched" if config.augment else "matched",
+        "drift": drift,
         "samples": samples,
         "labelled": labelled,
         "labels_changed": labels_changed,

@@ -220,3 +220,17 @@ def convert(text: str, hint: Any, where: str) -> Any:
     if hint is type(None):
         raise ConfigError(f"{where}: takes no value")
     return text
+
+
+def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
+    """`name:key=value,key=value` -> (name, {key: value})."""
+    name, _, rest = text.partition(":")
+    values: dict[str, str] = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{what} {text!r}: {pair!r} is not key=value", tip=f"write {name}:key=value,key=value")
+        if key.strip() in values:
+            raise ConfigError(f"{what} {text!r}: {key.strip()!r} is given twice", tip="keep one of them")
+        values[key.strip()] = value.strip()
+    return name.strip(), values

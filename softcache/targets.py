@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -18,18 +19,47 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from softcache.cache.manifest import Manifest, MemberInfo
+from softcache.cache.manifest import Manifest
+from softcache.cache.plan import FeatureInfo, MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.codecs import Codec, make_codec
-from softcache.data.identity import pixel_digest
-from softcache.data.join import ContentCheck, JoinBy, join, replace_item
+from softcache.codecs.features import FeatureCodec
+from softcache.data.identity import pixel_digest, sample_ids
+from softcache.data.join import ContentCheck, JoinBy, dataset_keys, find_ids, item_of, join, replace_item
+from softcache.data.loading import Partners
 from softcache.data.philox import Draws, step_key
 from softcache.data.views import Policy
+from softcache.drift import Drift, Render, check_drift
 from softcache.ensemble import KEEPS_LEVEL, combine
-from softcache.errors import CacheError, DriftError, first_offenders, nearest
+from softcache.errors import CacheError, DataError, nearest
+from softcache.taps import FeatureSpec, parse_features
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
+
+
+@dataclass(frozen=True)
+class CachedFeature:
+    """One stored feature of a member: where its values lie, and how they become what a loss sees."""
+
+    spec: FeatureSpec
+    codec: FeatureCodec
+    arrays: Mapping[str, str]  # suffix of the codec -> data set
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, info: FeatureInfo) -> CachedFeature:
+        """As the manifest describes it."""
+        layers, _, _ = info.name.rpartition(":")
+        (spec,) = parse_features([info.name], layers.split("+"))
+        shapes = tuple(tuple(int(n) for n in shape) for shape in info.shapes)
+        codec = FeatureCodec(info.dtype, info.stored, spec.record_shape(*shapes))
+        return cls(spec, codec, dict(zip(codec.arrays, info.arrays, strict=True)), shapes)
+
+    def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """(B, ...) float32."""
+        stored = {suffix: arrays[name] for suffix, name in self.arrays.items()}
+        return self.spec.read(self.codec.decode(stored), *self.shapes)
 
 
 @dataclass(frozen=True)
@@ -41,6 +71,7 @@ class Targets:
         arrays: member -> data set -> (B, ...) stored values.
         codecs: member -> codec.
         samples: the cache's sample table, read only when labels or ids are asked for.
+        features: (member, feature) -> how it is decoded; its stored values are among the member's arrays.
     """
 
     rows: np.ndarray
@@ -48,6 +79,7 @@ class Targets:
     samples: SampleTable
     arrays: Mapping[str, Mapping[str, Tensor]]
     codecs: Mapping[str, Codec]
+    features: Mapping[tuple[str, str], CachedFeature] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Targets:
         """The same targets with the stored values on another device."""
@@ -87,6 +119,44 @@ class Targets:
         if member not in self.arrays:
             raise CacheError(f"no member {member!r}", tip=nearest(member, self.arrays))
         return self.codecs[member].decode(self.arrays[member])
+
+    def feature(self, name: str, member: str | None = None) -> Tensor:
+        """(B, ...) float32 feature as a loss sees it: reduced as its name says.
+
+        Args:
+            name: `layer:reduction`, as it was dumped and asked for.
+            member: default: the only one that has it.
+
+        Raises:
+            CacheError: it was not gathered, or several members have it.
+        """
+        found = [key for key in self.features if key[1] == name and member in (None, key[0])]
+        if len(found) != 1:
+            known = [feature for _, feature in self.features]
+            raise CacheError(
+                f"{len(found)} members have the feature {name!r} in this batch",
+                tip=(nearest(name, known) if known else "ask for features when gathering: gather(..., features=[...])")
+                if not found
+                else f"name the member: {', '.join(one for one, _ in found)}",
+            )
+        return self.features[found[0]].decode(self.arrays[found[0][0]])
+
+    def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What a codec that keeps some classes has of them: ids (B, k), logits (B, k), log-sum-exp of the rest at T (B,)."""
+        codec, arrays = self.codecs[member], self.arrays[member]
+        if codec.complete:
+            raise CacheError(f"codec {codec.name!r} of member {member!r} keeps every class", tip="use logits(member)")
+        return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
+
+    def log_probs(self, member: str, temperature: float) -> Tensor:
+        """(B, C) float32 logarithm of one member's soft target at a temperature.
+
+        A codec that keeps only some classes spreads the rest's probability evenly.
+        """
+        codec, arrays = self.codecs[member], self.arrays[member]
+        if not codec.complete:
+            return codec.spread(arrays, temperature)
+        return (codec.decode(arrays) / temperature).log_softmax(dim=1)
 
     def combined(
         self,
@@ -132,11 +202,15 @@ class Cache:
 
     def __init__(self, reader: CacheReader) -> None:
         self.reader = reader
-        self.codecs = {m.name: make_codec(m.codec["name"]) for m in self.manifest.plan.members}
-        self._names = {  # what decoding takes; the error bounds are read only when asked for
-            member: [name for name in codec.arrays(self.num_classes) if name != "eps"]
-            for member, codec in self.codecs.items()
-        }
+        members = self.manifest.plan.members
+        self.codecs = {member.name: self._codec(member) for member in members}
+        self.features = {m.name: {f.name: CachedFeature.of(f) for f in m.features} for m in members}
+
+    def _codec(self, member: MemberInfo) -> Codec:
+        codec = make_codec(member.codec["name"], member.codec["parameters"], self.num_classes)
+        stored = self.reader.constants(member.name)
+        fitted = {n.removeprefix("codec_"): torch.tensor(a) for n, a in stored.items() if n.startswith("codec_")}
+        return codec.with_constants(fitted)
 
     @property
     def manifest(self) -> Manifest:
@@ -181,29 +255,72 @@ class Cache:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def gather(self, rows: np.ndarray, views: np.ndarray, *, members: Sequence[str] | None = None) -> Targets:
+    def gather(
+        self,
+        rows: np.ndarray,
+        views: np.ndarray,
+        *,
+        members: Sequence[str] | None = None,
+        features: Sequence[str] = (),
+    ) -> Targets:
         """The targets of B (row, view) pairs.
 
         Args:
             rows, views: (B,) integers.
             members: which members to read; None = all.
+            features: which features to read as well, of every one of these members that has them.
 
         Raises:
             IndexError: a row or view outside the cache.
+            CacheError: no such member, or none of them has a feature.
         """
         names = self.members if members is None else members
         arrays = {}
         for member in names:
             if member not in self.codecs:
                 raise CacheError(f"{self.reader.path}: no member {member!r}", tip=nearest(member, self.members))
-            arrays[member] = {
-                name: torch.from_numpy(self.reader.gather(member, name, rows, views)) for name in self._names[member]
-            }
+            arrays[member] = self._gather(member, rows, views)
         codecs = {name: self.codecs[name] for name in names}
-        return Targets(rows, views, self.samples, arrays, codecs)
+        found = {(m, f): self.features[m][f] for m in names for f in features if f in self.features[m]}
+        for feature in features:
+            if not any(feature == name for _, name in found):
+                known = [name for member in names for name in self.features[member]]
+                raise CacheError(
+                    f"{self.reader.path}: no feature {feature!r}",
+                    tip=nearest(feature, known) if known else "dump again with --features",
+                )
+        for (member, _), cached in found.items():
+            for name in cached.arrays.values():
+                arrays[member][name] = torch.from_numpy(self.reader.gather(member, name, rows, views))
+        return Targets(rows, views, self.samples, arrays, codecs, found)
+
+    def head(self, member: str) -> tuple[Tensor, Tensor | None] | None:
+        """(C, D) weight and (C,) bias of a member's final linear layer; None where the cache does not keep it."""
+        stored = self.reader.constants(member)
+        for prefix in ("head_", "codec_") if self.codecs[member].needs_head else ("head_",):
+            if f"{prefix}weight" in stored:
+                bias = stored.get(f"{prefix}bias")
+                return torch.tensor(stored[f"{prefix}weight"]), None if bias is None else torch.tensor(bias)
+        return None
+
+    def _gather(self, member: str, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
+        """What decoding takes of one member; the bounds are read only when asked for."""
+        codec = self.codecs[member]
+        found = {name: self.reader.gather(member, name, rows, views) for name in codec.arrays}
+        for part_of in codec.fields:
+            if part_of.name == "dense":
+                part = found["records"][:, part_of.offset : part_of.offset + 4]
+                numbers = np.ascontiguousarray(part).view("<u4")[:, 0]
+                at = np.flatnonzero(numbers)
+                if at.size:
+                    found["dense"] = self.reader.dense(member, rows[at], views[at], numbers[at])
+                    found["dense_at"] = at
+        return {name: torch.from_numpy(value) for name, value in found.items()}
 
     def eps(self, member: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(B,) float32 bound on |stored - given| over the logits of each record."""
+        """(B,) float32 bound on |stored - given| over the logits of each record; CacheError where its codec has none."""
+        if not self.codecs[member].bounded:
+            raise CacheError(f"codec {self.codecs[member].name!r} of member {member!r} has no bound on single logits")
         return self.reader.gather(member, "eps", rows, views).astype(np.float32)
 
     def join(
@@ -214,8 +331,13 @@ class Cache:
         by: JoinBy = "key",
         labels: Literal["cache", "dataset"] = "cache",
         check_content: ContentCheck | None = None,
+        whole: Any = None,
     ) -> Joined:
-        """The data set with each sample's place in this cache; see `softcache.data.join.join` for arguments and errors."""
+        """The data set with each sample's place in this cache; see `softcache.data.join.join` for arguments and errors.
+
+        Args:
+            whole: under a policy that mixes, where partners are found; None: the data set itself, or what it was selected from.
+        """
         rows, changed = join(
             self.samples,
             dataset,
@@ -226,26 +348,20 @@ class Cache:
             check_content=check_content,
             digest_kind=self.manifest.plan.samples.digest_kind,
         )
-        return Joined(self, dataset, rows, labels_changed=changed)
+        return Joined(self, dataset, rows, labels_changed=changed, whole=whole)
 
-    def check_pixels(self, items: Sequence[Any], rows: np.ndarray, views: np.ndarray) -> None:
-        """Raise DriftError unless rendered items are, bit for bit, what the teacher saw.
+    def check_pixels(
+        self, items: Sequence[Any], rows: np.ndarray, views: np.ndarray, render: Render, *, on_drift: str = "error"
+    ) -> Drift | None:
+        """Compare rendered items with what the teacher saw; see `softcache.drift.check_drift` for the verdict and errors.
 
         Args:
             items: B rendered views.
             rows, views: (B,) their places in the cache.
+            render: (row, view) -> the rendered item, None where the sample is not at hand; for the probe.
         """
-        stored = self.reader.gather(None, "pixel_digests", rows, views)
-        found = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
-        where = np.flatnonzero(stored != found)
-        if where.size:
-            made = self.manifest.plan.made_with
-            raise DriftError(
-                f"{where.size} of {len(items)} checked views render to other pixels than the teacher saw: "
-                + first_offenders((self.samples.key(int(rows[i])) for i in where), where.size),
-                tip=f"the cache was made with softcache {made['softcache']}, torch {made['torch']}, torchvision "
-                f"{made['torchvision']}; check the decoder's and torchvision's versions and the data set",
-            )
+        digests = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
+        return check_drift(self.reader, rows, views, digests, render, on_drift=on_drift)
 
     def __getstate__(self) -> CacheReader:
         return self.reader
@@ -258,7 +374,8 @@ class Joined(Dataset[Any]):
     """A data set whose samples know their place in a cache: joined[i] -> (sample, record).
 
     `record` is view * num_rows + row, one integer that a DataLoader collates by itself; `gather(records)` turns a batch of
-    them into Targets. The sample is what the data set gives, its item rendered as the cache's view.
+    them into Targets. The sample is what the data set gives, its item rendered as the cache's view. Where views are mixed,
+    joined[i] is (sample, record, partner row, share): the row of the sample it is mixed with, and the weight of its own label.
 
     Attributes:
         rows: (N,) row of the cache for each sample.
@@ -266,33 +383,70 @@ class Joined(Dataset[Any]):
         labels_changed: samples whose label differs from the cache's (allowed by labels="dataset").
     """
 
-    def __init__(self, cache: Cache, dataset: Any, rows: np.ndarray, *, view: int = 0, labels_changed: int = 0) -> None:
+    def __init__(
+        self, cache: Cache, dataset: Any, rows: np.ndarray, *, view: int = 0, labels_changed: int = 0, whole: Any = None
+    ) -> None:
         self.cache, self.dataset, self.rows, self.view = cache, dataset, rows, view
         self.labels_changed = labels_changed
+        self.whole = getattr(dataset, "whole", dataset) if whole is None else whole
         self._policy = cache.policy
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        row, sample = int(self.rows[index]), self.dataset[index]
-        if self._policy.steps:
-            sample_id = int(self.cache.samples.ids[row])
-            sample = replace_item(sample, lambda item: self._policy.render(item, sample_id, self.view))
-        return sample, self.view * len(self.cache) + row
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        row, sample, policy = int(self.rows[index]), self.dataset[index], self._policy
+        record = self.view * len(self.cache) + row
+        if not policy.steps:
+            return sample, record
+        sample_id = int(self.cache.samples.ids[row])
+        if policy.mixing is None:
+            return replace_item(sample, lambda item: policy.render(item, sample_id, self.view)), record
+        partner = policy.partner(sample_id, self.view, len(self.cache))
+        other = policy.render(self._item(partner), int(self.cache.samples.ids[partner]), self.view)
+        share = 1.0
+
+        def mix(item: Any) -> Any:
+            nonlocal share
+            mixed, share = policy.mix(policy.render(item, sample_id, self.view), other, sample_id, self.view)
+            return mixed
+
+        return replace_item(sample, mix), record, partner, share
+
+    def _item(self, row: int) -> Any:
+        """The item of any row of the cache, out of the whole data set."""
+        index = int(self.partners.index_of_row[row])
+        if index < 0:
+            raise DataError(
+                f"{self.cache.samples.key(row)}: views are mixed with this sample, and the data set does not hold it",
+                tip="give the whole data set: join(subset, whole=data_set)",
+            )
+        return item_of(self.whole[index])
+
+    @cached_property
+    def partners(self) -> Partners:
+        """Where each row of the cache stands in the whole data set."""
+        count = len(self.cache)
+        if self.whole is self.dataset:
+            return Partners.of(self.whole, self.rows, count, self.cache.samples.ids)
+        return Partners(self.whole, find_ids(sample_ids(dataset_keys(self.whole)), self.cache.samples.ids))
 
     def for_view(self, view: int) -> Joined:
         """The same join, its items rendered at another view: one per epoch, `epoch % cache.num_views`."""
         if not 0 <= view < self.cache.num_views:
             raise IndexError(f"view {view} is outside 0..{self.cache.num_views - 1}")
-        return Joined(self.cache, self.dataset, self.rows, view=view, labels_changed=self.labels_changed)
+        return Joined(
+            self.cache, self.dataset, self.rows, view=view, labels_changed=self.labels_changed, whole=self.whole
+        )
 
-    def gather(self, records: Tensor | np.ndarray, *, members: Sequence[str] | None = None) -> Targets:
-        """The targets of a batch of records, in the batch's order."""
+    def gather(
+        self, records: Tensor | np.ndarray, *, members: Sequence[str] | None = None, features: Sequence[str] = ()
+    ) -> Targets:
+        """The targets of a batch of records, in the batch's order; arguments as `Cache.gather`."""
         if isinstance(records, Tensor):
             records = records.cpu().numpy()
         views, rows = np.divmod(np.asarray(records, dtype=np.int64), len(self.cache))
-        return self.cache.gather(rows, views, members=members)
+        return self.cache.gather(rows, views, members=members, features=features)
 
     def gather_samples(self, index: np.ndarray, views: np.ndarray, *, members: Sequence[str] | None = None) -> Targets:
         """The targets of samples given by their position in the data set, at the given views."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from softcache.errors import ConfigError, ModelError, TeacherError, nearest
 from softcache.models import Model, build, fingerprint, load_model
 from softcache.models import split_weights as split_model
 from softcache.spec import parse_spec
+from softcache.taps import FeatureSpec, HeadTap, ModuleShape, Taps, head_of, list_modules, parse_features
 
 OUTPUTS = ("logits", "log_probs", "probs")
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
@@ -31,11 +33,15 @@ class TeacherOutput:
     Attributes:
         rounding: (B,) bound on what the last layer's own dtype may have cost, 0 for float32.
         floored: how many probabilities of exactly zero were raised to the floor.
+        head_input: (B, D) float32 input of the final linear layer, where it is tapped.
+        features: feature -> (B, ...) in the form that is stored, where tapped.
     """
 
     logits: Tensor
     rounding: Tensor
     floored: int
+    head_input: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Teacher:
@@ -43,6 +49,7 @@ class Teacher:
 
     Attributes:
         name: of the member.
+        wanted_name: the same before a number was added to tell it from others; `is_named` where the user chose it.
         model_spec: portable spec string.
         collate: items -> batch, for the loader's workers.
         output: what the teacher gives: "logits", "log_probs" or "probs".
@@ -50,6 +57,8 @@ class Teacher:
         class_order: permutation that brings its outputs into the cache's order; None when they stand so already.
         compute_dtype: of the last layer; known after the first batch.
         has_weights: False for one of our models, or torchvision's, that was named without any.
+        features: what is tapped at each call.
+        head: the final linear layer, where its input is tapped at each call.
     """
 
     def __init__(
@@ -69,11 +78,14 @@ class Teacher:
         if output not in OUTPUTS:
             raise ConfigError(f"teacher {name!r}: unknown output {output!r}", tip=nearest(output, OUTPUTS))
         self.name, self.model_spec, self.network, self.collate = name, model_spec, network, collate
+        self.wanted_name, self.is_named = name, False
         self.output, self.num_classes, self.multi_label = output, num_classes, multi_label
         self.class_order, self.device, self.autocast = class_order, torch.device(device), autocast
         self.compute_dtype = "float32"
         self.fingerprint: str | None = None
         self.has_weights = True
+        self.features: tuple[FeatureSpec, ...] = ()
+        self.head: nn.Linear | None = None
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False).to(self.device)
             described = f"{model_spec} {output} {network.input.describe() if isinstance(network, Model) else ''}"
@@ -87,7 +99,7 @@ class Teacher:
         Raises:
             TeacherError: a result of another shape, or one that is not finite.
         """
-        raw = self._run(batch)
+        raw, head_input, features = self._run_tapped(batch)
         if not isinstance(raw, Tensor):
             raw = torch.as_tensor(np.asarray(raw))
         raw = raw.to(self.device)
@@ -113,7 +125,49 @@ class Teacher:
         if self.class_order is not None:
             values = values[:, torch.tensor(self.class_order, device=values.device)]
         logits = values.float()
-        return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored)
+        return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored, head_input, features)
+
+    def _run_tapped(self, batch: Any) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
+        with ExitStack() as stack:
+            taps = stack.enter_context(Taps(self._net, self.features)) if self.features else None
+            head = stack.enter_context(HeadTap(self.head)) if self.head is not None else None
+            raw = self._run(batch)
+            return raw, head.value() if head is not None else None, taps.values() if taps is not None else {}
+
+    @property
+    def _net(self) -> nn.Module:
+        """The network whose modules have the names that users know."""
+        if not isinstance(self.network, nn.Module):
+            raise ModelError(
+                f"teacher {self.name!r} is no torch module: it has no layers to look at",
+                tip="features and linear_head need a torch module",
+            )
+        return self.network.net if isinstance(self.network, Model) else self.network
+
+    def parse_features(self, texts: Sequence[str]) -> tuple[FeatureSpec, ...]:
+        """`layer3:pool`, ... as features of this teacher; ConfigError with near names for an unknown module."""
+        return parse_features(texts, (name for name, _ in self._net.named_modules()))
+
+    def list_modules(self, batch: Any) -> list[ModuleShape]:
+        """Its modules with their output shapes on one collated batch."""
+        net = self._net
+        inputs = to_device(batch, self.device)
+        return list_modules(net, self.network.input.prepare(inputs) if isinstance(self.network, Model) else inputs)
+
+    def find_head(self, batch: Any) -> nn.Linear | None:
+        """The linear layer whose output is the logits; None where there is none, or where it gives no logits."""
+        if not isinstance(self.network, nn.Module) or self.output != "logits":
+            return None
+        return head_of(self.network, to_device(batch, self.device))
+
+    def head_constants(self, head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """(C, D) float32 weight and (C,) bias of the final layer, on the CPU, classes in the cache's order."""
+        weight = head.weight.detach().float().cpu()
+        bias = None if head.bias is None else head.bias.detach().float().cpu()
+        if self.class_order is not None:
+            order = torch.tensor(self.class_order)
+            weight, bias = weight[order], None if bias is None else bias[order]
+        return weight.contiguous(), bias
 
     def _run(self, batch: Any) -> Any:
         if not isinstance(self.network, nn.Module):
@@ -254,7 +308,9 @@ def open_teacher(
     spec = parse_spec(head)
     bare = parse_spec(spec.without("name", "output").text)
     is_run = Path(bare.text).exists()  # a run folder, or its student.safetensors
-    name = member_name(spec.parameters.get("name") or (Path(bare.text).name if is_run else spec.name), taken)
+    chosen_name = spec.parameters.get("name")
+    wanted_name = chosen_name or (Path(bare.text).name if is_run else spec.name)
+    name = member_name(wanted_name, taken)
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
     made: Any = None
     if bare.is_factory and not is_run:
@@ -285,6 +341,7 @@ def open_teacher(
         device=device,
         autocast=autocast,
     )
+    teacher.wanted_name, teacher.is_named = wanted_name, bool(chosen_name)
     teacher.has_weights = bool(is_run or bare.is_factory or weights or "weights" in bare.parameters)
     return teacher
 

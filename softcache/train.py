@@ -23,19 +23,19 @@ from tqdm import tqdm
 
 import softcache
 from softcache.checkpoint import resume_run, save_run
-from softcache.config import TrainConfig, split_term
+from softcache.config import TrainConfig
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD, batches
-from softcache.data.loading import ViewedSet, epoch_order, load_batches, to_device
+from softcache.data.loading import LoadedBatch, Partners, ViewedSet, epoch_order, load_batches, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
-from softcache.data.views import Policy, make_step
+from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError, LossError, TrainingError
 from softcache.evaluate import Evaluation, check_same_classes, evaluate, item_shape
 from softcache.losses import LossTerm
 from softcache.losses.schedules import check_schedule, scheduled
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, build_vocabulary, load_model, save_student
-from softcache.objective import check_term, loss_parts, parse_members, parse_terms, total_loss
+from softcache.objective import Labels, check_mixed, check_term, loss_parts, parse_members, parse_terms, total_loss
 from softcache.run_folder import (
     STUDENT,
     check_same_data,
@@ -92,10 +92,15 @@ def _train(config: TrainConfig, out: Path, *, quiet: bool) -> TrainResult:
         members: Sequence[str] | None = list(weights) if weights else None
     labelled = _check_labels(terms, transfer_set)
     policy = _policy(config, cache)
-    viewed = ViewedSet(transfer_set, policy, ())
-    item = viewed.render(0, 0)[0]
-    if joined is not None:
-        _check_views(joined, viewed, config)
+    if policy.mixing is not None:
+        check_mixed(terms, str(policy))
+    partners = joined.partners if joined else Partners(transfer_set.whole, np.arange(len(transfer_set.whole)))
+    ids = joined.cache.samples.ids[joined.rows] if joined is not None else None
+    drift = None
+    if joined is not None and not config.augment:
+        as_cached = ViewedSet(transfer_set, joined.cache.policy, (), partners=partners, ids=ids)
+        drift = _check_views(joined, as_cached, config)
+    item = ViewedSet(transfer_set, policy, (), partners=partners, ids=ids).render(0, 0)[0]
 
     torch.manual_seed(config.seed)
     model = load_model(
@@ -109,7 +114,7 @@ def _train(config: TrainConfig, out: Path, *, quiet: bool) -> TrainResult:
     ).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16")
-    viewed = ViewedSet(transfer_set, policy, [model.input.collate])
+    viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners, ids=ids)
     count, steps = len(transfer_set), -(-len(transfer_set) // config.batch_size)
 
     vocabulary = getattr(model.input, "vocabulary", ())
@@ -127,6 +132,7 @@ def _train(config: TrainConfig, out: Path, *, quiet: bool) -> TrainResult:
         samples=count,
         labelled=labelled,
         labels_changed=joined.labels_changed if joined is not None else 0,
+        drift=drift,
     )
 
     for epoch in range(state["epoch"], config.epochs):
@@ -134,7 +140,7 @@ def _train(config: TrainConfig, out: Path, *, quiet: bool) -> TrainResult:
         first_step = state["step"] if epoch == state["epoch"] else 0
         sums: dict[str, Any] = state["sums"] if first_step else {}
         order = epoch_order(count, config.seed, epoch)
-        view = _view_of(epoch, cache, config)
+        view, target_view = _views_of(epoch, cache, config)
         started = time.monotonic()
         loaded = load_batches(
             viewed,
@@ -157,11 +163,11 @@ def _train(config: TrainConfig, out: Path, *, quiet: bool) -> TrainResult:
                 group["lr"] = config.lr * factor
 
             inputs = to_device(batch.inputs[0], device)
-            labels = torch.from_numpy(transfer_set.labels[batch.index]).to(device)
-            labels = labels if labels.ndim == 2 else labels.long()
+            labels = _labels(transfer_set, partners, batch, device)
             targets = None
             if joined is not None:
-                targets = joined.gather_samples(batch.index, batch.views, members=members).to(device)
+                views = np.full(len(batch.index), target_view, np.int64)
+                targets = joined.gather_samples(batch.index, views, members=members).to(device)
 
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 student_logits = model(inputs)
@@ -241,9 +247,11 @@ def _check_numbers(config: TrainConfig) -> None:
             "--policy and --cache cannot be given together",
             tip="the student sees the cache's own views; leave --policy out",
         )
-    for name in ("members", "cache_id", "view"):
+    for name in ("members", "cache_id", "view", "size", "augment"):
         if config.cache is None and getattr(config, name) not in (None, ()):
             raise ConfigError(f"--{name.replace('_', '-')} needs --cache")
+    if config.augment and config.size is not None:
+        raise ConfigError("--size and --augment cannot be given together", tip="--augment sets its own size")
 
 
 def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
@@ -252,11 +260,14 @@ def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
         return None
     before = pinned_cache(out)
     try:
-        return open_cache(config.cache, id=before or config.cache_id, mode=config.read)  # type: ignore[arg-type]
+        cache = open_cache(config.cache, id=before or config.cache_id, mode=config.read)  # type: ignore[arg-type]
     except CacheError as exc:
         if before is not None:
             exc.add_note(f"{out} began with cache {before}; another one needs another --out")
         raise
+    if config.view is not None and not 0 <= config.view < cache.num_views:
+        raise ConfigError(f"--view {config.view}: the cache has views 0 to {cache.num_views - 1}")
+    return cache
 
 
 def _join(cache: Cache, transfer_set: TransferSet, config: TrainConfig) -> Joined:
@@ -282,27 +293,49 @@ def _check_labels(terms: Sequence[LossTerm], transfer_set: TransferSet) -> int:
 
 
 def _policy(config: TrainConfig, cache: Cache | None) -> Policy:
-    if cache is not None:
-        return cache.policy
-    return Policy(tuple(make_step(*split_term(step, "--policy")) for step in config.policy), config.view_seed)
+    """What the student sees: the cache's own views, at its own size if asked; or others, which the targets do not fit."""
+    if cache is None or config.augment:
+        return Policy.parse(config.augment or config.policy, config.view_seed)
+    return cache.policy if config.size is None else cache.policy.at_size(config.size)
 
 
-def _view_of(epoch: int, cache: Cache | None, config: TrainConfig) -> int:
-    """With a cache, epoch e sees view e mod V, or the pinned one; without, a fresh view every epoch."""
+def _labels(transfer_set: TransferSet, partners: Partners, batch: LoadedBatch, device: torch.device) -> Labels:
+    def on_device(labels: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(labels).to(device)
+        return tensor if tensor.ndim == 2 else tensor.long()
+
+    own = on_device(transfer_set.labels[batch.index])
+    if batch.partner_rows is None or batch.shares is None:
+        return Labels(own)
+    others = partners.transfer_set.labels[partners.index_of_row[batch.partner_rows]]
+    return Labels(own, on_device(others), torch.from_numpy(batch.shares).to(device))
+
+
+def _views_of(epoch: int, cache: Cache | None, config: TrainConfig) -> tuple[int, int]:
+    """The student's view and the targets': with a cache e mod V, or the pinned one; of the student's own a fresh one."""
     if cache is None:
-        return epoch
-    return config.view if config.view is not None else epoch % cache.num_views
+        return epoch, epoch
+    target_view = config.view if config.view is not None else epoch % cache.num_views
+    return epoch if config.augment else target_view, target_view
 
 
-def _check_views(joined: Joined, viewed: ViewedSet, config: TrainConfig) -> None:
-    """Some records, spread over samples and views, must render to the pixels the teacher saw."""
+def _check_views(joined: Joined, viewed: ViewedSet, config: TrainConfig) -> str | None:
+    """Some records, spread over samples and views, must render to the pixels the teacher saw; a rounding is told once."""
     cache, count = joined.cache, len(joined)
-    if config.view is not None and not 0 <= config.view < cache.num_views:
-        raise ConfigError(f"--view {config.view}: the cache has views 0 to {cache.num_views - 1}")
+    index_of_row = Partners.of(viewed.transfer_set, joined.rows, len(cache)).index_of_row
+
+    def render(row: int, view: int) -> Any:
+        index = int(index_of_row[row])
+        return None if index < 0 else viewed.render(index, view)[0]
+
     index = np.unique(np.linspace(0, count - 1, min(SPREAD, count)).astype(np.int64))
     views = np.arange(len(index), dtype=np.int64) % cache.num_views
     items = [viewed.render(int(i), int(v))[0] for i, v in zip(index, views, strict=True)]
-    cache.check_pixels(items, joined.rows[index].astype(np.int64), views)
+    drift = cache.check_pixels(items, joined.rows[index].astype(np.int64), views, render, on_drift=config.on_drift)
+    if drift is None:
+        return None
+    print(f"softcache: warning: {drift}; the run records it", file=sys.stderr)
+    return str(drift)
 
 
 def _check_finite(loss: Tensor, epoch: int, step: int) -> None:

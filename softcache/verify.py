@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.reader import MappedFile, open_checked
-from softcache.cache.schema import MANIFEST, MANIFESTS
+from softcache.cache.schema import MANIFEST, MANIFESTS, member_shard_path, view_shard_path
 from softcache.cache.shard import StoredFile, bad_blocks, sha256_of, structure_faults
-from softcache.errors import DamagedCacheError, SoftcacheError, UnfinishedCacheError
+from softcache.errors import DamagedCacheError, DriftError, SoftcacheError, UnfinishedCacheError
 
 WHOLE, DAMAGED, UNFINISHED = 0, 1, 3
 
@@ -25,6 +25,7 @@ class Verdict:
     Attributes:
         state: "whole", "damaged" or "unfinished".
         faults: one sentence each, naming file, data set and block.
+        notes: what else there is to say of a whole cache.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Verdict:
     nbytes: int = 0
     seconds: float = 0.0
     id: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -41,13 +43,20 @@ class Verdict:
 
     def text(self) -> str:
         if self.state == "whole":
-            return f"{self.path}: whole; {self.files} files, {self.nbytes / 1e6:,.1f} MB in {self.seconds:.2f} s, id {self.id}"
+            head = f"{self.path}: whole; {self.files} files, {self.nbytes / 1e6:,.1f} MB in {self.seconds:.2f} s, id {self.id}"
+            return "\n".join([head, *(f"  {note}" for note in self.notes)])
         head = f"{self.path}: {self.state}"
         return "\n".join([head, *(f"  {fault}" for fault in self.faults)])
 
 
-def run(path: Path, *, full: bool, quiet: bool = False) -> Verdict:
-    """Check a cache. A folder that is no cache at all raises CacheError; damage is a verdict, not an exception."""
+def run(path: Path, *, full: bool, quiet: bool = False, replay: int = 0, data: str | None = None) -> Verdict:
+    """Check a cache. A folder that is no cache at all raises CacheError; damage is a verdict, not an exception.
+
+    Args:
+        full: hashes, checksums and structure too.
+        replay: how many records to render again; their pixels must be what the teacher saw.
+        data: the transfer set for that; None: the one the dump was given.
+    """
     started = time.monotonic()
     try:
         manifest = read_manifest(path)
@@ -58,6 +67,15 @@ def run(path: Path, *, full: bool, quiet: bool = False) -> Verdict:
     faults = list(_manifest_faults(path, manifest))
     for file in tqdm(manifest.files, desc="verify", unit="file", disable=quiet or None, leave=False):
         faults += _file_faults(path, file, full=full)
+    notes: list[str] = []
+    if replay and not faults:
+        # imported here: only a replay needs torch and the data set
+        from softcache.replay import Replay
+
+        try:
+            notes.append(Replay(path, data).check(replay))
+        except DriftError as exc:
+            faults.append(f"replay: {exc.message}; {exc.tip}")
     return Verdict(
         str(path),
         "damaged" if faults else "whole",
@@ -66,6 +84,7 @@ def run(path: Path, *, full: bool, quiet: bool = False) -> Verdict:
         manifest.nbytes,
         time.monotonic() - started,
         manifest.id,
+        notes,
     )
 
 
@@ -76,11 +95,22 @@ def _manifest_faults(path: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{MANIFEST}: has sha256 {manifest.id}, but manifests/{manifest.id}.json is not there"
     elif copy.read_bytes() != (path / MANIFEST).read_bytes():
         yield f"{MANIFEST}: differs from manifests/{manifest.id}.json"
-    layout = manifest.plan.layout
-    for kind, member in [("views", None), *(("logits", m.name) for m in manifest.plan.members)]:
-        found = [(f.rows, f.views) for f in manifest.files_of(kind, member)]
-        wanted = [((s.row_start, s.row_stop), (s.view_start, s.view_stop)) for s in layout.spans()]
-        if found != wanted:
+    plan = manifest.plan
+    for kind, member in [("views", None), *(("member", m.name) for m in plan.members)]:
+        layouts = plan.layouts_of(member)
+        found = sorted((f.path, f.rows, f.views) for f in manifest.files_of(kind, member))
+        wanted = sorted(
+            (
+                member_shard_path(member, s.index) if member else view_shard_path(s.index),
+                (s.row_start, s.row_stop),
+                (s.view_start, s.view_stop),
+            )
+            for layout in layouts
+            for s in layout.spans()
+        )
+        ends = [(layout.first_view, layout.first_view + layout.num_views) for layout in layouts]
+        starts = [0, *(stop for _, stop in ends)]
+        if found != wanted or [start for start, _ in ends] != starts[:-1] or starts[-1] != plan.views.count:
             yield f"{MANIFEST}: the {kind} shards of {member or 'the views'} do not cover rows and views once each"
 
 

@@ -22,7 +22,7 @@ import softcache
 from softcache import cli
 from softcache.cache import files
 
-VERBS = ("demo", "dump", "train", "eval", "inspect", "verify")
+VERBS = ("demo", "plan", "dump", "train", "eval", "inspect", "views", "verify")
 
 PIECES = """
 import os
@@ -205,6 +205,10 @@ def dump_of(teacher: str = "pieces.py:good", data: str = "pieces.py:toy", *more:
     return ["dump", "--data", data, "--teacher", teacher, "--out", "new", *QUIET, *more]
 
 
+def extend_by(*more: str) -> list[str]:
+    return ["dump", *DATA, "--teacher", "pieces.py:good", "--out", "cache", "--extend", *QUIET, *more]
+
+
 def train_on(*more: str, data: str = "pieces.py:toy", student: str = "softcache:mlp?hidden=4") -> list[str]:
     return ["train", "--data", data, "--student", student, "--epochs", "1", "--out", "new", *QUIET, *more]
 
@@ -310,6 +314,20 @@ MISTAKES = [
     row("config not TOML", train_on("--config", "bad.toml"), "bad.toml: not TOML", None, prepare=bad_toml),
     row("config typo", train_on("--config", "typo.toml"), "typo.toml: unknown setting 'learning_rate'", "", prepare=bad_toml),
     row("codec", [*dump_of(), "--codec", "float61"], "unknown codec 'float61'", "'float16'"),
+    row("codec parameter", [*dump_of(), "--codec", "headtail:bit=8"], "no parameter 'bit'", "'bits'"),
+    row("codec value", [*dump_of(), "--codec", "headtail:k=few"], "'few' is not a whole number", None),
+    row("promise", [*dump_of(), "--max-kl", "0"], "--max-kl 0 --at-temperature 4: both must be", None),
+    row("promise at no temperature", [*dump_of(), "--max-kl", "1", "--at-temperature", "-1"], "temperature -1: both", None),
+    row("type of features", [*dump_of(), "--feature-dtype", "int4"], "feature_dtype cannot be 'int4'", "int8"),
+    row("features of no module", [*dump_of(), "--features", "fc:flatten"], "'good' is no torch module", "torch module"),
+    row("extend nothing", [*dump_of(), "--extend"], "new: there is no such folder", "softcache dump --out"),
+    row("policy of an extension", extend_by("--policy", "shift"), "--policy cannot be given with --ext", "keeps its own"),
+    row("fewer views", extend_by("--views", "0"), "the cache has 1 already", "in the end"),
+    row("views of no policy", extend_by("--views", "3"), "every view of this cache's policy is the same", None),
+    row("plan of another teacher", ["plan", *DATA, "--teacher", "pieces.py:wide", *QUIET], r"shape \(40, 5\).*3 classes", ""),
+    row("views of no sample", ["views", "cache", "--sample", "toy/999.png"], "no sample 'toy/999.png'", "toy/"),
+    row("views without a sample", ["views", "cache"], "required: --sample", "views --help"),
+    row("views of no kind", ["views", "cache", "--sample", "toy/001.png", "--out", "v.gif"], "is a PNG", ".png"),
     row("policy step", [*dump_of(), "--policy", "crop_filp"], "unknown view step 'crop_filp'", "'crop_flip'"),
     row("policy parameter", [*dump_of(), "--policy", "shift:pixel=2"], "no parameter 'pixel'", "'pixels'"),
     row("policy value", [*dump_of(), "--policy", "shift:pixels=few"], "'few' is not a whole number", None),

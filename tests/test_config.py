@@ -12,17 +12,18 @@ import pytest
 from softcache.config import (
     DumpConfig,
     EvalConfig,
+    PlanConfig,
     TrainConfig,
     parse_part,
     resolve,
-    split_term,
     to_toml,
 )
 from softcache.errors import ConfigError, MissingExtraError
-from softcache.spec import Spec, call_factory, convert, load_factory, load_user_file, parse_spec, user_files
+from softcache.spec import Spec, call_factory, convert, load_factory, load_user_file, parse_spec, split_term, user_files
 
-KINDS = (DumpConfig, TrainConfig, EvalConfig)
+KINDS = (PlanConfig, DumpConfig, TrainConfig, EvalConfig)
 NEEDED: dict[type[Any], dict[str, Any]] = {
+    PlanConfig: {"data": "digits", "teacher": ["runs/t"]},
     DumpConfig: {"data": "digits", "teacher": ["runs/t"], "out": "c"},
     TrainConfig: {"data": "digits", "student": "softcache:mlp", "out": "r"},
     EvalConfig: {"data": "digits"},

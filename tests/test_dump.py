@@ -297,7 +297,7 @@ def test_every_logit_of_every_view_and_member_is_the_live_teachers(world: World)
     world.dump(teacher=("exact", "exact?sign=-1"), policy=policy, views=3, view_seed=5)
     cache = world.open()
     assert cache.members == ("exact", "exact-2")
-    assert len(cache.manifest.plan.layout) == 2
+    assert len(cache.manifest.plan.rounds[0].layout) == 2
     rendered = Policy((make_step("shift", {"pixels": 2}),), 5)
     for view in range(3):
         for member, sign in (("exact", 1), ("exact-2", -1)):
@@ -359,6 +359,32 @@ def test_statistics_in_the_manifest_are_numpys(world: World, codec: str) -> None
     assert statistics.floored == 0
     assert error <= statistics.max_eps <= error * (1 + 2**-9)
     assert (error > 0) == (codec == "float16")
+
+
+def test_divergences_in_the_manifest_are_numpys(world: World) -> None:
+    """Measured on the first 32 rows of every batch; batches end at the border of a shard."""
+    manifest = world.dump(codec="float16", data="toy?count=520", teacher=("softmax_of",), batch_size=50)
+    index, stored = everything(world.open())
+    place = np.arange(520) % SHARD_ROWS % 50 < 32
+    given = log_softmax(exact_logits(world.images[index]) / 500).astype(np.float32).astype(np.float64)[place]
+    kept = stored.astype(np.float64)[place]
+    statistics = manifest.statistics["softmax_of"]
+    assert statistics.measured == place.sum() == 5 * 32 + 6 + 5 * 32 + 6 + 8
+    assert statistics.agreed == (given.argmax(axis=1) == kept.argmax(axis=1)).sum()
+    assert sorted(map(float, statistics.kl)) == [1, 2, 4, 10, 20]
+    for name, found in statistics.kl.items():
+        log_p, log_q = (log_softmax(logits / float(name)) for logits in (given, kept))
+        rows = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+        assert found.sum == pytest.approx(rows.sum(), rel=1e-3)
+        assert found.worst == pytest.approx(rows.max(), rel=1e-3)
+        assert statistics.mean_kl(name) == pytest.approx(rows.mean(), rel=1e-3)
+        assert rows.mean() > 1e-9  # else nothing was compared
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(N, C) float64 -> logarithms of the probabilities."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def test_float16_error_bound_of_every_record(world: World) -> None:
@@ -476,6 +502,20 @@ def test_chosen_samples(world: World, settings: dict[str, Any], chosen: Callable
     assert np.array_equal(np.sort(index), np.flatnonzero(chosen(world.labels[:300])))
     np.testing.assert_array_equal(stored, exact_logits(world.images[index]))
     assert cache.class_names == CLASSES
+
+
+def test_sizes_are_told_before_the_first_row(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes of a record: four classes and a bound of two bytes; nothing is said when nothing is wanted."""
+    settings: dict[str, Any] = {"teacher": ("exact", "opposite"), "policy": ("shift",), "views": 2}
+    world.dump(out="quiet", **settings)
+    assert capsys.readouterr().err == ""
+    dump.run(world.config(out="told", codec="float16", **settings), quiet=False)
+    told = capsys.readouterr().err
+    assert "300 samples x 2 views, 2 parts; 12.0 kB in all" in told
+    lines = {line.split()[0]: line.split() for line in told.splitlines() if line.startswith(("exact", "opposite"))}
+    assert set(lines) == {"exact", "opposite"}
+    for line in lines.values():
+        assert line[1:] == ["float16", "10", "6.0", "kB"]
 
 
 def test_no_keys_leaves_no_key_anywhere(world: World) -> None:
@@ -682,7 +722,7 @@ def test_an_interrupted_dump_says_how_far_it_is_and_goes_on(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = world.dump(out="whole", **SIX_SPANS)
-    assert len(whole.plan.layout) == 6
+    assert len(whole.plan.rounds[0].layout) == 6
     interrupt(world, monkeypatch, 4, **SIX_SPANS)
     with pytest.raises(UnfinishedCacheError, match=r"4 of 6 spans.*66 %") as caught:
         world.open()
@@ -715,12 +755,12 @@ def test_a_damaged_shard_is_written_again_on_resume(world: World, monkeypatch: p
 @pytest.mark.parametrize(
     ("change", "listed"),
     [
-        pytest.param({"batch_size": 32}, r"made_with\.batch_size was 64, is now 32", id="batch size"),
+        pytest.param({"batch_size": 32}, r"rounds\[0\]\.made_with\.batch_size was 64, is now 32", id="batch size"),
         pytest.param({"codec": "float16"}, r"members\[0\]\.codec\.name was 'float32', is now 'float16'", id="codec"),
         pytest.param({"order_seed": 1}, r"samples\.order_seed was '0', is now '1'", id="order"),
         pytest.param({"policy": ("shift",)}, r"views\.steps", id="policy"),
-        pytest.param({"threads": 2}, r"made_with\.threads was 1, is now 2", id="threads"),
-        pytest.param({"shard_rows": 512}, r"layout\.shard_rows was 256, is now 512", id="shard rows"),
+        pytest.param({"threads": 2}, r"rounds\[0\]\.made_with\.threads was 1, is now 2", id="threads"),
+        pytest.param({"shard_rows": 512}, r"rounds\[0\]\.layout\.shard_rows was 256, is now 512", id="shard rows"),
         pytest.param({"teacher": ("exact?sign=-1",)}, r"members\[0\]\.fingerprint", id="weights"),
         pytest.param({"teacher": ("exact", "slow")}, r"members", id="one more teacher"),
         pytest.param({"no_keys": True}, r"samples\.has_keys was True, is now False", id="keys"),
@@ -813,7 +853,7 @@ def test_a_disk_that_cannot_hold_a_whole_shard(world: World, monkeypatch: pytest
     def refusing(fd: int, size: int) -> None:
         nonlocal calls
         calls += 1
-        if calls == 5:  # samples.h5, the views and the member of span 0, the views of span 1, its member
+        if calls == 6:  # samples.h5, probe.h5, the views and the member of span 0, the views of span 1, its member
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         reserve(fd, size)
 
@@ -825,6 +865,7 @@ def test_a_disk_that_cannot_hold_a_whole_shard(world: World, monkeypatch: pytest
     assert sorted(p.name for p in (world.path / "cache").rglob("*.h5*")) == [
         "part-00000.h5",
         "part-00000.h5",
+        "probe.h5",
         "samples.h5",
     ]
     assert world.dump(**SIX_SPANS).id == world.dump(out="whole", **SIX_SPANS).id
@@ -980,4 +1021,4 @@ def test_one_process_two_ranks_and_three_parts_give_the_same_bytes(shared: World
         assert shards(tmp_path / other) == one
         assert softcache.open(tmp_path / other).id == softcache.open(tmp_path / "one").id
     manifest = json.loads((tmp_path / "ranks/manifest.json").read_bytes())
-    assert manifest["made_with"]["threads"] == 1
+    assert manifest["rounds"][0]["made_with"]["threads"] == 1

@@ -18,12 +18,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
+import softcache
 from softcache import train
 from softcache.config import TrainConfig
 from softcache.data.identity import item_digest
 from softcache.data.join import SPREAD, batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.drift import Drift
 from softcache.errors import (
     ClassMismatchError,
     ContentMismatchError,
@@ -215,7 +217,7 @@ def test_for_view_renders_what_the_teacher_saw(rgb: bool, kind: type[Plain], qui
             assert targets.views.tolist() == [view] * len(records)
             assert torch.equal(targets.logits(), wanted(images))  # the pixels and the target belong together
             items.append(images[targets.rows.argsort()])
-            cache.check_pixels(list(images.numpy()), targets.rows, targets.views)
+            assert cache.check_pixels(list(images.numpy()), targets.rows, targets.views, not_asked) is None
         rendered.append(torch.cat(items))
     assert not torch.equal(rendered[0], rendered[1])
     assert not torch.equal(rendered[1], rendered[2])
@@ -223,17 +225,73 @@ def test_for_view_renders_what_the_teacher_saw(rgb: bool, kind: type[Plain], qui
         joined.for_view(3)
 
 
+def not_asked(row: int, view: int) -> Any:
+    raise AssertionError("the probe is rendered only where pixels differ")
+
+
+def rendered_by(joined: Joined, change: Callable[[np.ndarray], Any] = lambda item: item) -> Callable[[int, int], Any]:
+    """(row, view) -> the item as it renders here."""
+    index_of_row = np.argsort(joined.rows)
+    return lambda row, view: change(joined.for_view(view)[int(index_of_row[row])][0][0])
+
+
 def test_pixels_of_another_view_or_one_changed_pixel_are_noticed(quick_dump: QuickDump, toy: Path) -> None:
+    """The probe renders as it did, so it is the sample that is another one."""
     cache = quick_dump(policy=("crop_flip",), views=2)
     joined = cache.join(plain_copy(f"{toy}:images"))
+    render = rendered_by(joined)
     (item, _), record = joined[11]
     row, one = np.array([record % 40]), np.array([1])
-    cache.check_pixels([item], row, one - 1)
-    with pytest.raises(DriftError, match=r"1 of 1 .*toy/0011"):
-        cache.check_pixels([item], row, one)
+    assert cache.check_pixels([item], row, one - 1, render) is None
+    with pytest.raises(DriftError, match=r"1 of 1 .*: these samples changed: toy/0011\n"):
+        cache.check_pixels([item], row, one, render)
     item[3, 4] ^= 1
-    with pytest.raises(DriftError, match="toy/0011"):
-        cache.check_pixels([item], row, one - 1)
+    with pytest.raises(DriftError, match=r"these samples changed: toy/0011\n.*--on-drift warn"):
+        cache.check_pixels([item], row, one - 1, render)
+    assert cache.check_pixels([item], row, one - 1, render, on_drift="warn") == Drift(1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("levels", "tolerated"),
+    [pytest.param(1, True, id="1"), pytest.param(2, True, id="2"), pytest.param(3, False, id="3")],
+)
+def test_a_rounding_is_told_from_other_pixels_by_the_probe(
+    levels: int, tolerated: bool, quick_dump: QuickDump, toy: Path
+) -> None:
+    """Every item is rendered a few levels off: two are a decoder's rounding, more are not what the teacher saw."""
+    cache = quick_dump(policy=("crop_flip",), views=2)
+    joined = cache.join(plain_copy(f"{toy}:images"))
+
+    def off(item: np.ndarray) -> np.ndarray:
+        return np.where(item < 128, item + levels, item - levels).astype(np.uint8)
+
+    rows, views = np.array([3, 0, 39]), np.array([0, 1, 1])
+    render = rendered_by(joined, off)
+    items = [render(int(row), int(view)) for row, view in zip(rows, views, strict=True)]
+    items[1] = rendered_by(joined)(0, 1)  # one that renders as it did
+    if tolerated:
+        drift = cache.check_pixels(items, rows, views, render)
+        assert drift == Drift(2, 3, levels)
+        assert f"2 of 3 checked views differ from what the teacher saw, by {levels} levels" in str(drift)
+        return
+    first, last = cache.samples.key(3), cache.samples.key(39)
+    with pytest.raises(DriftError, match=rf"^2 of 3 .*\(up to 3 levels of 255 apart\): {first}, {last}\n") as caught:
+        cache.check_pixels(items, rows, views, render)
+    here = f"softcache {softcache.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    assert caught.value.tip.count(here) == 2  # the cache was made here
+    assert cache.check_pixels(items, rows, views, render, on_drift="warn") == Drift(2, 3, 3)
+
+
+def test_without_a_probe_no_difference_is_tolerated(quick_dump: QuickDump, toy: Path) -> None:
+    """None of the probe's samples is at hand: nobody can say how far apart the pixels are."""
+    cache = quick_dump(policy=("crop_flip",), views=2)
+    joined = cache.join(plain_copy(f"{toy}:images"))
+    item = joined[11][0][0] ^ np.uint8(1)
+    place = joined.rows[11:12].astype(np.int64), np.array([0])
+    with pytest.raises(DriftError, match=r"1 of 1 .* than the teacher saw: toy/0011\n"):
+        cache.check_pixels([item], *place, lambda row, view: None)
+    drift = cache.check_pixels([item], *place, lambda row, view: None, on_drift="warn")
+    assert drift == Drift(1, 1, None) and "an unknown number of levels" in str(drift)
 
 
 # --- refused, each by its own error, through both doors --------------------------------------------------------------

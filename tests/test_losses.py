@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softcache.errors import ConfigError, LossError
-from softcache.losses import LOSSES, LossTerm, bce, ce, kd, make_term, mse_logits, soft_ce
+from softcache.losses import LOSSES, LossTerm, bce, ce, kd, kd_lower_bound, make_term, mse_logits, soft_ce
 from softcache.losses.schedules import SCHEDULES, check_schedule, scheduled
 
 # ---------------------------------------------------------------------------------------------------- oracles, in float64
@@ -65,8 +65,10 @@ ORACLES: dict[str, Callable[..., float]] = {
 }
 SIZES = [(1, 1), (1, 2), (5, 1), (7, 10), (3, 1000)]
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
-AGAINST_TEACHER = [name for name in LOSSES if LOSSES[name].target == "teacher"]
-TEMPERED = [name for name in LOSSES if "temperature" in LOSSES[name].defaults]
+# what takes two arguments; kd_lower_bound takes four, and has tests of its own
+OF_ROWS = [name for name in LOSSES if LOSSES[name].form == "logits"]
+AGAINST_TEACHER = [name for name in OF_ROWS if LOSSES[name].target == "teacher"]
+TEMPERED = [name for name in OF_ROWS if "temperature" in LOSSES[name].defaults]
 
 
 def pair(batch: int, classes: int, *, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -87,14 +89,15 @@ def target_of(name: str, batch: int, classes: int) -> Tensor:
 
 
 def test_the_list_of_losses_is_the_list_of_oracles() -> None:
-    assert set(LOSSES) == set(ORACLES)
+    assert set(LOSSES) == {*ORACLES, "kd_lower_bound"}
+    assert [name for name in LOSSES if LOSSES[name].form == "head"] == ["kd_lower_bound"]
 
 
 # ------------------------------------------------------------------------------------------------------ values, gradients
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_value_equals_the_formula(name: str, size: tuple[int, int]) -> None:
     student, target = pair(*size)[0], target_of(name, *size)
     for values in settings(name):
@@ -137,7 +140,7 @@ def test_gradients_are_those_of_the_formulas(t: float) -> None:
     np.testing.assert_allclose(gradient(ce, student, labels), wanted, **close)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_gradient_is_that_of_the_value(name: str) -> None:
     student, target = pair(3, 5)[0].requires_grad_(), target_of(name, 3, 5)
     for values in settings(name):
@@ -198,11 +201,190 @@ def test_losses_that_see_the_level_say_so(name: str) -> None:
     assert abs((LOSSES[name].function(student, teacher + 1) - LOSSES[name].function(student, teacher)).item()) > 0.01
 
 
+# --------------------------------------------------------------------------------------------------------- kd_lower_bound
+
+
+def head_of(teacher: Tensor, kept: int, t: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What a top-k cache keeps of float64 rows, exactly: ids, logits, and the others' log-sum-exp at T."""
+    logits, ids = teacher.topk(kept, dim=1)
+    return ids, logits, (teacher / t).scatter(1, ids, -torch.inf).logsumexp(dim=1)
+
+
+def lower_bound_oracle(student: np.ndarray, teacher: np.ndarray, kept: int, t: float) -> float:
+    """Buckets summed class by class, as probabilities."""
+    total = 0.0
+    for s, z in zip(student, teacher, strict=True):
+        p, q = softmax(z / t), softmax(s / t)
+        order = np.argsort(-z)
+        head, rest = order[:kept], order[kept:]
+        pairs = [(p[c], q[c]) for c in head] + ([(p[rest].sum(), q[rest].sum())] if len(rest) else [])
+        total += sum(a * math.log(a / b) for a, b in pairs if a > 0)
+    return t * t * total / len(student)
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize(("classes", "kept"), [(2, 1), (10, 3), (10, 9), (10, 10), (1000, 10)])
+def test_lower_bound_is_the_kl_of_the_buckets_and_at_most_kd(classes: int, kept: int, t: float) -> None:
+    student, teacher = pair(6, classes)
+    value = kd_lower_bound(student, *head_of(teacher, kept, t), t)
+    assert value.dtype == torch.float64 and value.shape == ()
+    assert value.item() == pytest.approx(lower_bound_oracle(student.numpy(), teacher.numpy(), kept, t), rel=1e-10)
+    whole = kd(student, teacher, t).item()
+    assert 0 <= value.item() <= whole * (1 + 1e-12)
+    if classes - kept > 1 and t >= 1:
+        assert value.item() < 0.999 * whole  # something is hidden in the tail
+    ids, logits, tail = head_of(teacher, kept, t)
+    rounded = kd_lower_bound(student.float(), ids, logits.float(), tail.float(), t)
+    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(value.item(), rel=2e-5, abs=2e-5)
+
+
+def test_lower_bound_never_exceeds_kd_on_random_rows() -> None:
+    for seed in range(200):
+        student, teacher = pair(1, 20, seed=seed, scale=1 + seed % 7)
+        for kept in (1, 5, 19):
+            for t in (1.0, 4.0):
+                bound = kd_lower_bound(student, *head_of(teacher, kept, t), t).item()
+                assert bound <= kd(student, teacher, t).item() + 1e-12
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+def test_lower_bound_is_kd_where_nothing_is_in_the_tail_or_both_spread_it_alike(t: float) -> None:
+    student, teacher = pair(5, 8)
+    exact: dict[str, Any] = {"rel": 1e-10, "abs": 1e-13}
+    # every class kept; the tail's number does not matter then
+    ids, logits, _ = head_of(teacher, 8, t)
+    for tail in (-torch.inf, 0.0):
+        value = kd_lower_bound(student, ids, logits, torch.full((5,), tail, dtype=torch.float64), t)
+        assert value.item() == pytest.approx(kd(student, teacher, t).item(), **exact)
+    # classes far below on both sides
+    low = torch.full((5, 3), -1e5, dtype=torch.float64)
+    wide_student, wide_teacher = torch.cat([student, low], 1), torch.cat([teacher, low], 1)
+    value = kd_lower_bound(wide_student, *head_of(wide_teacher, 8, t), t)
+    assert value.item() == pytest.approx(kd(student, teacher, t).item(), **exact)
+    # the same proportions over the tail
+    like = teacher.clone().scatter_(1, head_of(teacher, 3, t)[0], student[:, :3])
+    value = kd_lower_bound(like, *head_of(teacher, 3, t), t)
+    assert value.item() == pytest.approx(kd(like, teacher, t).item(), **exact)
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+def test_lower_bounds_gradient_is_that_of_its_buckets(t: float) -> None:
+    """T (q - p) / B for a class of the head; for the rest q's share of it, times T (q_rest - p_rest) / B."""
+    student, teacher = pair(4, 12)
+    ids, logits, tail = head_of(teacher, 5, t)
+    student = student.requires_grad_()
+    kd_lower_bound(student, ids, logits, tail, t).backward()
+    assert student.grad is not None
+    p, q = softmax(teacher.numpy() / t), softmax(student.detach().numpy() / t)
+    wanted = np.empty_like(p)
+    for row in range(4):
+        head = ids[row].numpy()
+        rest = np.setdiff1d(np.arange(12), head)
+        wanted[row, head] = t * (q - p)[row, head] / 4
+        wanted[row, rest] = t * q[row, rest] / q[row, rest].sum() * (q[row, rest].sum() - p[row, rest].sum()) / 4
+    np.testing.assert_allclose(student.grad.numpy(), wanted, rtol=1e-9, atol=1e-14)
+    for kept in (1, 5, 12):
+        parts = head_of(teacher, kept, t)
+        assert torch.autograd.gradcheck(lambda s, parts=parts: kd_lower_bound(s, *parts, t), (student,))
+
+
+def test_lower_bound_does_not_see_the_level() -> None:
+    student, teacher = pair(5, 10)
+    ids, logits, tail = head_of(teacher, 4, 2.0)
+    moved = kd_lower_bound(student + 7.0, ids, logits - 3.0, tail - 1.5, 2.0)  # the tail's level is divided by T
+    assert moved.item() == pytest.approx(kd_lower_bound(student, ids, logits, tail, 2.0).item(), rel=1e-12)
+    assert not LOSSES["kd_lower_bound"].needs_level
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ([1e4, -1e4, 0.0, 5.0], [-1e4, 1e4, 0.0, 1.0]),
+        ([1e4, -1e4, 0.0, 5.0], [1e4, -1e4, 0.0, 1.0]),
+        ([0.0, 0.0, 0.0, 1e4], [9.0, 8.0, 0.0, -1e4]),
+        ([50.0, 40.0, 0.0, 0.0], [50.0, 40.0, 0.0, 0.0]),
+        ([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -1e9, -1e9]),
+    ],
+    ids=["far apart", "same peak", "all in the tail", "a rest of 1e-22", "nothing in the tail"],
+)
+def test_lower_bound_holds_at_extreme_logits(student: list[float], teacher: list[float], dtype: torch.dtype) -> None:
+    s, z = torch.tensor([student], dtype=dtype), torch.tensor([teacher], dtype=torch.float64)
+    for t in (1.0, 4.0):
+        ids, logits, tail = (part.to(dtype) if part.is_floating_point() else part for part in head_of(z, 2, t))
+        moved = s.clone().requires_grad_()
+        value = kd_lower_bound(moved, ids, logits, tail, t)
+        value.backward()
+        assert moved.grad is not None and moved.grad.isfinite().all()
+        log_p, log_q = log_softmax(z.numpy() / t)[0], log_softmax(s.double().numpy() / t)[0]
+        head, rest = ids[0].numpy(), np.setdiff1d(np.arange(4), ids[0].numpy())
+        pairs = [(log_p[c], log_q[c]) for c in head]
+        pairs.append((np.logaddexp.reduce(log_p[rest]), np.logaddexp.reduce(log_q[rest])))
+        wanted = t * t * sum(math.exp(a) * (a - b) for a, b in pairs)
+        assert value.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_a_small_rest_is_not_rounded_away() -> None:
+    """The student's rest is 1e-20 of the whole: 1 - (the head's share) would be zero in float32, its logarithm infinite."""
+    student, teacher = torch.tensor([[50.0, 0.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    ids, logits, tail = torch.tensor([[0]]), torch.zeros(1, 1), (torch.zeros(1) + 3).log()
+    rest = 50.0 - math.log(math.exp(0) + math.exp(1) + math.exp(2))
+    wanted = 0.25 * math.log(0.25) + 0.75 * (math.log(0.75) + rest)
+    assert kd_lower_bound(student, ids, logits, tail, 1.0).item() == pytest.approx(wanted, rel=1e-5)
+    assert kd_lower_bound(student, ids, logits, tail, 1.0).item() <= kd(student, teacher, 1.0).item()
+
+
+def test_a_teacher_with_nothing_in_its_tail_costs_no_nan() -> None:
+    student = pair(3, 6)[0].requires_grad_()
+    ids, tail = torch.arange(3).expand(3, 3), torch.full((3,), -torch.inf)
+    value = kd_lower_bound(student, ids, torch.zeros(3, 3), tail, 2.0)
+    value.backward()
+    teacher = torch.cat([torch.zeros(3, 3), torch.full((3, 3), -1e9)], dim=1)
+    assert value.item() == pytest.approx(kd(student, teacher, 2.0).item(), rel=1e-9)
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_lower_bound_of_half_types_is_computed_in_float32(half: torch.dtype) -> None:
+    student, teacher = pair(8, 100)
+    ids, logits, tail = head_of(teacher, 10, 4.0)
+    value = kd_lower_bound(student.to(half), ids, logits.float(), tail.float(), 4.0)
+    assert value.dtype == torch.float32
+    wanted = lower_bound_oracle(student.to(half).double().numpy(), teacher.numpy(), 10, 4.0)
+    assert value.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_lower_bound_as_a_term() -> None:
+    term = make_term("kd_lower_bound", weight="0.5", temperature="2")
+    assert term == LossTerm("kd_lower_bound", 0.5, {"temperature": 2.0})
+    assert LOSSES["kd_lower_bound"].defaults == {"temperature": 4.0} == LOSSES["kd"].defaults
+    assert LOSSES["ce"].defaults == LOSSES["mse_logits"].defaults == {}
+    student, teacher = pair(4, 10)
+    value = term.loss.function(student, *head_of(teacher, 3, 2.0), **term.parameters)
+    assert value.item() == pytest.approx(lower_bound_oracle(student.numpy(), teacher.numpy(), 3, 2.0), rel=1e-10)
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0])
+def test_lower_bound_refuses_a_temperature_that_is_not_positive(t: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature must be > 0, got {t}"):
+        kd_lower_bound(torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2), t)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logits", "tail"),
+    [((4, 2), (4, 3), (4,)), ((3, 2), (3, 2), (4,)), ((4, 2), (4, 2), (3,)), ((4, 2), (4, 2), (4, 1))],
+    ids=str,
+)
+def test_lower_bound_refuses_other_shapes(ids: tuple[int, ...], logits: tuple[int, ...], tail: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"student logits \(4, 10\).*must be \(B, C\), \(B, k\), \(B, k\) and \(B,\)"):
+        kd_lower_bound(torch.zeros(4, 10), torch.zeros(ids, dtype=torch.int64), torch.zeros(logits), torch.zeros(tail))
+
+
 # ----------------------------------------------------------------------------------------------------------- number types
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_half_types_are_computed_in_float32(name: str, half: torch.dtype) -> None:
     """The value is the float32 one of the rounded logits, not something rounded again on the way."""
     student, target = pair(64, 100, scale=5.0)[0].to(half), target_of(name, 64, 100)
@@ -336,7 +518,7 @@ def test_make_term_turns_strings_into_numbers_and_fills_in_defaults() -> None:
     assert make_term("ce", weight=0) == LossTerm("ce", 0.0, {})
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_a_term_calls_its_own_loss_with_its_own_parameters_unweighted(name: str) -> None:
     student, target = pair(4, 10)[0], target_of(name, 4, 10)
     for values in settings(name):
@@ -349,7 +531,7 @@ def test_a_term_calls_its_own_loss_with_its_own_parameters_unweighted(name: str)
     ("name", "values", "message"),
     [
         ("kdd", {}, r"unknown loss 'kdd'\n.*did you mean 'kd'\?"),
-        ("hinge", {}, r"unknown loss 'hinge'\n.*known: bce, ce, kd, mse_logits, soft_ce"),
+        ("hinge", {}, r"unknown loss 'hinge'\n.*known: bce, ce, kd, kd_lower_bound, mse_logits, soft_ce"),
         ("kd", {"temprature": 4}, r"loss 'kd' has no parameter 'temprature'\n.*did you mean 'temperature'\?"),
         ("kd", {"wieght": 4}, r"no parameter 'wieght'\n.*did you mean 'weight'"),
         ("ce", {"temperature": 4}, "loss 'ce' has no parameter 'temperature'"),

@@ -37,7 +37,7 @@ def by_h5py(cache: Cache, member: str | None, name: str) -> np.ndarray:
     """(V, N, ...) of one data set, put together by h5py from the shards that the manifest lists."""
     plan = cache.manifest.plan
     whole = None
-    for file in cache.manifest.files_of("views" if member is None else "logits", member):
+    for file in cache.manifest.files_of("views" if member is None else "member", member):
         with h5py.File(cache.reader.path / file.path, "r") as handle:
             part = handle[name][()]
         if whole is None:
@@ -99,7 +99,7 @@ def test_views_of_one_row_range_split_over_shards(
     made = quick_dump(
         f"{toy}:images?count=300", [f"{toy}:network"], policy=("shift",), views=5, shard_rows=256, out="split"
     )
-    spans = [(s.rows, s.view_start, s.view_stop) for s in made.manifest.plan.layout.spans()]
+    spans = [(s.rows, s.view_start, s.view_stop) for s in made.manifest.plan.rounds[0].layout.spans()]
     assert spans == [(256, 0, 3), (256, 3, 5), (44, 0, 3), (44, 3, 5)]
     check_gathers(made, mode, 4)
 
@@ -278,7 +278,9 @@ def test_reading_leaves_every_file_alone(mode: str, quick_dump: QuickDump, toy: 
         cache = reopened(made, mode)
         joined = cache.join(open_transfer_set(f"{toy}:images"), check_content="full")
         joined.gather(np.arange(80))
-        cache.check_pixels([joined[0][0][0]], joined.rows[:1].astype(np.int64), np.array([0]))
+        first = joined.rows[:1].astype(np.int64)
+        cache.check_pixels([joined[0][0][0]], first, np.array([0]), lambda row, view: None)
+        assert len(cache.reader.probe()["rows"]) == 64
         pickle.loads(pickle.dumps(joined)).gather(np.arange(80))
         assert contents(root) == before
     finally:
@@ -305,6 +307,7 @@ def read_everything(path: Path, mode: str) -> None:
     cache.samples.key(0)
     cache.gather(np.array([0]), np.array([0]))
     cache.reader.gather(None, "pixel_digests", np.array([0]), np.array([0]))
+    cache.reader.probe()
 
 
 def truncate(path: Path, by: int = 1) -> None:
@@ -315,6 +318,12 @@ def change_manifest(path: Path, change: Any) -> None:
     entry = json.loads((path / "manifest.json").read_bytes())
     change(entry)
     (path / "manifest.json").write_bytes(canonical_json(entry))
+
+
+def entry_of(manifest: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What the manifest says about its only file of a kind."""
+    (entry,) = (file for file in manifest["files"] if file["kind"] == kind)
+    return entry
 
 
 def shard(path: Path) -> Path:
@@ -329,6 +338,8 @@ DAMAGE = {
     "a missing shard": (lambda p: shard(p).unlink(), DamagedCacheError, r"exact/part-00000\.h5: .*it is not there"),
     "no pixel digests": (lambda p: (p / "views/part-00000.h5").unlink(), DamagedCacheError, "views/part-00000"),
     "truncated samples": (lambda p: truncate(p / "samples.h5"), DamagedCacheError, r"samples\.h5: has \d+ bytes"),
+    "truncated probe": (lambda p: truncate(p / "probe.h5"), DamagedCacheError, r"probe\.h5: has \d+ bytes"),
+    "no probe": (lambda p: (p / "probe.h5").unlink(), DamagedCacheError, r"probe\.h5: .*it is not there"),
     "no samples": (lambda p: (p / "samples.h5").unlink(), DamagedCacheError, r"samples\.h5: .*it is not there"),
     "no manifest, no plan": (
         lambda p: [(p / "manifest.json").unlink(), shutil.rmtree(p / "dump")],
@@ -345,22 +356,22 @@ DAMAGE = {
     "a list": (lambda p: (p / "manifest.json").write_text("[1]"), DamagedCacheError, "not a manifest"),
     "a huge manifest": (lambda p: os.truncate(p / "manifest.json", 2**26 + 1), DamagedCacheError, "67108865 bytes"),
     "another file size in it": (
-        lambda p: change_manifest(p, lambda m: m["files"][2].update(bytes=m["files"][2]["bytes"] + 1)),
+        lambda p: change_manifest(p, lambda m: entry_of(m, "member").update(bytes=entry_of(m, "member")["bytes"] + 1)),
         DamagedCacheError,
         r"has \d+ bytes, the manifest says \d+",
     ),
     "a data set past the end": (
-        lambda p: change_manifest(p, lambda m: m["files"][2]["arrays"]["logits"].update(offset=10**9)),
+        lambda p: change_manifest(p, lambda m: entry_of(m, "member")["arrays"]["logits"].update(offset=10**9)),
         DamagedCacheError,
         "data set 'logits' reaches past the end",
     ),
     "a negative offset": (
-        lambda p: change_manifest(p, lambda m: m["files"][2]["arrays"]["logits"].update(offset=-8)),
+        lambda p: change_manifest(p, lambda m: entry_of(m, "member")["arrays"]["logits"].update(offset=-8)),
         DamagedCacheError,
         "data set 'logits' reaches past the end",
     ),
     "another shape in it": (
-        lambda p: change_manifest(p, lambda m: m["files"][2]["arrays"]["logits"].update(shape=[1, 39, 4])),
+        lambda p: change_manifest(p, lambda m: entry_of(m, "member")["arrays"]["logits"].update(shape=[1, 39, 4])),
         DamagedCacheError,
         "'logits' does not have the shape of its span",
     ),
@@ -370,9 +381,9 @@ DAMAGE = {
         "samples.h5 holds 40 samples, the manifest says 41",
     ),
     "a shard less in it": (
-        lambda p: change_manifest(p, lambda m: m["files"].pop(2)),
+        lambda p: change_manifest(p, lambda m: m["files"].remove(entry_of(m, "member"))),
         DamagedCacheError,
-        "0 shards hold 'logits', the layout asks for 1",
+        r"the manifest does not name 'members/exact/part-00000\.h5'",
     ),
     "no class names in it": (
         lambda p: change_manifest(p, lambda m: m.pop("class_names")),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import softcache
 from softcache import cli, dump, train
 from softcache.config import DumpConfig, TrainConfig
+from softcache.data import steps
 from softcache.errors import (
     CacheError,
     ClassMismatchError,
@@ -276,6 +277,7 @@ def test_what_a_run_folder_holds(world: World, tmp_path: Path) -> None:
 
     about = json.loads((tmp_path / "run/run.json").read_text())
     assert about["cache"] == cache.id
+    assert (about["targets"], about["drift"]) == ("matched", None)
     assert (about["samples"], about["labelled"], about["labels_changed"]) == (90, 90, 0)
     assert about["softcache"] == softcache.__version__
     assert about["torch"] == torch.__version__ and about["numpy"] == np.__version__
@@ -565,6 +567,12 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param({"view": 0}, ConfigError, "--view needs --cache", "", id="view without cache"),
         pytest.param({"members": ("a",)}, ConfigError, "--members needs --cache", "", id="members without cache"),
         pytest.param({"cache_id": "ab"}, ConfigError, "--cache-id needs --cache", "", id="id without cache"),
+        pytest.param({"size": 8}, ConfigError, "--size needs --cache", "", id="size without cache"),
+        pytest.param({"augment": ("shift",)}, ConfigError, "--augment needs --cache", "", id="augment without cache"),
+        pytest.param(
+            {"cache": "views", "augment": ("shift",), "size": 8}, ConfigError, "together", "own size", id="size twice"
+        ),
+        pytest.param({"cache": "views", "size": 8}, ConfigError, "cannot render at 8 pixels", "", id="size"),
         pytest.param({"cache": "one", "cache_id": "zz"}, CacheError, "0 manifests match", "", id="unknown id"),
         pytest.param({"data": "{}:toy?labels=none"}, LossError, "no sample of .* has one", "soft targets", id="ce"),
         pytest.param({"cache": "one", "data": "{}:three_classes"}, ClassMismatchError, "3 classes", "", id="classes"),
@@ -634,13 +642,42 @@ def test_a_cache_that_was_made_anew_under_a_run(world: World, tmp_path: Path) ->
     assert "--out" in caught.value.__notes__[0]
 
 
-def test_pixels_that_drifted(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softcache.data import views
-
-    window = views._window
-    monkeypatch.setattr(views, "_window", lambda image, dy, dx: window(image, dy, dx + 1))
-    with pytest.raises(DriftError, match="other pixels than the teacher saw"):
+def test_pixels_that_drifted(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another crop is refused; trained on as it is only when asked, with a warning that the run keeps."""
+    window = steps.window
+    monkeypatch.setattr(steps, "window", lambda image, dy, dx: window(image, dy, dx + 1))
+    with pytest.raises(DriftError, match=r"64 of 64 .* other pixels than the teacher saw .* levels of 255 apart"):
         world.train(tmp_path / "run", cache="views")
+    assert not (tmp_path / "run").exists()
+    world.train(tmp_path / "run", cache="views", on_drift="warn")
+    drift = json.loads((tmp_path / "run/run.json").read_text())["drift"]
+    assert "64 of 64 checked views differ from what the teacher saw" in drift
+    assert capsys.readouterr().err.count(drift) == 1
+
+
+def test_a_rounding_is_one_recorded_warning(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = steps.window
+    monkeypatch.setattr(steps, "window", lambda image, dy, dx: window(image, dy, dx).clamp(min=1))
+    world.train(tmp_path / "run", cache="views")
+    told = capsys.readouterr().err
+    drift = json.loads((tmp_path / "run/run.json").read_text())["drift"]
+    assert drift.endswith("of 64 checked views differ from what the teacher saw, by 1 level of 255")
+    assert told == f"softcache: warning: {drift}; the run records it\n"
+
+
+def test_a_policy_of_the_students_own_is_recorded_as_mismatched(world: World, tmp_path: Path) -> None:
+    """Targets still go through the cache's views; what the student sees is another view every epoch."""
+    settings: dict[str, Any] = {"cache": "views", "epochs": 4}
+    world.train(tmp_path / "matched", **settings)
+    augmented = world.train(tmp_path / "run", **settings, augment=("shift:pixels=1",), view_seed=5)
+    targets = [json.loads((tmp_path / name / "run.json").read_text())["targets"] for name in ("matched", "run")]
+    assert targets == ["matched", "mismatched"]
+    assert [row["view"] for row in augmented.metrics] == [0, 1, 2, 3]
+    assert not torch.equal(weights(tmp_path / "matched"), weights(tmp_path / "run"))
 
 
 def test_terms_and_members_as_flags() -> None:

@@ -15,7 +15,7 @@ from conftest import QuickDump
 from softcache import cli, dump, train, verify
 from softcache.cache import files
 from softcache.cache.locks import release_lock, take_lock
-from softcache.cache.manifest import read_journals
+from softcache.cache.work import read_journals, work_folder
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data.join import batches
 from softcache.errors import ConfigError, DumpError, LockedError, TrainingError
@@ -98,7 +98,7 @@ def test_a_span_written_twice_is_the_one_that_is_there(toy: str, tmp_path: Path)
     )
     first = dump.run(config, quiet=True)
     assert first.manifest is not None
-    (entry,) = read_journals(out)[0]
+    (entry,) = read_journals(work_folder(out, 0))[0]
     stale = json.loads(json.dumps(entry))
     for file in stale["files"]:
         file["sha256"] = "0" * 64
@@ -166,7 +166,7 @@ def test_many_shards_need_few_descriptors(quick_dump: QuickDump, toy: str, tmp_p
     before = len(os.listdir("/proc/self/fd"))
     cache.gather(np.arange(100), np.zeros(100, np.int64))
     cache.eps("exact", np.arange(100), np.zeros(100, np.int64))
-    assert len(cache.manifest.plan.layout) == 11
+    assert len(cache.manifest.plan.rounds[0].layout) == 11
     assert len(os.listdir("/proc/self/fd")) - before <= 1  # samples.h5
 
 

@@ -65,7 +65,7 @@ def cache(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "cache"))
 
 
-SHARD, VIEWS, SAMPLES = "members/teacher/part-00000.h5", "views/part-00000.h5", "samples.h5"
+SHARD, VIEWS, SAMPLES, PROBE = "members/teacher/part-00000.h5", "views/part-00000.h5", "samples.h5", "probe.h5"
 
 
 def stored(cache: Path, path: str) -> Any:
@@ -89,7 +89,7 @@ def test_a_whole_cache(pristine: Path, full: bool) -> None:
     verdict = verify.run(pristine, full=full, quiet=True)
     files = list(pristine.rglob("*.h5"))
     assert (verdict.state, verdict.exit_code, verdict.faults) == ("whole", 0, [])
-    assert verdict.files == len(files) == 3
+    assert verdict.files == len(files) == 4
     assert verdict.nbytes == sum(p.stat().st_size for p in files)
     assert verdict.id == hashlib.sha256((pristine / "manifest.json").read_bytes()).hexdigest()
     assert "whole" in verdict.text() and verdict.id in verdict.text()
@@ -108,6 +108,10 @@ def test_a_whole_cache(pristine: Path, full: bool) -> None:
         (SAMPLES, "digests", 0),
         (SAMPLES, "key_bytes", 0),
         (SAMPLES, "key_offsets", 0),
+        (PROBE, "rows", 0),
+        (PROBE, "views", 0),
+        (PROBE, "shapes", 0),
+        (PROBE, "pixels", 0),
     ],
 )
 @pytest.mark.parametrize("where", ["first", "last"])
@@ -123,7 +127,7 @@ def test_one_flipped_bit_names_file_data_set_and_block(
     assert faults(cache, full=False) == []  # names and sizes cannot show it
 
 
-@pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES])
+@pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES, PROBE])
 def test_a_flipped_bit_outside_the_data(cache: Path, path: str) -> None:
     """In the checksums, in the HDF5 headers, and in the padding."""
     file = stored(cache, path)
@@ -140,7 +144,7 @@ def test_a_flipped_bit_outside_the_data(cache: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES])
+@pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES, PROBE])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -180,7 +184,7 @@ def edit(cache: Path, change: Callable[[dict[str, Any]], None]) -> None:
     ("change", "message"),
     [
         pytest.param(lambda m: m["class_names"].reverse(), r"manifests/[0-9a-f]{64}\.json is not there", id="classes"),
-        pytest.param(lambda m: m["statistics"]["teacher"].update(correct=600), "is not there", id="statistics"),
+        pytest.param(lambda m: m["files"][-1]["statistics"].update(correct=600), "is not there", id="statistics"),
         pytest.param(lambda m: m["files"].pop(), "do not cover rows and views", id="a file less"),
         pytest.param(lambda m: m["files"][-1].update(rows=[0, 599]), "do not cover", id="rows"),
         pytest.param(lambda m: m.pop("views"), "field missing", id="a field less"),
@@ -302,7 +306,7 @@ def test_json_for_machines(pristine: Path, depth: list[str], capsys: pytest.Capt
     assert cli.main(["verify", str(pristine), *depth, "--json"]) == 0
     said, errors = capsys.readouterr()
     verdict = json.loads(said)
-    assert (verdict["state"], verdict["faults"], verdict["files"]) == ("whole", [], 3)
+    assert (verdict["state"], verdict["faults"], verdict["files"]) == ("whole", [], 4)
     assert verdict["id"] == softcache.open(pristine).id
     assert errors == ""
 

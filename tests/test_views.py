@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -14,39 +13,27 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional
+from view_oracles import (
+    LAYOUTS,
+    SAMPLE,
+    SEED,
+    TOP,
+    VIEW,
+    channels_last,
+    image_of,
+    numpy_block,
+    oracle_integer,
+    oracle_uniform,
+    oracle_words,
+    policy_of,
+)
 
-from softcache.config import split_term
 from softcache.data import views
 from softcache.data.philox import Draws, philox, step_key
-from softcache.data.views import STEPS, Policy, Step, make_step
+from softcache.data.views import STEPS, Policy, Step, make_step, parse_step
 from softcache.errors import ConfigError, DataError
 
-TOP = 2**64 - 1
-SAMPLE, VIEW, SEED = 0xFEDCBA9876543210, 3, 17
-
-
 # -------------------------------------------------------------------------------------------- the generator, from NumPy's
-
-
-def numpy_block(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
-    """NumPy counts up before it generates: start one below."""
-    number = (sum(word << 64 * i for i, word in enumerate(counter)) - 1) % 2**256
-    return [int(w) for w in np.random.Philox(counter=number, key=key[0] | key[1] << 64).random_raw(4)]
-
-
-def oracle_words(root_seed: int, name: str, occurrence: int, sample: int, view: int) -> Iterator[int]:
-    """The words a step may draw, as the format describes them."""
-    key = int.from_bytes(hashlib.blake2b(f"{name}#{occurrence}".encode(), digest_size=8).digest(), "little")
-    for block in itertools.count():
-        yield from numpy_block((sample, view, block, 0), (root_seed % 2**64, key))
-
-
-def oracle_integer(word: int, low: int, high: int) -> int:
-    return low + word * (high - low + 1) // 2**64
-
-
-def oracle_uniform(word: int) -> float:
-    return float(np.ldexp(word // 2**11, -53))
 
 
 COUNTERS = [
@@ -219,29 +206,10 @@ CASES = [
     "crop_flip:flip=1,padding=2",
     "crop_flip:padding=30,flip=0.25",
 ]
-LAYOUTS = ["grey", "grey with a channel", "rgb", "rgba", "tensor grey", "tensor rgb"]
 
 
-def policy_of(*steps: str, seed: int = SEED) -> Policy:
-    return Policy(tuple(make_step(*split_term(step, "--policy")) for step in steps), seed)
-
-
-def image_of(layout: str, *, seed: int = 0, height: int = 16, width: int = 13) -> Any:
-    channels = 1 if "grey" in layout else 4 if layout == "rgba" else 3
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    if layout.startswith("tensor"):
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    return pixels[:, :, 0] if layout == "grey" else pixels
-
-
-def channels_last(item: Any) -> np.ndarray:
-    if isinstance(item, torch.Tensor):
-        return item.permute(1, 2, 0).numpy()
-    return item[:, :, None] if item.ndim == 2 else item
-
-
-def test_every_step_has_an_oracle_and_a_case() -> None:
-    assert set(STEPS) == set(ORACLES) == {case.partition(":")[0] for case in CASES}
+def test_every_case_has_an_oracle() -> None:
+    assert set(ORACLES) == {case.partition(":")[0] for case in CASES} <= set(STEPS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -392,9 +360,10 @@ def test_a_step_is_random_exactly_when_it_draws(name: str) -> None:
             drawn.append(1)
             return super().word()
 
-    parameters = {"size": 8} if name in ("resize", "center_crop") else {}
+    parameters: dict[str, Any] = {"size": 8} if name in ("resize", "center_crop") else {}
+    parameters = {"transform": "torchvision.transforms:RandomInvert"} if name == "seeded" else parameters
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    STEPS[name].function(image, Counted(0, 1, 2, 3), **parameters)
+    STEPS[name].function((image, image) if STEPS[name].mixing else image, Counted(0, 1, 2, 3), **parameters)
     assert bool(drawn) == STEPS[name].random
 
 
@@ -465,6 +434,49 @@ def test_a_policy_comes_back_from_json() -> None:
     assert str(policy).startswith("to_rgb | resize:size=40,height=30 | crop_flip:padding=2,flip=0.1")
 
 
+def test_every_step_comes_back_from_json() -> None:
+    texts = [name for name in STEPS if name not in ("resize", "center_crop", "seeded", "mixup", "cutmix")]
+    texts += [
+        "resize:size=9",
+        "center_crop:size=8",
+        "some/where/file.py:make?strength=3",
+        "package.module:make",
+        "cutmix",
+    ]
+    policy = policy_of(*texts)
+    stored = json.loads(json.dumps(policy.to_json()))
+    again = Policy.from_json(stored, SEED)
+    assert again == policy and str(again) == str(policy)
+    assert stored[-3:] == [
+        {"name": "seeded", "version": 1, "parameters": {"transform": "some/where/file.py:make?strength=3"}},
+        {"name": "seeded", "version": 1, "parameters": {"transform": "package.module:make"}},
+        {"name": "cutmix", "version": 1, "parameters": {"alpha": "1.0"}},
+    ]
+    assert all(isinstance(value, str) for entry in stored for value in entry["parameters"].values())
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("shift:pixels=3", Step("shift", {"pixels": 3})),
+        ("to_rgb", Step("to_rgb", {})),
+        ("a.b:make", Step("seeded", {"transform": "a.b:make"})),
+        ("file.py:make?x=1,2&y=z", Step("seeded", {"transform": "file.py:make?x=1,2&y=z"})),
+        ("../dir/file.py:make", Step("seeded", {"transform": "../dir/file.py:make"})),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_step_is_a_name_or_a_factory(text: str, wanted: Step) -> None:
+    assert parse_step(text) == wanted
+    assert parse_step(str(wanted)) == wanted
+    assert Policy.parse([text, "mixup"], 5) == Policy((wanted, make_step("mixup", {})), 5)
+
+
+def test_a_policy_says_how_it_is_replayed() -> None:
+    assert policy_of("shift", "randaugment", "mixup").replay == Policy().replay == "derived"
+    assert policy_of("shift", "a.b:make").replay == "seeded"
+
+
 def test_a_step_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = policy_of("shift").to_json()
     monkeypatch.setitem(views.STEPS, "shift", replace(STEPS["shift"], version=2))
@@ -491,7 +503,24 @@ def test_an_unknown_step_in_a_cache_is_refused() -> None:
         ("resize:size=0", "view step 'resize': size=0 must be at least 1"),
         ("center_crop:size=-3", "view step 'center_crop': size=-3 must be at least 1"),
         ("shift:pixels=-1", "view step 'shift': pixels=-1 must be at least 0"),
-        ("crop_flip:flip=nan", "view step 'crop_flip': flip=nan must be at least 0"),
+        ("crop_flip:flip=nan", "view step 'crop_flip': flip=nan must be between 0 and 1"),
+        ("crop_flip:flip=1.5", "view step 'crop_flip': flip=1.5 must be between 0 and 1"),
+        ("crop_flip:flip=-0.1", "view step 'crop_flip': flip=-0.1 must be between 0 and 1"),
+        ("resize:size=8,height=-1", "view step 'resize': height=-1 must be at least 0"),
+        ("resized_crop_flip:size=0", "view step 'resized_crop_flip': size=0 must be at least 1"),
+        ("resized_crop_flip:scale_max=1.1", "view step 'resized_crop_flip': scale_max=1.1 must be between 0 and 1"),
+        ("resized_crop_flip:scale_min=0.6,scale_max=0.5", "scale_min=0.6 must be at most scale_max=0.5"),
+        ("erase:scale_min=0.5", "view step 'erase': scale_min=0.5 must be at most scale_max=0.33"),
+        ("erase:p=2", "view step 'erase': p=2.0 must be between 0 and 1"),
+        ("rotate:degrees=-1", "view step 'rotate': degrees=-1.0 must be between 0 and 180"),
+        ("rotate:degrees=inf", "view step 'rotate': degrees=inf must be between 0 and 180"),
+        ("color_jitter:hue=0.6", "view step 'color_jitter': hue=0.6 must be between 0 and 0.5"),
+        ("color_jitter:contrast=-1", "view step 'color_jitter': contrast=-1.0 must be between 0 and 10"),
+        ("randaugment:magnitude=31", "view step 'randaugment': magnitude=31 must be between 0 and 30"),
+        ("randaugment:ops=0", "view step 'randaugment': ops=0 must be between 1 and 100"),
+        ("mixup:alpha=0", "view step 'mixup': alpha=0.0 must be between 0.01 and 100"),
+        ("cutmix:alpha=inf", "view step 'cutmix': alpha=inf must be between 0.01 and 100"),
+        ("crop_flip:flip=1,flip=0", "'flip' is given twice"),
     ],
     ids=lambda value: value if "view step" not in value else "",
 )
@@ -503,3 +532,69 @@ def test_a_step_that_makes_no_sense_is_refused(text: str, message: str) -> None:
 def test_numbers_and_strings_make_the_same_step() -> None:
     assert make_step("crop_flip", {"padding": 2}) == make_step("crop_flip", {"padding": "2"})
     assert make_step("shift", {}) == Step("shift", {"pixels": 2})
+
+
+# --------------------------------------------------------------------------------------------------- at another resolution
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "wanted"),
+    [
+        (["resize:size=40"], 20, ["resize:size=20"]),
+        (["resize:size=40,height=30"], 20, ["resize:size=20,height=15"]),
+        (["resize:size=256", "center_crop:size=224"], 112, ["resize:size=128", "center_crop:size=112"]),
+        (["shift:pixels=3", "resized_crop_flip:size=8"], 16, ["shift:pixels=3", "resized_crop_flip:size=16"]),
+        (
+            ["resize:size=32", "crop_flip:padding=4", "shift"],
+            64,
+            ["resize:size=64", "crop_flip:padding=8", "shift:pixels=4"],
+        ),
+        (["rotate", "resized_crop_flip:size=8", "mixup"], 9, ["rotate", "resized_crop_flip:size=9", "mixup"]),
+        (["center_crop:size=20", "shift", "cutmix"], 10, ["center_crop:size=20", "shift", "resize:size=10", "cutmix"]),
+    ],
+    ids=str,
+)
+def test_a_policy_at_another_size(texts: list[str], size: int, wanted: list[str]) -> None:
+    assert policy_of(*texts).at_size(size) == policy_of(*wanted)
+
+
+def test_a_policy_without_sizes_has_no_other_resolution() -> None:
+    with pytest.raises(ConfigError, match="no step that sets a size, so it cannot render at 16 pixels"):
+        policy_of("crop_flip", "rotate").at_size(16)
+    with pytest.raises(ConfigError, match="size=0 must be at least 1"):
+        policy_of("resize:size=8").at_size(0)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["resized_crop_flip:size=48"],
+        ["resize:size=48", "crop_flip:padding=8", "erase:p=1"],
+        ["resize:size=52", "center_crop:size=48"],
+        ["rotate", "center_crop:size=48", "crop_flip"],
+    ],
+    ids=str,
+)
+def test_another_resolution_shows_the_same_part_of_the_image(texts: list[str]) -> None:
+    """The small view is about the large one, reduced; another view is not."""
+    rng = np.random.default_rng(5)
+    coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 4)).astype(np.float32))
+    item = functional.resize(coarse, [60, 80], antialias=True)[0].round().byte().numpy()
+    policy, gaps, others = policy_of(*texts), [], []
+    for sample in range(12):
+        large = torch.from_numpy(policy.render(item, sample, 0).copy())[None]
+        reduced = functional.resize(large, [24, 24], antialias=True)[0].float()
+        gaps.append(float((torch.from_numpy(policy.at_size(24).render(item, sample, 0)) - reduced).abs().mean()))
+        others.append(float((torch.from_numpy(policy.at_size(24).render(item, sample + 1, 0)) - reduced).abs().mean()))
+    assert np.mean(gaps) < 10
+    assert np.mean(others) > 20 or not policy.is_random
+
+
+def test_the_same_image_stored_larger_gives_the_same_view() -> None:
+    rng = np.random.default_rng(6)
+    small = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    large = small.repeat(8, axis=0).repeat(8, axis=1)
+    policy = policy_of("resized_crop_flip:size=6,scale_min=0.4")
+    for sample in range(30):
+        one, other = policy.render(small, sample, 0).astype(int), policy.render(large, sample, 0).astype(int)
+        assert np.abs(one - other).mean() < 20  # of 64 between two random images

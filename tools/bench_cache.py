@@ -137,7 +137,7 @@ def bench_speed(root: Path, count: int, classes: int, batch_size: int, rounds: i
         "numpy memmap take (the limit)": lambda batch: np.take(plain, batch, axis=0),
         "softcache gather": lambda batch: cache.gather(batch, zeros[: len(batch)]).arrays["stub"]["logits"],
         "softcache joined.gather": lambda batch: joined.gather(batch).arrays["stub"]["logits"],
-        f"softcache gather, {len(many.manifest.plan.layout)} shards": lambda batch: many.gather(
+        f"softcache gather, {len(many.manifest.plan.rounds[0].layout)} shards": lambda batch: many.gather(
             batch, zeros[: len(batch)]
         ),
         "softcache gather, pread": lambda batch: pread.gather(batch, zeros[: len(batch)]),

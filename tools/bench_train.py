@@ -1,8 +1,8 @@
 """What does the cache cost a training step? Cached, hard-label and live-teacher steps, alternating in one run; medians.
 
-    python tools/bench_train.py [--steps 200] [--device cuda] [--teacher softcache:resnet56]
+    python tools/bench_train.py [--steps 200] [--device cuda] [--teacher softcache:resnet56] [--classes 1000]
 
-The small cnn at 32 pixels, batch 128, 100 classes, random images: only time matters here.
+The small cnn at 32 pixels, batch 128, random images, an untrained teacher: only time matters here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +29,15 @@ from softcache.data.join import batches
 from softcache.data.loading import LoadedBatch, ViewedSet, epoch_order, load_batches, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
+from softcache.errors import CodecFitError
 from softcache.losses import make_term
 from softcache.machine import pick_device
 from softcache.models import Model, load_model, save_student
-from softcache.objective import loss_parts, total_loss
+from softcache.objective import Labels, loss_parts, total_loss
 from softcache.report import table
 from softcache.targets import Targets
+
+CODECS = "float16 float32 int8 headtail topk lowrank linear_head linear_head:dtype=int8"
 
 
 class RandomImages:
@@ -82,7 +86,8 @@ def make_step(
     ).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loader = forever(ViewedSet(transfer_set, Policy(), [model.input.collate]), batch_size, workers)
-    hard, soft = make_term("ce"), make_term("kd", temperature=4, weight=0.9)
+    hard, kd = make_term("ce"), make_term("kd", temperature=4, weight=0.9)
+    lower_bound = make_term("kd_lower_bound", temperature=4, weight=0.9)
 
     def step() -> None:
         batch = next(loader)
@@ -91,11 +96,14 @@ def make_step(
         targets = targets_of(batch, inputs)
         student_logits = model(inputs)
         if isinstance(targets, Tensor):
-            parts = {"ce": hard(student_logits, labels), "kd": soft(student_logits, targets)}
-            loss = total_loss([hard, soft], parts)
+            parts = {"ce": hard(student_logits, labels), "kd": kd(student_logits, targets)}
+            loss = total_loss([hard, kd], parts)
         else:
-            terms = [hard] if targets is None else [hard, soft]
-            loss = total_loss(terms, loss_parts(terms, student_logits, labels, targets, "mean_logits", None))
+            terms = [hard]
+            if targets is not None:
+                (codec,) = targets.codecs.values()
+                terms.append(kd if codec.complete else lower_bound)
+            loss = total_loss(terms, loss_parts(terms, student_logits, Labels(labels), targets, "mean_logits", None))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -107,17 +115,21 @@ def make_step(
 
 def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     device = pick_device(arguments.device)
-    data = f"{__file__}:images"
+    data = f"{__file__}:images?classes={arguments.classes}"
     transfer_set = open_transfer_set(data)
-    teacher: Model = load_model(arguments.teacher, num_classes=100, input_shape=(32, 32, 3))
+    teacher: Model = load_model(arguments.teacher, num_classes=arguments.classes, input_shape=(32, 32, 3))
     save_student(teacher, root / "student.safetensors", metadata={})
     teacher = teacher.eval().to(device)
-    out = {codec: root / f"cache-{codec}" for codec in ("float16", "float32")}
-    for codec, path in out.items():
+    out = {codec: root / f"cache-{codec.replace(':', '-')}" for codec in arguments.codecs.split(" ")}
+    for codec, path in list(out.items()):
         config = DumpConfig(
             data=data, teacher=(f"{arguments.teacher}@{root}",), out=str(path), codec=codec, device=arguments.device
         )
-        dump.run(config, quiet=True)
+        try:
+            dump.run(config, quiet=True)
+        except CodecFitError as exc:
+            print(f"left out: {exc}", file=sys.stderr)
+            del out[codec]
 
     def from_cache(path: Path) -> Callable[[LoadedBatch, Any], Targets]:
         joined = softcache.open(path).join(transfer_set)
@@ -131,11 +143,8 @@ def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     def step_with(targets_of: Callable[[LoadedBatch, Any], Any]) -> Callable[[], None]:
         return make_step(device, transfer_set, arguments.student, targets_of, arguments.batch_size, arguments.workers)
 
-    kinds = {
-        "hard labels": step_with(lambda batch, inputs: None),
-        "cached, float16": step_with(from_cache(out["float16"])),
-        "cached, float32": step_with(from_cache(out["float32"])),
-    }
+    kinds = {"hard labels": step_with(lambda batch, inputs: None)}
+    kinds |= {f"cached, {codec}": step_with(from_cache(path)) for codec, path in out.items()}
     if not arguments.no_live:
         kinds[f"live teacher {arguments.teacher}"] = step_with(live)
     for step in kinds.values():
@@ -165,6 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="alternated steps of each kind")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--codecs", default=CODECS, help=f"separated by spaces (default: {CODECS})")
+    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--student", default="softcache:cnn")
     parser.add_argument("--teacher", default="softcache:resnet32x4")
     parser.add_argument("--device", default="auto")
@@ -172,6 +184,8 @@ def main() -> None:
     parser.add_argument("--no-live", action="store_true", help="leave the live teacher out")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     root = Path(tempfile.mkdtemp(prefix="bench-train-"))
     try:
         results = bench(root, arguments)

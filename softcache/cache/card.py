@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from softcache.cache.manifest import Manifest
+from softcache.cache.statistics import MemberStatistics
+
+
+def codec_text(codec: Mapping[str, Any]) -> str:
+    """`name:key=value,...` of a member's codec."""
+    parameters = ",".join(f"{key}={value}" for key, value in sorted(codec["parameters"].items()))
+    return f"{codec['name']}:{parameters}" if parameters else str(codec["name"])
+
+
+def _divergences(s: MemberStatistics) -> str:
+    shown = [f"{s.mean_kl(t):.2g}" for t in ("1", "4") if t in s.kl]
+    return f"{' / '.join(shown)} nats" if shown else "not measured"
 
 
 def card(manifest: Manifest) -> str:
@@ -12,15 +27,18 @@ def card(manifest: Manifest) -> str:
     names = list(plan.class_names)
     classes = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
     rows = [
-        "| member | model | output | codec | worst error of a logit | top-1 on labelled samples | mean entropy |",
-        "|---|---|---|---|---|---|---|",
+        "| member | model | output | codec | worst error of a logit | KL to the teacher at T=1 / 4, mean | top-1 on labelled "
+        "samples | mean entropy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for member in plan.members:
         s = manifest.statistics[member.name]
         accuracy = "no labels" if s.accuracy is None else f"{100 * s.accuracy:.2f} %"
+        bounded = all("eps" in file.arrays for file in manifest.files_of("member", member.name))
+        error = f"{s.max_eps:.3g}" if bounded else "none"
         rows.append(
-            f"| {member.name} | `{member.model}` | {member.output} | {member.codec['name']} | {s.max_eps:.3g} "
-            f"| {accuracy} | {s.entropy:.4f} nats |"
+            f"| {member.name} | `{member.model}` | {member.output} | {codec_text(member.codec)} | {error} "
+            f"| {_divergences(s)} | {accuracy} | {s.entropy:.4f} nats |"
         )
     made = ", ".join(f"{key} {value}" for key, value in sorted(plan.made_with.items()) if value is not None)
     fingerprints = "\n".join(f"- {m.name}: `{m.fingerprint}`" for m in plan.members)

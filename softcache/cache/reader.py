@@ -14,7 +14,7 @@ import numpy as np
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.mapping import BackToBack, Piece, fits_back_to_back
 from softcache.cache.samples import SampleTable, table_from_arrays
-from softcache.cache.schema import Layout
+from softcache.cache.schema import CRC_SUFFIX, Layout, dense_shard_path, member_shard_path, view_shard_path
 from softcache.cache.stored import StoredArray, StoredFile
 from softcache.errors import CacheError, DamagedCacheError
 
@@ -67,30 +67,35 @@ def open_checked(path: Path, file: StoredFile) -> int:
 
 
 class RowTable:
-    """Random access to one data set that is spread over the shards of a layout.
+    """Random access to one data set that is spread over the shards of one or several layouts.
 
     Args:
-        shards: in span order, as the manifest lists them.
+        layouts: in the order of their views, which follow one another from 0 on.
+        shards: in the order of the layouts' spans.
         name: the data set, shaped (views, rows, ...) in every shard.
         mode: "mmap" reads through the page cache without system calls; "pread" suits network file systems.
     """
 
-    def __init__(self, root: Path, shards: Sequence[StoredFile], name: str, layout: Layout, mode: ReadMode) -> None:
-        if len(shards) != len(layout):
-            raise DamagedCacheError(f"{root}: {len(shards)} shards hold {name!r}, the layout asks for {len(layout)}")
+    def __init__(
+        self, root: Path, layouts: Sequence[Layout], shards: Sequence[StoredFile], name: str, mode: ReadMode
+    ) -> None:
+        spans = [span for layout in layouts for span in layout.spans()]
+        if len(shards) != len(spans):
+            raise DamagedCacheError(f"{root}: {len(shards)} shards hold {name!r}, the layout asks for {len(spans)}")
         first = shards[0].arrays[name]
         self.dtype, self.tail = np.dtype(first.dtype), first.shape[2:]
-        self._layout, self._mode = layout, mode
+        self._mode, self._num_rows = mode, layouts[0].num_rows
+        self._num_views = layouts[-1].first_view + layouts[-1].num_views
+        self._places = _Places(layouts)
         self._whole: np.ndarray | None = None  # all records in one array, where the shards can be mapped back to back
         self._flat: list[np.ndarray] = []  # else the records of each shard
         self._files: list[tuple[int, StoredArray]] = []  # for pread
         weakref.finalize(self, _close_all, self._files)
-        for index, file in enumerate(shards):
-            span, stored = layout.span(index), file.arrays[name]
+        for span, file in zip(spans, shards, strict=True):
+            stored = file.arrays[name]
             if stored.shape != (span.views, span.rows, *self.tail) or np.dtype(stored.dtype) != self.dtype:
                 raise DamagedCacheError(f"{root / file.path}: {name!r} does not have the shape of its span")
-        sizes = [layout.span(index).views * layout.span(index).rows for index in range(len(layout))]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]  # each span's first record in `whole`
+        self._starts = np.cumsum([0, *(span.views * span.rows for span in spans)])[:-1]  # first records in `whole`
         if mode == "pread":
             for file in shards:
                 try:
@@ -115,11 +120,11 @@ class RowTable:
     def gather(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B, ...) records of B (row, view) pairs, in their order. IndexError when one is out of range."""
         rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
-        _check_range(rows, self._layout.num_rows, "row")
-        _check_range(views, self._layout.num_views, "view")
-        if self._whole is not None and self._layout.num_views == 1:
+        _check_range(rows, self._num_rows, "row")
+        _check_range(views, self._num_views, "view")
+        if self._whole is not None and self._num_views == 1:
             return np.take(self._whole, rows, axis=0)
-        span, record = self._place(rows, views)
+        span, record = self.place(rows, views)
         if self._whole is not None:
             return np.take(self._whole, self._starts[span] + record, axis=0)
         out = np.empty((len(rows), *self.tail), self.dtype)
@@ -135,13 +140,9 @@ class RowTable:
         out[order] = grouped
         return out
 
-    def _place(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(span, record within the span) of each (row, view); FORMAT.md has the same arithmetic."""
-        layout = self._layout
-        row_range, row = np.divmod(rows, layout.shard_rows)
-        view_range, view = np.divmod(views, layout.shard_views)
-        span_rows = np.minimum(layout.shard_rows, layout.num_rows - row_range * layout.shard_rows)
-        return row_range * layout.view_ranges + view_range, view * span_rows + row
+    def place(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which of the shards, record within it) of each (row, view)."""
+        return self._places.of(rows, views)
 
     def _take(self, span: int, records: np.ndarray, out: np.ndarray) -> None:
         if self._mode == "mmap":
@@ -162,6 +163,42 @@ class RowTable:
 
     def _close_files(self) -> None:
         _close_all(self._files)
+
+
+class _Places:
+    """Where a record lies, as FORMAT.md says it: arithmetic on the layout that holds its view."""
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self._layouts = layouts
+        self._first_views = np.array([layout.first_view for layout in layouts])
+        self._first_spans = np.cumsum([0, *map(len, layouts)])[:-1]
+
+    def of(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(self._layouts) == 1:
+            return self._within(0, rows, views)
+        span, record = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        which = np.searchsorted(self._first_views, views, side="right") - 1
+        for number in np.unique(which):
+            chosen = np.flatnonzero(which == number)
+            span[chosen], record[chosen] = self._within(int(number), rows[chosen], views[chosen])
+        return span, record
+
+    def _within(self, number: int, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        layout = self._layouts[number]
+        row_range, row = np.divmod(rows, layout.shard_rows)
+        view_range, view = np.divmod(views - layout.first_view, layout.shard_views)
+        span_rows = np.minimum(layout.shard_rows, layout.num_rows - row_range * layout.shard_rows)
+        span = row_range * layout.view_ranges + view_range + int(self._first_spans[number])
+        return span, view * span_rows + row
+
+
+def read_constants(root: Path, stored: Sequence[StoredFile], member: str) -> dict[str, np.ndarray]:
+    """The arrays that stand once for all records of a member, as views into the mapped file; empty where there are none."""
+    found = [file for file in stored if file.kind == "constants" and file.member == member]
+    if not found:
+        return {}
+    mapped = MappedFile(root, found[0])
+    return {name: mapped.array(name) for name in found[0].arrays if not name.endswith(CRC_SUFFIX)}
 
 
 def _close_all(files: list[tuple[int, StoredArray]]) -> None:
@@ -191,6 +228,8 @@ class CacheReader:
         self.path, self.mode = Path(path), mode
         self.manifest: Manifest = read_manifest(self.path, id=id)
         self._tables: dict[tuple[str | None, str], RowTable] = {}
+        self._dense: dict[str, dict[str, StoredFile]] = {}
+        self._dense_rows: dict[str, np.ndarray] = {}
         self._samples: SampleTable | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,19 +251,73 @@ class CacheReader:
         """The data set `name` of a member (None: the views' pixel digests)."""
         key = (member, name)
         if key not in self._tables:
-            shards = list(self.manifest.files_of("views" if member is None else "logits", member))
-            self._tables[key] = RowTable(self.path, shards, name, self.manifest.plan.layout, self.mode)
+            layouts = self.manifest.plan.layouts_of(member)
+            self._tables[key] = RowTable(self.path, layouts, self._shards(member), name, self.mode)
         return self._tables[key]
+
+    def _shards(self, member: str | None) -> list[StoredFile]:
+        """The shards of a member (None: of the views), in the order of their views' rounds."""
+        found = {file.path: file for file in self.manifest.files_of("views" if member is None else "member", member)}
+        try:
+            return [
+                found[view_shard_path(span.index) if member is None else member_shard_path(member, span.index)]
+                for layout in self.manifest.plan.layouts_of(member)
+                for span in layout.spans()
+            ]
+        except KeyError as exc:
+            raise DamagedCacheError(
+                f"{self.path}: the manifest does not name {exc}", tip="copy the cache again"
+            ) from None
 
     def gather(self, member: str | None, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B, ...) stored values of B (row, view) pairs."""
         return self.table(member, name).gather(rows, views)
 
+    def dense(self, member: str, rows: np.ndarray, views: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """(n, C) float16 rows that were kept dense.
+
+        Args:
+            rows, views: (n,) their places.
+            numbers: (n,) as their records say, counted from 1 within a shard.
+        """
+        if member not in self._dense:
+            self._dense[member] = {file.path: file for file in self.manifest.files_of("dense", member)}
+        spans = [span for layout in self.manifest.plan.layouts_of(member) for span in layout.spans()]
+        shard, _ = self.table(member, "records").place(np.asarray(rows, np.int64), np.asarray(views, np.int64))
+        out = np.empty((len(rows), len(self.manifest.plan.class_names)), np.float16)
+        for which in np.unique(shard):
+            chosen = np.flatnonzero(shard == which)
+            path = dense_shard_path(member, spans[int(which)].index)
+            kept = self._mapped_dense(member, path)
+            wanted = np.asarray(numbers)[chosen].astype(np.int64) - 1
+            if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(kept)):
+                raise DamagedCacheError(
+                    f"{self.path / path}: has {len(kept)} rows, a record asks for {wanted.max() + 1}"
+                )
+            out[chosen] = kept[wanted]
+        return out
+
+    def _mapped_dense(self, member: str, path: str) -> np.ndarray:
+        if path not in self._dense_rows:
+            if path not in self._dense[member]:
+                raise DamagedCacheError(f"{self.path}: a record points into {path}, which the manifest does not name")
+            self._dense_rows[path] = MappedFile(self.path, self._dense[member][path]).array("logits")
+        return self._dense_rows[path]
+
+    def constants(self, member: str) -> dict[str, np.ndarray]:
+        """What stands once for all records of a member."""
+        return read_constants(self.path, self.manifest.files, member)
+
+    def probe(self) -> dict[str, np.ndarray]:
+        """The arrays of probe.h5; empty where the cache has none."""
+        for file in self.manifest.files_of("probe"):
+            mapped = MappedFile(self.path, file)
+            return {name: mapped.array(name) for name in file.arrays if not name.endswith(CRC_SUFFIX)}
+        return {}
+
     def array_names(self, member: str) -> list[str]:
         """The data sets of a member, checksums left out."""
-        from softcache.cache.schema import CRC_SUFFIX
-
-        for file in self.manifest.files_of("logits", member):
+        for file in self.manifest.files_of("member", member):
             return [name for name in file.arrays if not name.endswith(CRC_SUFFIX)]
         raise CacheError(f"{self.path}: no member {member!r}")
 
@@ -232,4 +325,5 @@ class CacheReader:
         for table in self._tables.values():
             table.close()
         self._tables.clear()
+        self._dense_rows.clear()
         self._samples = None

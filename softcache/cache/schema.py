@@ -22,14 +22,17 @@ MANIFESTS = "manifests"
 PROVENANCE = "provenance.json"
 CARD = "README.md"
 SAMPLES = "samples.h5"
-WORK = "dump"  # plan, journals and locks of the dump that made the cache
-PLAN = "dump/plan.json"
+PROBE = "probe.h5"
+WORK = "dump"  # plan, journals and locks of the dump that made the cache, and below it of every extension
 
 CRC_SUFFIX = "_crc32"
 
 MEMBER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # the only names a manifest may give: nothing else in the folder is opened, and nothing outside it
-OUR_FILES = re.compile(rf"samples\.h5|(views|members/{MEMBER_NAME.pattern})/part-[0-9]{{5,}}\.h5")
+OUR_FILES = re.compile(
+    rf"samples\.h5|probe\.h5|views/part-[0-9]{{5,}}\.h5"
+    rf"|members/{MEMBER_NAME.pattern}/(constants|(part|dense)-[0-9]{{5,}})\.h5"
+)
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,23 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows x views are cut into spans, row ranges outermost.
+    """How the rows and views that one round of dumping adds are cut into spans, row ranges outermost.
 
     Attributes:
-        num_rows, num_views: of the whole cache.
+        num_rows: of the whole cache.
+        num_views: of this round.
         shard_rows: rows of a full span, a multiple of 256; the last one may be shorter.
         shard_views: views of a full span.
+        first_view: the round's views are [first_view, first_view + num_views).
+        first_part: number of its first span; earlier rounds have the smaller ones.
     """
 
     num_rows: int
     num_views: int
     shard_rows: int
     shard_views: int
+    first_view: int = 0
+    first_part: int = 0
 
     @property
     def row_ranges(self) -> int:
@@ -96,22 +104,30 @@ class Layout:
     def __len__(self) -> int:
         return self.row_ranges * self.view_ranges
 
-    def span(self, index: int) -> Span:
+    def spans(self) -> list[Span]:
+        """In the order of their numbers."""
+        return [self._span(index) for index in range(len(self))]
+
+    def _span(self, index: int) -> Span:
         rows, views = divmod(index, self.view_ranges)
         return Span(
-            index,
+            self.first_part + index,
             rows * self.shard_rows,
             min((rows + 1) * self.shard_rows, self.num_rows),
-            views * self.shard_views,
-            min((views + 1) * self.shard_views, self.num_views),
+            self.first_view + views * self.shard_views,
+            self.first_view + min((views + 1) * self.shard_views, self.num_views),
         )
-
-    def spans(self) -> list[Span]:
-        return [self.span(index) for index in range(len(self))]
 
 
 def plan_layout(
-    num_rows: int, num_views: int, num_members: int, record_bytes: int, *, shard_rows: int | None = None
+    num_rows: int,
+    num_views: int,
+    num_members: int,
+    record_bytes: int,
+    *,
+    shard_rows: int | None = None,
+    first_view: int = 0,
+    first_part: int = 0,
 ) -> Layout:
     """The layout that gives about 64 shards for the whole dump, from the plan's totals alone.
 
@@ -121,6 +137,7 @@ def plan_layout(
         num_members: ensemble members; each has a shard of its own per span.
         record_bytes: bytes of one record of the largest member.
         shard_rows: overrides the derived number (rounded up to a multiple of 256).
+        first_view, first_part: where a round that extends a cache begins.
 
     Returns:
         At least 1,024 rows a span (fewer only where the set is smaller), at most 256 MiB a shard; views of one row range
@@ -139,7 +156,7 @@ def plan_layout(
     views = min(num_views, max(1, MAX_SHARD_BYTES // max(1, record_bytes * rows)))
     if shard_rows is None and record_bytes * rows > MAX_SHARD_BYTES:  # one view of 1,024 rows is too large: fewer rows
         rows = max(ROW_UNIT, MAX_SHARD_BYTES // record_bytes // ROW_UNIT * ROW_UNIT)
-    return Layout(num_rows, num_views, rows, views)
+    return Layout(num_rows, num_views, rows, views, first_view, first_part)
 
 
 def member_shard_path(member: str, index: int) -> str:
@@ -148,3 +165,11 @@ def member_shard_path(member: str, index: int) -> str:
 
 def view_shard_path(index: int) -> str:
     return f"views/part-{index:05d}.h5"
+
+
+def dense_shard_path(member: str, index: int) -> str:
+    return f"members/{member}/dense-{index:05d}.h5"
+
+
+def constants_path(member: str) -> str:
+    return f"members/{member}/constants.h5"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class ShardWriter:
     Args:
         path: the final path. The temporary one stands beside it, ending in `.tmp-<tag>`.
         arrays: the data sets; their checksums are added.
-        kind: "samples", "logits" or "views", kept as an attribute of the file.
+        kind: of the file, kept as its attribute: see StoredFile.
         tag: distinguishes writers that may work on the same folder.
 
     Raises:
@@ -157,16 +158,24 @@ class ShardWriter:
             raise
 
 
+def file_bytes(arrays: Sequence[ArraySpec]) -> int:
+    """How long a shard of these data sets is, checksums included: an empty one is made and measured."""
+    specs = [spec for array in arrays for spec in (array, array.checksums)]
+    with tempfile.TemporaryDirectory(prefix="softcache-") as folder:
+        _create(Path(folder) / "empty.h5", specs, "empty")  # allocated, but not filled: it takes no space
+        return (Path(folder) / "empty.h5").stat().st_size
+
+
 def write_shard(
-    path: Path, arrays: Mapping[str, np.ndarray], *, kind: str, relative_path: str, tag: str = "0"
+    path: Path, arrays: Mapping[str, np.ndarray], *, kind: str, relative_path: str, tag: str = "0", **place: Any
 ) -> StoredFile:
-    """Write one small file at once (samples.h5): every array whole."""
+    """Write one file at once (samples, probe, constants, dense rows): every array whole."""
     specs = [ArraySpec(name, a.dtype.newbyteorder("<").str, a.shape) for name, a in arrays.items()]
     writer = ShardWriter(path, specs, kind=kind, tag=tag)
     try:
         for name, array in arrays.items():
             writer.append(name, array)
-        return writer.finish(relative_path=relative_path)
+        return writer.finish(relative_path=relative_path, **place)
     except BaseException:
         writer.discard()
         raise

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softcache.cache.schema import ArraySpec
+from softcache.cache.statistics import MemberStatistics
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,14 @@ class StoredFile:
     """What the manifest says about one file: its size, its sha256 and its data sets."""
 
     path: str
-    kind: str  # "samples", "logits" or "views"
+    kind: str  # "samples", "probe", "views", "constants", "member" or "dense"
     nbytes: int
     sha256: str
     arrays: Mapping[str, StoredArray]
     member: str | None = None
     rows: tuple[int, int] | None = None
     views: tuple[int, int] | None = None
+    statistics: MemberStatistics | None = None
 
     def to_json(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -50,6 +52,8 @@ class StoredFile:
             entry["member"] = self.member
         if self.rows is not None and self.views is not None:
             entry |= {"rows": list(self.rows), "views": list(self.views)}
+        if self.statistics is not None:
+            entry["statistics"] = self.statistics.to_json()
         return entry
 
     @classmethod
@@ -68,4 +72,5 @@ class StoredFile:
             member=entry.get("member"),
             rows=None if rows is None else (int(rows[0]), int(rows[1])),
             views=None if views is None else (int(views[0]), int(views[1])),
+            statistics=MemberStatistics.from_json(entry["statistics"]) if "statistics" in entry else None,
         )

@@ -2,51 +2,60 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol
 
-from torch import Tensor
-
+from softcache.codecs.codec import Codec, Probe
 from softcache.codecs.floats import Float16Codec, Float32Codec
+from softcache.codecs.headtail import HeadTailCodec
+from softcache.codecs.int8 import Int8Codec
+from softcache.codecs.linear_head import LinearHeadCodec
+from softcache.codecs.lowrank import LowRankCodec
+from softcache.codecs.records import Field
+from softcache.codecs.topk import TopkCodec
 from softcache.errors import ConfigError, nearest
+from softcache.spec import convert
 
-__all__ = ["CODECS", "Codec", "Float16Codec", "Float32Codec", "make_codec"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Field",
+    "Float16Codec",
+    "Float32Codec",
+    "HeadTailCodec",
+    "Int8Codec",
+    "LinearHeadCodec",
+    "LowRankCodec",
+    "Probe",
+    "TopkCodec",
+    "make_codec",
+]
 
-
-class Codec(Protocol):
-    """What every codec offers.
-
-    Attributes:
-        name: its key in CODECS.
-        keeps_level: the row's absolute level survives, so that losses on raw logits may be used.
-        complete: every class is stored.
-        temperatures: the temperatures it can serve; None = any.
-    """
-
-    name: str
-    keeps_level: bool
-    complete: bool
-    temperatures: tuple[float, ...] | None
-
-    def arrays(self, num_classes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Data set name -> (NumPy dtype string, shape of one record)."""
-
-    def encode(self, logits: Tensor) -> dict[str, Tensor]:
-        """(B, C) float32 logits, on any device -> stored arrays. `eps` bounds |stored - given| of every logit of a row."""
-
-    def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Stored arrays -> (B, C) float32 logits, on the arrays' device."""
-
-
-CODECS: dict[str, type[Any]] = {
+CODECS: dict[str, type[Codec]] = {
     "float32": Float32Codec,
     "float16": Float16Codec,
+    "int8": Int8Codec,
+    "headtail": HeadTailCodec,
+    "topk": TopkCodec,
+    "lowrank": LowRankCodec,
+    "linear_head": LinearHeadCodec,
 }
 
 
-def make_codec(name: str) -> Codec:
-    """The codec of that name; ConfigError with near names for an unknown one."""
+def make_codec(name: str, parameters: Mapping[str, str], num_classes: int) -> Codec:
+    """The codec of that name, not fitted yet.
+
+    Raises:
+        ConfigError: an unknown codec or parameter (with near names), or a value that it cannot be.
+    """
     if name not in CODECS:
         raise ConfigError(f"unknown codec {name!r}", tip=nearest(name, CODECS))
-    codec: Codec = CODECS[name]()
-    return codec
+    kind = CODECS[name]
+    hints = inspect.get_annotations(kind.__init__, eval_str=True)
+    known = list(kind(num_classes).parameters)
+    values = {}
+    for key, text in parameters.items():
+        if key not in known:
+            raise ConfigError(f"codec {name!r} has no parameter {key!r}", tip=nearest(key, known) if known else "")
+        values[key] = convert(text, hints[key], f"codec {name!r}: {key}")
+    return kind(num_classes, **values)

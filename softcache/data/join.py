@@ -136,16 +136,23 @@ def check_classes(dataset: Any, class_names: Sequence[str]) -> None:
     )
 
 
+def find_ids(among: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """(B,) int64 place of each uint64 id in `among` (N,), -1 where it is not there."""
+    if not len(among):
+        return np.full(len(ids), -1, np.int64)
+    order = np.argsort(among, kind="stable")
+    place = order[np.minimum(np.searchsorted(among, ids, sorter=order), len(order) - 1)]
+    return np.where(among[place] == ids, place, -1)
+
+
 def join_rows(table: SampleTable, ids: np.ndarray, key_of: Callable[[int], str]) -> np.ndarray:
     """(N,) row of the cache for each id.
 
     Raises:
         MissingSampleError: lists the first samples that the cache does not hold.
     """
-    order = np.argsort(table.ids, kind="stable")
-    place = np.searchsorted(table.ids, ids, sorter=order)
-    rows = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(len(ids), np.int64)
-    missing = np.flatnonzero(table.ids[rows] != ids) if len(order) else np.arange(len(ids))
+    rows = find_ids(table.ids, ids)
+    missing = np.flatnonzero(rows < 0)
     if missing.size:
         raise MissingSampleError(
             f"{missing.size} of {len(ids)} samples are not in the cache: "
@@ -290,11 +297,11 @@ def _digest_to_join(dataset: Any, index: int, kind: str) -> bytes:
             "the cache knows contents by the bytes of their files, and this data set gives none",
             tip="join by key, or open the data as it was dumped (imagefolder:PATH)",
         )
-    item = _item_of(dataset[index])
+    item = item_of(dataset[index])
     return item_digest(image_array(item, f"sample {index}") if isinstance(item, Image.Image) else item)
 
 
-def _item_of(sample: Any) -> Any:
+def item_of(sample: Any) -> Any:
     """The item of what a data set returns: itself, the first of a tuple, or the one a dict names."""
     if isinstance(sample, tuple | list):
         return sample[0]
@@ -309,7 +316,7 @@ def replace_item(sample: Any, change: Callable[[Any], Any]) -> Any:
         return (change(sample[0]), *sample[1:])
     if isinstance(sample, dict):
         name = next((name for name in ("item", "image", "text") if name in sample), None)
-        return sample if name is None else {**sample, name: change(sample[name])}
+        return change(sample) if name is None else {**sample, name: change(sample[name])}
     return change(sample)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from softcache.data.identity import pixel_digest, sample_ids
+from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
-from softcache.errors import DataError, SoftcacheError
+from softcache.errors import ConfigError, DataError, SoftcacheError
 from softcache.spec import load_user_file, user_files
 
 Pair = tuple[int, int]  # (index in the transfer set, view index)
@@ -31,6 +31,8 @@ class LoadedBatch:
         views: (B,) int64 view indices.
         content_digests: (B, 16) uint8, where asked for.
         pixel_digests: (B,) uint32 digests of the rendered items, where asked for.
+        partner_rows: (B,) int64 rows of the sample table that the views are mixed with, under a policy that mixes.
+        shares: (B,) float32 weights of the samples' own labels, likewise; 1 - shares are their partners'.
     """
 
     inputs: tuple[Any, ...]
@@ -38,6 +40,8 @@ class LoadedBatch:
     views: np.ndarray
     content_digests: np.ndarray | None = None
     pixel_digests: np.ndarray | None = None
+    partner_rows: np.ndarray | None = None
+    shares: np.ndarray | None = None
 
     def pin_memory(self) -> LoadedBatch:
         """Called by the DataLoader: the inputs in page-locked memory."""
@@ -51,6 +55,45 @@ class _Fault:
     error: SoftcacheError
 
 
+@dataclass(frozen=True)
+class Partners:
+    """Where the partners of a mixing policy come from: the whole set, however few of its samples are visited.
+
+    Attributes:
+        transfer_set: with `load`, `keys` and `__len__`.
+        index_of_row: (N,) int64 position in it of each row of the sample table; -1 = it is not there.
+        ids: (N,) uint64 sample id of each row, where the set's keys may be others; None: those of its keys.
+    """
+
+    transfer_set: Any
+    index_of_row: np.ndarray
+    ids: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, transfer_set: Any, rows: np.ndarray, count: int, ids: np.ndarray | None = None) -> Partners:
+        """From `rows`, the row of each of the set's samples in a sample table of `count` rows."""
+        index_of_row = np.full(count, -1, np.int64)
+        index_of_row[rows] = np.arange(len(rows))
+        return cls(transfer_set, index_of_row, ids)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One view of one sample.
+
+    Attributes:
+        item: its pixels, mixed where the policy mixes.
+        content_digest: 16 bytes, of the sample itself.
+        partner_row: the row of the sample table that it is mixed with; -1 without mixing.
+        share: the weight of the sample's own label.
+    """
+
+    item: Any
+    content_digest: bytes
+    partner_row: int = -1
+    share: float = 1.0
+
+
 class ViewedSet(Dataset[Any]):
     """A transfer set seen through a view policy, collated for one or several models.
 
@@ -59,6 +102,12 @@ class ViewedSet(Dataset[Any]):
         policy: how views are rendered.
         collates: one per model; equal ones should be given once.
         digests: also hash contents and pixels (the dump does).
+        partners: what a mixing policy mixes with.
+        ids: (N,) uint64 sample ids that the views are drawn for, where they were joined by content and the keys may be others
+            than the cache's; None: those of the keys.
+
+    Raises:
+        ConfigError: the policy mixes, and there are no partners.
     """
 
     def __init__(
@@ -68,18 +117,36 @@ class ViewedSet(Dataset[Any]):
         collates: Sequence[Callable[[list[Any]], Any]],
         *,
         digests: bool = False,
+        partners: Partners | None = None,
+        ids: np.ndarray | None = None,
     ) -> None:
+        if policy.mixing is not None and partners is None:
+            raise ConfigError(
+                f"the policy ends with {policy.mixing}, and there are no samples to mix with",
+                tip="a mixing step needs a cache's sample table; leave it out here",
+            )
         self.transfer_set, self.policy, self.collates, self.digests = transfer_set, policy, tuple(collates), digests
+        self.partners, self.ids = partners, ids
 
     def __len__(self) -> int:
         return len(self.transfer_set)
 
     def render(self, index: int, view: int) -> tuple[Any, bytes]:
-        """One rendered item and its content digest; errors name the sample."""
+        """One rendered item, mixed where the policy mixes, and its content digest; errors name the sample."""
+        rendered = self.render_view(index, view)
+        return rendered.item, rendered.content_digest
+
+    def render_view(self, index: int, view: int) -> Rendered:
+        """One view with everything that is known of it; errors name the sample, and the partner where it is at fault."""
         key = self.transfer_set.keys[index]
         try:
-            item, digest = self.transfer_set.load(index)
-            return self.policy.render(item, int(sample_ids([key])[0]), view), digest
+            ident = sample_id(key) if self.ids is None else int(self.ids[index])
+            item, digest = self._unmixed(self.transfer_set, index, ident, view)
+            if self.policy.mixing is None:
+                return Rendered(item, digest)
+            row, partner = self._partner(ident, view)
+            mixed, share = self.policy.mix(item, partner, ident, view)
+            return Rendered(mixed, digest, row, share)
         except SoftcacheError as exc:
             exc.add_note(f"while loading sample {key}")
             raise
@@ -88,17 +155,49 @@ class ViewedSet(Dataset[Any]):
                 f"sample {key}: {type(exc).__name__}: {exc}", tip="repair the sample, or leave it out with --samples"
             ) from exc
 
+    def _unmixed(self, transfer_set: Any, index: int, ident: int, view: int) -> tuple[Any, bytes]:
+        """One view before mixing, and its content digest."""
+        item, digest = transfer_set.load(index)
+        return self.policy.render(item, ident, view), digest
+
+    def _partner(self, ident: int, view: int) -> tuple[int, Any]:
+        """The row of a view's partner, and the partner's own view of the same index."""
+        assert self.partners is not None
+        row = self.policy.partner(ident, view, len(self.partners.index_of_row))
+        index = int(self.partners.index_of_row[row])
+        if index < 0:
+            raise DataError(
+                f"view {view} is mixed with row {row} of the sample table, and the data set does not hold that sample",
+                tip="give the whole transfer set of the cache; --samples, --keep-labels and --drop-labels may choose from it",
+            )
+        key = self.partners.transfer_set.keys[index]
+        try:
+            own_id = sample_id(key) if self.partners.ids is None else int(self.partners.ids[row])
+            item, _ = self._unmixed(self.partners.transfer_set, index, own_id, view)
+        except SoftcacheError as exc:
+            exc.add_note(f"while loading {key}, its partner in view {view}")
+            raise
+        except Exception as exc:
+            raise DataError(
+                f"sample {key}: {type(exc).__name__}: {exc}", tip="repair the sample: others are mixed with it"
+            ) from exc
+        return row, item
+
     def __getitems__(self, pairs: list[Pair]) -> LoadedBatch | _Fault:
         try:
-            rendered = [self.render(index, view) for index, view in pairs]
-            items = [item for item, _ in rendered]
+            rendered = [self.render_view(index, view) for index, view in pairs]
+            items = [one.item for one in rendered]
             index, views = np.array(pairs, dtype=np.int64).T
             batch = LoadedBatch(tuple(collate(items) for collate in self.collates), index, views)
-            if not self.digests:
-                return batch
-            contents = np.frombuffer(b"".join(digest for _, digest in rendered), np.uint8).reshape(-1, 16)
-            pixels = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
-            return LoadedBatch(batch.inputs, index, views, contents, pixels)
+            if self.policy.mixing is not None:
+                rows = np.array([one.partner_row for one in rendered], dtype=np.int64)
+                shares = np.array([one.share for one in rendered], dtype=np.float32)
+                batch = replace(batch, partner_rows=rows, shares=shares)
+            if self.digests:
+                contents = np.frombuffer(b"".join(one.content_digest for one in rendered), np.uint8).reshape(-1, 16)
+                pixels = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
+                batch = replace(batch, content_digests=contents, pixel_digests=pixels)
+            return batch
         except SoftcacheError as exc:
             return _Fault(exc)
 

@@ -37,6 +37,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         keys: N stable keys.
         labels: (N,) int32 class indices, -1 = none; or (N, C) bool.
         class_names: C names, whole even in a selection.
+        whole: the set that this one was selected from; itself where it was not.
     """
 
     def __init__(self, name: str, source: Source) -> None:
@@ -46,9 +47,14 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         self.class_names = source.class_names
         self._reader = source.reader
         self._rows = np.arange(len(source.keys))  # where the reader finds each sample
+        self._whole: TransferSet | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def whole(self) -> TransferSet:
+        return self._whole or self
 
     @property
     def multi_label(self) -> bool:
@@ -89,6 +95,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         source = Source(self._reader, self.keys.take(taken), self.labels[taken], self.class_names)
         chosen = TransferSet(self.name, source)
         chosen._rows = self._rows[taken]
+        chosen._whole = self.whole
         return chosen
 
 

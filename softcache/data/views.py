@@ -7,20 +7,30 @@ tensors C x H x W.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from softcache.data.color import color_jitter, randaugment
+from softcache.data.images import describe, like, to_tensor
+from softcache.data.mixing import cutmix, draw_partner, mixup
+from softcache.data.parameters import read_parameters
 from softcache.data.philox import Draws, step_key
-from softcache.data.sources import image_array
+from softcache.data.seeded import seeded
+from softcache.data.steps import (
+    center_crop,
+    crop_flip,
+    erase,
+    middle_crop,
+    resize,
+    resized_crop_flip,
+    rotate,
+    shift,
+    to_rgb,
+)
 from softcache.errors import ConfigError, DataError, nearest
-from softcache.spec import convert
+from softcache.spec import parse_spec, split_term
 
 
 @dataclass(frozen=True)
@@ -30,68 +40,32 @@ class StepKind:
     Attributes:
         version: part of a cache's identity; raised when the same parameters would give other pixels.
         random: it draws numbers; left out when a student is evaluated.
+        mixing: takes a pair of images, the view and its partner, and gives (image, weight of the view's own label).
+        evaluated: the step of the same size that stands in for a random one when a student is evaluated.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     version: int
     random: bool
-
-
-def to_rgb(image: Tensor, draws: Draws) -> Tensor:
-    """Three channels: a grey image three times, the first three of four."""
-    if image.shape[0] not in (1, 3, 4):
-        raise DataError(
-            f"the view step to_rgb takes images of 1, 3 or 4 channels, this one has {image.shape[0]}",
-            tip="let the data set return grey, RGB or RGBA images",
-        )
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
-
-
-def resize(image: Tensor, draws: Draws, *, size: int, height: int = 0) -> Tensor:
-    """`size` pixels wide and high (or `height` high), bilinear with antialiasing, the aspect ratio not kept."""
-    from torchvision.transforms import functional
-
-    target = [height or size, size]
-    return image if list(image.shape[1:]) == target else functional.resize(image, target, antialias=True)
-
-
-def center_crop(image: Tensor, draws: Draws, *, size: int) -> Tensor:
-    """The middle `size` x `size` pixels; a smaller image is padded with zeros."""
-    from torchvision.transforms import functional
-
-    return functional.center_crop(image, [size, size])
-
-
-def shift(image: Tensor, draws: Draws, *, pixels: int = 2) -> Tensor:
-    """Moved by up to `pixels` in each direction, uniformly; what comes in is zero (Hinton et al. 2015, MNIST)."""
-    dy, dx = draws.integer(-pixels, pixels), draws.integer(-pixels, pixels)
-    return _window(image, dy, dx)
-
-
-def crop_flip(image: Tensor, draws: Draws, *, padding: int = 4, flip: float = 0.5) -> Tensor:
-    """A crop of the image's own size out of the image padded with zeros, then mirrored with probability `flip` (CIFAR)."""
-    dy, dx = draws.integer(-padding, padding), draws.integer(-padding, padding)
-    cropped = _window(image, dy, dx)
-    return cropped.flip(-1) if draws.uniform() < flip else cropped
-
-
-def _window(image: Tensor, dy: int, dx: int) -> Tensor:
-    """out[y, x] = image[y + dy, x + dx], zero outside."""
-    _, height, width = image.shape
-    out = torch.zeros_like(image)
-    top, bottom = max(0, -dy), min(height, height - dy)
-    left, right = max(0, -dx), min(width, width - dx)
-    if top < bottom and left < right:
-        out[:, top:bottom, left:right] = image[:, top + dy : bottom + dy, left + dx : right + dx]
-    return out
+    mixing: bool = False
+    evaluated: str = ""
 
 
 STEPS: dict[str, StepKind] = {
     "to_rgb": StepKind(to_rgb, version=1, random=False),
     "resize": StepKind(resize, version=1, random=False),
     "center_crop": StepKind(center_crop, version=1, random=False),
+    "middle_crop": StepKind(middle_crop, version=1, random=False),
     "shift": StepKind(shift, version=1, random=True),
     "crop_flip": StepKind(crop_flip, version=1, random=True),
+    "resized_crop_flip": StepKind(resized_crop_flip, version=1, random=True, evaluated="middle_crop"),
+    "rotate": StepKind(rotate, version=1, random=True),
+    "color_jitter": StepKind(color_jitter, version=1, random=True),
+    "randaugment": StepKind(randaugment, version=1, random=True),
+    "erase": StepKind(erase, version=1, random=True),
+    "seeded": StepKind(seeded, version=1, random=True),
+    "mixup": StepKind(mixup, version=1, random=True, mixing=True),
+    "cutmix": StepKind(cutmix, version=1, random=True, mixing=True),
 }
 
 
@@ -106,7 +80,14 @@ class Step:
     def kind(self) -> StepKind:
         return STEPS[self.name]
 
+    @property
+    def stream(self) -> str:
+        """What names the step's draws: its name; of a seeded step the transform, so that two of them never share numbers."""
+        return str(self.parameters["transform"]) if self.name == "seeded" else self.name
+
     def __str__(self) -> str:
+        if self.name == "seeded":
+            return self.stream
         values = ",".join(f"{key}={value}" for key, value in self.parameters.items())
         return f"{self.name}:{values}" if values else self.name
 
@@ -121,55 +102,135 @@ class Step:
 def make_step(name: str, parameters: Mapping[str, Any]) -> Step:
     """A checked step; parameters may be strings. ConfigError for an unknown step or parameter, or a value that it cannot be."""
     if name not in STEPS:
-        raise ConfigError(f"unknown view step {name!r}", tip=nearest(name, STEPS))
-    function = STEPS[name].function
-    known = dict(list(inspect.signature(function).parameters.items())[2:])
-    hints = inspect.get_annotations(function, eval_str=True)
-    for key in parameters:
-        if key not in known:
-            raise ConfigError(f"view step {name!r} has no parameter {key!r}", tip=nearest(key, known) if known else "")
-    values = {}
-    for key, parameter in known.items():
-        if key in parameters:
-            values[key] = convert(str(parameters[key]), hints[key], f"view step {name!r}: {key}")
-        elif parameter.default is inspect.Parameter.empty:
-            raise ConfigError(f"view step {name!r}: parameter {key!r} is missing", tip=f"write {name}:{key}=...")
-        else:
-            values[key] = parameter.default
-        lowest = 1 if key == "size" else 0
-        if not values[key] >= lowest:
-            raise ConfigError(f"view step {name!r}: {key}={values[key]} must be at least {lowest}")
-    return Step(name, values)
+        tip = f"{nearest(name, STEPS)} Your own transform: package.module:factory or path/file.py:factory"
+        raise ConfigError(f"unknown view step {name!r}", tip=tip)
+    return Step(name, read_parameters(STEPS[name].function, name, parameters))
+
+
+def parse_step(text: str) -> Step:
+    """A step as it is written on the command line.
+
+    `name:key=value,key=value` is one of STEPS; `package.module:factory?arg=1` or `path/file.py:factory` gives a transform of
+    the user's, image -> image, replayed by seeding. The factory is called when the first view is rendered.
+    """
+    if parse_spec(text).is_factory:
+        return make_step("seeded", {"transform": text})
+    return make_step(*split_term(text, "--policy"))
 
 
 @dataclass(frozen=True)
 class Policy:
-    """An ordered list of steps and the root seed of their draws. Without steps, a view is the item itself."""
+    """An ordered list of steps and the root seed of their draws. Without steps, a view is the item itself.
+
+    Raises:
+        ConfigError: a mixing step that is not the last one.
+    """
 
     steps: tuple[Step, ...] = ()
     root_seed: int = 0
 
-    def render(self, item: Any, sample_id: int, view: int) -> Any:
-        """The pixels of one view: a uint8 array or tensor in the item's own layout; without steps the item as it is.
+    def __post_init__(self) -> None:
+        for step in self.steps[:-1]:
+            if step.kind.mixing:
+                raise ConfigError(
+                    f"view step {step.name!r} must be the last step of a policy, and the only one that mixes",
+                    tip=f"this policy is {self}",
+                )
 
-        Raises:
-            DataError: the policy has steps and the item is not a uint8 image.
-        """
-        if not self.steps:
-            return item
-        image = _to_tensor(item)
-        for step, key in zip(self.steps, _step_keys(self.steps), strict=True):
-            image = step.kind.function(image, Draws(self.root_seed, key, sample_id, view), **step.parameters)
-        return _like(image, item)
+    @classmethod
+    def parse(cls, texts: Iterable[str], root_seed: int) -> Policy:
+        """The policy of steps as they are written on the command line, see `parse_step`."""
+        return cls(tuple(parse_step(text) for text in texts), root_seed)
+
+    @property
+    def mixing(self) -> Step | None:
+        """The step that blends a view with its partner's: the last one, where there is one."""
+        return self.steps[-1] if self.steps and self.steps[-1].kind.mixing else None
 
     @property
     def is_random(self) -> bool:
         """Whether views of different index differ."""
         return any(step.kind.random for step in self.steps)
 
+    @property
+    def replay(self) -> Literal["derived", "seeded"]:
+        """How sure a replay is: "derived" from our own draws alone, or weaker, by seeding the generators of others."""
+        return "seeded" if any(step.name == "seeded" for step in self.steps) else "derived"
+
+    def render(self, item: Any, sample_id: int, view: int) -> Any:
+        """The pixels of one view before mixing: a uint8 array or tensor in the item's own layout.
+
+        Where no step but a mixing one is there, the item as it is.
+
+        Raises:
+            DataError: the policy has steps and the item is not a uint8 image.
+        """
+        if not self._keyed:
+            return item
+        image = to_tensor(item)
+        for step, key in self._keyed:
+            image = step.kind.function(image, Draws(self.root_seed, key, sample_id, view), **step.parameters)
+        return like(image, item)
+
+    def partner(self, sample_id: int, view: int, count: int) -> int:
+        """The row of a view's partner in a sample table of `count` rows; it may be the sample's own."""
+        return draw_partner(self._mixing_draws(sample_id, view), count)
+
+    def mix(self, image: Any, partner_image: Any, sample_id: int, view: int) -> tuple[Any, float]:
+        """A rendered view blended with its partner, in its own layout, and the weight of its own label in [0, 1].
+
+        Args:
+            image, partner_image: from `render`, at the same view index.
+
+        Raises:
+            DataError: the two differ in size or channels.
+        """
+        step = self.mixing
+        assert step is not None
+        own, partner = to_tensor(image), to_tensor(partner_image)
+        if own.shape != partner.shape:
+            raise DataError(
+                f"{step.name} needs images of one size, got {describe(image)} and its partner {describe(partner_image)}",
+                tip="put resize or center_crop before it (to_rgb where some images are grey)",
+            )
+        draws = self._mixing_draws(sample_id, view)
+        draws.word()  # the partner's
+        mixed, share = step.kind.function((own, partner), draws, **step.parameters)
+        return like(mixed, image), share
+
     def for_evaluation(self) -> Policy:
-        """The same policy without its random steps."""
-        return Policy(tuple(step for step in self.steps if not step.kind.random), self.root_seed)
+        """The same policy without its random steps; one that sets a size gives way to the step that sets it in the middle."""
+        steps = []
+        for step in self.steps:
+            if not step.kind.random:
+                steps.append(step)
+            elif step.kind.evaluated:
+                steps.append(make_step(step.kind.evaluated, {"size": step.parameters["size"]}))
+        return Policy(tuple(steps), self.root_seed)
+
+    def at_size(self, size: int) -> Policy:
+        """The same views, `size` pixels wide: the same draws and the same parts of the image, at another resolution.
+
+        The last step with a size gets this one, those before it grow alike, and so do the pixels of steps behind the first of
+        them. Where that first one is center_crop, whose box is in pixels of the item, all steps stay and a resize is added.
+
+        Raises:
+            ConfigError: no step has a size, so views have the size of their items.
+        """
+        sized = [step for step in self.steps if "size" in step.parameters]
+        if not sized:
+            raise ConfigError(
+                f"the policy ({self}) has no step that sets a size, so it cannot render at {size} pixels",
+                tip="the student must take the items' own size, or the data set give items of another one",
+            )
+        first, old = self.steps.index(sized[0]), sized[-1].parameters["size"]
+        if sized[0].name == "center_crop":
+            height = round(size * sized[-1].parameters.get("height", 0) / old)
+            last = make_step("resize", {"size": size, "height": height})
+            cut = len(self.steps) - (self.mixing is not None)
+            return replace(self, steps=(*self.steps[:cut], last, *self.steps[cut:]))
+        scaled = tuple(_scaled(step, size, old) for step in self.steps[first:])
+        return replace(self, steps=self.steps[:first] + scaled)
 
     def to_json(self) -> list[dict[str, Any]]:
         return [step.to_json() for step in self.steps]
@@ -192,35 +253,23 @@ class Policy:
     def __str__(self) -> str:
         return " | ".join(map(str, self.steps)) or "the items as they are"
 
+    @cached_property
+    def _keyed(self) -> tuple[tuple[Step, int], ...]:
+        """The steps before mixing, each with the key of its draws."""
+        names = [step.stream for step in self.steps if not step.kind.mixing]
+        keys = [step_key(name, names[:place].count(name)) for place, name in enumerate(names)]
+        return tuple(zip(self.steps, keys, strict=False))
 
-@lru_cache(maxsize=64)
-def _keys_of(names: tuple[str, ...]) -> tuple[int, ...]:
-    return tuple(step_key(name, names[:i].count(name)) for i, name in enumerate(names))
-
-
-def _step_keys(steps: Sequence[Step]) -> tuple[int, ...]:
-    return _keys_of(tuple(step.name for step in steps))
-
-
-def _to_tensor(item: Any) -> Tensor:
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim in (2, 3):
-        item = np.ascontiguousarray(item)  # torch knows no negative strides
-        image = torch.from_numpy(item if item.flags.writeable else item.copy())
-        return image[None] if item.ndim == 2 else image.permute(2, 0, 1)
-    if isinstance(item, Tensor) and item.dtype == torch.uint8 and item.ndim == 3:
-        return item
-    if hasattr(item, "getbands"):  # a PIL image
-        return _to_tensor(image_array(item, "a view"))
-    shape = getattr(item, "shape", "")
-    raise DataError(
-        f"a view policy needs uint8 images, got {type(item).__name__} {getattr(item, 'dtype', '')} {tuple(shape) or ''}",
-        tip="let the data set return uint8 arrays (H x W x C), or use no --policy",
-    )
+    def _mixing_draws(self, sample_id: int, view: int) -> Draws:
+        step = self.mixing
+        if step is None:
+            raise ConfigError(f"the policy ({self}) mixes nothing", tip="end it with mixup or cutmix")
+        return Draws(self.root_seed, step_key(step.name, 0), sample_id, view)
 
 
-def _like(image: Tensor, item: Any) -> Any:
-    """Back to the layout of the item: arrays channels-last (H x W stays H x W), tensors channels-first."""
-    if isinstance(item, Tensor):
-        return image.contiguous()
-    array = image.permute(1, 2, 0).contiguous().numpy()
-    return array[:, :, 0] if array.shape[2] == 1 and getattr(item, "ndim", 2) == 2 else array
+PIXEL_PARAMETERS = ("size", "height", "pixels", "padding")
+
+
+def _scaled(step: Step, size: int, old: int) -> Step:
+    scaled = {key: round(step.parameters[key] * size / old) for key in PIXEL_PARAMETERS if key in step.parameters}
+    return make_step(step.name, {**step.parameters, **scaled})

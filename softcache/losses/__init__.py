@@ -11,9 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from softcache.errors import LossError, nearest
-from softcache.losses.logits import bce, ce, kd, mse_logits, soft_ce
+from softcache.losses.logits import bce, ce, kd, kd_lower_bound, mixed_ce, mse_logits, soft_ce
 
-__all__ = ["LOSSES", "Loss", "LossTerm", "bce", "ce", "kd", "make_term", "mse_logits", "soft_ce"]
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "LossTerm",
+    "bce",
+    "ce",
+    "kd",
+    "kd_lower_bound",
+    "make_term",
+    "mixed_ce",
+    "mse_logits",
+    "soft_ce",
+]
 
 
 @dataclass(frozen=True)
@@ -21,22 +33,28 @@ class Loss:
     """One loss and what it needs, so that a misfit is refused before the first step.
 
     Attributes:
-        function: (student_logits, teacher_logits or labels, **parameters) -> scalar.
+        function: (student_logits, teacher_logits or labels, **parameters) -> scalar; with form "head" (student_logits,
+            head_ids, head_logits, tail_logsumexp, **parameters). Parameters are the arguments that have a default.
         target: "teacher" (logits from the cache) or "labels".
         needs_level: the teacher's absolute level matters (softmax does not cancel it).
         link: how an ensemble's members become probabilities for it: "softmax" or "sigmoid".
+        form: what it takes of the teacher: whole rows of "logits", or the "head" that a top-k cache keeps.
+        mixed: of a loss on labels, the same for views mixed with a partner: (student_logits, labels, partner_labels, shares)
+            -> scalar; None where it is defined by one label alone.
     """
 
     function: Callable[..., Tensor]
     target: str
     needs_level: bool = False
     link: str = "softmax"
+    form: str = "logits"
+    mixed: Callable[..., Tensor] | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
         """Parameter -> default value, from the function's own signature."""
-        parameters = list(inspect.signature(self.function).parameters.values())[2:]
-        return {p.name: p.default for p in parameters}
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 LOSSES: dict[str, Loss] = {
@@ -44,7 +62,8 @@ LOSSES: dict[str, Loss] = {
     "soft_ce": Loss(soft_ce, "teacher"),
     "mse_logits": Loss(mse_logits, "teacher", needs_level=True),
     "bce": Loss(bce, "teacher", needs_level=True, link="sigmoid"),
-    "ce": Loss(ce, "labels"),
+    "kd_lower_bound": Loss(kd_lower_bound, "teacher", form="head"),
+    "ce": Loss(ce, "labels", mixed=mixed_ce),
 }
 
 
@@ -64,9 +83,9 @@ class LossTerm:
     def temperature(self) -> float:
         return float(self.parameters.get("temperature", 1.0))
 
-    def __call__(self, student_logits: Tensor, target: Tensor) -> Tensor:
-        """The unweighted value of the term."""
-        return self.loss.function(student_logits, target, **self.parameters)
+    def __call__(self, student_logits: Tensor, *target: Tensor) -> Tensor:
+        """The unweighted value of the term; `target` is what the loss's form takes."""
+        return self.loss.function(student_logits, *target, **self.parameters)
 
 
 def make_term(name: str, *, weight: Any = 1.0, **parameters: Any) -> LossTerm:

@@ -42,11 +42,64 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0)
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2.
     """
     student, teacher = _checked(student_logits, teacher_logits, temperature)
-    log_q = F.log_softmax(student / temperature, dim=-1)  # (B, C)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)  # (B, C)
+    return temperature**2 * _mean_kl(student / temperature, teacher / temperature)
+
+
+def _mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)), averaged over rows."""
+    log_q = F.log_softmax(student_logits, dim=-1)  # (B, C)
+    log_p = F.log_softmax(teacher_logits, dim=-1)  # (B, C)
     p, q = log_p.exp(), log_q.exp()
     # q - p sums to zero, and takes the rounding of log_p - log_q with it: at T=20 that is most of a float32 KL's error
-    return temperature**2 * (p * (log_p - log_q) + (q - p)).sum(dim=-1).mean()
+    return (p * (log_p - log_q) + (q - p)).sum(dim=-1).mean()
+
+
+def kd_lower_bound(
+    student_logits: Tensor, head_ids: Tensor, head_logits: Tensor, tail_logsumexp: Tensor, temperature: float = 4.0
+) -> Tensor:
+    """T**2-scaled KL(teacher || student) over k + 1 buckets: k classes and all others together.
+
+    Merging classes cannot raise a KL divergence (data processing inequality), so it is at most `kd` of the whole rows,
+    and equal to it where the teacher has no probability in the other classes, or the student spreads them as the teacher
+    does. It says nothing about how the student spreads the rest.
+
+    Args:
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        head_ids: (B, k) int64, k different classes in each row.
+        head_logits: (B, k) of the teacher, before softmax.
+        tail_logsumexp: (B,) log of the sum over the teacher's other classes of exp(logit / temperature), at the level of
+            head_logits; -inf where there are none.
+        temperature: > 0, the one of tail_logsumexp. The T**2 factor is that of `kd`.
+
+    Returns:
+        Scalar >= 0, in nats.
+
+    Raises:
+        ValueError: temperature is not positive, or the shapes do not fit each other.
+
+    Source: Hinton, Vinyals, Dean (2015), section 2, for the whole rows; Cover, Thomas, "Elements of Information Theory"
+        (2006), section 2.7 (log sum inequality), for the bound.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    rows, classes = student_logits.shape
+    if head_ids.shape != head_logits.shape or len(head_ids) != rows or tail_logsumexp.shape != (rows,):
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)}, head ids {tuple(head_ids.shape)}, head logits "
+            f"{tuple(head_logits.shape)} and tail {tuple(tail_logsumexp.shape)} do not fit: they must be (B, C), (B, k), "
+            "(B, k) and (B,)"
+        )
+    student = at_least_float32(student_logits)
+    student_buckets = student.gather(1, head_ids) / temperature  # (B, k)
+    teacher_buckets = head_logits.to(student.dtype) / temperature
+    if head_ids.shape[1] < classes:
+        # log(1 - the head's share) would lose a small rest: it is summed by itself
+        rest = (student / temperature).scatter_(1, head_ids, -torch.inf).logsumexp(dim=1)
+        # finite, since 0 * -inf is not a number
+        tail = tail_logsumexp.to(student.dtype).clamp(min=torch.finfo(student.dtype).min / 2)
+        student_buckets = torch.cat([student_buckets, rest[:, None]], dim=1)  # (B, k + 1)
+        teacher_buckets = torch.cat([teacher_buckets, tail[:, None]], dim=1)
+    return temperature**2 * _mean_kl(student_buckets, teacher_buckets)
 
 
 def soft_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -122,3 +175,29 @@ def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
     labelled = labels >= 0
     total = F.cross_entropy(student, labels, ignore_index=-1, reduction="sum")
     return total / labelled.sum().clamp(min=1)
+
+
+def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropy of views that are a blend of two samples: shares x ce(labels) + (1 - shares) x ce(partner labels).
+
+    Args:
+        student_logits: (B, C).
+        labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy.
+        shares: (B,) in [0, 1], weight of a sample's own label.
+
+    Returns:
+        Scalar >= 0, in nats, over the labelled weight of the batch: equal to `ce` where every share is 1. Zero when nothing
+        is labelled.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix" (2019).
+    """
+    student = at_least_float32(student_logits)
+    weights = torch.stack([shares, 1 - shares]).to(student.dtype)  # (2, B)
+    if labels.ndim == 2:
+        mixture = weights[0, :, None] * labels + weights[1, :, None] * partner_labels
+        return F.binary_cross_entropy_with_logits(student, mixture)
+    pair = torch.stack([labels, partner_labels])  # (2, B)
+    losses = torch.stack([F.cross_entropy(student, one, ignore_index=-1, reduction="none") for one in pair])
+    weights = torch.where(pair >= 0, weights, 0.0)
+    total = weights.sum()
+    return (weights * losses).sum() / torch.where(total > 0, total, 1.0)

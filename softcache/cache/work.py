@@ -1,0 +1,73 @@
+"""The folder of a dump under way: its plan, and the journals of its parts. Nothing here is needed once it is committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softcache.cache.canonical import canonical_json
+from softcache.cache.plan import Plan
+from softcache.cache.schema import WORK
+from softcache.cache.stored import StoredFile
+from softcache.errors import DamagedCacheError
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a dump fixed before its first row.
+
+    Attributes:
+        plan: of the whole cache as it will be; its last round is the one being written.
+        base: id of the manifest that is extended; None for a new cache.
+        files: written with the plan: samples, probe, constants of new members.
+    """
+
+    plan: Plan
+    base: str | None
+    files: Sequence[StoredFile]
+
+    def to_bytes(self) -> bytes:
+        files = [file.to_json() for file in self.files]
+        return canonical_json({"plan": self.plan.to_json(), "base": self.base, "files": files})
+
+
+def work_folder(path: Path, round_number: int) -> Path:
+    """Where the round keeps plan, journals and locks: `dump/`, and `dump/extend-N/` for the N-th extension."""
+    return path / WORK if round_number == 0 else path / WORK / f"extend-{round_number}"
+
+
+def read_planned(work: Path) -> Planned | None:
+    """The plan of a round; None when it has not been made yet."""
+    file = work / PLAN
+    try:
+        entry = json.loads(file.read_bytes())
+        return Planned(
+            Plan.from_json(entry["plan"]), entry["base"], tuple(StoredFile.from_json(f) for f in entry["files"])
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise DamagedCacheError(f"{file}: is damaged ({exc})", tip="start again with another --out") from None
+
+
+def read_journals(work: Path) -> dict[int, list[dict[str, Any]]]:
+    """Span number -> its different journal entries, over all parts: one, unless a span was written twice.
+
+    A line torn by a crash is skipped: its span is done again.
+    """
+    entries: dict[int, list[dict[str, Any]]] = {}
+    for journal in sorted(work.glob("part-*.jsonl")):
+        for line in journal.read_bytes().split(b"\n"):
+            try:
+                entry = json.loads(line)
+                known = entries.setdefault(int(entry["span"]), [])
+                if entry not in known:
+                    known.append(entry)
+            except (ValueError, KeyError, TypeError):
+                continue
+    return entries

@@ -1,0 +1,120 @@
+"""What every codec is: logits in, stored arrays out, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from softcache.codecs.records import Field
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a codec is fitted on, before the first row is written: some of the rows it will have to hold.
+
+    Attributes:
+        logits: (P, C) float32.
+        head_input: (P, D) float32 input of the final linear layer; None where there is none.
+        head_weight, head_bias: (C, D) and (C,) of that layer, rows in the cache's class order.
+    """
+
+    logits: Tensor
+    head_input: Tensor | None = None
+    head_weight: Tensor | None = None
+    head_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one member's logits are stored. Subclasses are frozen dataclasses; their fields are the parameters.
+
+    Attributes:
+        name: its key in CODECS.
+        keeps_level: the row's absolute level survives, so that losses on raw logits may be used.
+        complete: every class is stored, so that `decode` gives whole rows of logits.
+        bounded: every record gets an `eps`, the bound on |stored - given| over its logits.
+        temperatures: the lowest and highest temperature it can serve; None = any.
+        needs_head: it stores the input of the teacher's final linear layer, and `encode` wants it.
+        num_classes: C.
+    """
+
+    name: ClassVar[str]
+    keeps_level: ClassVar[bool] = True
+    complete: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
+    temperatures: ClassVar[tuple[float, float] | None] = None
+    needs_head: ClassVar[bool] = False
+
+    num_classes: int
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What was chosen, as the manifest keeps it; `make_codec` reads it back."""
+        return {f.name: str(getattr(self, f.name)) for f in fields(self) if f.init and f.repr and f.name != "num_classes"}
+
+    @property
+    def text(self) -> str:
+        """`name:key=value,...`, as `--codec` takes it."""
+        values = ",".join(f"{key}={value}" for key, value in self.parameters.items())
+        return f"{self.name}:{values}" if values else self.name
+
+    def serves(self, temperature: float) -> bool:
+        """Whether it can be used at a temperature."""
+        return self.temperatures is None or self.temperatures[0] <= temperature <= self.temperatures[1]
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Fitted arrays that are stored once for all records, on the CPU; empty for most codecs."""
+        return {}
+
+    @property
+    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Data set name -> (NumPy dtype string, shape of one record); `eps` is not among them."""
+        raise NotImplementedError
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """Where the parts of a compact record lie in its bytes; empty for codecs that store plain arrays."""
+        return ()
+
+    def fit(self, probe: Probe) -> Self:
+        """The same codec with its constants; CodecFitError where it does not suit these rows."""
+        return self
+
+    def with_constants(self, constants: Mapping[str, Tensor]) -> Self:
+        """The same codec with constants that were stored earlier."""
+        return self
+
+    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+        """(B, C) finite float32 logits, on any device -> stored arrays on that device.
+
+        A codec that keeps some rows dense also gives `dense` (n, C) float16 and `dense_at` (n,) int64, their positions in
+        the batch, and has a field `dense`, zero here, into which the writer puts each such row's number, counted from 1.
+
+        Raises:
+            CodecRangeError: numbers that it cannot hold; never a stored infinity.
+        """
+        raise NotImplementedError
+
+    def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Stored arrays, with `dense` and `dense_at` of the same batch where there are any -> (B, C) float32 logits."""
+        raise NotImplementedError
+
+    def rounding(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
+        """(B,) bound on how far another device may decode the same bytes elsewhere; None where decoding is exact."""
+        return None
+
+    def head(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, k) int64 ids and (B, k) float32 logits of the classes that a codec keeps which is not complete."""
+        raise NotImplementedError
+
+    def tail_logsumexp(self, arrays: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """(B,) float32 logarithm of the sum over all other classes of exp(logit / T)."""
+        raise NotImplementedError
+
+    def spread(self, arrays: Mapping[str, Tensor], temperature: float) -> Tensor:
+        """(B, C) float32 log-probabilities at T of a codec that is not complete, the rest's mass spread evenly."""
+        raise NotImplementedError

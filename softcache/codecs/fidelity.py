@@ -1,0 +1,65 @@
+"""How close stored logits are to the given ones: the bound of each record, and the KL divergence at a temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from softcache.codecs.codec import Codec
+
+GRID = (1.0, 2.0, 4.0, 10.0, 20.0)  # temperatures at which fidelity is reported
+
+
+def round_up_to_half(values: Tensor) -> Tensor:
+    """(B,) non-negative float32 -> the smallest float16 that is not below it, so that a stored bound stays a bound."""
+    half = values.half()
+    bits = half.view(torch.int16)
+    return torch.where(half.float() < values, bits + 1, bits).view(torch.float16)
+
+
+def eps_of(codec: Codec, given: Tensor, arrays: Mapping[str, Tensor], decoded: Tensor) -> Tensor:
+    """(B,) float32 bound on |stored - given| over the logits of each record, on any device that decodes it.
+
+    Args:
+        given: (B, C) float32 that went into `codec.encode`.
+        arrays: what came out.
+        decoded: (B, C), `codec.decode(arrays)`.
+    """
+    bound = (decoded - given).abs().amax(dim=1)
+    # the difference was rounded too: the next number is not below the true one
+    bound = torch.where(bound > 0, bound.nextafter(torch.full_like(bound, torch.inf)), bound)
+    rounding = codec.rounding(arrays)
+    return bound if rounding is None else bound + rounding
+
+
+def kl_rows(given: Tensor, decoded: Tensor, temperature: float) -> Tensor:
+    """(B,) KL(softmax(given / T) || softmax(decoded / T)) in nats, float64 inside; never negative.
+
+    Args:
+        given, decoded: (B, C) logits.
+        temperature: > 0.
+    """
+    log_p = (given.double() / temperature).log_softmax(dim=1)
+    log_q = (decoded.double() / temperature).log_softmax(dim=1)
+    p, q = log_p.exp(), log_q.exp()
+    # q - p sums to zero and takes the rounding of the difference of logarithms with it
+    return (p * (log_p - log_q) + (q - p)).sum(dim=1).clamp(min=0)
+
+
+def kl_at(
+    codec: Codec, logits: Tensor, coded: Mapping[str, Tensor], decoded: Tensor | None, temperature: float
+) -> Tensor:
+    """(B,) float64 KL(given || stored) at a temperature, in nats; `decoded` is None where the codec is not complete."""
+    if decoded is not None:
+        return kl_rows(logits, decoded, temperature)
+    return kl_rows(logits / temperature, codec.spread(coded, temperature), 1.0)
+
+
+def grid_of(codec: Codec) -> tuple[float, ...]:
+    """The temperatures at which a codec's fidelity is measured: those of the grid that it serves."""
+    if codec.temperatures is None:
+        return GRID
+    lowest, highest = codec.temperatures
+    return tuple(t for t in GRID if lowest <= t <= highest)
