@@ -37,10 +37,10 @@ class Drift:
     levels: int | None
 
     def __str__(self) -> str:
-        apart = "an unknown number of levels" if self.levels is None else f"{self.levels} level{'s' * (self.levels != 1)}"
-        return (
-            f"{self.records} of {self.checked} checked views differ from what the teacher saw, by {apart} of 255"
+        apart = (
+            "an unknown number of levels" if self.levels is None else f"{self.levels} level{'s' * (self.levels != 1)}"
         )
+        return f"{self.records} of {self.checked} checked views differ from what the teacher saw, by {apart} of 255"
 
 
 def make_probe(render: Render, num_rows: int, num_views: int) -> dict[str, np.ndarray]:

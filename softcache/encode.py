@@ -16,7 +16,7 @@ from torch import Tensor
 from softcache.cache.samples import SampleTable
 from softcache.cache.statistics import Divergence, MemberStatistics
 from softcache.codecs import Codec
-from softcache.codecs.fidelity import eps_of, grid_of, kl_at, round_up_to_half
+from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
 from softcache.errors import CodecFitError, CodecRangeError, TeacherError, first_offenders
 from softcache.storage import Storage
 from softcache.teacher import Teacher
@@ -98,8 +98,7 @@ class Encoded:
             measured=kl.shape[1],
             agreed=int(agreed),
             kl={
-                f"{t:g}": Divergence(float(r.sum()), float(r.max()))
-                for t, r in zip(grid_of(self.storage.codec), kl, strict=True)
+                f"{t:g}": Divergence(float(r.sum()), float(r.max())) for t, r in zip(self.storage.grid, kl, strict=True)
             }
             if kl.size
             else {},
@@ -138,7 +137,7 @@ def encode(
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
     measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}
-    measured["kl"] = _divergences(codec, logits, coded, decoded, single=labels.ndim == 1)
+    measured["kl"] = _divergences(storage, logits, coded, decoded, single=labels.ndim == 1)
     if storage.promise is not None:
         measured["promised_kl"] = kl_at(codec, logits, coded, decoded, storage.promise.temperature)
     dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}
@@ -180,7 +179,7 @@ def _named(where: np.ndarray, samples: SampleTable, rows: np.ndarray) -> str:
 
 
 def _divergences(
-    codec: Codec, logits: Tensor, coded: Mapping[str, Tensor], decoded: Tensor | None, *, single: bool
+    storage: Storage, logits: Tensor, coded: Mapping[str, Tensor], decoded: Tensor | None, *, single: bool
 ) -> Tensor:
     """(grid, n) KL of the first rows of the batch; (0, 0) for multi-label targets."""
     if not single:
@@ -188,7 +187,7 @@ def _divergences(
     count = MEASURED_ROWS
     few = {name: value[:count] for name, value in coded.items() if name not in ("dense", "dense_at")}
     shown = None if decoded is None else decoded[:count]
-    return torch.stack([kl_at(codec, logits[:count], few, shown, t) for t in grid_of(codec)])
+    return torch.stack([kl_at(storage.codec, logits[:count], few, shown, t) for t in storage.grid])
 
 
 def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray) -> Tensor:

@@ -88,6 +88,9 @@ def report(path: Path) -> str:
     header += ["top-1", "entropy (nats)", "weights"]
     width = max(len(name) for name, _ in facts)
     lines = [*(f"{name:<{width}}  {value}" for name, value in facts), "", table(header, members)]
+    for name, s in manifest.statistics.items():
+        if s.dense:
+            lines.append(f"  {s.dense:,} of {s.records:,} records of {name} are kept dense, counted in")
     features = [
         [m.name, f.name, f.stored, f.dtype, " + ".join(map(str, f.shapes)), f"{error:.2g}"]
         for m in plan.members

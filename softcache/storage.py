@@ -15,6 +15,7 @@ from softcache.cache.schema import ArraySpec, Span
 from softcache.cache.shard import file_bytes
 from softcache.codecs import Codec, make_codec
 from softcache.codecs.features import FeatureCodec
+from softcache.codecs.fidelity import grid_of
 from softcache.config import StorageOptions
 from softcache.errors import ConfigError
 from softcache.spec import split_term
@@ -31,6 +32,9 @@ class Promise:
 
     def __str__(self) -> str:
         return f"KL <= {self.max_kl:g} at T={self.temperature:g}"
+
+    def to_json(self) -> dict[str, str]:
+        return {"max_kl": repr(self.max_kl), "at_temperature": repr(self.temperature)}
 
 
 Arrays = dict[str, tuple[str, tuple[int, ...]]]  # data set -> (NumPy dtype string, shape of one record)
@@ -99,6 +103,11 @@ class Storage:
         for feature in self.features:
             arrays |= feature.arrays()
         return arrays
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The temperatures at which fidelity is measured: the codec's, and the promise's."""
+        return tuple(sorted({*grid_of(self.codec), *([self.promise.temperature] if self.promise else [])}))
 
     def array_specs(self, span: Span) -> list[ArraySpec]:
         """The data sets of one part."""
@@ -190,4 +199,5 @@ def member_info(teacher: Teacher, storage: Storage) -> MemberInfo:
             "fields": [field.to_json() for field in codec.fields],
         },
         features=tuple(feature.info() for feature in storage.features),
+        promise=None if storage.promise is None else storage.promise.to_json(),
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from softcache.codecs import Codec, Probe
-from softcache.codecs.fidelity import eps_of, grid_of, kl_at, round_up_to_half
+from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
 from softcache.config import StorageOptions
 from softcache.data.loading import ViewedSet
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, TeacherError, first_offenders, nearest
@@ -164,7 +164,7 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     except (CodecFitError, CodecRangeError, ConfigError) as exc:
         return Surveyed(text, refused=exc.message)
     dense = len(coded["dense_at"]) / len(given.logits) if "dense_at" in coded else 0.0
-    grid = sorted({*grid_of(codec), *([promise.temperature] if promise and codec.serves(promise.temperature) else [])})
+    grid = Storage(codec, promise=promise if promise and codec.serves(promise.temperature) else None).grid
     kl = {t: kl_at(codec, given.logits, coded, decoded, t) for t in grid}
     best = given.logits.argmax(dim=1)
     agreed = 1.0 if decoded is None else float((decoded.argmax(dim=1) == best).double().mean())
@@ -214,21 +214,23 @@ def choose_storages(
 
     The teachers' taps are set to what their storage needs.
     """
-    multi_label = teachers[0].multi_label
-    promise, num_classes = promise_of(config, multi_label=multi_label), teachers[0].num_classes
+    num_classes = teachers[0].num_classes
     known = {teacher.name: job.known_member(teacher.name) for teacher in teachers}
+    if job.base is not None and job.new_views:
+        for name in ("codec", "max_kl", "features"):
+            if getattr(config, name) not in (None, ()):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} cannot be given with more views: the cache's members keep theirs"
+                )
+        return {t.name: _as_before(config, job, t, prober, out) for t in teachers}
+    promise = promise_of(config, multi_label=teachers[0].multi_label)
     text = config.codec
     if text is None and not all(known.values()):
-        text = (
-            pick_codec(teachers, prober, promise, len(job.order) * job.views) if promise is not None else DEFAULT_CODEC
-        )
+        records = len(job.order) * job.views
+        text = pick_codec(teachers, prober, promise, records) if promise is not None else DEFAULT_CODEC
     storages = {}
     for teacher in teachers:
-        before = known[teacher.name]
-        wanted = asked_codec(text, num_classes, promise) if text is not None else None
-        of_the_cache = job.base is not None and job.new_views
-        if of_the_cache and wanted is not None:
-            raise ConfigError("--codec cannot be given with more views: the cache's members keep their codecs")
+        before, wanted = known[teacher.name], asked_codec(text, num_classes, promise) if text is not None else None
         if before is not None and (wanted is None or _same(before.codec, wanted)):
             assert out is not None
             codec = restore(before, num_classes, job.known_constants(out, teacher.name))
@@ -236,23 +238,34 @@ def choose_storages(
             assert wanted is not None
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
-        batch = prober.first_batch(teacher)
-        if of_the_cache and before is not None:
-            if config.features:
-                raise ConfigError("--features cannot be given with more views: the cache's members keep theirs")
-            features = stored_features(
-                teacher,
-                [feature.name for feature in before.features],
-                before.features[0].dtype if before.features else config.feature_dtype,
-                batch,
-            )
-        else:
-            features = stored_features(teacher, _asked_of(config.features, teacher, known), config.feature_dtype, batch)
-        head = teacher.find_head(batch) if features or codec.needs_head else None
-        teacher.features = tuple(feature.spec for feature in features)
-        teacher.head = head if codec.needs_head else None
-        storages[teacher.name] = Storage(codec, features, promise, _head_arrays(teacher, head) if features else {})
+        texts = _asked_of(config.features, teacher, known)
+        storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober)
     return storages
+
+
+def _as_before(config: StorageOptions, job: Job, teacher: Teacher, prober: Prober, out: Path | None) -> Storage:
+    """How the cache stores a member already: its codec, its features and its promise hold for more views too."""
+    before = job.known_member(teacher.name)
+    assert before is not None
+    assert out is not None
+    codec = restore(before, teacher.num_classes, job.known_constants(out, teacher.name))
+    dtype = before.features[0].dtype if before.features else config.feature_dtype
+    promise = None
+    if before.promise is not None:
+        promise = Promise(float(before.promise["max_kl"]), float(before.promise["at_temperature"]))
+    return _tapped(teacher, codec, [feature.name for feature in before.features], dtype, promise, prober)
+
+
+def _tapped(
+    teacher: Teacher, codec: Codec, texts: Sequence[str], dtype: str, promise: Promise | None, prober: Prober
+) -> Storage:
+    """The storage, with the teacher's taps set to what it needs."""
+    batch = prober.first_batch(teacher)
+    features = stored_features(teacher, texts, dtype, batch)
+    head = teacher.find_head(batch) if features or codec.needs_head else None
+    teacher.features = tuple(feature.spec for feature in features)
+    teacher.head = head if codec.needs_head else None
+    return Storage(codec, features, promise, _head_arrays(teacher, head) if features else {})
 
 
 def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> list[str]:

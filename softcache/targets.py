@@ -210,7 +210,13 @@ class Cache:
         codec = make_codec(member.codec["name"], member.codec["parameters"], self.num_classes)
         stored = self.reader.constants(member.name)
         fitted = {n.removeprefix("codec_"): torch.tensor(a) for n, a in stored.items() if n.startswith("codec_")}
-        return codec.with_constants(fitted)
+        codec = codec.with_constants(fitted)
+        if [field.to_json() for field in codec.fields] != list(member.codec["fields"]):
+            raise CacheError(
+                f"{self.reader.path}: the records of member {member.name!r} are laid out otherwise than {codec.text} has them",
+                tip="install the softcache that wrote the cache, or dump again",
+            )
+        return codec
 
     @property
     def manifest(self) -> Manifest:

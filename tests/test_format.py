@@ -75,7 +75,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class Net(nn.Module):
-    """Modules of every shape that features are made of, and a final linear layer; `odd`: dark images leave its range."""
+    """Modules of every shape that features are made of, and a final linear layer; `odd` bends dark images off it."""
 
     def __init__(self, num_classes, odd):
         super().__init__()
@@ -564,8 +564,8 @@ def canonical_item(item):
 # --- from here on softcache may be known again
 
 FEATURES = (
-    "conv1:gram,conv2:map,conv2:pool,conv2:spatial_gram,conv1+conv2:fsp,point1+point2:fsp,tokens:cls,tokens:mean_tokens,"
-    "conv2:attention,conv1:sign,body:flatten,point1:spatial_gram"
+    "conv1:gram,conv2:map,conv2:pool,conv2:spatial_gram,conv1+conv2:fsp,point1+point2:fsp,tokens:cls,"
+    "tokens:mean_tokens,conv2:attention,conv1:sign,body:flatten,point1:spatial_gram"
 )
 # member -> (codec, features, their dtype): each comes in a round of its own
 MEMBERS = {
@@ -578,6 +578,7 @@ MEMBERS = {
     "input": ("linear_head", "body:map", "float16"),
     "narrow": ("linear_head:dtype=int8", "", "float16"),
 }
+PROMISED = "bytes"  # with a promise at T=3
 ODD = "low"  # some of its rows do not lie in the basis of the others, and are kept dense
 SUMMED_AT_WILL = ("lowrank", "linear_head")  # codecs whose sums may be taken in any order
 
@@ -619,6 +620,8 @@ def cache(wide: Path, tmp_path_factory: pytest.TempPathFactory, ids: list[str]) 
         first = member == "plain"
         config = replace(base, teacher=(teacher_of(wide, member),), codec=codec, feature_dtype=dtype, extend=not first)
         config = replace(config, features=(features,) if features else ())
+        if member == PROMISED:
+            config = replace(config, max_kl=1.0, at_temperature=3.0)
         if first:
             config = replace(config, policy=(f"crop_flip:padding={PADDING}",), view_seed=5, views=VIEWS - 1)
         with pytest.MonkeyPatch.context() as patch:
@@ -1014,25 +1017,27 @@ def test_records(vector: dict[str, Any]) -> None:
         assert logits.tolist() == vector["logits"] == codec.head(arrays)[1][0].tolist()
         for temperature, target in vector["log_targets"].items():
             made = codec.spread(arrays, float(temperature))[0]
-            np.testing.assert_allclose(log_target(ids, logits, tails, classes, float(temperature)), target, atol=2e-6)
-            np.testing.assert_allclose(made, target, atol=1e-6)
+            np.testing.assert_allclose(log_target(ids, logits, tails, classes, float(temperature)), target, atol=6e-6)
+            np.testing.assert_allclose(made, target, atol=8e-6)
     else:
-        if "dense" in vector:
-            row = np.frombuffer(bytes.fromhex(vector["dense"]), "<f2")
-            own = row.astype(np.float32) + found["level"]
-            arrays |= {"dense": torch.from_numpy(row.copy())[None], "dense_at": torch.tensor([0])}
         np.testing.assert_array_equal(own, np.float32(vector["logits"]))
         np.testing.assert_array_equal(codec.decode(arrays)[0], np.float32(vector["logits"]))
+    if "dense" in vector:
+        record_of_it = record_of(vector["dense_record"])
+        row = np.frombuffer(bytes.fromhex(vector["dense"]), "<f2").copy()
+        kept = fields(record_of_it, table)
+        assert kept["dense"] == 1
+        arrays = {"records": torch.from_numpy(record_of_it)[None], "dense": torch.from_numpy(row)[None]}
+        made = codec.decode(arrays | {"dense_at": torch.tensor([0])})[0]
+        np.testing.assert_array_equal(made, np.float32(vector["dense_logits"]))
+        np.testing.assert_array_equal(row.astype(np.float32) + kept["level"], np.float32(vector["dense_logits"]))
     if "numbers" in vector:
-        narrow = vector["constants"]["bits"]
-        assert [narrow, (np.diff(narrow) <= 0).all(), max(narrow) > 8] == [narrow, True, True]
-        both = [number for group, bits in zip(np.split(np.array(vector["numbers"]), 2), narrow, strict=True)
-                for number in [group % 2 ** min(bits, 8)]]  # fmt: skip
-        whole = [
-            *zip(both, (min(b, 8) for b in narrow), strict=True),
-            (np.array(vector["numbers"][:8]) // 256, narrow[0] - 8),
-        ]
-        data = b"".join(sum(int(n) << i * b for i, n in enumerate(group)).to_bytes(b, "little") for group, b in whole)
+        bits = vector["constants"]["bits"]
+        assert sorted(bits, reverse=True) == bits == [10, 3]
+        first, second = (np.array(numbers_) for numbers_ in (vector["numbers"][:8], vector["numbers"][8:]))
+        pieces = [(first % 256, 8), (second, 3), (first // 256, 2)]
+        wholes = [sum(int(number) << i * width for i, number in enumerate(piece)) for piece, width in pieces]
+        data = b"".join(whole.to_bytes(width, "little") for whole, (_, width) in zip(wholes, pieces, strict=True))
         assert data == found["codes"].tobytes()
     given = torch.tensor([vector["given"]]) if "given" in vector else None
     if given is not None:
@@ -1295,8 +1300,9 @@ def test_seeded_generators(tmp_path: Path) -> None:
         "def make(scale: int = 1):\n"
         "    made = random.random()\n"
         "    def noise(image):\n"
-        "        numbers = [made, random.random(), np.random.random(), float(torch.rand(1))]\n"
-        "        return ((image.long() + scale * torch.tensor([int(256 * x) for x in numbers])) % 256).to(torch.uint8)\n"
+        "        drawn = [made, random.random(), np.random.random(), float(torch.rand(1))]\n"
+        "        moved = image.long() + scale * torch.tensor([int(256 * x) for x in drawn])\n"
+        "        return (moved % 256).to(torch.uint8)\n"
         "    return noise\n"
     )
     text = f"{file}:make?scale=2"
@@ -1634,11 +1640,12 @@ def test_the_fields_and_data_sets_are_those_of_the_page(cache: Path) -> None:
 
 
 def page_fields_of(codec: dict[str, Any], manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The fields of a member's records, by the page; widths that its constants decide are taken as they stand."""
-    widths = {field["name"]: field["shape"] for field in codec["fields"]}
-    vector = {"codec": codec["name"], "parameters": codec["parameters"], "head_input": [0] * widths["codes"][0],
-              "constants": {"bits": widths["codes"]}} if "codes" in widths else {**codec, "codec": codec["name"]}  # fmt: skip
-    return page_fields(vector, len(manifest["class_names"]))
+    """The fields of a member's records, by the page; a width that its constants decide is taken as it stands."""
+    width = codec["fields"][-1]["shape"]
+    vector = {"codec": codec["name"], "parameters": codec["parameters"]}
+    return page_fields(
+        vector | {"head_input": [0] * width[0], "constants": {"bits": width}}, len(manifest["class_names"])
+    )
 
 
 def test_plan_journal_and_provenance_hold_what_the_page_says(cache: Path, ids: list[str]) -> None:

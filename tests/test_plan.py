@@ -269,7 +269,7 @@ def test_divergences_are_those_of_the_measured_rows(
             log_q = targets.logits().double() / t if codec.complete else targets.log_probs("narrow", t).double()
             wanted = kl(given / t, log_q, 1.0)
             # a fitted codec's products may be summed in another order in another batch
-            close = {"rel": 2e-3, "abs": 1e-12} if one.codec in FITTED else {"rel": 1e-6, "abs": 1e-15}
+            close: dict[str, Any] = {"rel": 2e-3, "abs": 1e-12} if one.codec in FITTED else {"rel": 1e-6, "abs": 1e-15}
             assert one.mean(t) == pytest.approx(wanted.mean(), **close), (one.codec, t)
             assert one.worst(t) == pytest.approx(wanted.max(), **close), (one.codec, t)
         if codec.complete:

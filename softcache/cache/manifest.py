@@ -46,6 +46,11 @@ class Manifest:
                 f"{where}: written in format version {found}; this softcache reads version {FORMAT_VERSION}",
                 tip="install the softcache that wrote it, or dump again",
             )
+        if "layout" in entry and "rounds" not in entry:
+            raise CacheError(
+                f"{where}: written by softcache 0.1, before the format was frozen; this one cannot read it",
+                tip="dump again, or install softcache 0.1",
+            )
         try:
             manifest = cls(
                 plan=Plan.from_json(entry),

@@ -65,6 +65,7 @@ class MemberInfo:
         class_order: None when the teacher's classes stood in the cache's order, else the applied permutation.
         codec: {"name", "parameters": {name: string}, "fields": [{name, offset, dtype, shape}]}.
         features: what else is stored of each record.
+        promise: {"max_kl", "at_temperature"}, both strings: no record is further than that; None where nothing was promised.
     """
 
     name: str
@@ -75,6 +76,7 @@ class MemberInfo:
     class_order: Sequence[int] | None
     codec: Mapping[str, Any]
     features: Sequence[FeatureInfo] = ()
+    promise: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "features": [dict(vars(feature)) for feature in self.features]}
