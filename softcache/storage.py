@@ -145,7 +145,7 @@ def promise_of(config: StorageOptions, *, multi_label: bool) -> Promise | None:
             "--max-kl promises a divergence between softmax targets; this set has several labels per sample",
             tip="choose a codec with --codec; its eps bounds every logit",
         )
-    return Promise(config.max_kl, config.at_temperature)
+    return Promise(float(config.max_kl), float(config.at_temperature))  # a NumPy number writes itself otherwise
 
 
 def asked_codec(text: str, num_classes: int, promise: Promise | None) -> Codec:

@@ -239,7 +239,7 @@ def test_a_decoder_that_rounds_otherwise(
     decode = sources.image_array
     monkeypatch.setattr(sources, "image_array", lambda image, where: decode(image, where) + 1)
     train.run(settings(tmp_path, data), quiet=True)
-    assert "12 of 12 checked views" in recorded(tmp_path) and "by 1 levels" in recorded(tmp_path)
+    assert "12 of 12 checked views" in recorded(tmp_path) and "by 1 level of" in recorded(tmp_path)
     monkeypatch.setattr(sources, "image_array", lambda image, where: decode(image, where) + 5)
     with pytest.raises(DriftError, match="up to 5 levels of 255 apart"):
         train.run(settings(tmp_path, data, out=str(tmp_path / "other")), quiet=True)
@@ -551,7 +551,7 @@ def test_a_new_member_may_see_a_rounding(
     before = quick_dump(policy=CROP, views=3)
     round_by(1)(monkeypatch, CROP)
     after = add_member(tmp_path, toy)
-    assert capsys.readouterr().err.count("differ from what the teacher saw, by 1 levels") == 1
+    assert capsys.readouterr().err.count("differ from what the teacher saw, by 1 level of") == 1
     rows, view = np.divmod(np.arange(120), 3)
     old, new = (cache.reader.gather(None, "pixel_digests", rows, view) for cache in (before, after))
     assert np.array_equal(old, new)

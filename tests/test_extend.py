@@ -531,6 +531,26 @@ def test_another_plan_for_a_half_done_extension(
     assert (done.num_views, verify.run(tmp_path / "cache", full=True, quiet=True).state) == (4, "whole")
 
 
+def test_what_was_fixed_stays_fixed_on_resume(
+    quick_dump: QuickDump, extend: QuickDump, pieces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that were not asked for are those of the beginning, and a codec is not fitted anew."""
+    data, teacher = f"{pieces}:wide", [f"{pieces}:bent"]
+    quick_dump(data, [f"{pieces}:bent?seed=3"], policy=MIXED, views=2)
+    settings: dict[str, Any] = {"data": data, "teacher": teacher, "codec": "lowrank:max_kl=1e-3"}
+    half_done(extend, **settings)
+    asked: list[int | None] = []
+
+    def picked(threads: int | None) -> int:
+        asked.append(threads)
+        return 1
+
+    monkeypatch.setattr(dump, "pick_threads", picked)
+    monkeypatch.setattr("softcache.codecs.lowrank.LowRankCodec.fit", lambda self, probe: pytest.fail("fitted anew"))
+    assert extend(**settings, threads=None).members == ("bent", "bent-2")
+    assert asked == [1]
+
+
 def test_a_given_up_extension_leaves_the_cache_usable(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,15 @@ from softcache.cache.statistics import MemberStatistics
 from softcache.codecs import CODECS
 from softcache.config import DumpConfig, TrainConfig
 from softcache.encode import MEASURED_ROWS
-from softcache.errors import CacheError, CodecFitError, ConfigError, LossError, SoftcacheError, TeacherError
+from softcache.errors import (
+    CacheError,
+    CodecFitError,
+    ConfigError,
+    LossError,
+    PlanMismatchError,
+    SoftcacheError,
+    TeacherError,
+)
 from softcache.models import load_model
 from softcache.spec import load_user_file
 from softcache.taps import head_of
@@ -740,10 +748,19 @@ def test_a_broken_promise_stops_the_dump(
         softcache.open(out)
 
 
-def test_a_promise_kept_by_a_named_codec_changes_nothing(pieces: Path, tmp_path: Path) -> None:
+def test_a_promise_kept_by_a_named_codec_stands_in_the_manifest(pieces: Path, tmp_path: Path) -> None:
+    """The records stay the same; the divergence at the promise's temperature is measured too."""
     plain = dumped(pieces, tmp_path / "plain", codec="int8")
-    promised = dumped(pieces, tmp_path / "promised", codec="int8", max_kl=1e-2, at_temperature=4.0)
-    assert promised.id == plain.id
+    promised = dumped(pieces, tmp_path / "promised", codec="int8", max_kl=1e-2, at_temperature=3.0)
+    assert plain.member("narrow").promise is None
+    assert promised.member("narrow").promise == {"max_kl": "0.01", "at_temperature": "3.0"}
+    shards = [name for name in bytes_of(plain) if name.endswith(".h5")]
+    assert [bytes_of(promised)[name] for name in shards] == [bytes_of(plain)[name] for name in shards]
+    found = kl(live(pieces, promised), whole_view(promised).logits(), 3.0)[measured_rows()]
+    statistics = promised.manifest.statistics["narrow"]
+    assert set(statistics.kl) == {"1", "2", "3", "4", "10", "20"}
+    assert statistics.kl["3"].worst == pytest.approx(found.max(), rel=1e-7)
+    assert statistics.mean_kl("3") == pytest.approx(found.mean(), rel=1e-7)
 
 
 def test_lowrank_takes_the_promise_as_its_own_and_keeps_failing_rows(
@@ -785,12 +802,32 @@ def test_other_parts_pick_the_same(pieces: Path, tmp_path: Path) -> None:
     assert bytes_of(dumped(pieces, tmp_path / "c", part="1/2", **settings)) == bytes_of(whole)
 
 
-def test_more_views_are_held_to_the_promise_too(pieces: Path, tmp_path: Path) -> None:
-    dumped(pieces, tmp_path / "c", codec="int8", policy=POLICY)
-    before = softcache.open(tmp_path / "c").id
-    with pytest.raises(CodecFitError, match="codec 'int8' does not keep KL <= 1e-09 at T=4"):
-        dumped(pieces, tmp_path / "c", views=2, extend=True, max_kl=1e-9)
-    assert softcache.open(tmp_path / "c").id == before
+def test_more_views_are_held_to_the_caches_promise(pieces: Path, tmp_path: Path) -> None:
+    """It is broken by a view that the first dump did not see."""
+    settings: dict[str, Any] = {"codec": "int8", "policy": POLICY}
+    all_views = dumped(pieces, tmp_path / "all", views=6, **settings)
+    worst = [
+        kl(live(pieces, all_views, view=view), whole_view(all_views, view).logits(), 4.0).max() for view in range(6)
+    ]
+    assert max(worst) > 1.02 * worst[0]
+    max_kl = (max(worst) + worst[0]) / 2
+    kept = dumped(pieces, tmp_path / "c", max_kl=max_kl, at_temperature=4.0, **settings)
+    with pytest.raises(CodecFitError, match=f"codec 'int8' does not keep KL <= {max_kl:g} at T=4"):
+        dumped(pieces, tmp_path / "c", views=6, extend=True)
+    assert softcache.open(tmp_path / "c").id == kept.id
+    with pytest.raises(ConfigError, match="--max-kl cannot be given with more views"):
+        dumped(pieces, tmp_path / "c", views=6, extend=True, max_kl=1.0)
+
+
+def test_a_resume_cannot_change_the_promise(pieces: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"codec": "int8", "at_temperature": 4.0}
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at_journal_line(patch, 2)
+        with pytest.raises(Killed):
+            dumped(pieces, tmp_path / "c", max_kl=1e-2, **settings)
+    with pytest.raises(PlanMismatchError, match="max_kl"):
+        dumped(pieces, tmp_path / "c", max_kl=1e-1, **settings)
+    assert dumped(pieces, tmp_path / "c", max_kl=1e-2, **settings).member("narrow").promise is not None
 
 
 NONSENSE: dict[str, dict[str, Any]] = {

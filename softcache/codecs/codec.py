@@ -53,7 +53,9 @@ class Codec:
     @property
     def parameters(self) -> dict[str, str]:
         """What was chosen, as the manifest keeps it; `make_codec` reads it back."""
-        return {f.name: str(getattr(self, f.name)) for f in fields(self) if f.init and f.repr and f.name != "num_classes"}
+        return {
+            f.name: str(getattr(self, f.name)) for f in fields(self) if f.init and f.repr and f.name != "num_classes"
+        }
 
     @property
     def text(self) -> str:
