@@ -185,6 +185,17 @@ def another_size(patch: pytest.MonkeyPatch, policy: tuple[str, ...]) -> None:
     change_step(patch, policy, change)
 
 
+def wrong_in_view_two(patch: pytest.MonkeyPatch, policy: tuple[str, ...]) -> None:
+    def change(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrong(image: torch.Tensor, draws: Any, **parameters: Any) -> Any:
+            made = function(image, draws, **parameters)
+            return made ^ 128 if draws._view == 2 else made
+
+        return wrong
+
+    change_step(patch, policy, change)
+
+
 SERIOUS = [round_by(3), another_crop, another_generator, another_arithmetic, shifted_by_a_pixel, another_size]
 SERIOUS_NAMES = ["three levels", "another crop", "another generator", "another arithmetic", "a pixel further", "size"]
 
@@ -277,6 +288,16 @@ def test_anything_more_is_an_error(
     assert not (tmp_path / "run").exists()  # before anything was begun
     train.run(settings(tmp_path, f"{toy}:images", on_drift="warn"), quiet=True)
     assert "checked views differ" in recorded(tmp_path)
+
+
+def test_every_view_is_looked_at(
+    quick_dump: QuickDump, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checked samples take the views in turn: one wrong view of three is a third of them."""
+    quick_dump(policy=CROP, views=3)
+    wrong_in_view_two(monkeypatch, CROP)
+    with pytest.raises(DriftError, match="13 of 40 checked views"):
+        train.run(settings(tmp_path, f"{toy}:images"), quiet=True)
 
 
 def test_the_versions_of_both_sides_are_named(
@@ -514,17 +535,6 @@ def test_a_new_member_must_see_what_the_others_saw(
     assert softcache.open(tmp_path / "cache").id == old
     assert not (tmp_path / "cache" / "dump" / "extend-1").exists()
     assert add_member(tmp_path, toy).members == ("exact", "network")
-
-
-def wrong_in_view_two(patch: pytest.MonkeyPatch, policy: tuple[str, ...]) -> None:
-    def change(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrong(image: torch.Tensor, draws: Any, **parameters: Any) -> Any:
-            made = function(image, draws, **parameters)
-            return made ^ 128 if draws._view == 2 else made
-
-        return wrong
-
-    change_step(patch, policy, change)
 
 
 def test_every_view_of_a_new_member_is_checked(

@@ -21,13 +21,14 @@ from conftest import QuickDump
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 import softcache
-from softcache import losses, train
-from softcache.config import TrainConfig
+from softcache import evaluate, losses, train
+from softcache.config import EvalConfig, TrainConfig
 from softcache.data.loading import LoadedBatch, Partners, ViewedSet, epoch_order
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, DriftError, LossError, SoftcacheError
 from softcache.losses import LOSSES, ce, kd, make_term, mixed_ce
+from softcache.models.weights import read_metadata
 from softcache.objective import Labels, loss_parts
 from softcache.spec import load_user_file
 
@@ -647,6 +648,22 @@ def test_a_size_is_the_runs_own(quick_dump: QuickDump, toy: Path, pieces: Path, 
     assert json.loads((tmp_path / "run" / "run.json").read_text())["targets"] == "matched"
     with pytest.raises(TrainingError, match="size was 4, is now 5"):
         train.run(replace(config, size=5), quiet=True)
+
+
+@pytest.mark.parametrize("more", [{"size": 4}, {"augment": ("resized_crop_flip:size=5",)}], ids=["size", "augment"])
+def test_such_a_student_is_evaluated_as_it_was_trained(
+    quick_dump: QuickDump, toy: Path, pieces: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """The run folder knows its size: the whole image at that size, without crop and partner."""
+    data = f"{pieces}:some"
+    quick_dump(data, [f"{toy}:exact?seed={TEACHER}"], policy=(*RESIZED, "mixup"), views=2)
+    config = settings(tmp_path, toy, data, eval_data=data, **cached(tmp_path, student="softcache:mlp?hidden=4", **more))
+    trained = train.run(config, quiet=True).evaluation
+    again = evaluate.run(str(tmp_path / "run"), EvalConfig(data=data, threads=1, workers=0), quiet=True)
+    assert trained is not None
+    assert (again.top1, again.nll) == (trained.top1, trained.nll)
+    saved = Policy.from_json(json.loads(read_metadata(tmp_path / "run")["softcache_policy"]), 0)
+    assert saved.steps[0].parameters["size"] == more.get("size", 5)
 
 
 # ---- views of the student's own -------------------------------------------------------------------------------------

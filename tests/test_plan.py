@@ -333,8 +333,8 @@ def test_logits_beyond_float16_leave_the_codecs_that_hold_them(pieces: Path, tmp
 @pytest.mark.parametrize(
     ("teacher", "max_kl", "temperature"),
     [
-        ("function", 1e-4, 4.0),
         ("narrow", 1e-3, 1.0),
+        pytest.param("function", 1e-4, 4.0, marks=pytest.mark.slow),
         pytest.param("function", 1e-7, 4.0, marks=pytest.mark.slow),
         pytest.param("narrow", 1e-5, 3.0, marks=pytest.mark.slow),
     ],
@@ -406,8 +406,7 @@ def test_the_table_for_people(pieces: Path, capsys: pytest.CaptureFixture[str]) 
     assert lines[-1].startswith("> float16: ") and "about" in lines[-1]
 
 
-@pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize("count", [50, 400])
+@pytest.mark.parametrize(("count", "views"), [(50, 3), (400, 1), pytest.param(400, 3, marks=pytest.mark.slow)])
 def test_numbers_are_positive_and_finite(pieces: Path, count: int, views: int) -> None:
     """Whether or not the whole set is fewer rows than a trial."""
     forecast = plan.run(config(pieces, f"images?count={count}", policy=POLICY, views=views))

@@ -133,6 +133,10 @@ ROWS = {
 }
 COMPLETE = [row for row, text in ROWS.items() if not text.startswith("topk")]
 over_rows = pytest.mark.parametrize("row", ROWS)
+QUICK = ("float16", "headtail", "topk", "lowrank")  # one of each kind; the others in the full run
+over_quick_rows = pytest.mark.parametrize(
+    "row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +338,7 @@ def test_training_on_topk_sees_the_lower_bound(
     assert bound < whole * 0.999
 
 
-@over_rows
+@over_quick_rows
 def test_an_epoch_of_steps_learns(pieces: Path, caches: dict[str, softcache.Cache], tmp_path: Path, row: str) -> None:
     loss = "kd_lower_bound" if row == "topk" else "kd"
     settings = {"batch_size": 32, "epochs": 3, "view": 0, "lr": 0.05, "read": "pread"}
@@ -419,7 +423,7 @@ def test_not_finite_behind_the_rows_of_the_fit(
         dumped(pieces, tmp_path / "c", "images?marked=250", "narrow?value=nan", codec=ROWS[row], order="natural")
 
 
-@over_rows
+@over_quick_rows
 def test_inspect_verify_and_card(
     caches: dict[str, softcache.Cache], row: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -651,7 +655,7 @@ def holding(given: np.ndarray, max_kl: float, temperature: float) -> dict[str, i
     }
 
 
-PROMISES = [(1e-2, 4.0), (1e-4, 4.0), (3e-6, 4.0), (1e-6, 4.0), (1e-4, 1.0), (1e-5, 20.0), (1e-13, 4.0)]
+PROMISES = [(1e-4, 4.0), (3e-6, 4.0), (1e-6, 4.0), (1e-4, 1.0), (1e-13, 4.0)]
 
 
 def test_the_promises_below_pick_different_codecs(pieces: Path) -> None:
