@@ -256,7 +256,13 @@ CODECS = [
 ]
 
 
-@pytest.mark.parametrize(("codec", "seed"), [pytest.param(*case, id=case[0]) for case in CODECS])
+FAST_TIER = ("int8", "lowrank:max_kl=1e-3")
+
+
+@pytest.mark.parametrize(
+    ("codec", "seed"),
+    [pytest.param(*case, id=case[0], marks=() if case[0] in FAST_TIER else pytest.mark.slow) for case in CODECS],
+)
 def test_more_views_are_those_of_one_dump(
     quick_dump: QuickDump, extend: QuickDump, pieces: Path, codec: str, seed: int
 ) -> None:
@@ -303,6 +309,7 @@ def test_views_then_a_member_then_views(quick_dump: QuickDump, extend: QuickDump
     assert verify.run(tmp_path / "cache", full=True, quiet=True, replay=320).state == "whole"
 
 
+@pytest.mark.slow
 def test_members_with_codecs_of_their_own(quick_dump: QuickDump, extend: QuickDump, pieces: Path) -> None:
     """Each as a dump of its own would store it; more views keep each one's codec and what was fitted for it."""
     data, teachers = f"{pieces}:wide", [f"{pieces}:bent?seed={seed}&name=m{seed}" for _, seed in CODECS]
@@ -468,7 +475,7 @@ def stop_at_call(patch: pytest.MonkeyPatch, place: Any, name: str, number: int) 
     patch.setattr(place, name, counted)
 
 
-@pytest.mark.parametrize("kind", ["views", "member"])
+@pytest.mark.parametrize("kind", [pytest.param("views", marks=pytest.mark.slow), "member"])
 def test_an_interrupted_extension_is_resumed(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path, kind: str
 ) -> None:
