@@ -289,31 +289,28 @@ def _rates(config: PlanConfig, transfer_set: TransferSet, job: Job, codec: str) 
     count = len(transfer_set)
     with tempfile.TemporaryDirectory(prefix="softcache-plan-") as folder:
 
-        def trial(rows: int, views: int) -> float:
+        def trial(rows: int, views: int) -> tuple[float, float]:
+            """Seconds of a dump of so many rows and views: those before its first view, and those of one view."""
             number = len(list(Path(folder).iterdir()))
             keys = Path(folder) / f"keys-{number}.txt"
             chosen = np.linspace(0, count - 1, min(rows, count)).astype(np.int64)
             keys.write_text("".join(f"{transfer_set.keys[int(i)]}\n" for i in chosen), encoding="utf-8")
             values = {f.name: getattr(config, f.name) for f in fields(PlanConfig)}
             values |= {"samples": str(keys), "codec": codec, "views": views, "max_kl": None}
-            started = time.monotonic()
-            dump.run(DumpConfig(**values, out=str(Path(folder) / f"cache-{number}")), quiet=True)
-            return time.monotonic() - started
+            done = dump.run(DumpConfig(**values, out=str(Path(folder) / f"cache-{number}")), quiet=True)
+            per_view = 1 / done.samples_per_s
+            return max(0.0, done.seconds - len(chosen) * views * per_view), per_view
 
-        trial(min(count, FEWEST_ROWS), 1)  # the first one also pays for what every process loads once
-        few = min(count, FEWEST_ROWS)
-        first = trial(few, 1)
-        rows = min(count, MOST_ROWS, max(2 * few, int(few * TRIAL_SECONDS / max(first, 0.01))))
+        few, views = min(count, FEWEST_ROWS), min(2, job.views)
+        trial(few, views)  # the first one also pays for what every process loads once
+        before, per_view = trial(few, views)
+        taken = before + few * views * per_view
+        rows = min(count, MOST_ROWS, max(2 * few, int(few * TRIAL_SECONDS / max(taken, 0.01))))
         if rows <= few:  # the whole set was tried
-            second = trial(few, 2) if job.views > 1 else first
-            of_a_view = max(0.0, second - first)
-            return Rates(max(0.0, first - of_a_view), 0.0, of_a_view / few)
-        whole = trial(rows, 1)
-        per_row = max(0.0, (whole - first) / (rows - few))
-        per_view = per_row
-        if job.views > 1:
-            per_view = min(per_row, max(0.0, (trial(rows, 2) - whole) / rows))
-        return Rates(max(0.0, first - few * per_row), per_row - per_view, per_view)
+            return Rates(before, 0.0, per_view)
+        before_more, per_view = trial(rows, views)
+        per_sample = max(0.0, (before_more - before) / (rows - few))
+        return Rates(max(0.0, before - few * per_sample), per_sample, per_view)
 
 
 def _duration(seconds: float) -> str:

@@ -447,13 +447,18 @@ def test_errors_on_the_terminal_have_no_traceback(here: Path) -> None:
 
 def started(argv: list[str], flag: Path) -> subprocess.Popen[str]:
     """A command in a process group of its own, once it has got as far as `flag`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "softcache", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    # a test run in the background of a shell ignores Ctrl-C, and a child would inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "softcache", *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     start = time.monotonic()
     while not flag.exists():
         assert process.poll() is None and time.monotonic() - start < 60, process.communicate()

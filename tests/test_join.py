@@ -272,7 +272,7 @@ def test_a_rounding_is_told_from_other_pixels_by_the_probe(
     if tolerated:
         drift = cache.check_pixels(items, rows, views, render)
         assert drift == Drift(2, 3, levels)
-        assert f"2 of 3 checked views differ from what the teacher saw, by {levels} levels" in str(drift)
+        assert f"2 of 3 checked views differ from what the teacher saw, by {levels} level" in str(drift)
         return
     first, last = cache.samples.key(3), cache.samples.key(39)
     with pytest.raises(DriftError, match=rf"^2 of 3 .*\(up to 3 levels of 255 apart\): {first}, {last}\n") as caught:

@@ -123,7 +123,12 @@ def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     out = {codec: root / f"cache-{codec.replace(':', '-')}" for codec in arguments.codecs.split(" ")}
     for codec, path in list(out.items()):
         config = DumpConfig(
-            data=data, teacher=(f"{arguments.teacher}@{root}",), out=str(path), codec=codec, device=arguments.device
+            data=data,
+            teacher=(f"{arguments.teacher}@{root}",),
+            out=str(path),
+            codec=codec,
+            device=arguments.device,
+            threads=arguments.threads,
         )
         try:
             dump.run(config, quiet=True)
