@@ -19,7 +19,7 @@ from typing import Any
 
 from softcache import __version__
 from softcache.config import DumpConfig, EvalConfig, PlanConfig, Resolved, TrainConfig, resolve
-from softcache.errors import SoftcacheError
+from softcache.errors import ConfigError, SoftcacheError
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
 
@@ -55,6 +55,14 @@ EXAMPLES = {
   softcache verify caches/digits --quick
   softcache verify caches/digits --full --json
   softcache verify caches/digits --replay 1000""",
+    "repair": """
+  softcache repair caches/digits
+  softcache repair caches/digits --from /backup/digits
+  softcache repair caches/digits --data digits --teacher runs/teacher""",
+    "subset": """
+  softcache subset caches/mnist caches/mnist-first --views 0-3
+  softcache subset caches/mnist caches/mnist-few --members teacher --keep-labels 0-4 --license cc-by-4.0
+  softcache subset caches/mnist caches/mnist-some --samples keys.txt --json""",
 }
 
 SUMMARIES = {
@@ -66,6 +74,8 @@ SUMMARIES = {
     "inspect": "what made this cache, from what, how big; one sample's soft target as bars",
     "views": "a picture of what the teacher saw of one sample, and of what it answered",
     "verify": "is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished",
+    "repair": "make damaged or missing files again, and prove that they are the same bytes",
+    "subset": "write some views, members or samples of a cache as a smaller cache of its own",
 }
 
 
@@ -75,8 +85,6 @@ class _Terminated(BaseException):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        from softcache.errors import ConfigError
-
         raise ConfigError(message, tip=f"see `{self.prog} --help`")
 
 
@@ -154,6 +162,7 @@ def _build_parser() -> argparse.ArgumentParser:
     views.add_argument("--sample", metavar="KEY", required=True, help="whose views")
     views.add_argument("--out", metavar="FILE", default="views.png", help="the picture (default: views.png)")
     views.add_argument("--data", metavar="DATA", help="where the sample is (default: as the dump was given it)")
+    _allow_code(views)
     verify = _verb(verbs, "verify", _verify)
     verify.add_argument("cache", help="folder of the cache")
     depth = verify.add_mutually_exclusive_group()
@@ -161,8 +170,48 @@ def _build_parser() -> argparse.ArgumentParser:
     depth.add_argument("--full", action="store_true", help="hashes, block checksums and HDF5 structure")
     verify.add_argument("--replay", type=int, default=0, metavar="N", help="also render N records and compare pixels")
     verify.add_argument("--data", metavar="DATA", help="for --replay (default: as the dump was given it)")
+    _allow_code(verify)
     verify.add_argument("--json", action="store_true", help="for machines")
+    repair = _verb(verbs, "repair", _repair)
+    repair.add_argument("cache", help="folder of the cache")
+    repair.add_argument(
+        "--from", dest="source", metavar="DIR", help="take damaged files from another copy of the cache"
+    )
+    repair.add_argument("--data", metavar="DATA", help="the transfer set (default: as the dump was given it)")
+    repair.add_argument(
+        "--teacher", action="append", default=[], metavar="TEACHER", help="repeat (default: as the dump was given them)"
+    )
+    repair.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="as it was at the dump: bytes may depend on it"
+    )
+    _allow_code(repair)
+    repair.add_argument("--workers", type=int, metavar="N", help="loader processes (default: 0 on a CPU, 4 with a GPU)")
+    repair.add_argument("--json", action="store_true", help="for machines")
+    subset = _verb(verbs, "subset", _subset)
+    subset.add_argument("cache", help="folder of the cache")
+    subset.add_argument("out", help="folder of the smaller cache")
+    subset.add_argument(
+        "--views", metavar="A-B", help="one range of views, both ends included, or one view (default: all)"
+    )
+    lists = {
+        "--members": ("NAMES", "members to keep: a,b (default: all)"),
+        "--keep-labels": ("LABELS", "only samples of these classes: names or indices, 7,8 or 0-4"),
+        "--drop-labels": ("LABELS", "no samples of these classes"),
+    }
+    for flag, (metavar, text) in lists.items():
+        subset.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
+    subset.add_argument(
+        "--samples", metavar="FILE", help="only the samples whose keys (or ids) this file lists, one a line"
+    )
+    subset.add_argument("--id", metavar="ID", help="of the manifest to read (default: the newest)")
+    subset.add_argument("--license", metavar="TEXT", help="of the smaller cache (default: the cache's)")
+    subset.add_argument("--json", action="store_true", help="the result for machines")
     return parser
+
+
+def _allow_code(parser: argparse.ArgumentParser) -> None:
+    text = "run code that the cache names: transforms of its views, factories of its data and teachers"
+    parser.add_argument("--allow-code", action="store_true", help=text)
 
 
 def _verb(verbs: Any, name: str, handler: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
@@ -312,7 +361,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _views(arguments: argparse.Namespace) -> int:
     from softcache import picture
 
-    print(picture.draw_views(Path(arguments.cache), arguments.sample, Path(arguments.out), data=arguments.data))
+    path, out = Path(arguments.cache), Path(arguments.out)
+    print(picture.draw_views(path, arguments.sample, out, data=arguments.data, allow_code=arguments.allow_code))
     return 0
 
 
@@ -320,9 +370,66 @@ def _verify(arguments: argparse.Namespace) -> int:
     from softcache import verify
 
     path = Path(arguments.cache)
-    verdict = verify.run(path, full=arguments.full, quiet=arguments.json, replay=arguments.replay, data=arguments.data)
+    verdict = verify.run(
+        path,
+        full=arguments.full,
+        quiet=arguments.json,
+        replay=arguments.replay,
+        data=arguments.data,
+        allow_code=arguments.allow_code,
+    )
     print(json.dumps(dataclasses.asdict(verdict)) if arguments.json else verdict.text())
     return verdict.exit_code
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from softcache import repair
+
+    means = repair.Means(
+        source=Path(arguments.source) if arguments.source else None,
+        data=arguments.data,
+        teachers=arguments.teacher,
+        device=arguments.device,
+        workers=arguments.workers,
+        allow_code=arguments.allow_code,
+    )
+    result = repair.run(Path(arguments.cache), means, quiet=arguments.json)
+    print(json.dumps(dataclasses.asdict(result)) if arguments.json else result.text())
+    return result.exit_code
+
+
+def _subset(arguments: argparse.Namespace) -> int:
+    from softcache import subset
+    from softcache.report import size
+    from softcache.spec import convert
+
+    def listed(flag: str, given: list[str]) -> tuple[str, ...]:
+        names: tuple[str, ...] = convert(",".join(given), tuple[str, ...], flag)
+        if given and not names:
+            raise ConfigError(f"{flag} names nothing", tip="leave it out to keep all")
+        return names
+
+    choice = subset.Choice(
+        views=arguments.views,
+        members=listed("--members", arguments.members),
+        keep_labels=listed("--keep-labels", arguments.keep_labels),
+        drop_labels=listed("--drop-labels", arguments.drop_labels),
+        samples=Path(arguments.samples) if arguments.samples else None,
+    )
+    path, out = Path(arguments.cache), Path(arguments.out)
+    manifest = subset.run(path, out, choice, id=arguments.id, license=arguments.license, quiet=arguments.json)
+    plan = manifest.plan
+    assert plan.parent is not None
+    if arguments.json:
+        found = {"path": str(out), "id": manifest.id, "parent": plan.parent.id, "bytes": manifest.nbytes}
+        found |= {"samples": plan.samples.count, "views": plan.views.count, "members": [m.name for m in plan.members]}
+        print(json.dumps(found))
+        return 0
+    members = ", ".join(member.name for member in plan.members)
+    views = f"{plan.views.count} view{'s' * (plan.views.count != 1)}"
+    print(f"{out}: {plan.samples.count:,} samples x {views} of {members}; {size(manifest.nbytes)}")
+    print(f"id {manifest.id}, out of {plan.parent.id}")
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

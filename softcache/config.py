@@ -38,7 +38,9 @@ class DataOptions:
     """Which samples."""
 
     data: str = option(..., DATA_HELP, metavar="DATA")
-    keep_labels: tuple[str, ...] = option((), "only samples of these classes (names or indices, 7,8)", metavar="LABELS")
+    keep_labels: tuple[str, ...] = option(
+        (), "only samples of these classes (names or indices, 7,8 or 0-4)", metavar="LABELS"
+    )
     drop_labels: tuple[str, ...] = option((), "no samples of these classes", metavar="LABELS")
     samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
     download: bool = option(False, "let torchvision download a data set that is not there")
@@ -105,7 +107,11 @@ class DumpConfig(StorageOptions):
     """softcache dump: run the teacher once over the transfer set."""
 
     out: str = option(..., "folder of the cache", metavar="DIR")
+    license: str | None = option(
+        None, "what others may do with the cache, for its card: cc-by-4.0, ...", metavar="TEXT"
+    )
     extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
+    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
     part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
     list_modules: bool = option(False, "print the teacher's modules and their output shapes for --features, and stop")
 
@@ -128,6 +134,10 @@ class TrainConfig(MachineOptions, DataOptions):
     join: str = option("key", "how samples find their rows", choices=("key", "content"))
     check_content: str = option("spread", "compare contents with the cache's", choices=("none", "spread", "full"))
     read: str = option("mmap", "pread suits network file systems", choices=("mmap", "pread"))
+    check_blocks: str = option(
+        "first", "when the checksums of the cache's blocks are looked at", choices=("first", "always", "never")
+    )
+    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
     view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
     size: int | None = option(None, "render the cache's views at this width instead of the teacher's", metavar="PIXELS")
     augment: tuple[str, ...] = option(
@@ -162,6 +172,7 @@ class EvalConfig(MachineOptions, DataOptions):
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
     batch_size: int = option(512, "samples per forward pass", metavar="B")
     policy: tuple[str, ...] = option((), "deterministic view steps (default: those of the run)", metavar="STEP")
+    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from softcache.cache.plan import Plan
 from softcache.cache.reader import CacheReader
+from softcache.cache.schema import PROBE_RECORDS
 from softcache.errors import DriftError, first_offenders
 
-PROBE_RECORDS = 64
 TOLERATED_LEVELS = 2  # of 255
 
 Render = Callable[[int, int], Any]  # (row, view) -> rendered item, or None where the sample is not at hand

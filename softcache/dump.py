@@ -9,8 +9,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from softcache.cache.card import card
 from softcache.cache.manifest import Manifest
 from softcache.cache.plan import Plan
 from softcache.cache.reader import CacheReader
+from softcache.cache.rewriter import Rewriter
 from softcache.cache.samples import SampleTable, build_table
 from softcache.cache.schema import Span
 from softcache.cache.shard import HDF5_VERSION
@@ -38,7 +39,7 @@ from softcache.errors import ConfigError, DataError, DumpError, ModelError, firs
 from softcache.machine import autocast_dtype, describe_device, pick_device, pick_threads, pick_workers
 from softcache.progress import DumpProgress
 from softcache.report import size, table
-from softcache.rounds import Job, extension_job, make_plan, match_members, new_job
+from softcache.rounds import extension_job, make_plan, match_members, new_job
 from softcache.storage import Storage
 from softcache.survey import CHECKED_SAMPLES, Prober, choose_storages
 from softcache.teacher import Teacher, open_teacher
@@ -78,9 +79,10 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         print(f"{out}: nothing to add, every teacher is a member already", file=sys.stderr)
         return DumpResult(out, job.base, 0.0, 0.0, time.monotonic() - started)
     if not job.new_views:  # looked at before anything is planned: a refusal is then nothing to clear away
-        _PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first(prober)
+        PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first(prober)
     storages = choose_storages(config, job, teachers, prober, out)
     plan = make_plan(config, job, transfer_set, teachers, storages, _made_with(config, device, threads))
+    plan = replace(plan, license=job.base.plan.license if job.base else config.license)
     workers = pick_workers(config.workers, device)
     if not quiet:
         print(sizes(plan, storages), file=sys.stderr)
@@ -89,18 +91,10 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
         if job.base is not None:
             return Setup(CacheReader(out).samples, {}, constants)
-        digests = _content_digests(transfer_set, workers=workers, quiet=quiet)
-        samples = build_table(
-            transfer_set.keys,
-            ids,
-            transfer_set.labels,
-            digests,
-            transfer_set.num_classes,
-            job.order,
-            store_keys=not config.no_keys,
+        samples = make_samples(
+            transfer_set, ids, job.order, store_keys=not config.no_keys, workers=workers, quiet=quiet
         )
-        probe = make_probe(lambda row, view: viewed.render(int(job.order[row]), view)[0], len(ids), job.views)
-        return Setup(samples, probe, constants)
+        return Setup(samples, make_probe(renderer(viewed, job.order), len(ids), job.views), constants)
 
     with CacheWriter(out, plan, make_setup, part=part, base=job.base) as writer:
         _check_same_samples(writer.samples, ids[job.order], transfer_set, job.order)
@@ -110,7 +104,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         if finished and spans and not quiet and part.count == 1:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         clock = DumpProgress(writer, sum(span.rows * span.views for span in spans), quiet=quiet)
-        _write_spans(writer, spans, job, viewed, teachers, storages, config.batch_size, workers, clock)
+        pixels = None if job.new_views else PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed)
+        write_spans(writer, spans, viewed, job.order, teachers, storages, config.batch_size, workers, clock, pixels)
         for teacher in teachers:
             teacher.check_at_end()
         manifest = writer.commit(card, _provenance(config, started, clock))
@@ -120,27 +115,32 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         return DumpResult(out, manifest, clock.samples_per_s, clock.wait_share, seconds)
 
 
-def _write_spans(
-    writer: CacheWriter,
+def write_spans(
+    writer: CacheWriter | Rewriter,
     spans: Sequence[Span],
-    job: Job,
     viewed: ViewedSet,
+    order: np.ndarray,
     teachers: Sequence[Teacher],
     storages: Mapping[str, Storage],
     batch_size: int,
     workers: int,
     clock: DumpProgress,
+    pixels: PixelCheck | None,
 ) -> None:
-    """Every batch of every span, through every teacher, into its shards. A batch never crosses a span's border."""
+    """Every batch of every span, through every teacher, into its shards. A batch never crosses a span's border.
+
+    Args:
+        order: (N,) position in the transfer set of each row.
+        pixels: compares what is rendered with the digests that are there; None where the views are new.
+    """
     labels = viewed.transfer_set.labels
     collates = [teacher.collate for teacher in teachers]
-    viewed = ViewedSet(viewed.transfer_set, job.policy, collates, digests=True, partners=viewed.partners)
-    pairs = [_pairs(span, job.order, batch_size) for span in spans]
-    pinned = teachers[0].device.type == "cuda"
+    viewed = ViewedSet(viewed.transfer_set, viewed.policy, collates, digests=True, partners=viewed.partners)
+    pairs = [_pairs(span, order, batch_size) for span in spans]
+    pinned = any(teacher.device.type == "cuda" for teacher in teachers)
     loaded = load_batches(viewed, (batch for span in pairs for batch in span), workers=workers, pin_memory=pinned)
-    row_of = np.empty(len(job.order), np.int64)
-    row_of[job.order] = np.arange(len(job.order))
-    pixels = None if job.new_views else _PixelCheck(CacheReader(writer.path, id=job.base_id), job.order, viewed)
+    row_of = np.empty(len(order), np.int64)
+    row_of[order] = np.arange(len(order))
     for span in spans:
         with writer.span(span, {name: storage.array_specs(span) for name, storage in storages.items()}) as out:
             pending: list[Encoded] = []  # the previous batch, copied to the host while the device computes the next
@@ -268,6 +268,26 @@ def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:
     return title + "\n" + table(["member", "stored", "bytes a record", "bytes"], rows)
 
 
+def renderer(viewed: ViewedSet, order: np.ndarray) -> Callable[[int, int], Any]:
+    """(row, view) -> the rendered item."""
+    return lambda row, view: viewed.render(int(order[row]), view)[0]
+
+
+def make_samples(
+    transfer_set: TransferSet, ids: np.ndarray, order: np.ndarray, *, store_keys: bool, workers: int, quiet: bool
+) -> SampleTable:
+    """Who the samples are, in the order of rows; every one is read once for its digest."""
+    return build_table(
+        transfer_set.keys,
+        ids,
+        transfer_set.labels,
+        _content_digests(transfer_set, workers=workers, quiet=quiet),
+        transfer_set.num_classes,
+        order,
+        store_keys=store_keys,
+    )
+
+
 def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) -> np.ndarray:
     """(N, 16) uint8 digests of what every sample holds, read once before the first row is written."""
     count = len(transfer_set)
@@ -282,11 +302,11 @@ def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) ->
     return digests
 
 
-class _PixelCheck:
+class PixelCheck:
     """A new member must see what the others saw: every view's pixels against the cache's digests. A rounding is told once."""
 
     def __init__(self, reader: CacheReader, order: np.ndarray, viewed: ViewedSet) -> None:
-        self._reader, self._order, self._viewed, self._told = reader, order, viewed, False
+        self._reader, self._render, self._told = reader, renderer(viewed, order), False
 
     def check_first(self, prober: Prober) -> None:
         """The first rows of view 0."""
@@ -300,9 +320,6 @@ class _PixelCheck:
         if drift is not None and not self._told:
             self._told = True
             print(f"softcache: warning: {drift}", file=sys.stderr)
-
-    def _render(self, row: int, view: int) -> Any:
-        return self._viewed.render(int(self._order[row]), view)[0]
 
 
 def _check_same_samples(table: SampleTable, ids: np.ndarray, transfer_set: TransferSet, order: np.ndarray) -> None:

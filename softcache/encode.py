@@ -112,13 +112,14 @@ def encode(
     """Teacher, codec and measurements, on the teacher's device; the result is on its way to the host when this returns."""
     try:
         output = teacher(inputs)
-    except torch.OutOfMemoryError as exc:
-        raise TeacherError(
-            f"teacher {teacher.name!r} ran out of memory at batch size {len(rows)}",
-            tip=f"try --batch-size {max(1, len(rows) // 2)} in a new --out: the batch size is part of the plan",
-        ) from exc
-    if len(output.logits) != len(rows):
-        raise TeacherError(f"teacher {teacher.name!r} gave {len(output.logits)} rows for {len(rows)} samples")
+        if len(output.logits) != len(rows):
+            raise TeacherError(
+                f"teacher {teacher.name!r} gave {len(output.logits)} rows for {len(rows)} samples",
+                tip="one row of logits per sample, in their order",
+            )
+    except TeacherError as exc:
+        exc.add_note(f"in the batch of {_listed(samples, rows, len(rows))}")
+        raise
     finite = output.logits.isfinite().all(dim=1)
     logits = torch.where(finite[:, None], output.logits, 0.0)
     codec = storage.codec
@@ -175,7 +176,11 @@ def _encoded(
 def _named(where: np.ndarray, samples: SampleTable, rows: np.ndarray) -> str:
     """How many samples of the batch, and the keys of the first ones."""
     bad = np.flatnonzero(where)
-    return f"{len(bad)} samples of this batch: " + first_offenders((samples.key(int(rows[i])) for i in bad), len(bad))
+    return f"{len(bad)} samples of this batch: " + _listed(samples, rows[bad], len(bad))
+
+
+def _listed(samples: SampleTable, rows: np.ndarray, count: int) -> str:
+    return first_offenders((samples.key(int(row)) for row in rows), count)
 
 
 def _divergences(

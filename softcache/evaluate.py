@@ -188,7 +188,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     transfer_set = open_transfer_set(config.data, **config.selection())
     joined = None
     if config.cache is not None:
-        joined = open_cache(config.cache).join(transfer_set)
+        joined = open_cache(config.cache, allow_code=config.allow_code).join(transfer_set)
         if config.policy:
             raise ConfigError("--policy and --cache cannot be given together", tip="the cache brings its own policy")
         policy = joined.cache.policy

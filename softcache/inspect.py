@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from softcache.cache.card import codec_text
-from softcache.cache.manifest import Manifest
+from softcache.cache.card import codec_text, record_bytes
 from softcache.cache.plan import Plan
-from softcache.cache.schema import CRC_SUFFIX, PROVENANCE
+from softcache.cache.provenance import read_provenance
 from softcache.cache.statistics import MemberStatistics
 from softcache.data.identity import sample_id
 from softcache.errors import ConfigError, MissingSampleError, nearest
@@ -60,12 +58,13 @@ def report(path: Path) -> str:
         ("views", f"{plan.views.count} of {cache.policy}, root seed {plan.views.root_seed}"),
         ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
         *_rounds(plan),
+        *([("licence", plan.license)] if plan.license is not None else []),
+        *([("taken out of", plan.parent.id)] if plan.parent is not None else []),
         ("made with", ", ".join(f"{k} {v}" for k, v in plan.made_with.items())),
     ]
-    provenance = Path(path) / PROVENANCE
-    if provenance.is_file():
-        made = json.loads(provenance.read_text())
-        facts.append(("made", f"{made['finished']} on {made['host']}, {made['seconds']:.1f} s"))
+    made = read_provenance(Path(path))
+    if {"finished", "host"} <= made.keys():
+        facts.append(("made", f"{made['finished']} on {made['host']}"))
     members = []
     for member in plan.members:
         s = manifest.statistics[member.name]
@@ -75,7 +74,7 @@ def report(path: Path) -> str:
                 member.model,
                 member.output,
                 codec_text(member.codec),
-                f"{_record_bytes(manifest, member.name):.1f}",
+                f"{record_bytes(manifest, member.name):.1f}",
                 f"{s.max_eps:.3g}" if cache.codecs[member.name].bounded else "none",
                 *(_divergence(s, t) for t in SHOWN_DIVERGENCES),
                 percent(s.accuracy),
@@ -116,13 +115,6 @@ def _rounds(plan: Plan) -> list[tuple[str, str]]:
             )
         )
     return lines
-
-
-def _record_bytes(manifest: Manifest, member: str) -> float:
-    """Of one record on average: its arrays and rows kept dense, without checksums."""
-    files = [*manifest.files_of("member", member), *manifest.files_of("dense", member)]
-    stored = sum(a.nbytes for f in files for name, a in f.arrays.items() if not name.endswith(CRC_SUFFIX))
-    return stored / max(1, manifest.statistics[member].records)
 
 
 def _divergence(s: MemberStatistics, temperature: str) -> str:

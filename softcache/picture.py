@@ -21,13 +21,16 @@ SHOWN_CLASSES = 3
 LINE = 13
 
 
-def draw_views(path: Path, key: str, out: Path, *, data: str | None = None, most: int = 24) -> str:
+def draw_views(
+    path: Path, key: str, out: Path, *, data: str | None = None, allow_code: bool = False, most: int = 24
+) -> str:
     """Write a PNG of up to `most` views of one sample; returns a line that says what it shows.
 
     Args:
         path: the cache.
         key: of the sample.
         data: the transfer set; None: the one the dump was given, from provenance.json.
+        allow_code: run code that the cache names.
 
     Raises:
         ConfigError: it is not known which data set to render from, or `out` is no PNG.
@@ -35,7 +38,7 @@ def draw_views(path: Path, key: str, out: Path, *, data: str | None = None, most
     """
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: the picture is a PNG", tip="give a name that ends in .png")
-    replay = Replay(path, data)
+    replay = Replay(path, data, allow_code=allow_code)
     cache = replay.cache
     row = row_of(cache, key)
     count = min(most, cache.num_views)

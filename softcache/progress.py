@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from softcache.cache.files import free_bytes
-from softcache.cache.writer import CacheWriter
+from softcache.cache.writer import SpanTarget
 from softcache.data.loading import LoadedBatch
 
 
 class DumpProgress:
     """Progress on stderr: samples/s, MB/s, share of time spent waiting for data, ETA, GB left on the disk."""
 
-    def __init__(self, writer: CacheWriter, total: int, *, quiet: bool) -> None:
+    def __init__(self, writer: SpanTarget, total: int, *, quiet: bool) -> None:
         self._writer = writer
         self._bar = tqdm(total=total, unit="view", unit_scale=True, desc=f"dump {writer.path}", disable=quiet)
         self._started, self._waited, self._done, self._shown = time.monotonic(), 0.0, 0, 0.0

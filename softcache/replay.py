@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from softcache.cache.schema import PROVENANCE
+from softcache.cache.provenance import told_data
 from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
 from softcache.data.loading import Partners, Rendered, ViewedSet
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import ConfigError, DataError
+from softcache.spec import parse_spec
 from softcache.targets import open as open_cache
 
 
@@ -23,14 +23,15 @@ class Replay:
     Args:
         path: the cache.
         data: the transfer set; None: the one the dump was given, from provenance.json.
+        allow_code: run code that the cache names: transforms of its views, a factory of its data.
 
     Raises:
-        ConfigError: it is not known which data set that was.
+        ConfigError: it is not known which data set that was, or it is code that may not be called.
     """
 
-    def __init__(self, path: Path, data: str | None = None) -> None:
-        self.cache = open_cache(path)
-        self.transfer_set = open_transfer_set(data or _data_of(path))
+    def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False) -> None:
+        self.cache = open_cache(path, allow_code=allow_code)
+        self.transfer_set = open_transfer_set(data or _data_of(path, allow_code=allow_code))
         self._index_of_row = find_ids(sample_ids(self.transfer_set.keys), self.cache.samples.ids)
         partners = Partners(self.transfer_set, self._index_of_row)
         self._viewed = ViewedSet(self.transfer_set, self.cache.policy, (), partners=partners)
@@ -78,11 +79,23 @@ class Replay:
         return None if rendered is None else rendered.item
 
 
-def _data_of(path: Path) -> str:
+def allowed_spec(text: Any, *, allow_code: bool) -> str | None:
+    """A spec that provenance.json tells, None where it tells none; ConfigError where it is code that may not be called."""
+    if not isinstance(text, str):
+        return None
+    if parse_spec(text).is_factory and not allow_code:
+        raise ConfigError(
+            f"the cache says that it was made with {text}, which is code",
+            tip="if you know that code and trust it: give it yourself (--data, --teacher), or add --allow-code",
+        )
+    return text
+
+
+def _data_of(path: Path, *, allow_code: bool) -> str:
     """The data set that the dump was given."""
-    try:
-        return str(json.loads((path / PROVENANCE).read_text())["command"]["data"])
-    except (OSError, ValueError, KeyError, TypeError):
+    data = allowed_spec(told_data(path), allow_code=allow_code)
+    if data is None:
         raise ConfigError(
             f"{path}: does not say which data set it was made from", tip="add --data DATA: views are rendered anew"
-        ) from None
+        )
+    return data

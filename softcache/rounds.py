@@ -14,7 +14,7 @@ from softcache.cache.canonical import canonical_json, differences
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.reader import CacheReader, read_constants
-from softcache.cache.samples import SampleTable, seeded_order
+from softcache.cache.samples import SampleTable, first_order
 from softcache.cache.schema import plan_layout
 from softcache.cache.work import Planned, read_planned, work_folder
 from softcache.config import DumpConfig, StorageOptions
@@ -27,7 +27,7 @@ from softcache.storage import Storage, member_info
 from softcache.teacher import Teacher, member_name
 
 # settings that a cache fixed when it was made
-OF_THE_CACHE = ("policy", "view_seed", "order", "order_seed", "no_keys")
+OF_THE_CACHE = ("policy", "view_seed", "order", "order_seed", "no_keys", "license")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Job:
 def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None = None) -> Job:
     """A cache of its own."""
     count = len(transfer_set)
-    order = np.arange(count) if config.order == "natural" else seeded_order(count, config.order_seed)
+    order = first_order(count, config.order, config.order_seed)
     policy = Policy.parse(config.policy, config.view_seed)
     views = 1 if config.views is None else config.views
     if views < 1:
@@ -102,12 +102,10 @@ def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
         if getattr(config, name) != type(config).__dataclass_fields__[name].default:
             raise ConfigError(
                 f"--{name.replace('_', '-')} cannot be given with --extend",
-                tip=f"the cache keeps its own: {Policy.from_json(base.plan.views.steps, 0)}"
-                if name == "policy"
-                else "",
+                tip=f"the cache keeps its own: {Policy.of_cache(base.plan.views)}" if name == "policy" else "",
             )
     there, wanted = base.plan.views.count, config.views
-    policy = Policy.from_json(base.plan.views.steps, int(base.plan.views.root_seed))
+    policy = Policy.of_cache(base.plan.views, allow_code=config.allow_code)
     if wanted is not None and wanted < there:
         raise ConfigError(
             f"--views {wanted}: the cache has {there} already", tip="with --extend, --views is the number in the end"
@@ -115,13 +113,13 @@ def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
     if wanted is not None and wanted > there and not policy.is_random:
         raise ConfigError(f"--views {wanted}, but every view of this cache's policy is the same ({policy})")
     check_classes(transfer_set, base.plan.class_names)
-    order = _order_of(CacheReader(out).samples, transfer_set)
+    order = order_of(CacheReader(out).samples, transfer_set)
     more = wanted is not None and wanted > there
     first, views = (there, wanted - there) if more and wanted is not None else (0, there)
     return Job(policy, order, first, views, base, read_planned(work_folder(out, len(base.plan.rounds))))
 
 
-def _order_of(table: SampleTable, transfer_set: TransferSet) -> np.ndarray:
+def order_of(table: SampleTable, transfer_set: TransferSet) -> np.ndarray:
     """Where each row's sample stands in the transfer set, which must hold these samples and no others."""
     ids = sample_ids(transfer_set.keys)
     found = find_ids(ids, table.ids)
@@ -229,7 +227,7 @@ def make_plan(
             order_seed=str(config.order_seed),
         ),
         class_names=tuple(transfer_set.class_names),
-        views=ViewInfo(job.views, str(config.view_seed), job.policy.replay, job.policy.to_json()),
+        views=ViewInfo(job.views, 0, str(config.view_seed), job.policy.replay, job.policy.to_json()),
         members=tuple(infos),
         rounds=(this,),
     )

@@ -8,12 +8,11 @@ from math import inf
 from typing import Any
 
 import numpy as np
-import torch
 
 from softcache.cache.plan import FeatureInfo, MemberInfo
 from softcache.cache.schema import ArraySpec, Span
 from softcache.cache.shard import file_bytes
-from softcache.codecs import Codec, make_codec
+from softcache.codecs import Codec, codec_constants, make_codec, restore_codec
 from softcache.codecs.features import FeatureCodec
 from softcache.codecs.fidelity import grid_of
 from softcache.config import StorageOptions
@@ -35,6 +34,10 @@ class Promise:
 
     def to_json(self) -> dict[str, str]:
         return {"max_kl": repr(self.max_kl), "at_temperature": repr(self.temperature)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, str]) -> Promise:
+        return cls(float(entry["max_kl"]), float(entry["at_temperature"]))
 
 
 Arrays = dict[str, tuple[str, tuple[int, ...]]]  # data set -> (NumPy dtype string, shape of one record)
@@ -129,7 +132,7 @@ class Storage:
 
     def with_constants(self, constants: Mapping[str, np.ndarray]) -> Storage:
         """The same with the constants that lie on disk: equal for every part and every resume."""
-        return replace(self, codec=self.codec.with_constants(_codec_constants(constants)))
+        return replace(self, codec=self.codec.with_constants(codec_constants(constants)))
 
 
 def promise_of(config: StorageOptions, *, multi_label: bool) -> Promise | None:
@@ -163,12 +166,7 @@ def needs_fit(codec: Codec) -> bool:
 
 def restore(member: MemberInfo, num_classes: int, constants: Mapping[str, np.ndarray]) -> Codec:
     """A member's codec as an earlier dump fixed it."""
-    codec = make_codec(member.codec["name"], member.codec["parameters"], num_classes)
-    return codec.with_constants(_codec_constants(constants))
-
-
-def _codec_constants(constants: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {n.removeprefix("codec_"): torch.tensor(a) for n, a in constants.items() if n.startswith("codec_")}
+    return restore_codec(member.codec["name"], member.codec["parameters"], num_classes, codec_constants(constants))
 
 
 def stored_features(teacher: Teacher, texts: Sequence[str], dtype: str, batch: Any) -> list[StoredFeature]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.codecs import Codec, Probe
+from softcache.cache.plan import MemberInfo
+from softcache.codecs import Codec, Probe, make_codec
 from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
 from softcache.config import StorageOptions
 from softcache.data.loading import ViewedSet
@@ -222,7 +223,7 @@ def choose_storages(
                 raise ConfigError(
                     f"--{name.replace('_', '-')} cannot be given with more views: the cache's members keep theirs"
                 )
-        return {t.name: _as_before(config, job, t, prober, out) for t in teachers}
+        return {t.name: _as_before(job, t, prober, out) for t in teachers}
     promise = promise_of(config, multi_label=teachers[0].multi_label)
     text = config.codec
     if text is None and not all(known.values()):
@@ -243,17 +244,26 @@ def choose_storages(
     return storages
 
 
-def _as_before(config: StorageOptions, job: Job, teacher: Teacher, prober: Prober, out: Path | None) -> Storage:
+def _as_before(job: Job, teacher: Teacher, prober: Prober, out: Path | None) -> Storage:
     """How the cache stores a member already: its codec, its features and its promise hold for more views too."""
     before = job.known_member(teacher.name)
     assert before is not None
     assert out is not None
-    codec = restore(before, teacher.num_classes, job.known_constants(out, teacher.name))
-    dtype = before.features[0].dtype if before.features else config.feature_dtype
-    promise = None
-    if before.promise is not None:
-        promise = Promise(float(before.promise["max_kl"]), float(before.promise["at_temperature"]))
-    return _tapped(teacher, codec, [feature.name for feature in before.features], dtype, promise, prober)
+    return storage_of(before, teacher, job.known_constants(out, teacher.name), prober)
+
+
+def storage_of(
+    member: MemberInfo, teacher: Teacher, constants: Mapping[str, np.ndarray] | None, prober: Prober
+) -> Storage:
+    """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None."""
+    if constants is not None:
+        codec = restore(member, teacher.num_classes, constants)
+    else:
+        codec = make_codec(member.codec["name"], member.codec["parameters"], teacher.num_classes)
+        codec = codec.fit(prober.fitting_rows(teacher))
+    promise = None if member.promise is None else Promise.from_json(member.promise)
+    dtype = member.features[0].dtype if member.features else "float16"
+    return _tapped(teacher, codec, [feature.name for feature in member.features], dtype, promise, prober)
 
 
 def _tapped(

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
 from softcache.cache.plan import FeatureInfo, MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
-from softcache.codecs import Codec, make_codec
+from softcache.codecs import Codec, codec_constants, restore_codec
 from softcache.codecs.features import FeatureCodec
 from softcache.data.identity import pixel_digest, sample_ids
 from softcache.data.join import ContentCheck, JoinBy, dataset_keys, find_ids, item_of, join, replace_item
@@ -53,7 +54,16 @@ class CachedFeature:
         layers, _, _ = info.name.rpartition(":")
         (spec,) = parse_features([info.name], layers.split("+"))
         shapes = tuple(tuple(int(n) for n in shape) for shape in info.shapes)
+        if len(shapes) != len(spec.layers):
+            raise CacheError(f"feature {info.name!r} has {len(shapes)} shapes for {len(spec.layers)} layers")
+        spec.check(*shapes)
+        if info.stored != spec.stored(*shapes):
+            raise CacheError(f"feature {info.name!r} is stored as {info.stored!r}, should be {spec.stored(*shapes)!r}")
         codec = FeatureCodec(info.dtype, info.stored, spec.record_shape(*shapes))
+        if len(codec.arrays) != len(info.arrays):
+            raise CacheError(
+                f"feature {info.name!r} has {len(info.arrays)} data sets, {info.dtype} takes {len(codec.arrays)}"
+            )
         return cls(spec, codec, dict(zip(codec.arrays, info.arrays, strict=True)), shapes)
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -144,8 +154,6 @@ class Targets:
     def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """What a codec that keeps some classes has of them: ids (B, k), logits (B, k), log-sum-exp of the rest at T (B,)."""
         codec, arrays = self.codecs[member], self.arrays[member]
-        if codec.complete:
-            raise CacheError(f"codec {codec.name!r} of member {member!r} keeps every class", tip="use logits(member)")
         return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
 
     def log_probs(self, member: str, temperature: float) -> Tensor:
@@ -200,23 +208,47 @@ class Targets:
 class Cache:
     """A committed cache, opened for reading. Pickles by path and id; nothing is written into the folder."""
 
-    def __init__(self, reader: CacheReader) -> None:
-        self.reader = reader
+    def __init__(self, reader: CacheReader, *, allow_code: bool = False) -> None:
+        self.reader, self.allow_code = reader, allow_code
         members = self.manifest.plan.members
         self.codecs = {member.name: self._codec(member) for member in members}
-        self.features = {m.name: {f.name: CachedFeature.of(f) for f in m.features} for m in members}
+        self.features = {m.name: {f.name: self._feature(m, f) for f in m.features} for m in members}
 
     def _codec(self, member: MemberInfo) -> Codec:
-        codec = make_codec(member.codec["name"], member.codec["parameters"], self.num_classes)
-        stored = self.reader.constants(member.name)
-        fitted = {n.removeprefix("codec_"): torch.tensor(a) for n, a in stored.items() if n.startswith("codec_")}
-        codec = codec.with_constants(fitted)
-        if [field.to_json() for field in codec.fields] != list(member.codec["fields"]):
+        constants = codec_constants(self.reader.constants(member.name))
+        codec = restore_codec(member.codec["name"], member.codec["parameters"], self.num_classes, constants)
+        if codec.constants.keys() != constants.keys():
+            raise CacheError(
+                f"{self.reader.path}: member {member.name!r} has the constants {sorted(constants)}, codec {codec.text} takes "
+                f"{sorted(codec.constants)}",
+                tip="the cache was not written by softcache, or was changed; copy it again",
+            )
+        described = (dict(member.codec["parameters"]), list(member.codec["fields"]))
+        if (codec.parameters, [field.to_json() for field in codec.fields]) != described:
             raise CacheError(
                 f"{self.reader.path}: the records of member {member.name!r} are laid out otherwise than {codec.text} has them",
                 tip="install the softcache that wrote the cache, or dump again",
             )
+        bound: dict[str, tuple[str, tuple[int, ...]]] = {"eps": ("<f2", ())} if codec.bounded else {}
+        self._check_arrays(member.name, {**codec.arrays, **bound}, f"codec {codec.text}")
         return codec
+
+    def _feature(self, member: MemberInfo, info: FeatureInfo) -> CachedFeature:
+        feature = CachedFeature.of(info)
+        wanted = {name: feature.codec.arrays[suffix] for suffix, name in feature.arrays.items()}
+        self._check_arrays(member.name, wanted, f"feature {info.name!r}")
+        return feature
+
+    def _check_arrays(self, member: str, wanted: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
+        """The data sets of a member's parts must be of the kind that decoding takes."""
+        found = self.reader.array_kinds(member)
+        for name, kind in wanted.items():
+            if found.get(name) != kind:
+                raise CacheError(
+                    f"{self.reader.path}: {what} of member {member!r} needs the data set {name!r} as {kind}, "
+                    f"the manifest names {found.get(name)}",
+                    tip="the cache was not written by softcache, or was changed; copy it again",
+                )
 
     @property
     def manifest(self) -> Manifest:
@@ -255,8 +287,7 @@ class Cache:
     @property
     def policy(self) -> Policy:
         """The view policy that the teacher's inputs were rendered with."""
-        views = self.manifest.plan.views
-        return Policy.from_json(views.steps, int(views.root_seed))
+        return Policy.of_cache(self.manifest.plan.views, allow_code=self.allow_code)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -306,6 +337,11 @@ class Cache:
         for prefix in ("head_", "codec_") if self.codecs[member].needs_head else ("head_",):
             if f"{prefix}weight" in stored:
                 bias = stored.get(f"{prefix}bias")
+                shapes = [array.shape[:1] for array in (stored[f"{prefix}weight"], bias) if array is not None]
+                if stored[f"{prefix}weight"].ndim != 2 or set(shapes) != {(self.num_classes,)}:
+                    raise CacheError(
+                        f"{self.reader.path}: the stored layer of member {member!r} is not one of its classes"
+                    )
                 return torch.tensor(stored[f"{prefix}weight"]), None if bias is None else torch.tensor(bias)
         return None
 
@@ -369,11 +405,11 @@ class Cache:
         digests = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
         return check_drift(self.reader, rows, views, digests, render, on_drift=on_drift)
 
-    def __getstate__(self) -> CacheReader:
-        return self.reader
+    def __getstate__(self) -> tuple[CacheReader, bool]:
+        return self.reader, self.allow_code
 
-    def __setstate__(self, reader: CacheReader) -> None:
-        self.__init__(reader)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[CacheReader, bool]) -> None:
+        self.__init__(state[0], allow_code=state[1])  # type: ignore[misc]
 
 
 class Joined(Dataset[Any]):
@@ -459,15 +495,25 @@ class Joined(Dataset[Any]):
         return self.cache.gather(self.rows[index].astype(np.int64), views, members=members)
 
 
-def open(path: str | os.PathLike[str], *, id: str | None = None, mode: ReadMode = "mmap") -> Cache:
+def open(
+    path: str | os.PathLike[str],
+    *,
+    id: str | None = None,
+    mode: ReadMode = "mmap",
+    check_blocks: CheckBlocks = "first",
+    allow_code: bool = False,
+) -> Cache:
     """Open a cache for reading.
 
     Args:
         path: the folder that `softcache dump` wrote; read-only mounts work.
         id: pin a manifest by its id (a unique prefix is enough); None = the newest.
         mode: "mmap", or "pread" for network file systems.
+        check_blocks: when the checksum of each block of 64 KiB that a gather touches is looked at: when it is "first" touched,
+            "always", or "never".
+        allow_code: a view may be made by a transform that the cache names, and rendering it then calls that code of yours.
 
     Raises:
         CacheError: not a cache; UnfinishedCacheError: a dump under way; DamagedCacheError: files that do not fit the manifest.
     """
-    return Cache(CacheReader(path, id=id, mode=mode))
+    return Cache(CacheReader(path, id=id, mode=mode, check_blocks=check_blocks), allow_code=allow_code)

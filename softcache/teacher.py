@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.data.loading import to_device
-from softcache.errors import ConfigError, ModelError, TeacherError, nearest
+from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
 from softcache.models import Model, build, fingerprint, load_model
 from softcache.models import split_weights as split_model
 from softcache.spec import parse_spec
@@ -86,6 +87,7 @@ class Teacher:
         self.has_weights = True
         self.features: tuple[FeatureSpec, ...] = ()
         self.head: nn.Linear | None = None
+        self._first_batch: tuple[Any, Tensor] | None = None
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False).to(self.device)
             described = f"{model_spec} {output} {network.input.describe() if isinstance(network, Model) else ''}"
@@ -97,9 +99,10 @@ class Teacher:
         """The teacher's logits of one collated batch.
 
         Raises:
-            TeacherError: a result of another shape, or one that is not finite.
+            TeacherError: a result of another shape, or a fault inside the teacher.
         """
-        raw, head_input, features = self._run_tapped(batch)
+        with self._faults_explained(batch):
+            raw, head_input, features = self._run_tapped(batch)
         if not isinstance(raw, Tensor):
             raw = torch.as_tensor(np.asarray(raw))
         raw = raw.to(self.device)
@@ -126,6 +129,26 @@ class Teacher:
             values = values[:, torch.tensor(self.class_order, device=values.device)]
         logits = values.float()
         return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored, head_input, features)
+
+    @contextmanager
+    def _faults_explained(self, batch: Any) -> Iterator[None]:
+        """Whatever goes wrong in somebody else's code is told with the place where it did."""
+        try:
+            yield
+        except SoftcacheError:
+            raise
+        except Exception as exc:
+            if _is_out_of_memory(exc):
+                count = _count(batch)
+                raise TeacherError(
+                    f"teacher {self.name!r} ran out of memory at batch size {count}",
+                    tip=f"try --batch-size {max(1, count // 2)} in a new --out: the batch size is part of the plan",
+                ) from exc
+            last = traceback.extract_tb(exc.__traceback__)[-1]
+            raise TeacherError(
+                f"teacher {self.name!r} failed: {type(exc).__name__}: {exc} ({Path(last.filename).name}, line {last.lineno})",
+                tip="it is called with what its collate makes of the items, in eval mode and without gradients",
+            ) from exc
 
     def _run_tapped(self, batch: Any) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
         with ExitStack() as stack:
@@ -197,23 +220,11 @@ class Teacher:
             TeacherError: train mode, changed buffers, another output the second time, or probabilities declared as logits.
         """
         first, second = self(batch).logits, self(batch).logits
-        if isinstance(self.network, nn.Module):
-            if any(module.training for module in self.network.modules()):
-                raise TeacherError(
-                    f"teacher {self.name!r} has modules in train mode: dropout and BatchNorm would make its logits random",
-                    tip="do not call train() in the module's forward",
-                )
-            self.check_buffers()
+        self._check_frozen()
         if self.fingerprint is None:
             self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()
-        scale = max(1.0, float(first.abs().amax())) if first.numel() else 1.0
-        tolerance = 0.0 if self.device.type == "cpu" else 1e-4 * scale
-        difference = float((first - second).abs().amax()) if first.numel() else 0.0
-        if difference > tolerance:
-            raise TeacherError(
-                f"teacher {self.name!r} gave two outputs for one batch, up to {difference:.3g} apart",
-                tip="switch off dropout and sampling in the teacher; its logits must be a function of the input",
-            )
+        self._check_same(first, second, "gave two outputs for one batch")
+        self._first_batch = batch, first
         if self.output == "logits" and len(first) and not self.multi_label:
             self._refuse_probabilities(first)
 
@@ -236,18 +247,49 @@ class Teacher:
         return self.compute_dtype in ("float16", "bfloat16")
 
     def check_at_end(self) -> None:
-        """After the last batch: a teacher must not have learned during the dump."""
-        if isinstance(self.network, nn.Module):
-            self.check_buffers()
+        """After the last batch: TeacherError for a teacher that learned, or changed its mind, during the dump."""
+        self._check_frozen()
+        if self._first_batch is not None:
+            batch, before = self._first_batch
+            self._check_same(before, self(batch).logits, "gave another output for the first batch than before the dump")
 
-    def check_buffers(self) -> None:
-        """Raise TeacherError when a buffer (BatchNorm statistics) is not what it was."""
+    def _check_same(self, before: Tensor, now: Tensor, what: str) -> None:
+        scale = max(1.0, float(before.abs().amax())) if before.numel() else 1.0
+        tolerance = 0.0 if self.device.type == "cpu" else 1e-4 * scale
+        difference = float((before - now).abs().amax()) if before.numel() else 0.0
+        if difference > tolerance:
+            raise TeacherError(
+                f"teacher {self.name!r} {what}, up to {difference:.3g} apart",
+                tip="switch off dropout and sampling in the teacher; its logits must be a function of the input",
+            )
+
+    def _check_frozen(self) -> None:
+        """Every module in eval mode, every buffer (BatchNorm statistics) as it was."""
+        if not isinstance(self.network, nn.Module):
+            return
+        if any(module.training for module in self.network.modules()):
+            raise TeacherError(
+                f"teacher {self.name!r} has modules in train mode: dropout and BatchNorm would make its logits random",
+                tip="do not call train() in the module's forward",
+            )
         for name, before in self._buffers.items():
             if not torch.allclose(before, self.network.get_buffer(name), rtol=0, atol=0, equal_nan=True):
                 raise TeacherError(
                     f"teacher {self.name!r} changed its buffer {name!r} while it ran",
                     tip="run it in eval mode; a teacher must not learn during a dump",
                 )
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    """Also of a CPU, for which torch has no error of its own."""
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
+
+
+def _count(batch: Any) -> int:
+    """How many samples a collated batch holds: the length of its first array."""
+    while isinstance(batch, Mapping | tuple):
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return len(batch)
 
 
 class _last_layer_in_float32:

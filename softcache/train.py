@@ -260,7 +260,13 @@ def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
         return None
     before = pinned_cache(out)
     try:
-        cache = open_cache(config.cache, id=before or config.cache_id, mode=config.read)  # type: ignore[arg-type]
+        cache = open_cache(
+            config.cache,
+            id=before or config.cache_id,
+            mode=config.read,  # type: ignore[arg-type]
+            check_blocks=config.check_blocks,  # type: ignore[arg-type]
+            allow_code=config.allow_code,
+        )
     except CacheError as exc:
         if before is not None:
             exc.add_note(f"{out} began with cache {before}; another one needs another --out")

@@ -22,7 +22,7 @@ import softcache
 from softcache import cli
 from softcache.cache import files
 
-VERBS = ("demo", "plan", "dump", "train", "eval", "inspect", "views", "verify")
+VERBS = ("demo", "plan", "dump", "train", "eval", "inspect", "views", "verify", "repair", "subset")
 
 PIECES = """
 import os
@@ -274,7 +274,7 @@ def no_scikit_learn(here: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def read_only(here: Path, patch: pytest.MonkeyPatch) -> None:
-    def refused(path: Path, data: bytes) -> None:
+    def refused(path: Path, data: bytes, *, tag: str) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     patch.setattr(files, "write_whole", refused)
@@ -325,7 +325,13 @@ MISTAKES = [
     row("fewer views", extend_by("--views", "0"), "the cache has 1 already", "in the end"),
     row("views of no policy", extend_by("--views", "3"), "every view of this cache's policy is the same", None),
     row("plan of another teacher", ["plan", *DATA, "--teacher", "pieces.py:wide", *QUIET], r"shape \(40, 5\).*3 classes", ""),
-    row("views of no sample", ["views", "cache", "--sample", "toy/999.png"], "no sample 'toy/999.png'", "toy/"),
+    row(
+        "views of no sample",
+        ["views", "cache", "--sample", "toy/999.png", "--data", "pieces.py:toy"],
+        "no sample 'toy/999.png'",
+        "toy/",
+    ),
+    row("views by code of the cache", ["views", "cache", "--sample", "toy/001.png"], "toy, which is code", "--allow-code"),
     row("views without a sample", ["views", "cache"], "required: --sample", "views --help"),
     row("views of no kind", ["views", "cache", "--sample", "toy/001.png", "--out", "v.gif"], "is a PNG", ".png"),
     row("policy step", [*dump_of(), "--policy", "crop_filp"], "unknown view step 'crop_filp'", "'crop_flip'"),
@@ -370,7 +376,7 @@ MISTAKES = [
     row("cache without manifest", train_on("--cache", "cache"), "not a softcache cache", "--out", prepare=without_manifest),
     row("verify without manifest", ["verify", "cache"], "not a softcache cache", "--out", prepare=without_manifest),
     row("inspect without manifest", ["inspect", "cache"], "not a softcache cache", "--out", prepare=without_manifest),
-    row("manifest that is none", ["inspect", "cache"], "not a manifest", "copy the cache", prepare=nonsense_manifest),
+    row("manifest that is none", ["inspect", "cache"], "is no manifest", "copy the cache", prepare=nonsense_manifest),
     row("unfinished cache", train_on("--cache", "cache"), "1 of 1 spans", "resume", prepare=unfinished),
     row("truncated shard", train_on("--cache", "cache"), r"has \d+ bytes, the manifest", "copy", prepare=truncated),
     row("sample", ["inspect", "cache", "--sample", "toy/999.png"], "no sample 'toy/999.png'", "toy/"),
@@ -391,8 +397,8 @@ MISTAKES = [
     # verify's own exit codes
     row("verify: truncated", ["verify", "cache"], r"has \d+ bytes", None, code=1, prepare=truncated),
     row("verify: truncated, full", ["verify", "cache", "--full"], r"has \d+ bytes", None, code=1, prepare=truncated),
-    row("verify: not HDF5", ["verify", "cache", "--full"], "checksum differs.*sha256", None, code=1, prepare=not_hdf5),
-    row("verify: nonsense", ["verify", "cache"], "not a manifest", None, code=1, prepare=nonsense_manifest),
+    row("verify: not HDF5", ["verify", "cache", "--full"], "not those that were written.*sha256", None, code=1, prepare=not_hdf5),
+    row("verify: nonsense", ["verify", "cache"], "is no manifest", None, code=1, prepare=nonsense_manifest),
     row("verify: unfinished", ["verify", "cache"], "1 of 1 spans", None, code=3, prepare=unfinished),
     # signals
     row("Ctrl-C", dump_of("pieces.py:interrupted"), "interrupted; the same command resumes", None, code=130),

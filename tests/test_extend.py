@@ -169,7 +169,7 @@ def contents(cache: softcache.Cache, views: int | None = None) -> dict[str, np.n
     rows, view = rows[chosen], view[chosen]
     found = {"pixel_digests": cache.reader.gather(None, "pixel_digests", rows, view)}
     for member in cache.members:
-        for name in cache.reader.array_names(member):
+        for name in cache.reader.array_kinds(member):
             stored = cache.reader.gather(member, name, rows, view)
             for field in cache.codecs[member].fields:
                 if (

@@ -18,7 +18,7 @@ from softcache.cache.locks import release_lock, take_lock
 from softcache.cache.work import read_journals, work_folder
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data.join import batches
-from softcache.errors import ConfigError, DumpError, LockedError, TrainingError
+from softcache.errors import ConfigError, DiskSpaceError, DumpError, LockedError, TrainingError
 
 
 def hold(path: Path) -> int:
@@ -115,7 +115,7 @@ def test_a_journal_line_cut_by_a_full_disk_is_an_error(
 ) -> None:
     write = os.write
     monkeypatch.setattr(files.os, "write", lambda fd, data: write(fd, data[: len(data) // 2]))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskSpaceError, match="No space left"):
         files.append_line(tmp_path / "journal", b"x" * 100)
     monkeypatch.undo()
     files.append_line(tmp_path / "journal", b"whole")

@@ -8,23 +8,24 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8, sorted keys, no spaces; only strings, booleans, null and integers below 2**53 are allowed."""
+    """UTF-8, sorted keys, no spaces; ValueError for anything but strings, booleans, null and integers below 2**53."""
     _check_canonical(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def _check_canonical(value: Any) -> None:
+    if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and -(2**53) < value < 2**53):
+        return  # nearly all of them, so it is asked first, and in the way that is fast
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            assert isinstance(key, str), f"JSON key {key!r} is not a string"
+            if not isinstance(key, str):
+                raise ValueError(f"JSON key {key!r} is not a string")
             _check_canonical(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
             _check_canonical(inner)
     else:
-        assert value is None or isinstance(value, bool | str) or (isinstance(value, int) and abs(value) < 2**53), (
-            f"{value!r} has no canonical JSON form; write seeds and non-integers as strings"
-        )
+        raise ValueError(f"{str(value)[:60]!r} has no canonical JSON form; write seeds and non-integers as strings")
 
 
 def differences(wanted: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

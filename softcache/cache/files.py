@@ -1,98 +1,210 @@
-"""The file layer: every write-side system call of a cache goes through these few functions, which fault tests replace."""
+"""The file layer: every system call that changes a cache is made here, and every fault of one gets a name here.
+
+Nothing else in `softcache.cache` opens a file for writing. Each call stands in `os`, this module's name for it: fault tests
+put another `os` in its place, and see, stop or fail whatever a dump does to a disk.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from softcache.errors import DiskSpaceError, DumpError, SoftcacheError
 
-def open_for_writing(path: Path) -> int:
-    """A descriptor of an existing file, for `write_at`."""
-    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+WRONG_NAME = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-def reserve(fd: int, size: int) -> None:
-    """Have the file system set aside `size` bytes, so that a full disk shows before the first row is written."""
+@dataclass(frozen=True)
+class OpenFile:
+    """A descriptor, and the path that an error of it names."""
+
+    fd: int
+    path: Path
+
+
+@contextmanager
+def explained(call: str, path: Path) -> Iterator[None]:
+    """The one place where a fault of the file system becomes an error of ours, naming path and call.
+
+    Raises:
+        DiskSpaceError: full, over quota, or over the largest size of a file.
+        DumpError: anything else.
+    """
     try:
-        os.posix_fallocate(fd, 0, size)
+        yield
     except OSError as exc:
-        if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
+        what = f"{path}: {exc.strerror or exc} ({call})"
+        if exc.errno in NO_ROOM:
+            tip = "free some space and run the same command again: finished shards are kept"
+            raise DiskSpaceError(what, tip=tip) from exc
+        if exc.errno in NOT_WRITABLE:
+            tip = "make the folder writable and run the same command again, or choose another --out; finished shards are kept"
+            raise DumpError(f"{path}: not writable: {exc.strerror} ({call})", tip=tip) from exc
+        if exc.errno in WRONG_NAME:
+            raise DumpError(what, tip="choose another --out; below it, links are not followed") from exc
+        tip = "finished shards are kept: once the disk or the network file system works again, the same command resumes"
+        raise DumpError(what, tip=tip) from exc
 
 
-def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+def _open(path: Path, flags: int) -> OpenFile:
+    with explained("open", path):
+        return OpenFile(os.open(path, flags | os.O_CLOEXEC, 0o644), path)
+
+
+def create(path: Path) -> OpenFile:
+    """A new, empty file; what a killed process left under this name is overwritten."""
+    return _open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+
+
+def open_or_create(path: Path) -> OpenFile:
+    """A file as it is: the text of a lock."""
+    return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+
+
+def set_size(file: OpenFile, size: int) -> None:
+    """Cut a file, or let it grow by zeros."""
+    with explained("ftruncate", file.path):
+        os.ftruncate(file.fd, size)
+
+
+def reserve(file: OpenFile, size: int) -> None:
+    """Have the file system set aside `size` bytes, so that a full disk shows before the first row is written."""
+    with explained("posix_fallocate", file.path):
+        try:
+            os.posix_fallocate(file.fd, 0, size)
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+def write_at(file: OpenFile, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
-    while view.nbytes:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+    with explained("pwrite", file.path):
+        while view.nbytes:
+            written = _some(os.pwrite(file.fd, view, offset))
+            view, offset = view[written:], offset + written
 
 
-def sync(fd: int) -> None:
-    os.fsync(fd)
+def _some(written: int) -> int:
+    """A write that takes nothing and says nothing would be tried forever."""
+    if not written:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return written
 
 
-def close(fd: int) -> None:
-    os.close(fd)
+def sync(file: OpenFile) -> None:
+    """Make the bytes of a file durable."""
+    with explained("fsync", file.path):
+        os.fsync(file.fd)
+
+
+def close(file: OpenFile) -> None:
+    """The descriptor is gone afterwards, also where this fails."""
+    with explained("close", file.path):
+        os.close(file.fd)
+
+
+def remove(path: Path) -> None:
+    """Remove a file; nothing happens when there is none."""
+    with explained("unlink", path), suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def abandon(temporary: Path, file: OpenFile | None) -> None:
+    """Close and remove a file that something went wrong with. A further fault must not hide the first one.
+
+    What cannot be removed now is removed by the next writer of the same part.
+    """
+    if file is not None:
+        with suppress(SoftcacheError):
+            close(file)
+    with suppress(SoftcacheError):
+        remove(temporary)
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished file its name, and make the name durable."""
-    os.replace(temporary, final)
+    with explained("rename", final):
+        os.replace(temporary, final)
     sync_folder(final.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make the names in a folder durable."""
+    file = _open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync(file)
+    except BaseException:
+        with suppress(SoftcacheError):
+            close(file)
+        raise
+    close(file)
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, and make their names durable."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file aside, fsync, rename: after a crash there is the old file or the new one."""
-    # processes on two machines may share a folder and a pid
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with explained("mkdir", path):
         try:
-            write_at(fd, data, 0)
-            sync(fd)
-        finally:
-            close(fd)
+            os.mkdir(path)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes, *, tag: str = "0") -> None:
+    """Write a small file aside, fsync, rename: after a crash there is the old file or the new one.
+
+    Args:
+        tag: ends the temporary name, `.tmp-<tag>`: distinguishes writers that may work on the same folder.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{tag}")
+    file: OpenFile | None = None
+    try:
+        file = create(temporary)
+        write_at(file, data, 0)
+        sync(file)
+        finished, file = file, None
+        close(finished)
         publish(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        abandon(temporary, file)
         raise
 
 
 def append_line(path: Path, line: bytes) -> None:
     """Append one line to a journal, durably."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    file = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
     try:
         # a line torn by a crash is closed off first, so that it cannot swallow this one
-        size = os.fstat(fd).st_size
-        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        data = (b"\n" if torn else b"") + line + b"\n"
-        if os.write(fd, data) != len(data):  # a full disk may take a part of it without an error
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        sync(fd)
-    finally:
-        close(fd)
+        with explained("read", path):
+            size = os.fstat(file.fd).st_size
+            torn = size > 0 and os.pread(file.fd, 1, size - 1) != b"\n"
+        data = memoryview((b"\n" if torn else b"") + line + b"\n")
+        with explained("write", path):
+            while data.nbytes:
+                data = data[_some(os.write(file.fd, data)) :]
+        sync(file)
+    except BaseException:
+        with suppress(SoftcacheError):
+            close(file)
+        raise
+    close(file)
     if size == 0:
         sync_folder(path.parent)
 
 
 def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    with explained("statvfs", folder):
+        return shutil.disk_usage(folder).free

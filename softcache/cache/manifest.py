@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from softcache.cache.canonical import canonical_json
+from softcache.cache.gate import check_manifest
+from softcache.cache.opening import read_inside
 from softcache.cache.plan import Plan
-from softcache.cache.schema import FORMAT_VERSION, MANIFEST, MANIFESTS, OUR_FILES
+from softcache.cache.schema import FORMAT_VERSION, MANIFEST, MANIFESTS
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.stored import StoredFile
+from softcache.cache.strict import MANIFEST as MANIFEST_SHAPE
+from softcache.cache.strict import MAX_BYTES, check_shape, read_canonical
 from softcache.cache.work import read_journals, read_planned, work_folder
 from softcache.errors import CacheError, DamagedCacheError, UnfinishedCacheError
-
-MAX_MANIFEST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,25 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: Path) -> Manifest:
-        """Parse a manifest; CacheError when it is of another version, DamagedCacheError when it is not one at all."""
+        """Parse a manifest: strict JSON, then the gate.
+
+        Raises:
+            CacheError: it is of another version.
+            DamagedCacheError: it is not one at all, or does not describe one whole cache.
+        """
         try:
-            entry = json.loads(data)
-            found = entry["format"]
-        except (ValueError, KeyError, TypeError) as exc:
+            entry = read_canonical(data)
+            _check_version(entry, where)
+            check_shape(entry, MANIFEST_SHAPE)
+            plan = Plan.from_json(entry)
+            files = tuple(StoredFile.from_json(file) for file in entry["files"])
+            check_manifest(plan, files)
+        except ValueError as exc:
             raise DamagedCacheError(
-                f"{where}: not a manifest ({exc})", tip="copy the cache again, or restore the file from manifests/"
+                f"{where}: is no manifest that can be trusted: {exc}",
+                tip="copy the cache again, or restore it with `softcache repair`",
             ) from None
-        if isinstance(found, bool) or found != FORMAT_VERSION:
-            raise CacheError(
-                f"{where}: written in format version {found}; this softcache reads version {FORMAT_VERSION}",
-                tip="install the softcache that wrote it, or dump again",
-            )
-        if "layout" in entry and "rounds" not in entry:
-            raise CacheError(
-                f"{where}: written by softcache 0.1, before the format was frozen; this one cannot read it",
-                tip="dump again, or install softcache 0.1",
-            )
-        try:
-            manifest = cls(
-                plan=Plan.from_json(entry),
-                files=tuple(StoredFile.from_json(file) for file in entry["files"]),
-                id=hashlib.sha256(data).hexdigest(),
-            )
-            for file in manifest.files:
-                if not OUR_FILES.fullmatch(file.path):
-                    raise ValueError(f"{file.path!r} is not the name of a cache file")
-            return manifest
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise DamagedCacheError(
-                f"{where}: field missing or of the wrong type ({exc})",
-                tip="copy the cache again, or restore the file from manifests/",
-            ) from None
+        return cls(plan, files, hashlib.sha256(data).hexdigest())
 
     def files_of(self, kind: str, member: str | None = None) -> Iterator[StoredFile]:
         return (file for file in self.files if file.kind == kind and file.member == member)
@@ -84,34 +72,63 @@ class Manifest:
         return sums
 
 
+def _check_version(entry: Any, where: Path) -> None:
+    """CacheError for a version that this code does not read."""
+    if not isinstance(entry, dict) or type(entry.get("format")) is not int:
+        raise ValueError("format: missing")
+    found = entry["format"]
+    if found > FORMAT_VERSION:
+        raise CacheError(
+            f"{where}: written in format version {found}; this softcache reads version {FORMAT_VERSION}",
+            tip="install a newer softcache: pip install -U softcache",
+        )
+    if found < FORMAT_VERSION:
+        raise CacheError(
+            f"{where}: written in format version {found}, before the format was frozen; this softcache reads version "
+            f"{FORMAT_VERSION}",
+            tip="dump again; caches of version 1 and later stay readable",
+        )
+
+
 def read_manifest(path: Path, *, id: str | None = None) -> Manifest:
     """The manifest of a cache folder: the newest, or the one with the given id (a unique prefix is enough).
 
     Raises:
         CacheError: no such folder, not a cache, or a version this code cannot read.
         UnfinishedCacheError: a dump that has not been committed; the message says how far it is.
-        DamagedCacheError: the manifest's bytes do not have the id that is its name.
+        DamagedCacheError: bytes that are no manifest, or not the ones whose id is kept in manifests/.
     """
     if not path.is_dir():
         raise CacheError(f"{path}: there is no such folder", tip="give the folder that `softcache dump --out` wrote")
-    if id is not None:
-        matches = sorted((path / MANIFESTS).glob(f"{id}*.json"))
-        if len(matches) != 1:
-            known = ", ".join(p.stem[:12] for p in sorted((path / MANIFESTS).glob("*.json"))) or "none"
-            raise CacheError(f"{path}: {len(matches)} manifests match id {id!r}; known: {known}")
-        file = matches[0]
-    else:
-        file = path / MANIFEST
+    relative = MANIFEST if id is None else f"{MANIFESTS}/{_known_id(path, id)}.json"
     try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise DamagedCacheError(f"{file}: {file.stat().st_size} bytes is no manifest of ours")
-        data = file.read_bytes()
+        data = read_inside(path, relative, MAX_BYTES)
     except FileNotFoundError:
         raise _without_manifest(path) from None
-    manifest = Manifest.from_bytes(data, file)
-    if id is not None and manifest.id != file.stem:
-        raise DamagedCacheError(f"{file}: its bytes have sha256 {manifest.id}", tip="copy the cache again")
+    manifest = Manifest.from_bytes(data, path / relative)
+    # its own sha256 is the only thing that can tell one changed digit from another cache
+    kept = path / MANIFESTS / f"{manifest.id}.json"
+    if not kept.is_file() or (id is not None and kept != path / relative):
+        raise DamagedCacheError(
+            f"{path / relative}: its bytes have sha256 {manifest.id}, which is no id in {MANIFESTS}/: it was changed, or "
+            "not all of the cache was copied",
+            tip="copy the whole cache again, or restore it with `softcache repair`",
+        )
     return manifest
+
+
+def known_ids(path: Path) -> list[str]:
+    """The ids that manifests/ has files for, in order of name."""
+    return sorted(file.stem for file in (path / MANIFESTS).glob("*.json"))
+
+
+def _known_id(path: Path, prefix: str) -> str:
+    known = known_ids(path)
+    matches = [one for one in known if one.startswith(prefix)]
+    if len(matches) != 1:
+        shown = ", ".join(one[:12] for one in known) or "none"
+        raise CacheError(f"{path}: {len(matches)} manifests match id {prefix!r}; known: {shown}")
+    return matches[0]
 
 
 def _without_manifest(path: Path) -> CacheError:
@@ -128,7 +145,8 @@ def _without_manifest(path: Path) -> CacheError:
             tip="give the folder that `softcache dump --out` wrote",
         )
     total, done = len(planned.plan.rounds[0].layout), len(read_journals(work))
+    verb = "dump" if planned.plan.parent is None else "subset"
     return UnfinishedCacheError(
-        f"{path}: the dump is not finished: {done} of {total} spans are written ({100 * done // max(1, total)} %)",
-        tip="run the same `softcache dump` command again to resume it; finished shards are kept",
+        f"{path}: the {verb} is not finished: {done} of {total} spans are written ({100 * done // max(1, total)} %)",
+        tip=f"run the same `softcache {verb}` command again to resume it; finished shards are kept",
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softcache.cache.schema import FORMAT_VERSION, Layout
+from softcache.cache.statistics import MemberStatistics
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,19 @@ class SampleInfo:
     digest_kind: str  # "file" or "item"
     has_keys: bool
     multi_label: bool
-    order: str  # "permuted" or "natural"
+    order: str  # "permuted", "natural", or "selected": the rows of another cache, in its order
     order_seed: str
 
 
 @dataclass(frozen=True)
 class ViewInfo:
-    """The view policy: `steps` are {"name", "version", "parameters": {name: string}}; `replay` is "derived" or "seeded"."""
+    """The view policy: `steps` are {"name", "version", "parameters": {name: string}}; `replay` is "derived" or "seeded".
+
+    View v of the cache is rendered as view `first` + v: a cache made out of another one may begin with a later view.
+    """
 
     count: int
+    first: int
     root_seed: str
     replay: str
     steps: Sequence[Mapping[str, Any]]
@@ -118,19 +123,46 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The cache that this one was taken out of.
+
+    Attributes:
+        id: of its manifest.
+        statistics: member -> what was measured when its records were dumped, over all of them.
+    """
+
+    id: str
+    statistics: Mapping[str, MemberStatistics]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "statistics": {name: s.to_json() for name, s in self.statistics.items()}}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Parent:
+        return cls(entry["id"], {n: MemberStatistics.from_json(s) for n, s in entry["statistics"].items()})
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything that is fixed before the first row is written; the manifest is this plus the files."""
+    """Everything that is fixed before the first row is written; the manifest is this plus the files.
+
+    `license` is what the owner says others may do with the cache; None where nothing was said.
+    """
 
     samples: SampleInfo
     class_names: Sequence[str]
     views: ViewInfo
     members: Sequence[MemberInfo]
     rounds: Sequence[Round]
+    license: str | None = None
+    parent: Parent | None = None
     format: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
         return {
             "format": self.format,
+            "license": self.license,
+            "parent": None if self.parent is None else self.parent.to_json(),
             "samples": dict(vars(self.samples)),
             "class_names": list(self.class_names),
             "views": dict(vars(self.views)),
@@ -146,6 +178,8 @@ class Plan:
             views=ViewInfo(**entry["views"]),
             members=tuple(MemberInfo.from_json(member) for member in entry["members"]),
             rounds=tuple(Round.from_json(one) for one in entry["rounds"]),
+            license=entry["license"],
+            parent=None if entry["parent"] is None else Parent.from_json(entry["parent"]),
             format=int(entry["format"]),
         )
 

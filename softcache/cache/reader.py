@@ -5,65 +5,79 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from softcache.cache.checksums import (
+    CHECK_BLOCKS,
+    BadBlock,
+    BlockChecks,
+    Bytes,
+    CheckBlocks,
+    Damage,
+    damage_of,
+    read_sums,
+)
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.mapping import BackToBack, Piece, fits_back_to_back
+from softcache.cache.opening import open_checked
+from softcache.cache.plan import Plan
 from softcache.cache.samples import SampleTable, table_from_arrays
-from softcache.cache.schema import CRC_SUFFIX, Layout, dense_shard_path, member_shard_path, view_shard_path
+from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX, Layout, dense_shard_path, member_shard_path, view_shard_path
 from softcache.cache.stored import StoredArray, StoredFile
-from softcache.errors import CacheError, DamagedCacheError
+from softcache.errors import CacheError, DamagedCacheError, first_offenders
 
 ReadMode = Literal["mmap", "pread"]
+
+REPAIR = (
+    "`softcache verify --full` lists all that is damaged; `softcache repair` makes it again, or copy the cache again"
+)
 
 
 class MappedFile:
     """One file of a cache, mapped read-only; `array(name)` is a view into the map.
 
+    Args:
+        check: look at the checksums of a data set before it is used.
+
     Raises:
-        DamagedCacheError: the file is missing, has another size, or a data set reaches past its end.
+        DamagedCacheError: the file is missing, has another size, or a block of a data set has other bytes than were written.
     """
 
-    def __init__(self, root: Path, file: StoredFile) -> None:
-        self.file, self.path = file, root / file.path
-        self._fd = open_checked(self.path, file)
+    def __init__(self, root: Path, file: StoredFile, *, check: bool = True) -> None:
+        self.file, self.path, self._check = file, root / file.path, check
+        fd = open_checked(root, file)
         try:
-            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if file.nbytes else None
+            self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
         finally:
-            os.close(self._fd)
+            os.close(fd)
 
     def array(self, name: str) -> np.ndarray:
         stored = self.file.arrays[name]
-        if self._map is None or not stored.nbytes:
+        if not stored.nbytes:
             return np.zeros(stored.shape, stored.dtype)
+        if self._check:
+            self._check_blocks(name)
+        return self._view(name)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of them, checksums left out."""
+        return {name: self.array(name) for name in self.file.arrays if not name.endswith(CRC_SUFFIX)}
+
+    def _view(self, name: str) -> np.ndarray:
+        stored = self.file.arrays[name]
         count = stored.nbytes // np.dtype(stored.dtype).itemsize
         return np.frombuffer(self._map, stored.dtype, count, stored.offset).reshape(stored.shape)
 
-
-def open_checked(path: Path, file: StoredFile) -> int:
-    """A read-only descriptor of a cache file whose size is the manifest's and whose data sets lie inside it."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise DamagedCacheError(
-            f"{path}: the manifest names this file, but it is not there", tip="copy the cache again, or dump again"
-        ) from None
-    size = os.fstat(fd).st_size
-    if size != file.nbytes:
-        os.close(fd)
-        raise DamagedCacheError(
-            f"{path}: has {size} bytes, the manifest says {file.nbytes}",
-            tip="the copy is incomplete or damaged; copy the cache again, or dump again",
-        )
-    for name, stored in file.arrays.items():
-        if stored.offset < 0 or stored.offset + stored.nbytes > size:
-            os.close(fd)
-            raise DamagedCacheError(f"{path}: data set {name!r} reaches past the end of the file")
-    return fd
+    def _check_blocks(self, name: str) -> None:
+        data = self._view(name).reshape(-1).view(np.uint8).data
+        for block, crc in enumerate(self._view(name + CRC_SUFFIX).tolist()):
+            if zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]) != crc:
+                raise DamagedCacheError(f"{self.path}: {damage_of(self.file, name, block)}", tip=REPAIR)
 
 
 class RowTable:
@@ -74,14 +88,18 @@ class RowTable:
         shards: in the order of the layouts' spans.
         name: the data set, shaped (views, rows, ...) in every shard.
         mode: "mmap" reads through the page cache without system calls; "pread" suits network file systems.
+        check_blocks: when the checksums of the blocks that a gather touches are looked at.
     """
 
     def __init__(
-        self, root: Path, layouts: Sequence[Layout], shards: Sequence[StoredFile], name: str, mode: ReadMode
+        self,
+        root: Path,
+        layouts: Sequence[Layout],
+        shards: Sequence[StoredFile],
+        name: str,
+        mode: ReadMode,
+        check_blocks: CheckBlocks,
     ) -> None:
-        spans = [span for layout in layouts for span in layout.spans()]
-        if len(shards) != len(spans):
-            raise DamagedCacheError(f"{root}: {len(shards)} shards hold {name!r}, the layout asks for {len(spans)}")
         first = shards[0].arrays[name]
         self.dtype, self.tail = np.dtype(first.dtype), first.shape[2:]
         self._mode, self._num_rows = mode, layouts[0].num_rows
@@ -91,40 +109,70 @@ class RowTable:
         self._flat: list[np.ndarray] = []  # else the records of each shard
         self._files: list[tuple[int, StoredArray]] = []  # for pread
         weakref.finalize(self, _close_all, self._files)
-        for span, file in zip(spans, shards, strict=True):
-            stored = file.arrays[name]
-            if stored.shape != (span.views, span.rows, *self.tail) or np.dtype(stored.dtype) != self.dtype:
-                raise DamagedCacheError(f"{root / file.path}: {name!r} does not have the shape of its span")
-        self._starts = np.cumsum([0, *(span.views * span.rows for span in spans)])[:-1]  # first records in `whole`
+        counts = [shard.arrays[name].shape[0] * shard.arrays[name].shape[1] for shard in shards]
+        self._starts = np.cumsum([0, *counts])  # the first record of each shard in `whole`
+        self._sums: list[np.ndarray] = []
         if mode == "pread":
-            for file in shards:
-                try:
-                    self._files.append((open_checked(root / file.path, file), file.arrays[name]))
-                except DamagedCacheError:
-                    self._close_files()
-                    raise
-            return
+            self._open_files(root, shards, name)
+        else:
+            self._map_files(root, shards, name)
+        self._blocks = BlockChecks(shards, name, self._sums, check_blocks)
+
+    def _open_files(self, root: Path, shards: Sequence[StoredFile], name: str) -> None:
+        for file in shards:
+            try:
+                self._files.append((open_checked(root, file), file.arrays[name]))
+            except BaseException:
+                self._close_files()
+                raise
+            self._sums.append(read_sums(self._files[-1][0], file, name))
+
+    def _map_files(self, root: Path, shards: Sequence[StoredFile], name: str) -> None:
+        def open_piece(file: StoredFile) -> int:
+            fd = open_checked(root, file)
+            self._sums.append(read_sums(fd, file, name))
+            return fd
+
         groups = [shards] if fits_back_to_back([_piece(file, name) for file in shards]) else [[file] for file in shards]
         for group in groups:
             pieces = [_piece(file, name) for file in group]
             if fits_back_to_back(pieces):
-                mapped = BackToBack(pieces, lambda i, group=group: open_checked(root / group[i].path, group[i]))  # type: ignore[misc]
+                mapped = BackToBack(pieces, lambda i, group=group: open_piece(group[i]))  # type: ignore[misc]
                 records = np.frombuffer(memoryview(mapped.memory), self.dtype).reshape(-1, *self.tail)
                 records.flags.writeable = False
             else:  # not on Linux
-                records = MappedFile(root, group[0]).array(name).reshape(-1, *self.tail)
+                os.close(open_piece(group[0]))
+                records = MappedFile(root, group[0], check=False).array(name).reshape(-1, *self.tail)
             self._flat.append(records)
         if len(groups) == 1:
             self._whole = self._flat[0]
 
+    def _bytes_of(self, shard: int, start: int, stop: int) -> Bytes:
+        """Bytes [start, stop) of the data set in one shard."""
+        if self._mode == "pread":
+            fd, stored = self._files[shard]
+            return os.pread(fd, stop - start, stored.offset + start)
+        if self._whole is None:
+            records = self._flat[shard]
+        else:
+            records = self._whole[self._starts[shard] : self._starts[shard + 1]]
+        return records.reshape(-1).view(np.uint8)[start:stop].data
+
     def gather(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(B, ...) records of B (row, view) pairs, in their order. IndexError when one is out of range."""
+        """(B, ...) records of B (row, view) pairs, in their order.
+
+        Raises:
+            IndexError: one is out of range.
+            BadBlock: a block that one lies in has other bytes than were written, as far as that is looked at.
+        """
         rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
         _check_range(rows, self._num_rows, "row")
         _check_range(views, self._num_views, "view")
-        if self._whole is not None and self._num_views == 1:
+        if self._whole is not None and self._num_views == 1 and not self._blocks.pending:
             return np.take(self._whole, rows, axis=0)
         span, record = self.place(rows, views)
+        if self._blocks.pending:
+            self._blocks.check(span, record, self._bytes_of)
         if self._whole is not None:
             return np.take(self._whole, self._starts[span] + record, axis=0)
         out = np.empty((len(rows), *self.tail), self.dtype)
@@ -192,13 +240,19 @@ class _Places:
         return span, view * span_rows + row
 
 
-def read_constants(root: Path, stored: Sequence[StoredFile], member: str) -> dict[str, np.ndarray]:
+def read_constants(
+    root: Path, stored: Sequence[StoredFile], member: str, *, check: bool = True
+) -> dict[str, np.ndarray]:
     """The arrays that stand once for all records of a member, as views into the mapped file; empty where there are none."""
     found = [file for file in stored if file.kind == "constants" and file.member == member]
-    if not found:
-        return {}
-    mapped = MappedFile(root, found[0])
-    return {name: mapped.array(name) for name in found[0].arrays if not name.endswith(CRC_SUFFIX)}
+    return MappedFile(root, found[0], check=check).arrays() if found else {}
+
+
+def read_samples(root: Path, stored: Sequence[StoredFile], plan: Plan, *, check: bool = True) -> SampleTable:
+    """Who the samples are."""
+    (file,) = (file for file in stored if file.kind == "samples")
+    mapped = MappedFile(root, file, check=check)
+    return table_from_arrays(mapped.arrays(), plan.samples, len(plan.class_names))
 
 
 def _close_all(files: list[tuple[int, StoredArray]]) -> None:
@@ -220,12 +274,25 @@ class CacheReader:
     """A committed cache: its manifest, its sample table, and gathers of any stored data set.
 
     Pickles by path and id: a worker process opens its own maps. Nothing is opened before it is first read.
+
+    Args:
+        mode: "mmap", or "pread" for network file systems.
+        check_blocks: when the checksum of a block of 64 KiB is looked at: when it is "first" touched, "always", or "never".
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, id: str | None = None, mode: ReadMode = "mmap") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        id: str | None = None,
+        mode: ReadMode = "mmap",
+        check_blocks: CheckBlocks = "first",
+    ) -> None:
         if mode not in ("mmap", "pread"):
             raise CacheError(f"unknown read mode {mode!r}", tip="use 'mmap', or 'pread' on a network file system")
-        self.path, self.mode = Path(path), mode
+        if check_blocks not in CHECK_BLOCKS:
+            raise CacheError(f"check_blocks={check_blocks!r}", tip=f"use one of {', '.join(CHECK_BLOCKS)}")
+        self.path, self.mode, self.check_blocks = Path(path), mode, check_blocks
         self.manifest: Manifest = read_manifest(self.path, id=id)
         self._tables: dict[tuple[str | None, str], RowTable] = {}
         self._dense: dict[str, dict[str, StoredFile]] = {}
@@ -233,18 +300,19 @@ class CacheReader:
         self._samples: SampleTable | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "id": self.manifest.id, "mode": self.mode}
+        return {"path": self.path, "id": self.manifest.id, "mode": self.mode, "check_blocks": self.check_blocks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], id=state["id"], mode=state["mode"])  # type: ignore[misc]
+        self.__init__(state.pop("path"), **state)  # type: ignore[misc]
+
+    @property
+    def _check(self) -> bool:
+        return self.check_blocks != "never"
 
     @property
     def samples(self) -> SampleTable:
         if self._samples is None:
-            (file,) = self.manifest.files_of("samples")
-            mapped = MappedFile(self.path, file)
-            plan = self.manifest.plan
-            self._samples = table_from_arrays(mapped.array, list(file.arrays), plan.samples, len(plan.class_names))
+            self._samples = read_samples(self.path, self.manifest.files, self.manifest.plan, check=self._check)
         return self._samples
 
     def table(self, member: str | None, name: str) -> RowTable:
@@ -252,26 +320,37 @@ class CacheReader:
         key = (member, name)
         if key not in self._tables:
             layouts = self.manifest.plan.layouts_of(member)
-            self._tables[key] = RowTable(self.path, layouts, self._shards(member), name, self.mode)
+            shards = self._shards(member)
+            self._tables[key] = RowTable(self.path, layouts, shards, name, self.mode, self.check_blocks)
         return self._tables[key]
 
     def _shards(self, member: str | None) -> list[StoredFile]:
         """The shards of a member (None: of the views), in the order of their views' rounds."""
         found = {file.path: file for file in self.manifest.files_of("views" if member is None else "member", member)}
-        try:
-            return [
-                found[view_shard_path(span.index) if member is None else member_shard_path(member, span.index)]
-                for layout in self.manifest.plan.layouts_of(member)
-                for span in layout.spans()
-            ]
-        except KeyError as exc:
-            raise DamagedCacheError(
-                f"{self.path}: the manifest does not name {exc}", tip="copy the cache again"
-            ) from None
+        return [
+            found[view_shard_path(span.index) if member is None else member_shard_path(member, span.index)]
+            for layout in self.manifest.plan.layouts_of(member)
+            for span in layout.spans()
+        ]
 
     def gather(self, member: str | None, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(B, ...) stored values of B (row, view) pairs."""
-        return self.table(member, name).gather(rows, views)
+        """(B, ...) stored values of B (row, view) pairs.
+
+        Raises:
+            IndexError: a row or view is out of range.
+            DamagedCacheError: a block that is touched has other bytes than were written; names file, rows and samples.
+        """
+        try:
+            return self.table(member, name).gather(rows, views)
+        except BadBlock as exc:
+            raise self._damaged(exc.damage) from None
+
+    def _damaged(self, damage: Damage) -> DamagedCacheError:
+        named = ""
+        if damage.rows is not None:
+            keys = (self.samples.key(row) for row in range(*damage.rows))
+            named = f"; samples {first_offenders(keys, damage.rows[1] - damage.rows[0])}"
+        return DamagedCacheError(f"{self.path / damage.file}: {damage}{named}", tip=REPAIR)
 
     def dense(self, member: str, rows: np.ndarray, views: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """(n, C) float16 rows that were kept dense.
@@ -298,27 +377,32 @@ class CacheReader:
         return out
 
     def _mapped_dense(self, member: str, path: str) -> np.ndarray:
-        if path not in self._dense_rows:
+        if path not in self._dense_rows or self.check_blocks == "always":
             if path not in self._dense[member]:
                 raise DamagedCacheError(f"{self.path}: a record points into {path}, which the manifest does not name")
-            self._dense_rows[path] = MappedFile(self.path, self._dense[member][path]).array("logits")
+            mapped = MappedFile(self.path, self._dense[member][path], check=self._check)
+            self._dense_rows[path] = mapped.array("logits")
         return self._dense_rows[path]
 
     def constants(self, member: str) -> dict[str, np.ndarray]:
         """What stands once for all records of a member."""
-        return read_constants(self.path, self.manifest.files, member)
+        return read_constants(self.path, self.manifest.files, member, check=self._check)
 
     def probe(self) -> dict[str, np.ndarray]:
         """The arrays of probe.h5; empty where the cache has none."""
         for file in self.manifest.files_of("probe"):
-            mapped = MappedFile(self.path, file)
-            return {name: mapped.array(name) for name in file.arrays if not name.endswith(CRC_SUFFIX)}
+            arrays, plan = MappedFile(self.path, file, check=self._check).arrays(), self.manifest.plan
+            sizes = arrays["shapes"].clip(1, 2**20).astype(np.int64).prod(axis=1)  # an axis of no length stands for none
+            inside = arrays["rows"].max() < plan.samples.count and arrays["views"].max() < plan.views.count
+            if not inside or sum(sizes.tolist()) != len(arrays["pixels"]):
+                raise DamagedCacheError(f"{self.path / file.path}: its records are not those of this cache", tip=REPAIR)
+            return arrays
         return {}
 
-    def array_names(self, member: str) -> list[str]:
-        """The data sets of a member, checksums left out."""
+    def array_kinds(self, member: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The data sets of a member, checksums left out: name -> (NumPy dtype string, shape of one record)."""
         for file in self.manifest.files_of("member", member):
-            return [name for name in file.arrays if not name.endswith(CRC_SUFFIX)]
+            return {n: (a.dtype, a.shape[2:]) for n, a in file.arrays.items() if not n.endswith(CRC_SUFFIX)}
         raise CacheError(f"{self.path}: no member {member!r}")
 
     def close(self) -> None:

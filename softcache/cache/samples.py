@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from softcache.errors import CacheError
+from softcache.cache.plan import SampleInfo
+from softcache.errors import DamagedCacheError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SampleTable:
         if not self.has_keys:
             return f"{int(self.ids[row]):016x}"
         start, stop = int(self.key_offsets[row]), int(self.key_offsets[row + 1])
-        return bytes(self.key_bytes[start:stop]).decode("utf-8")
+        return bytes(self.key_bytes[start:stop]).decode("utf-8", "replace")
 
     def labels_of(self, rows: np.ndarray) -> np.ndarray:
         """(B,) int64 class indices, or (B, C) bool for multi-label."""
@@ -110,23 +110,31 @@ def pack_labels(labels: np.ndarray) -> np.ndarray:
     return labels.astype("<i4")
 
 
-def table_from_arrays(
-    load: Callable[[str], np.ndarray], names: Sequence[str], info: Any, num_classes: int
-) -> SampleTable:
-    """The table from a reader's arrays; CacheError when they do not agree with the manifest's `samples` (`info`)."""
+def table_from_arrays(arrays: Mapping[str, np.ndarray], info: SampleInfo, num_classes: int) -> SampleTable:
+    """The table from the data sets of samples.h5; DamagedCacheError for numbers that no dump writes."""
     empty = np.zeros(0, np.uint8)
     table = SampleTable(
-        ids=load("ids"),
-        labels=load("labels"),
-        digests=load("digests"),
-        key_bytes=load("key_bytes") if "key_bytes" in names else empty,
-        key_offsets=load("key_offsets") if "key_offsets" in names else empty.astype("<u8"),
+        ids=arrays["ids"],
+        labels=arrays["labels"],
+        digests=arrays["digests"],
+        key_bytes=arrays.get("key_bytes", empty),
+        key_offsets=arrays.get("key_offsets", empty.astype("<u8")),
         multi_label=info.multi_label,
         num_classes=num_classes,
     )
-    if not len(table.ids) == len(table.labels) == len(table.digests) == info.count:
-        raise CacheError(f"samples.h5 holds {len(table.ids)} samples, the manifest says {info.count}")
+    labels, ends = table.labels, table.key_offsets
+    if not table.multi_label and not (int(labels.min()) >= -1 and int(labels.max()) < num_classes):
+        raise DamagedCacheError(f"samples.h5: labels {labels.min()} to {labels.max()}, for {num_classes} classes")
+    if table.has_keys and not (
+        ends[0] == 0 and ends[-1] == len(table.key_bytes) and bool((ends[1:] >= ends[:-1]).all())
+    ):
+        raise DamagedCacheError("samples.h5: the keys' offsets do not follow one another")
     return table
+
+
+def first_order(count: int, order: str, seed: int) -> np.ndarray:
+    """(count,) position in the transfer set of each row of a new cache; `order` is "natural" or "permuted"."""
+    return np.arange(count) if order == "natural" else seeded_order(count, seed)
 
 
 def seeded_order(count: int, seed: int) -> np.ndarray:

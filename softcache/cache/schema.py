@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
 
 ALIGNMENT = 4096  # bytes; every data set starts on such a border
 BLOCK_BYTES = 65536  # one CRC-32 per block of this many bytes of a data set
@@ -16,6 +16,7 @@ ROW_UNIT = 256  # rows per shard are a multiple of this
 TARGET_SHARDS = 64
 MIN_SHARD_ROWS = 1024
 MAX_SHARD_BYTES = 256 * 2**20
+PROBE_RECORDS = 64
 
 MANIFEST = "manifest.json"
 MANIFESTS = "manifests"
@@ -28,11 +29,7 @@ WORK = "dump"  # plan, journals and locks of the dump that made the cache, and b
 CRC_SUFFIX = "_crc32"
 
 MEMBER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-# the only names a manifest may give: nothing else in the folder is opened, and nothing outside it
-OUR_FILES = re.compile(
-    rf"samples\.h5|probe\.h5|views/part-[0-9]{{5,}}\.h5"
-    rf"|members/{MEMBER_NAME.pattern}/(constants|(part|dense)-[0-9]{{5,}})\.h5"
-)
+ARRAY_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
 """One HDF5 file: written whole or not at all.
 
-h5py creates and closes the empty, pre-allocated file; rows are then written with pwrite at the data sets' offsets. The
-result is byte for byte what h5py would have written, and readers need only the offsets.
+h5py makes the empty, pre-allocated file in memory; its few blocks, and then the rows, are written with pwrite through the file
+layer. The result is byte for byte what h5py would have written, and readers need only the offsets.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +18,13 @@ import h5py
 import numpy as np
 
 from softcache.cache import files
+from softcache.cache.checksums import sha256_of
+from softcache.cache.files import OpenFile
 from softcache.cache.schema import ALIGNMENT, BLOCK_BYTES, CRC_SUFFIX, FORMAT_VERSION, ArraySpec
 from softcache.cache.stored import StoredArray, StoredFile
-from softcache.errors import DamagedCacheError, DiskSpaceError
+from softcache.errors import DamagedCacheError
 
 WRITE_ROWS = 1024  # rows gathered before one pwrite
-READ_BYTES = 1 << 20
 HDF5_VERSION = f"{h5py.version.hdf5_version} (h5py {h5py.version.version})"
 
 
@@ -69,20 +67,24 @@ class ShardWriter:
 
     Raises:
         DiskSpaceError: the file system cannot hold the file.
+        DumpError: another fault of the file system.
     """
 
     def __init__(self, path: Path, arrays: Sequence[ArraySpec], *, kind: str, tag: str = "0") -> None:
         self.path, self.kind = path, kind
         self.temporary = path.with_name(f"{path.name}.tmp-{tag}")
-        files.make_folder(path.parent)
-        self._fd = -1
+        self._file: OpenFile | None = None
         specs = [spec for array in arrays for spec in (array, array.checksums)]
+        empty = _empty_file(specs, kind)
+        self._columns = {a.name: _Column(a, empty.offsets[a.name]) for a in arrays}
+        self._stored = {s.name: StoredArray(empty.offsets[s.name], s.dtype, s.shape) for s in specs}
+        files.make_folder(path.parent)
         with self._undone_on_fault():
-            offsets = _create(self.temporary, specs, kind)
-            self._columns = {a.name: _Column(a, offsets[a.name]) for a in arrays}
-            self._stored = {s.name: StoredArray(offsets[s.name], s.dtype, s.shape) for s in specs}
-            self._fd = files.open_for_writing(self.temporary)
-            files.reserve(self._fd, os.fstat(self._fd).st_size)
+            self._file = files.create(self.temporary)
+            files.set_size(self._file, empty.nbytes)
+            files.reserve(self._file, empty.nbytes)
+            for offset, block in empty.blocks:
+                files.write_at(self._file, block, offset)
 
     def append(self, name: str, rows: np.ndarray) -> None:
         """Append rows to one data set: (n, ...) in the order of its flattened leading axes."""
@@ -100,70 +102,62 @@ class ShardWriter:
         if not block.nbytes:
             return
         data = block.reshape(-1).view(np.uint8).data
+        assert self._file is not None
         assert column.written + data.nbytes <= column.spec.nbytes, f"{column.spec.name}: more rows than planned"
         with self._undone_on_fault():
-            files.write_at(self._fd, data, column.offset + column.written)
+            files.write_at(self._file, data, column.offset + column.written)
         column.update(data)
         column.written += data.nbytes
 
     def finish(self, *, relative_path: str, **place: Any) -> StoredFile:
         """Write the checksums, fsync, read everything back, hash, rename. Returns the manifest's entry."""
         with self._undone_on_fault():
+            assert self._file is not None
             for column in self._columns.values():
                 self._flush(column)
                 column.end_block()
                 assert column.written == column.spec.nbytes, f"{column.spec.name}: fewer rows than planned"
                 sums = np.asarray(column.checksums, dtype="<u4")
-                files.write_at(self._fd, sums.tobytes(), self._stored[column.spec.name + CRC_SUFFIX].offset)
-            files.sync(self._fd)
-            nbytes = os.fstat(self._fd).st_size
-            digest = self._read_back()
-            fd, self._fd = self._fd, -1
-            files.close(fd)
+                files.write_at(self._file, sums.tobytes(), self._stored[column.spec.name + CRC_SUFFIX].offset)
+            files.sync(self._file)
+            with files.explained("read", self.temporary):
+                nbytes = os.fstat(self._file.fd).st_size
+                digest = self._read_back(self._file.fd)
+            finished, self._file = self._file, None
+            files.close(finished)
             files.publish(self.temporary, self.path)
         return StoredFile(relative_path, self.kind, nbytes, digest, self._stored, **place)
 
-    def _read_back(self) -> str:
+    def _read_back(self, fd: int) -> str:
         """sha256 of the file as it now reads; every block must have the checksum it was written with."""
         for column in self._columns.values():
             for block, expected in enumerate(column.checksums):
                 start = block * BLOCK_BYTES
-                data = os.pread(self._fd, min(BLOCK_BYTES, column.spec.nbytes - start), column.offset + start)
+                data = os.pread(fd, min(BLOCK_BYTES, column.spec.nbytes - start), column.offset + start)
                 if zlib.crc32(data) != expected:
                     raise DamagedCacheError(
                         f"{self.temporary}: block {block} of {column.spec.name} reads back other bytes than were written",
                         tip="the disk or the network file system cannot be trusted; write the cache elsewhere",
                     )
-        return sha256_of(self._fd)
+        return sha256_of(fd)
 
     def discard(self) -> None:
-        """Close and remove the unfinished file."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-        self.temporary.unlink(missing_ok=True)
+        """Close and remove the unfinished file; nothing where it is finished."""
+        file, self._file = self._file, None
+        files.abandon(self.temporary, file)
 
     @contextmanager
     def _undone_on_fault(self) -> Iterator[None]:
-        """Remove the unfinished file when something goes wrong; a full disk gets its own name."""
         try:
             yield
-        except BaseException as exc:
+        except BaseException:
             self.discard()
-            if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskSpaceError(
-                    f"{self.path}: {os.strerror(exc.errno)}",
-                    tip="free some space and run the same command again: finished shards are kept",
-                ) from exc
             raise
 
 
 def file_bytes(arrays: Sequence[ArraySpec]) -> int:
-    """How long a shard of these data sets is, checksums included: an empty one is made and measured."""
-    specs = [spec for array in arrays for spec in (array, array.checksums)]
-    with tempfile.TemporaryDirectory(prefix="softcache-") as folder:
-        _create(Path(folder) / "empty.h5", specs, "empty")  # allocated, but not filled: it takes no space
-        return (Path(folder) / "empty.h5").stat().st_size
+    """How long a shard of these data sets is, checksums included."""
+    return _empty_file([spec for array in arrays for spec in (array, array.checksums)], "empty").nbytes
 
 
 def write_shard(
@@ -181,73 +175,49 @@ def write_shard(
         raise
 
 
-def sha256_of(source: Path | int) -> str:
-    """Hex sha256 of a file (by path or descriptor)."""
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC) if isinstance(source, Path) else source
-    hasher, position = hashlib.sha256(), 0
-    try:
-        while data := os.pread(fd, READ_BYTES, position):
-            hasher.update(data)
-            position += len(data)
-    finally:
-        if isinstance(source, Path):
-            os.close(fd)
-    return hasher.hexdigest()
+@dataclass(frozen=True)
+class _EmptyFile:
+    """A shard before its first row: what libhdf5 writes of itself, and where the data sets will lie."""
+
+    nbytes: int
+    blocks: Sequence[tuple[int, bytes]]
+    offsets: Mapping[str, int]
 
 
-def structure_faults(path: Path, file: StoredFile) -> list[str]:
-    """Where the HDF5 structure differs from the manifest's entry: the only place that opens HDF5 for reading.
+class _Memory:
+    """What libhdf5 takes for a file: keeps what is written, in order. No byte of the data sets is among it.
 
-    Call it after size and sha256 have matched.
+    A disk it does not see cannot fail it: a library that fails to close a file keeps it open, and tries again at exit.
     """
-    faults = []
-    try:
-        with h5py.File(path, "r") as handle:
-            if sorted(handle) != sorted(file.arrays):
-                faults.append(f"holds the data sets {sorted(handle)}, the manifest names {sorted(file.arrays)}")
-            for name in set(handle) & set(file.arrays):
-                stored, found = file.arrays[name], handle[name]
-                plain = isinstance(found, h5py.Dataset) and found.chunks is None and not found.external
-                if not plain:
-                    faults.append(f"{name!r} is not a contiguous data set")
-                elif found.shape != stored.shape or found.dtype != np.dtype(stored.dtype):
-                    faults.append(
-                        f"{name!r} is {found.dtype} {found.shape}, the manifest says {stored.dtype} {stored.shape}"
-                    )
-                elif stored.nbytes and found.id.get_offset() != stored.offset:
-                    faults.append(f"{name!r} lies at {found.id.get_offset()}, the manifest says {stored.offset}")
-    except OSError as exc:
-        faults.append(f"is not HDF5: {exc}")
-    return faults
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[int, bytes]] = []
+        self.nbytes = self._position = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.nbytes}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: memoryview) -> int:
+        self.blocks.append((self._position, bytes(data)))
+        self.nbytes = max(self.nbytes, self.seek(len(data), os.SEEK_CUR))
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self.nbytes = size
+        return size
+
+    def flush(self) -> None:
+        pass
 
 
-def bad_blocks(path: Path, file: StoredFile) -> Iterator[tuple[str, int]]:
-    """(data set, block number) of every block whose CRC-32 differs from the one stored beside it."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for name, stored in file.arrays.items():
-            sums = file.arrays.get(name + CRC_SUFFIX)
-            if sums is None:
-                continue
-            expected = np.frombuffer(os.pread(fd, sums.nbytes, sums.offset), "<u4")
-            for block, crc in enumerate(expected.tolist()):
-                start = block * BLOCK_BYTES
-                if zlib.crc32(os.pread(fd, min(BLOCK_BYTES, stored.nbytes - start), stored.offset + start)) != crc:
-                    yield name, block
-    finally:
-        os.close(fd)
-
-
-def _create(path: Path, arrays: Sequence[ArraySpec], kind: str) -> dict[str, int]:
-    """Create the empty file with every data set allocated, contiguous and aligned; returns name -> offset."""
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-    access.set_alignment(1, ALIGNMENT)
-    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-    creation.set_obj_track_times(False)  # the root group's times would make equal inputs give other bytes
-    handle = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access)
-    with h5py.File(handle) as file:
+def _empty_file(arrays: Sequence[ArraySpec], kind: str) -> _EmptyFile:
+    """An empty file with every data set allocated, contiguous and aligned."""
+    memory = _Memory()
+    with _hdf5_file(memory) as file:
         file.attrs.create("softcache_format", FORMAT_VERSION, dtype="<u4")
         file.attrs.create("softcache_kind", np.bytes_(kind))
         offsets = {}
@@ -261,4 +231,16 @@ def _create(path: Path, arrays: Sequence[ArraySpec], kind: str) -> dict[str, int
             kind_id = h5py.h5t.py_create(np.dtype(spec.dtype))
             dataset = h5py.h5d.create(file.id, spec.name.encode(), kind_id, space, dcpl=layout)
             offsets[spec.name] = 0 if spec.nbytes == 0 else int(dataset.get_offset())
-    return offsets
+    return _EmptyFile(memory.nbytes, memory.blocks, offsets)
+
+
+def _hdf5_file(memory: _Memory) -> h5py.File:
+    # the property list must not outlive this function: at the end of the process h5py could no longer free its driver
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_alignment(1, ALIGNMENT)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, memory)
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)  # the root group's times would make equal inputs give other bytes
+    return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access))

@@ -58,19 +58,16 @@ class StoredFile:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> StoredFile:
-        arrays = {
-            str(name): StoredArray(int(a["offset"]), str(a["dtype"]), tuple(int(n) for n in a["shape"]))
-            for name, a in entry["arrays"].items()
-        }
-        rows, views = entry.get("rows"), entry.get("views")
+        """Of an entry that has passed the strict reader."""
+        arrays = {name: StoredArray(a["offset"], a["dtype"], tuple(a["shape"])) for name, a in entry["arrays"].items()}
         return cls(
-            path=str(entry["path"]),
-            kind=str(entry["kind"]),
-            nbytes=int(entry["bytes"]),
-            sha256=str(entry["sha256"]),
+            path=entry["path"],
+            kind=entry["kind"],
+            nbytes=entry["bytes"],
+            sha256=entry["sha256"],
             arrays=arrays,
             member=entry.get("member"),
-            rows=None if rows is None else (int(rows[0]), int(rows[1])),
-            views=None if views is None else (int(views[0]), int(views[1])),
+            rows=tuple(entry["rows"]) if "rows" in entry else None,
+            views=tuple(entry["views"]) if "views" in entry else None,
             statistics=MemberStatistics.from_json(entry["statistics"]) if "statistics" in entry else None,
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from softcache.cache.canonical import canonical_json
+from softcache.cache.files import explained
+from softcache.cache.opening import read_inside
 from softcache.cache.plan import Plan
 from softcache.cache.schema import WORK
 from softcache.cache.stored import StoredFile
+from softcache.cache.strict import JOURNALED, MAX_BYTES, PLANNED, read_shape
 from softcache.errors import DamagedCacheError
 
 PLAN = "plan.json"
@@ -43,16 +45,25 @@ def work_folder(path: Path, round_number: int) -> Path:
 
 def read_planned(work: Path) -> Planned | None:
     """The plan of a round; None when it has not been made yet."""
-    file = work / PLAN
+    file, data = work / PLAN, _read(work, PLAN)
+    if data is None:
+        return None
     try:
-        entry = json.loads(file.read_bytes())
+        entry = read_shape(data, PLANNED)
         return Planned(
             Plan.from_json(entry["plan"]), entry["base"], tuple(StoredFile.from_json(f) for f in entry["files"])
         )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except ValueError as exc:
         raise DamagedCacheError(f"{file}: is damaged ({exc})", tip="start again with another --out") from None
+
+
+def _read(work: Path, name: str) -> bytes | None:
+    """A file of the folder; None when it is not there."""
+    with explained("read", work / name):
+        try:
+            return read_inside(work, name, MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 def read_journals(work: Path) -> dict[int, list[dict[str, Any]]]:
@@ -62,12 +73,12 @@ def read_journals(work: Path) -> dict[int, list[dict[str, Any]]]:
     """
     entries: dict[int, list[dict[str, Any]]] = {}
     for journal in sorted(work.glob("part-*.jsonl")):
-        for line in journal.read_bytes().split(b"\n"):
+        for line in (_read(work, journal.name) or b"").split(b"\n"):
             try:
-                entry = json.loads(line)
-                known = entries.setdefault(int(entry["span"]), [])
-                if entry not in known:
-                    known.append(entry)
-            except (ValueError, KeyError, TypeError):
+                entry = read_shape(line, JOURNALED)
+            except ValueError:
                 continue
+            known = entries.setdefault(entry["span"], [])
+            if entry not in known:
+                known.append(entry)
     return entries

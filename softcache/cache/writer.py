@@ -5,25 +5,24 @@ What the manifest does not name does not exist. A process killed at any moment l
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from softcache.cache import files
 from softcache.cache.canonical import canonical_json, differences
-from softcache.cache.locks import release_lock, take_lock
+from softcache.cache.checksums import sha256_of
+from softcache.cache.files import OpenFile
+from softcache.cache.gate import check_plan
+from softcache.cache.locks import holder_of, release_lock, sign, take_lock, waiting_lock
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import Plan
-from softcache.cache.samples import SampleTable, table_from_arrays
+from softcache.cache.samples import SampleTable
 from softcache.cache.schema import (
     CARD,
     MANIFEST,
@@ -39,10 +38,12 @@ from softcache.cache.schema import (
     member_shard_path,
     view_shard_path,
 )
-from softcache.cache.shard import ShardWriter, StoredFile, sha256_of, write_shard
+from softcache.cache.shard import ShardWriter, write_shard
 from softcache.cache.statistics import MemberStatistics
+from softcache.cache.stored import StoredFile
+from softcache.cache.strict import JOURNALED, PLANNED, read_shape
 from softcache.cache.work import PLAN, Planned, read_journals, read_planned, work_folder
-from softcache.errors import CacheError, DiskSpaceError, DumpError, LockedError, PlanMismatchError
+from softcache.errors import CacheError, DiskSpaceError, DumpError, LockedError, PlanMismatchError, SoftcacheError
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,26 @@ class CacheWriter:
         base: Manifest | None = None,
     ) -> None:
         self.path, self.part, self.base = path, part or Part(), base
-        self.work = work_folder(path, len(plan.rounds) - 1)
+        round_number = len(plan.rounds) - 1
+        self.work = work_folder(path, round_number)
+        self.tag = f"{round_number}-{self.part}"  # of its temporary files
         self._refuse_foreign_folder()
+        self._refuse_links()
         files.make_folder(self.work)
         files.make_folder(path / MANIFESTS)
-        with _waiting_lock(self.work / "setup.lock"):
-            self._refuse_other_split()
-            self._lock = _take_lock(self.work / f"part-{self.part}.lock", self.part, path)
-            try:
+        lock: OpenFile | None = None
+        try:
+            with waiting_lock(self.work / "setup.lock"):
+                self._refuse_other_split()
+                lock = self._take_lock(self.work / f"part-{self.part}.lock")
+                sign(lock)
+                self._remove_leftovers(round_number)
                 self.planned, self.samples = self._begin(plan, make_setup)
-            except BaseException:
-                release_lock(self._lock)
-                raise
+        except BaseException:
+            if lock is not None:
+                release_lock(lock)
+            raise
+        self._lock = lock
         self._journal = self.work / f"part-{self.part}.jsonl"
         self.bytes_written = 0
 
@@ -130,24 +139,64 @@ class CacheWriter:
             raise DumpError(f"{self.path}: is a file", tip="choose another --out")
         if self.base is not None or not self.path.is_dir() or (self.path / WORK).is_dir():
             return
-        if any(self.path.iterdir()):
+        with files.explained("listing", self.path):
+            occupied = any(self.path.iterdir())
+        if occupied:
             raise DumpError(
                 f"{self.path}: holds files that no dump wrote", tip="choose another --out, or empty the folder"
             )
+
+    def _refuse_links(self) -> None:
+        """A link inside the folder would have us write somewhere else; the folder itself may be reached through one."""
+        for folder in self._folders():
+            if folder != self.path and folder.is_symlink():
+                raise DumpError(
+                    f"{folder}: is a symbolic link; links inside a cache are not followed",
+                    tip="put a folder with its files in its place, or choose another --out",
+                )
 
     def _refuse_other_split(self) -> None:
         """A living process that splits the same dump into another number of parts would write the same spans."""
         for lock in sorted(self.work.glob("part-*.lock")):
             if not lock.stem.endswith(f"-of-{self.part.count}"):
-                release_lock(_take_lock(lock, self.part, self.path, announce=False))
+                release_lock(self._take_lock(lock))
+
+    def _take_lock(self, path: Path) -> OpenFile:
+        """The lock of a part, or LockedError naming who holds it."""
+        try:
+            return take_lock(path)
+        except BlockingIOError:
+            raise LockedError(
+                f"{self.path}: part {self.part.index} of {self.part.count} is being written by another process: "
+                f"{holder_of(path)}",
+                tip="wait for it, end it, or give this process a part of its own with --part i/n",
+            ) from None
+
+    def _folders(self) -> Iterator[Path]:
+        """Every folder of the cache that a round may write into, those that are there."""
+        yield from (self.path, self.path / WORK, self.work, self.path / MANIFESTS, self.path / "views")
+        members = self.path / "members"
+        yield members
+        if members.is_dir():
+            yield from (folder for folder in sorted(members.iterdir()) if folder.is_dir())
+
+    def _remove_leftovers(self, round_number: int) -> None:
+        """What killed processes left unfinished: of this part, and of parts of another split, none of which lives."""
+        for folder in filter(Path.is_dir, self._folders()):
+            for file in folder.glob(f"*.tmp-{round_number}-*"):
+                if file.name.endswith(f".tmp-{self.tag}") or not file.name.endswith(f"-of-{self.part.count}"):
+                    files.remove(file)
 
     def _begin(self, plan: Plan, make_setup: Callable[[], Setup]) -> tuple[Planned, SampleTable]:
         found = read_planned(self.work)
         if found is None:
             setup = make_setup()
             plan = replace(plan, samples=replace(plan.samples, fingerprint=setup.samples.fingerprint()))
+            check_plan(plan)
             planned = Planned(plan, self.base.id if self.base else None, self._write_setup(setup))
-            files.write_whole(self.work / PLAN, planned.to_bytes())
+            data = planned.to_bytes()
+            read_shape(data, PLANNED)  # what no reader would take is found before the first row is paid for
+            files.write_whole(self.work / PLAN, data, tag=self.tag)
             return planned, setup.samples
         wanted = replace(plan, samples=replace(plan.samples, fingerprint=found.plan.samples.fingerprint))
         changed = list(differences(*(json.loads(canonical_json(p.to_json())) for p in (wanted, found.plan))))
@@ -161,29 +210,25 @@ class CacheWriter:
                 + (f"delete {self.work} to give it up" if self.base else "choose another --out"),
             )
         # imported here: the reader is the other side of the format, and only a resume needs it
-        from softcache.cache.reader import MappedFile
+        from softcache.cache.reader import read_samples
 
-        (file,) = (f for f in (*found.files, *(self.base.files if self.base else ())) if f.kind == "samples")
-        mapped = MappedFile(self.path, file)
-        table = table_from_arrays(mapped.array, list(file.arrays), found.plan.samples, len(found.plan.class_names))
-        return found, table
+        stored = [*found.files, *(self.base.files if self.base else ())]
+        return found, read_samples(self.path, stored, found.plan)
 
     def _write_setup(self, setup: Setup) -> list[StoredFile]:
         written = []
         if self.base is None:
             arrays = setup.samples.arrays()
-            written.append(write_shard(self.path / SAMPLES, arrays, kind="samples", relative_path=SAMPLES))
+            written.append(self._write_file(SAMPLES, arrays, kind="samples"))
             if setup.probe:
-                written.append(write_shard(self.path / PROBE, setup.probe, kind="probe", relative_path=PROBE))
+                written.append(self._write_file(PROBE, setup.probe, kind="probe"))
         for member, constants in setup.constants.items():
             if constants:
-                relative = constants_path(member)
-                written.append(
-                    write_shard(
-                        self.path / relative, constants, kind="constants", relative_path=relative, member=member
-                    )
-                )
+                written.append(self._write_file(constants_path(member), constants, kind="constants", member=member))
         return written
+
+    def _write_file(self, relative: str, arrays: Mapping[str, np.ndarray], **about: Any) -> StoredFile:
+        return write_shard(self.path / relative, arrays, relative_path=relative, tag=self.tag, **about)
 
     def constants(self, member: str) -> dict[str, np.ndarray]:
         """What was fitted for a member, as it lies on disk: the same for every part and every resume."""
@@ -196,12 +241,21 @@ class CacheWriter:
         """Journal entries of every span whose files are there, over all parts."""
         finished = {}
         for index, entries in read_journals(self.work).items():
-            there = [e for e in entries if all(_has_size(self.path / f["path"], int(f["bytes"])) for f in e["files"])]
+            there = [e for e in entries if self._belongs(index, e)]
+            there = [e for e in there if all(_has_size(self.path / f["path"], int(f["bytes"])) for f in e["files"])]
             if len(there) > 1:  # written twice, with other bytes: the entry that fits the files is the one that holds
-                there = [e for e in there if all(sha256_of(self.path / f["path"]) == f["sha256"] for f in e["files"])]
+                there = [e for e in there if all(_has_sha256(self.path / f["path"], f["sha256"]) for f in e["files"])]
             if there:
                 finished[index] = there[-1]
         return finished
+
+    def _belongs(self, index: int, entry: Mapping[str, Any]) -> bool:
+        """Whether a journal's entry names the files of its span, and nothing else."""
+        one = self.plan.rounds[-1]
+        wanted = {member_shard_path(member, index) for member in one.members}
+        wanted |= {view_shard_path(index)} if one.new_views else set()
+        found = {file["path"] for file in entry["files"]}
+        return wanted <= found <= wanted | {dense_shard_path(member, index) for member in one.members}
 
     def my_spans(self) -> list[Span]:
         """The spans of this part that are still to be written."""
@@ -218,7 +272,9 @@ class CacheWriter:
         except BaseException:
             out.discard()
             raise
-        files.append_line(self._journal, canonical_json(entry))
+        line = canonical_json(entry)
+        read_shape(line, JOURNALED)
+        files.append_line(self._journal, line)
         self.bytes_written += sum(file["bytes"] for file in entry["files"])
 
     def commit(self, card: Callable[[Manifest], str], provenance: Mapping[str, Any]) -> Manifest | None:
@@ -236,15 +292,26 @@ class CacheWriter:
             stored += [StoredFile.from_json(file) for file in done[span.index]["files"]]
         data = Manifest(self.plan, stored).to_bytes()
         manifest = Manifest.from_bytes(data, self.path / MANIFEST)
+        self._sync_folders(stored)
         told = self.path / PROVENANCE if self.base is None else self.work / PROVENANCE
         if not told.exists():
-            files.write_whole(told, json.dumps(dict(provenance), indent=1).encode())
-        files.write_whole(self.path / MANIFESTS / f"{manifest.id}.json", data)
-        with _waiting_lock(self.path / WORK / "commit.lock"):
+            files.write_whole(told, json.dumps(dict(provenance), indent=1).encode(), tag=self.tag)
+        files.write_whole(self.path / MANIFESTS / f"{manifest.id}.json", data, tag=self.tag)
+        with waiting_lock(self.path / WORK / "commit.lock"):
             if not self._was_extended():
-                files.write_whole(self.path / CARD, card(manifest).encode("utf-8"))
-                files.write_whole(self.path / MANIFEST, data)
+                files.write_whole(self.path / CARD, card(manifest).encode("utf-8"), tag=self.tag)
+                files.write_whole(self.path / MANIFEST, data, tag=self.tag)
         return manifest
+
+    def _sync_folders(self, stored: Sequence[StoredFile]) -> None:
+        """A process that died between making a folder and syncing its parent left that to us."""
+        folders = {self.path}
+        for file in stored:
+            folders |= {self.path / folder for folder in Path(file.path).parents}
+        for folder in sorted(folders):
+            files.sync_folder(folder)
+        with suppress(SoftcacheError):  # the folder around the cache may be somebody else's, not ours to open
+            files.sync_folder(self.path.parent)
 
     def _was_extended(self) -> bool:
         """Whether a later round is there already: its manifest stays the newest."""
@@ -254,13 +321,33 @@ class CacheWriter:
             return False
 
 
+class SpanTarget(Protocol):
+    """What writes spans: a new round, or a repair."""
+
+    @property
+    def path(self) -> Path:
+        """The folder that the files go into."""
+
+    @property
+    def tag(self) -> str:
+        """Of temporary files."""
+
+    @property
+    def plan(self) -> Plan:
+        """Its last round is the one that is written."""
+
+    @property
+    def bytes_written(self) -> int:
+        """So far."""
+
+
 class SpanWriter:
     """The open shards of one span: one per member, and one with the pixel digests where its views are new.
 
     Records that a codec keeps dense are gathered here and written beside the shard when it is finished.
     """
 
-    def __init__(self, writer: CacheWriter, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> None:
+    def __init__(self, writer: SpanTarget, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> None:
         self.span_info, self._writer = span, writer
         self._statistics = {name: MemberStatistics() for name in member_arrays}
         self._shards: dict[str | None, ShardWriter] = {}
@@ -283,7 +370,7 @@ class SpanWriter:
             raise
 
     def _open(self, member: str | None, relative: str, kind: str, specs: Sequence[ArraySpec]) -> None:
-        self._shards[member] = ShardWriter(self._writer.path / relative, specs, kind=kind, tag=str(self._writer.part))
+        self._shards[member] = ShardWriter(self._writer.path / relative, specs, kind=kind, tag=self._writer.tag)
 
     def append(self, member: str | None, arrays: Mapping[str, Any], statistics: MemberStatistics | None = None) -> None:
         """Append records in view-major order: (n, ...) per data set. `member=None` is the table of pixel digests."""
@@ -320,7 +407,7 @@ class SpanWriter:
                         rows,
                         kind="dense",
                         relative_path=relative,
-                        tag=str(self._writer.part),
+                        tag=self._writer.tag,
                         member=member,
                         **place,
                     )
@@ -333,36 +420,13 @@ class SpanWriter:
 
 
 def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
-        return False
+    with files.explained("stat", path):
+        try:
+            return path.stat().st_size == size
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
 
-@contextmanager
-def _waiting_lock(path: Path) -> Iterator[None]:
-    """Hold a lock while the plan is made; wait for whoever holds it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _take_lock(path: Path, part: Part, cache: Path, *, announce: bool = True) -> int:
-    """The part's lock, or LockedError naming who holds it. The kernel releases it when the process ends, however it ends."""
-    try:
-        fd = take_lock(path)
-    except BlockingIOError:
-        holder = path.read_text("utf-8", "replace").strip() or "unknown"
-        raise LockedError(
-            f"{cache}: part {part.index} of {part.count} is being written by another process: {holder}",
-            tip="wait for it, end it, or give this process a part of its own with --part i/n",
-        ) from None
-    if not announce:
-        return fd
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"host {socket.gethostname()}, pid {os.getpid()}, since {started}\n".encode(), 0)
-    return fd
+def _has_sha256(path: Path, digest: str) -> bool:
+    with files.explained("read", path), path.open("rb") as handle:
+        return sha256_of(handle.fileno()) == digest

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from softcache.codecs.codec import Codec, Probe
 from softcache.codecs.floats import Float16Codec, Float32Codec
@@ -28,7 +32,9 @@ __all__ = [
     "LowRankCodec",
     "Probe",
     "TopkCodec",
+    "codec_constants",
     "make_codec",
+    "restore_codec",
 ]
 
 CODECS: dict[str, type[Codec]] = {
@@ -59,3 +65,17 @@ def make_codec(name: str, parameters: Mapping[str, str], num_classes: int) -> Co
             raise ConfigError(f"codec {name!r} has no parameter {key!r}", tip=nearest(key, known) if known else "")
         values[key] = convert(text, hints[key], f"codec {name!r}: {key}")
     return kind(num_classes, **values)
+
+
+def restore_codec(name: str, parameters: Mapping[str, str], num_classes: int, constants: Mapping[str, Tensor]) -> Codec:
+    """The codec that a manifest names, with the constants that were stored for it; errors as `make_codec`.
+
+    Raises:
+        CodecFitError: the constants are not this codec's.
+    """
+    return make_codec(name, parameters, num_classes).with_constants(constants)
+
+
+def codec_constants(stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of the arrays in constants.h5 those that are the codec's, under its own names."""
+    return {n.removeprefix("codec_"): torch.tensor(a) for n, a in stored.items() if n.startswith("codec_")}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from softcache.codecs.records import Field
+from softcache.codecs.records import Field, record_bytes
+from softcache.errors import CacheError, CodecFitError
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,24 @@ class Probe:
     head_bias: Tensor | None = None
 
 
+def constant(constants: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+    """A stored constant on the CPU; CodecFitError unless it is there with this dtype and shape (None: any length)."""
+    found = constants.get(name)
+    if (
+        found is None
+        or found.dtype != dtype
+        or found.ndim != len(shape)
+        or any(wanted not in (None, length) for wanted, length in zip(shape, found.shape, strict=True))
+    ):
+        kind = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+        raise CodecFitError(
+            f"constant {name!r} is {kind}, should be {dtype} {shape}", tip="the cache cannot be decoded"
+        )
+    return found.cpu()
+
+
 @dataclass(frozen=True)
-class Codec:
+class Codec(ABC):
     """How one member's logits are stored. Subclasses are frozen dataclasses; their fields are the parameters.
 
     Attributes:
@@ -74,8 +93,8 @@ class Codec:
 
     @property
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Data set name -> (NumPy dtype string, shape of one record); `eps` is not among them."""
-        raise NotImplementedError
+        """Data set name -> (NumPy dtype string, shape of one record), without `eps`; by default compact records."""
+        return {"records": ("|u1", (record_bytes(self.fields),))}
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -90,6 +109,7 @@ class Codec:
         """The same codec with constants that were stored earlier."""
         return self
 
+    @abstractmethod
     def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
         """(B, C) finite float32 logits, on any device -> stored arrays on that device.
 
@@ -99,24 +119,26 @@ class Codec:
         Raises:
             CodecRangeError: numbers that it cannot hold; never a stored infinity.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Stored arrays, with `dense` and `dense_at` of the same batch where there are any -> (B, C) float32 logits."""
-        raise NotImplementedError
 
     def rounding(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
         """(B,) bound on how far another device may decode the same bytes elsewhere; None where decoding is exact."""
         return None
 
     def head(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, k) int64 ids and (B, k) float32 logits of the classes that a codec keeps which is not complete."""
-        raise NotImplementedError
+        """(B, k) int64 ids and (B, k) float32 logits of the classes kept; CacheError where these are all."""
+        raise self._is_complete()
 
     def tail_logsumexp(self, arrays: Mapping[str, Tensor], temperature: float) -> Tensor:
-        """(B,) float32 logarithm of the sum over all other classes of exp(logit / T)."""
-        raise NotImplementedError
+        """(B,) float32 logarithm of the sum over all other classes of exp(logit / T); CacheError where there are none."""
+        raise self._is_complete()
 
     def spread(self, arrays: Mapping[str, Tensor], temperature: float) -> Tensor:
-        """(B, C) float32 log-probabilities at T of a codec that is not complete, the rest's mass spread evenly."""
-        raise NotImplementedError
+        """(B, C) float32 log-probabilities at T, the mass of what is not kept spread evenly; CacheError where all is kept."""
+        raise self._is_complete()
+
+    def _is_complete(self) -> CacheError:
+        return CacheError(f"codec {self.name!r} keeps every class", tip="use the logits that it decodes to")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from softcache.codecs.codec import Codec
 from softcache.codecs.int8 import codes_of, from_codes, step_of
-from softcache.codecs.packing import id_bits, pack, pack_codes, packed_bytes, unpack, unpack_codes
-from softcache.codecs.records import Field, lay_out, read_field, record_bytes, write_fields
+from softcache.codecs.packing import id_bits, pack, pack_codes, packed_bytes, unpack_codes, unpack_ids
+from softcache.codecs.records import Field, lay_out, read_field, write_fields
 from softcache.errors import CodecRangeError, ConfigError
 
 WIDTHS = (8, 6, 4)
@@ -47,10 +47,6 @@ class HeadTailCodec(Codec):
     @property
     def kept(self) -> int:
         return min(self.k, self.num_classes)
-
-    @property
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"records": ("|u1", (record_bytes(self.fields),))}
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -91,7 +87,7 @@ class HeadTailCodec(Codec):
         top, lowest, step, below, ids, codes = (read_field(arrays["records"], field) for field in self.fields)
         rows = from_codes(unpack_codes(codes, self.num_classes, self.bits), lowest, step)
         head = torch.cat([top[:, None], top[:, None] - below.float()], dim=1)  # (B, kept)
-        return rows.scatter_(1, unpack(ids, self.kept, id_bits(self.num_classes)), head)
+        return rows.scatter_(1, unpack_ids(ids, self.kept, self.num_classes), head)
 
 
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softcache.codecs.codec import Codec
-from softcache.codecs.records import Field, lay_out, read_field, record_bytes, write_fields
+from softcache.codecs.records import Field, lay_out, read_field, write_fields
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,6 @@ class Int8Codec(Codec):
     """
 
     name: ClassVar[str] = "int8"
-
-    @property
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"records": ("|u1", (record_bytes(self.fields),))}
 
     @property
     def fields(self) -> tuple[Field, ...]:

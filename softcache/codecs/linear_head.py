@@ -9,10 +9,10 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from softcache.codecs.codec import Codec, Probe
+from softcache.codecs.codec import Codec, Probe, constant
 from softcache.codecs.int8 import codes_of, from_codes, step_of
 from softcache.codecs.matmul import affine, affine_rounding
-from softcache.codecs.records import Field, lay_out, read_field, record_bytes, write_fields
+from softcache.codecs.records import Field, lay_out, read_field, write_fields
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError
 
 TOLERANCE = 1e-3  # of the largest |logit|: TF32, or autocast's bfloat16 input, moves a logit by less
@@ -50,7 +50,8 @@ class LinearHeadCodec(Codec):
 
     def with_constants(self, constants: Mapping[str, Tensor]) -> Self:
         fitted = replace(self)
-        fitted._layers["cpu"] = (constants["weight"].cpu(), constants["bias"].cpu())
+        weight = constant(constants, "weight", (self.num_classes, None), torch.float32)
+        fitted._layers["cpu"] = (weight, constant(constants, "bias", (self.num_classes,), torch.float32))
         return fitted
 
     def fit(self, probe: Probe) -> Self:
@@ -81,7 +82,7 @@ class LinearHeadCodec(Codec):
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         if self.dtype == "float16":
             return {"head_input": ("<f2", (self._width,))}
-        return {"records": ("|u1", (record_bytes(self.fields),))}
+        return super().arrays
 
     @property
     def fields(self) -> tuple[Field, ...]:

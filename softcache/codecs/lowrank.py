@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from softcache.codecs.codec import Codec, Probe
+from softcache.codecs.codec import Codec, Probe, constant
 from softcache.codecs.fidelity import kl_rows
 from softcache.codecs.floats import Float16Codec, Float32Codec
 from softcache.codecs.headtail import HeadTailCodec
@@ -124,8 +124,15 @@ class LowRankCodec(Codec):
         return dict(self._fitted)
 
     def with_constants(self, constants: Mapping[str, Tensor]) -> Self:
+        classes, bits = self.num_classes, constant(constants, "bits", (None,), torch.uint8)
+        if len(bits) and not 1 <= int(bits.min()) <= int(bits.max()) <= MAX_BITS:
+            raise CodecFitError("codec 'lowrank': its constant 'bits' holds numbers that no fit gives")
+        rank = GROUP * len(bits)
         fitted = replace(self)
-        fitted._fitted.update({name: constants[name].cpu() for name in ("mean", "basis", "step", "bits")})
+        fitted._fitted["mean"] = constant(constants, "mean", (classes,), torch.float32)
+        fitted._fitted["basis"] = constant(constants, "basis", (classes, rank), torch.float16)
+        fitted._fitted["step"] = constant(constants, "step", (rank,), torch.float32)
+        fitted._fitted["bits"] = bits
         return fitted
 
     def fit(self, probe: Probe) -> LowRankCodec:
@@ -204,10 +211,6 @@ class LowRankCodec(Codec):
             if bool((kl_rows(rows, decoded, self.at_temperature) <= self.max_kl).all()):
                 return codec.text, sizes[codec]
         return Float32Codec.name, 4 * self.num_classes
-
-    @property
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"records": ("|u1", (record_bytes(self.fields),))}
 
     @property
     def fields(self) -> tuple[Field, ...]:

@@ -50,6 +50,11 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     return (value >> start % 8) & ((1 << bits) - 1)
 
 
+def unpack_ids(packed: Tensor, count: int, num_classes: int) -> Tensor:
+    """(B, count) int64 class ids; one that is no class becomes the last one, since on a GPU it could not be refused."""
+    return unpack(packed, count, id_bits(num_classes)).clamp_(max=num_classes - 1)
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """`pack` for (B, n) uint8 codes of 8, 6 or 4 bits: the same bytes, in a few passes over them.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from softcache.codecs.codec import Codec
 from softcache.codecs.headtail import largest
-from softcache.codecs.packing import id_bits, pack, packed_bytes, unpack
-from softcache.codecs.records import Field, lay_out, read_field, record_bytes, write_fields
+from softcache.codecs.packing import id_bits, pack, packed_bytes, unpack, unpack_ids
+from softcache.codecs.records import Field, lay_out, read_field, write_fields
 from softcache.errors import CacheError, ConfigError
 
 BETAS = (1.0, 0.5, 0.25, 0.125)  # 1 / T of the stored tails
@@ -58,10 +58,6 @@ class TopkCodec(Codec):
         return self.num_classes - self.kept
 
     @property
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"records": ("|u1", (record_bytes(self.fields),))}
-
-    @property
     def fields(self) -> tuple[Field, ...]:
         return lay_out(
             [
@@ -104,7 +100,7 @@ class TopkCodec(Codec):
         _, ids, below = (read_field(arrays["records"], field) for field in self.fields)
         distances = _from_codes(unpack(below, self.kept - 1, BELOW_BITS))
         logits = torch.cat([distances.new_zeros(len(distances), 1), -distances], dim=1)
-        return unpack(ids, self.kept, id_bits(self.num_classes)), logits
+        return unpack_ids(ids, self.kept, self.num_classes), logits
 
     def tail_logsumexp(self, arrays: Mapping[str, Tensor], temperature: float) -> Tensor:
         """(B,) float32 log of the sum over the other classes of exp(logit / T), at the level of `head`; -inf without any.

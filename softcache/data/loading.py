@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, DataError, SoftcacheError
+from softcache.errors import ConfigError, DataError, SoftcacheError, first_offenders
 from softcache.spec import load_user_file, user_files
 
 Pair = tuple[int, int]  # (index in the transfer set, view index)
@@ -188,7 +188,7 @@ class ViewedSet(Dataset[Any]):
             rendered = [self.render_view(index, view) for index, view in pairs]
             items = [one.item for one in rendered]
             index, views = np.array(pairs, dtype=np.int64).T
-            batch = LoadedBatch(tuple(collate(items) for collate in self.collates), index, views)
+            batch = LoadedBatch(self._collated(items, index), index, views)
             if self.policy.mixing is not None:
                 rows = np.array([one.partner_row for one in rendered], dtype=np.int64)
                 shares = np.array([one.share for one in rendered], dtype=np.float32)
@@ -200,6 +200,23 @@ class ViewedSet(Dataset[Any]):
             return batch
         except SoftcacheError as exc:
             return _Fault(exc)
+
+    def _collated(self, items: list[Any], index: np.ndarray) -> tuple[Any, ...]:
+        """The items as every model takes them; a fault of a collate names the samples, those of an odd shape first."""
+        try:
+            return tuple(collate(items) for collate in self.collates)
+        except SoftcacheError:
+            raise
+        except Exception as exc:
+            shapes = [getattr(item, "shape", None) for item in items]
+            usual = max(shapes, key=shapes.count)
+            odd = [i for i, shape in zip(index.tolist(), shapes, strict=True) if shape != usual]
+            named = first_offenders((self.transfer_set.keys[i] for i in odd or index.tolist()), len(odd or index))
+            why = f"of another shape than {usual}: " if odd else ""
+            raise DataError(
+                f"the model cannot take this batch: {type(exc).__name__}: {exc}; samples {why}{named}",
+                tip="make their items alike (--policy resize:size=N), or leave them out with --samples",
+            ) from exc
 
     def __reduce__(self) -> tuple[Any, ...]:
         # classes from a user's file must be importable in a spawned worker before they are unpickled

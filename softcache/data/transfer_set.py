@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
+from softcache.data.selection import of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec
@@ -112,7 +113,7 @@ def open_transfer_set(
     Args:
         spec: see the top of this file.
         download: let torchvision fetch what is not there.
-        keep_labels: classes to keep, by name or index (a name wins over an index); unlabelled ones are left out.
+        keep_labels: classes to keep, by name, index or range of indices (0-4); unlabelled samples are left out.
         drop_labels: classes to leave out; with several labels per sample, one of these is enough.
         samples: a text file of keys, one per line. The order stays the transfer set's.
 
@@ -126,9 +127,9 @@ def open_transfer_set(
     if samples is not None:
         chosen &= _listed(transfer_set.keys, Path(samples))
     if keep_labels:
-        chosen &= _has_label(transfer_set, keep_labels)
+        chosen &= of_classes(transfer_set.labels, transfer_set.class_names, keep_labels)
     if drop_labels:
-        chosen &= ~_has_label(transfer_set, drop_labels)
+        chosen &= ~of_classes(transfer_set.labels, transfer_set.class_names, drop_labels)
     if not chosen.any():
         raise DataError(
             f"{spec!r}: none of its {len(transfer_set)} samples is selected",
@@ -168,30 +169,9 @@ def _portable_name(spec: Spec) -> str:
     return spec.without("root", "download").portable() if spec.scheme == "torchvision" else spec.portable()
 
 
-def _has_label(transfer_set: TransferSet, wanted: Sequence[int | str]) -> np.ndarray:
-    """(N,) bool: the samples that have one of these classes."""
-    classes = [_class_index(one, transfer_set.class_names) for one in wanted]
-    if transfer_set.multi_label:
-        return np.asarray(transfer_set.labels[:, classes].any(axis=1))
-    return np.isin(transfer_set.labels, classes)
-
-
-def _class_index(wanted: int | str, class_names: tuple[str, ...]) -> int:
-    if wanted in class_names:
-        return class_names.index(str(wanted))
-    if str(wanted).isdecimal() and int(wanted) < len(class_names):
-        return int(wanted)
-    raise DataError(f"no class {wanted!r} among {len(class_names)} classes", tip=nearest(str(wanted), class_names))
-
-
 def _listed(keys: Sequence[str], path: Path) -> np.ndarray:
     """(N,) bool: the samples whose keys the file lists."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}: cannot be read as a list of keys: {exc}", tip="--samples wants UTF-8 text") from exc
-    wanted = dict.fromkeys(lines)
-    wanted.pop("", None)
+    wanted = dict.fromkeys(read_keys(path))
     found = np.fromiter((key in wanted for key in keys), dtype=bool, count=len(keys))
     if int(found.sum()) < len(wanted):
         known = set(keys)

@@ -8,10 +8,11 @@ tensors C x H x W.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from softcache.cache.plan import ViewInfo
 from softcache.data.color import color_jitter, randaugment
 from softcache.data.images import describe, like, to_tensor
 from softcache.data.mixing import cutmix, draw_partner, mixup
@@ -122,12 +123,18 @@ def parse_step(text: str) -> Step:
 class Policy:
     """An ordered list of steps and the root seed of their draws. Without steps, a view is the item itself.
 
+    Attributes:
+        first_view: what view 0 is called in the draws: a cache taken out of another one may begin with a later view.
+        allow_code: whether transforms that it names may be called: not where a cache names them and nobody said so.
+
     Raises:
         ConfigError: a mixing step that is not the last one.
     """
 
     steps: tuple[Step, ...] = ()
     root_seed: int = 0
+    first_view: int = 0
+    allow_code: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         for step in self.steps[:-1]:
@@ -163,13 +170,19 @@ class Policy:
         Where no step but a mixing one is there, the item as it is.
 
         Raises:
+            ConfigError: a step is code that may not be called.
             DataError: the policy has steps and the item is not a uint8 image.
         """
         if not self._keyed:
             return item
         image = to_tensor(item)
         for step, key in self._keyed:
-            image = step.kind.function(image, Draws(self.root_seed, key, sample_id, view), **step.parameters)
+            if step.name == "seeded" and not self.allow_code:
+                raise ConfigError(
+                    f"the views of this cache are made by code that it names: {step.stream}",
+                    tip="if you know that code and trust it: --allow-code, or open(path, allow_code=True)",
+                )
+            image = step.kind.function(image, self._draws(key, sample_id, view), **step.parameters)
         return like(image, item)
 
     def partner(self, sample_id: int, view: int, count: int) -> int:
@@ -206,7 +219,7 @@ class Policy:
                 steps.append(step)
             elif step.kind.evaluated:
                 steps.append(make_step(step.kind.evaluated, {"size": step.parameters["size"]}))
-        return Policy(tuple(steps), self.root_seed)
+        return replace(self, steps=tuple(steps))
 
     def at_size(self, size: int) -> Policy:
         """The same views, `size` pixels wide: the same draws and the same parts of the image, at another resolution.
@@ -236,7 +249,7 @@ class Policy:
         return [step.to_json() for step in self.steps]
 
     @classmethod
-    def from_json(cls, steps: Iterable[Mapping[str, Any]], root_seed: int) -> Policy:
+    def from_json(cls, steps: Iterable[Mapping[str, Any]], root_seed: int, first_view: int = 0) -> Policy:
         """The policy a manifest or a run folder names; ConfigError when this version renders a step differently."""
         made = []
         for entry in steps:
@@ -248,7 +261,12 @@ class Policy:
                     tip="install the softcache that made the cache, or dump again",
                 )
             made.append(step)
-        return cls(tuple(made), root_seed)
+        return cls(tuple(made), root_seed, first_view)
+
+    @classmethod
+    def of_cache(cls, views: ViewInfo, *, allow_code: bool = False) -> Policy:
+        """The policy that a manifest names."""
+        return replace(cls.from_json(views.steps, int(views.root_seed), views.first), allow_code=allow_code)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.steps)) or "the items as they are"
@@ -264,7 +282,10 @@ class Policy:
         step = self.mixing
         if step is None:
             raise ConfigError(f"the policy ({self}) mixes nothing", tip="end it with mixup or cutmix")
-        return Draws(self.root_seed, step_key(step.name, 0), sample_id, view)
+        return self._draws(step_key(step.name, 0), sample_id, view)
+
+    def _draws(self, key: int, sample_id: int, view: int) -> Draws:
+        return Draws(self.root_seed, key, sample_id, self.first_view + view)
 
 
 PIXEL_PARAMETERS = ("size", "height", "pixels", "padding")

@@ -1,0 +1,35 @@
+"""provenance.json: who made a cache, from where, how fast. For people, and for commands that repeat the dump; never trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from softcache.cache.opening import read_inside
+from softcache.cache.schema import PROVENANCE
+from softcache.cache.work import work_folder
+from softcache.errors import DamagedCacheError
+
+MAX_BYTES = 2**20
+
+
+def provenance_path(path: Path, round_number: int = 0) -> Path:
+    """Where a round tells of itself: the first beside the manifest, extensions in their work folders."""
+    return (path if round_number == 0 else work_folder(path, round_number)) / PROVENANCE
+
+
+def read_provenance(path: Path, round_number: int = 0) -> dict[str, Any]:
+    """What it says, as an object of strings, numbers and one object `command`; empty where it is gone or is no such thing."""
+    relative = str(provenance_path(path, round_number).relative_to(path))
+    try:
+        told = json.loads(read_inside(path, relative, MAX_BYTES))
+    except (FileNotFoundError, DamagedCacheError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) and isinstance(told.get("command"), dict) else {}
+
+
+def told_data(path: Path) -> str | None:
+    """The transfer set that the dump was given."""
+    data = read_provenance(path).get("command", {}).get("data")
+    return data if isinstance(data, str) else None

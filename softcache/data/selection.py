@@ -1,0 +1,50 @@
+"""Which samples: by class, or by a list of keys. The same words choose from a transfer set and from a cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from softcache.errors import DataError, nearest
+
+_INDICES = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+
+
+def of_classes(labels: np.ndarray, class_names: Sequence[str], wanted: Sequence[int | str]) -> np.ndarray:
+    """(N,) bool: the samples that have one of these classes.
+
+    Args:
+        labels: (N,) class indices, -1 = none; or (N, C) bool.
+        class_names: C names.
+        wanted: classes by name, index, or a range of indices such as 0-4; a name wins over an index.
+
+    Raises:
+        DataError: a class that is not there.
+    """
+    classes = sorted({index for one in wanted for index in _class_indices(one, class_names)})
+    if labels.ndim == 2:
+        return np.asarray(labels[:, classes].any(axis=1))
+    return np.isin(labels, classes)
+
+
+def _class_indices(wanted: int | str, class_names: Sequence[str]) -> Sequence[int]:
+    if wanted in class_names:
+        return [list(class_names).index(str(wanted))]
+    ends = _INDICES.fullmatch(str(wanted))
+    if ends and int(ends[1]) <= int(ends[2] or ends[1]) < len(class_names):
+        return range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    raise DataError(f"no class {wanted!r} among {len(class_names)} classes", tip=nearest(str(wanted), class_names))
+
+
+def read_keys(path: Path) -> list[str]:
+    """The different lines of a file that are not empty, in its order; DataError where it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{path}: cannot be read as a list of keys: {exc}", tip="--samples wants UTF-8 text") from exc
+    wanted = dict.fromkeys(lines)
+    wanted.pop("", None)
+    return list(wanted)
