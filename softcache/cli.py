@@ -14,11 +14,12 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from softcache import __version__
-from softcache.config import DumpConfig, EvalConfig, PlanConfig, Resolved, TrainConfig, resolve
+from softcache.config import DumpConfig, EvalConfig, PlanConfig, TrainConfig, resolve
 from softcache.errors import ConfigError, SoftcacheError
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
@@ -227,10 +228,10 @@ def _verb(verbs: Any, name: str, handler: Callable[[argparse.Namespace], int]) -
 
 
 def _config_verb(
-    verbs: Any, name: str, kind: type[Any], handler: Callable[[argparse.Namespace], int]
+    verbs: Any, name: str, kind: type[Any], handler: Callable[[Any, argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
     """A verb whose flags are the fields of a config dataclass."""
-    parser = _verb(verbs, name, handler)
+    parser = _verb(verbs, name, partial(_with_config, kind, handler))
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         flag, meta, hint = "--" + field.name.replace("_", "-"), field.metadata, hints[field.name]
@@ -255,8 +256,10 @@ def _config_verb(
     return parser
 
 
-def _resolve(kind: type[Any], arguments: argparse.Namespace) -> Resolved[Any] | None:
-    """The config of a verb; None when it was only to be printed."""
+def _with_config(
+    kind: type[Any], handler: Callable[[Any, argparse.Namespace], int], arguments: argparse.Namespace
+) -> int:
+    """Find the config of a verb out of all sources, then run the verb, or only print it with --print-config."""
     names = {field.name for field in dataclasses.fields(kind)}
     flags = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     for name, value in flags.items():
@@ -265,25 +268,22 @@ def _resolve(kind: type[Any], arguments: argparse.Namespace) -> Resolved[Any] | 
             flags[name] = ",".join(value)
     resolved = resolve(kind, file=arguments.config, sets=arguments.set, flags=flags)
     if not arguments.print_config:
-        return resolved
+        return handler(resolved.config, arguments)
     from softcache.report import table
 
     rows = [[name, str(getattr(resolved.config, name)), origin] for name, origin in resolved.origins.items()]
     print(table(["setting", "value", "from"], rows))
-    return None
+    return 0
 
 
-def _dump(arguments: argparse.Namespace) -> int:
-    resolved = _resolve(DumpConfig, arguments)
-    if resolved is None:
-        return 0
+def _dump(config: DumpConfig, arguments: argparse.Namespace) -> int:
     from softcache import dump
     from softcache.report import size
 
-    if resolved.config.list_modules:
-        print(dump.list_modules(resolved.config))
+    if config.list_modules:
+        print(dump.list_modules(config))
         return 0
-    result = dump.run(resolved.config, quiet=arguments.quiet)
+    result = dump.run(config, quiet=arguments.quiet)
     manifest = result.manifest
     if arguments.json:
         print(json.dumps({"path": str(result.path), "id": manifest.id if manifest else None}))
@@ -291,31 +291,25 @@ def _dump(arguments: argparse.Namespace) -> int:
         print(f"{result.path}: this part is done; the cache is committed when the other parts are")
     else:
         print(f"{result.path}: {len(manifest.files)} files, {size(manifest.nbytes)}, id {manifest.id}")
-        data = shlex.quote(resolved.config.data)
+        data = shlex.quote(config.data)
         print(f"next: softcache train --cache {result.path} --data {data} --student ... --out runs/student")
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    resolved = _resolve(PlanConfig, arguments)
-    if resolved is None:
-        return 0
+def _plan(config: PlanConfig, arguments: argparse.Namespace) -> int:
     from softcache import plan
 
-    forecast = plan.run(resolved.config)
+    forecast = plan.run(config)
     print(json.dumps(forecast.to_json()) if arguments.json else forecast.text())
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    resolved = _resolve(TrainConfig, arguments)
-    if resolved is None:
-        return 0
+def _train(config: TrainConfig, arguments: argparse.Namespace) -> int:
     from softcache import train
     from softcache.evaluate import summary
     from softcache.report import table
 
-    result = train.run(resolved.config, quiet=arguments.quiet)
+    result = train.run(config, quiet=arguments.quiet)
     if arguments.json:
         last = {"path": str(result.path), "parameters": result.parameters, **result.metrics[-1]}
         print(json.dumps(last))
@@ -325,23 +319,20 @@ def _train(arguments: argparse.Namespace) -> int:
         shown.append(result.metrics[-1])
     columns = [name for name in result.metrics[-1] if name != "view"]
     print(table(columns, [[row.get(name) for name in columns] for row in shown]))
-    if result.evaluation is not None:
-        print("\n" + summary(resolved.config.eval_data, result.evaluation))
+    if config.eval_data is not None and result.evaluation is not None:
+        print("\n" + summary(config.eval_data, result.evaluation))
     print(f"\n{result.path}: {result.parameters:,} parameters; next: softcache eval {result.path} --data ...")
     return 0
 
 
-def _eval(arguments: argparse.Namespace) -> int:
-    resolved = _resolve(EvalConfig, arguments)
-    if resolved is None:
-        return 0
+def _eval(config: EvalConfig, arguments: argparse.Namespace) -> int:
     from softcache import evaluate
 
-    result = evaluate.run(arguments.model, resolved.config, quiet=arguments.quiet)
+    result = evaluate.run(arguments.model, config, quiet=arguments.quiet)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
-        print(evaluate.summary(f"{arguments.model} on {resolved.config.data}", result))
+        print(evaluate.summary(f"{arguments.model} on {config.data}", result))
     return 0
 
 

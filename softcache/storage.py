@@ -17,8 +17,9 @@ from softcache.codecs.features import FeatureCodec
 from softcache.codecs.fidelity import grid_of
 from softcache.config import StorageOptions
 from softcache.errors import ConfigError
+from softcache.features import FeatureSpec
 from softcache.spec import split_term
-from softcache.taps import FeatureSpec, shapes_of
+from softcache.taps import shapes_of
 from softcache.teacher import Teacher
 
 

@@ -34,7 +34,7 @@ from softcache.data.views import Policy
 from softcache.drift import Drift, Render, check_drift
 from softcache.ensemble import KEEPS_LEVEL, combine
 from softcache.errors import CacheError, DataError, nearest
-from softcache.taps import FeatureSpec, parse_features
+from softcache.features import FeatureSpec, parse_features
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
 

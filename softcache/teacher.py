@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from softcache.data.loading import to_device
 from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
+from softcache.features import FeatureSpec, parse_features
 from softcache.models import Model, build, fingerprint, load_model
 from softcache.models import split_weights as split_model
 from softcache.spec import parse_spec
-from softcache.taps import FeatureSpec, HeadTap, ModuleShape, Taps, head_of, list_modules, parse_features
+from softcache.taps import HeadTap, ModuleShape, Taps, head_of, list_modules
 
 OUTPUTS = ("logits", "log_probs", "probs")
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this

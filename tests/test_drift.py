@@ -572,7 +572,7 @@ def test_a_new_member_may_see_a_rounding(
 
 def verify_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
     capsys.readouterr()
-    code = cli.main(["verify", str(tmp_path / "cache"), *more])
+    code = cli.main(["verify", "--allow-code", str(tmp_path / "cache"), *more])
     printed = capsys.readouterr()
     return code, printed.out + printed.err
 
@@ -688,7 +688,7 @@ def test_the_picture_shows_every_view(
     data = f"{toy}:images?rgb={str(rgb).lower()}"
     cache = quick_dump(data, policy=policy, views=5)
     out = tmp_path / "grid.png"
-    assert cli.main(["views", str(tmp_path / "cache"), "--sample", "toy/0007", "--out", str(out)]) == 0
+    assert cli.main(["views", str(tmp_path / "cache"), "--sample", "toy/0007", "--out", str(out), "--allow-code"]) == 0
     assert "5 of 5 views of toy/0007; 5 render as the teacher saw them" in capsys.readouterr().out
     whole = open_transfer_set(data)
     joined = cache.join(whole)
@@ -702,7 +702,7 @@ def test_the_picture_shows_every_view(
 
 def test_at_most_so_many_views(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
     quick_dump(policy=CROP, views=4)
-    told = picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "few.png", most=3)
+    told = picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "few.png", allow_code=True, most=3)
     assert "3 of 4 views of toy/0001; 3 render as the teacher saw them" in told
 
 
@@ -711,7 +711,7 @@ def test_the_picture_names_answers_and_shares(
 ) -> None:
     cache = quick_dump(policy=MIXUP, views=3)
     lines = drawn_lines(monkeypatch)
-    picture.draw_views(tmp_path / "cache", "toy/0003", tmp_path / "grid.png")
+    picture.draw_views(tmp_path / "cache", "toy/0003", tmp_path / "grid.png", allow_code=True)
     joined = cache.join(open_transfer_set(f"{toy}:images"))
     assert len(lines) == 3
     for view, (title, *answers) in enumerate(lines):
@@ -742,7 +742,7 @@ def test_the_picture_marks_what_the_teacher_did_not_see(
     quick_dump(policy=CROP, views=4)
     lines = drawn_lines(monkeypatch)
     wrong_in_view_two(monkeypatch, CROP)
-    told = picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "grid.png")
+    told = picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "grid.png", allow_code=True)
     assert "4 of 4 views of toy/0001; 3 render as the teacher saw them" in told
     assert ["NOT what the teacher saw" in title for title, *_ in lines] == [False, False, True, False]
 
@@ -771,7 +771,7 @@ def test_what_the_picture_refuses(
     monkeypatch.chdir(tmp_path)
     quick_dump(policy=CROP, views=2)
     before = sorted(tmp_path.iterdir())
-    assert cli.main(["views", "cache", *(word.format(others=others) for word in argv)]) == 2
+    assert cli.main(["views", "cache", "--allow-code", *(word.format(others=others) for word in argv)]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
@@ -782,7 +782,7 @@ def test_what_is_no_image_has_no_picture(
 ) -> None:
     quick_dump(f"{others}:{data}", [f"{others}:{teacher}"])
     with pytest.raises(DataError, match="is no image") as caught:
-        picture.draw_views(tmp_path / "cache", f"{data[:-1]}/3", tmp_path / "grid.png")
+        picture.draw_views(tmp_path / "cache", f"{data[:-1]}/3", tmp_path / "grid.png", allow_code=True)
     assert "softcache inspect" in caught.value.tip
     assert not (tmp_path / "grid.png").exists()
 
@@ -800,6 +800,6 @@ def test_items_of_any_layout_are_drawn(quick_dump: QuickDump, toy: Path, tmp_pat
 
 def test_errors_are_ours(quick_dump: QuickDump, tmp_path: Path) -> None:
     with pytest.raises(SoftcacheError, match="there is no such folder"):
-        picture.draw_views(tmp_path / "nothing", "toy/0001", tmp_path / "grid.png")
+        picture.draw_views(tmp_path / "nothing", "toy/0001", tmp_path / "grid.png", allow_code=True)
     with pytest.raises(ConfigError):
         picture.draw_views(tmp_path / "nothing", "toy/0001", tmp_path / "grid.gif")

@@ -306,7 +306,7 @@ def test_views_then_a_member_then_views(quick_dump: QuickDump, extend: QuickDump
     features = [cache.gather(*everywhere(cache), features=["first:flatten"]) for cache in (grown, at_once)]
     for member in grown.members:
         assert torch.equal(*(targets.feature("first:flatten", member) for targets in features))
-    assert verify.run(tmp_path / "cache", full=True, quiet=True, replay=320).state == "whole"
+    assert verify.run(tmp_path / "cache", full=True, quiet=True, replay=320, allow_code=True).state == "whole"
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from softcache.data.identity import file_digest, item_digest, pixel_digest, samp
 from softcache.data.philox import Draws, philox, step_key
 from softcache.data.views import STEPS, Policy, make_step
 from softcache.errors import TeacherError
-from softcache.taps import REDUCTIONS, FeatureSpec
+from softcache.features import REDUCTIONS, FeatureSpec
 from softcache.teacher import OUTPUTS, Teacher
 
 FORMAT = (Path(softcache.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softcache import taps
+from softcache import features
 from softcache.codecs.features import FeatureCodec
 from softcache.errors import CodecRangeError, ConfigError
+from softcache.features import REDUCTIONS, FeatureSpec, parse_features
 from softcache.models import load_model
-from softcache.taps import REDUCTIONS, FeatureSpec, HeadTap, Taps, head_of, list_modules, parse_features, shapes_of
+from softcache.taps import HeadTap, Taps, head_of, list_modules, shapes_of
 
 MAP, TOKENS, VECTOR, VIDEO = (6, 5, 4), (7, 5), (9,), (3, 2, 4, 5)
 
@@ -186,19 +187,19 @@ def test_a_large_spatial_gram_is_weighed_without_being_made() -> None:
 def test_the_triangle_of_a_gram_round_trips(n: int) -> None:
     matrices = normal(4, n, n)
     matrices = matrices + matrices.mT
-    triangles = taps.upper_triangle(matrices)
+    triangles = features.upper_triangle(matrices)
     by_hand = np.stack([np.concatenate([m[i, i:] for i in range(n)]) for m in matrices.numpy()])
     assert np.array_equal(triangles, by_hand)
-    assert torch.equal(taps.from_upper_triangle(triangles, n), matrices)
+    assert torch.equal(features.from_upper_triangle(triangles, n), matrices)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 64, 1001])
 def test_bits_are_packed_as_numpy_packs_them_from_the_lowest(n: int) -> None:
     x = normal(5, n)
     x[:, 0] = torch.tensor([0.0, -0.0, torch.inf, 1e-300, -1e-300])
-    packed = taps.pack_bits(taps.sign(x))
+    packed = features.pack_bits(features.sign(x))
     assert np.array_equal(packed.numpy(), np.packbits(x.numpy() > 0, axis=1, bitorder="little"))
-    assert np.array_equal(taps.unpack_bits(packed, (n,)).numpy(), (x.numpy() > 0).astype(np.float32))
+    assert np.array_equal(features.unpack_bits(packed, (n,)).numpy(), (x.numpy() > 0).astype(np.float32))
 
 
 FITS = {
@@ -398,7 +399,7 @@ def test_operations_in_place_after_a_module_do_not_reach_its_feature() -> None:
         values = tapped.values()
     assert (values["bn:map"] < 0).any() and (values["stem:map"] < 0).any()  # else ReLU was seen
     assert torch.equal(values["bn:flatten"], values["bn:map"].flatten(1))
-    assert torch.equal(values["stem+bn:fsp"], taps.fsp(values["stem:map"], values["bn:map"]))
+    assert torch.equal(values["stem+bn:fsp"], features.fsp(values["stem:map"], values["bn:map"]))
 
 
 @torch.no_grad()

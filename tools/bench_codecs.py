@@ -38,22 +38,10 @@ from softcache.errors import CodecFitError, CodecRangeError, SoftcacheError
 from softcache.models import final_linear, load_model
 from softcache.report import table
 from softcache.spec import split_term
+from softcache.survey import CANDIDATES
 
 BATCH = 256
-SHOWN = (
-    "float32",
-    "float16",
-    "int8",
-    "headtail:k=8,bits=8",
-    "headtail:k=16,bits=6",
-    "headtail:k=16,bits=4",
-    "lowrank",
-    "lowrank:max_kl=0.001,at_temperature=1",
-    "linear_head:dtype=float16",
-    "linear_head:dtype=int8",
-    "topk:k=10",
-    "topk:k=100",
-)
+SHOWN = (*CANDIDATES, "lowrank:max_kl=0.001,at_temperature=1")
 DRAWN = (  # besides, in the picture
     *(f"lowrank:max_kl={kl}" for kl in ("0.01", "0.003", "0.001", "0.0003", "3e-05", "1e-05")),
     *(f"headtail:k={k},bits={bits}" for k, bits in ((1, 8), (64, 8), (1, 6), (64, 6), (1, 4), (64, 4))),

@@ -491,15 +491,32 @@ def kill_full_command(root: Path, count: int, seed: int) -> Report:
     softcache("train", "--data", "digits", *train)
     dump = ["dump", "--data", "digits", "--teacher", f"{model}@{teacher}", "--policy", "shift:pixels=1", "--views", "2"]
     dump += ["--shard-rows", "256", "--threads", "1", "--workers", "0", "--quiet", "--out"]
-    started = time.monotonic()
-    softcache(*dump, str(root / "whole"))
-    seconds, whole = time.monotonic() - started, contents(root / "whole")
+    command = [sys.executable, "-m", "softcache", *dump]
+
+    def started(out: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
+
+    def wait_for(file: Path, process: subprocess.Popen[bytes]) -> float:
+        begin = time.monotonic()
+        while not file.exists() and process.poll() is None:
+            time.sleep(0.001)
+        return time.monotonic() - begin
+
+    begin, process = time.monotonic(), started(root / "whole")
+    wait_for(root / "whole", process)
+    writing_s = wait_for(root / "whole" / "manifest.json", process)
+    demand(process.wait() == 0, "an undisturbed dump failed")
+    seconds, whole = time.monotonic() - begin, contents(root / "whole")
     while report.counts["kills"] < count:
         with report.trial(f"cache {report.counts['trials']}"):
-            process = subprocess.Popen([sys.executable, "-m", "softcache", *dump, str(path)], stdout=subprocess.DEVNULL)
-            while report.counts["kills"] % 2 and not path.exists() and process.poll() is None:
-                time.sleep(0.001)  # most of the time goes by before the first file: every other kill waits for it
-            time.sleep(draw.uniform(0, seconds / (4 if path.exists() else 1)))
+            process = started(path)
+            if (
+                report.counts["kills"] % 2
+            ):  # most of the time goes by before the first file: every other kill waits for it
+                wait_for(path, process)
+                time.sleep(draw.uniform(0, writing_s))
+            else:
+                time.sleep(draw.uniform(0, seconds))
             process.kill()
             report.counts["kills" if process.wait() == -signal.SIGKILL else "had finished before"] += 1
             report.counts[f"a reader then met: {_state_of(path, whole)}"] += 1

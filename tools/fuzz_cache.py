@@ -241,6 +241,9 @@ class Fuzz:
             if number % 10000 == 9999:
                 print(f"{number + 1} mutants, {resident_bytes() / 2**20:.0f} MiB resident", file=sys.stderr, flush=True)
         self._flush_batch()
+        assert self._read(CacheReader(self.root)) == "the same numbers", (
+            "a mutant was left behind: what came after it is void"
+        )
 
     # -------------------------------------------------------------------------------------------------------- one mutant
 
@@ -382,7 +385,8 @@ class Published:
 
     def __exit__(self, *_: object) -> None:
         self._file.write_bytes(self._honest)
-        self._copy.unlink()
+        if self._data != self._honest:
+            self._copy.unlink()
 
 
 def with_fitting_metadata(data: bytes, honest: bytes, guarded: Sequence[tuple[int, int]]) -> bytes:

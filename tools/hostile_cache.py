@@ -597,6 +597,18 @@ _shape_case("another shape of the same bytes in the same place", (4, 128, 6), la
 _shape_case("a largest shape that is larger", (2, 256, 2**40), last_only=True)
 
 
+@case("h5/a B-tree of names with more records than its node", gate="verify")
+def _(forge: Forge) -> None:
+    """Found by a mutant: HDF5 2.0 reads past its memory (signal 11) where the header of a B-tree says too many."""
+    data = bytearray((forge.root / SAMPLES).read_bytes())
+    tree = data.index(b"BTHD")
+    data[tree + 26 : tree + 28] = (42).to_bytes(2, "little")  # records of the root node
+    data[tree + 34 : tree + 38] = lookup3(bytes(data[tree : tree + 34])).to_bytes(4, "little")
+    (forge.root / SAMPLES).write_bytes(data)
+    forge.refit(SAMPLES)
+    forge.save()
+
+
 def _place_case(name: str, path: str, data_set: str, **changes: Any) -> None:
     def make(forge: Forge) -> None:
         forge.array(path, data_set).update(changes)

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,7 +140,7 @@ class ViewedSet(Dataset[Any]):
     def render_view(self, index: int, view: int) -> Rendered:
         """One view with everything that is known of it; errors name the sample, and the partner where it is at fault."""
         key = self.transfer_set.keys[index]
-        try:
+        with _naming(key, f"while loading sample {key}", "repair the sample, or leave it out with --samples"):
             ident = sample_id(key) if self.ids is None else int(self.ids[index])
             item, digest = self._unmixed(self.transfer_set, index, ident, view)
             if self.policy.mixing is None:
@@ -147,13 +148,6 @@ class ViewedSet(Dataset[Any]):
             row, partner = self._partner(ident, view)
             mixed, share = self.policy.mix(item, partner, ident, view)
             return Rendered(mixed, digest, row, share)
-        except SoftcacheError as exc:
-            exc.add_note(f"while loading sample {key}")
-            raise
-        except Exception as exc:
-            raise DataError(
-                f"sample {key}: {type(exc).__name__}: {exc}", tip="repair the sample, or leave it out with --samples"
-            ) from exc
 
     def _unmixed(self, transfer_set: Any, index: int, ident: int, view: int) -> tuple[Any, bytes]:
         """One view before mixing, and its content digest."""
@@ -171,16 +165,11 @@ class ViewedSet(Dataset[Any]):
                 tip="give the whole transfer set of the cache; --samples, --keep-labels and --drop-labels may choose from it",
             )
         key = self.partners.transfer_set.keys[index]
-        try:
+        with _naming(
+            key, f"while loading {key}, its partner in view {view}", "repair the sample: others are mixed with it"
+        ):
             own_id = sample_id(key) if self.partners.ids is None else int(self.partners.ids[row])
             item, _ = self._unmixed(self.partners.transfer_set, index, own_id, view)
-        except SoftcacheError as exc:
-            exc.add_note(f"while loading {key}, its partner in view {view}")
-            raise
-        except Exception as exc:
-            raise DataError(
-                f"sample {key}: {type(exc).__name__}: {exc}", tip="repair the sample: others are mixed with it"
-            ) from exc
         return row, item
 
     def __getitems__(self, pairs: list[Pair]) -> LoadedBatch | _Fault:
@@ -221,6 +210,18 @@ class ViewedSet(Dataset[Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         # classes from a user's file must be importable in a spawned worker before they are unpickled
         return _restore, (user_files(), pickle.dumps(self.__dict__))
+
+
+@contextmanager
+def _naming(key: str, note: str, tip: str) -> Iterator[None]:
+    """Whatever goes wrong inside is told of this sample: our own errors get a note, any other becomes a DataError."""
+    try:
+        yield
+    except SoftcacheError as exc:
+        exc.add_note(note)
+        raise
+    except Exception as exc:
+        raise DataError(f"sample {key}: {type(exc).__name__}: {exc}", tip=tip) from exc
 
 
 def _restore(files: Sequence[str], state: bytes) -> ViewedSet:
