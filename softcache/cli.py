@@ -20,7 +20,7 @@ from typing import Any
 
 from softcache import __version__
 from softcache.config import DumpConfig, EvalConfig, PlanConfig, TrainConfig, resolve
-from softcache.errors import ConfigError, SoftcacheError
+from softcache.errors import ConfigError, SoftcacheError, printable
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
 
@@ -102,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SoftcacheError as exc:
-        print(f"softcache: error: {exc.message}", file=sys.stderr)
+        print(f"softcache: error: {printable(exc.message)}", file=sys.stderr)
         for note in getattr(exc, "__notes__", []):
-            print(f"  {note}", file=sys.stderr)
+            print(f"  {printable(note)}", file=sys.stderr)
         if exc.tip:
-            print(f"  tip: {exc.tip}", file=sys.stderr)
+            print(f"  tip: {printable(exc.tip)}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         print("\nsoftcache: interrupted; the same command resumes where it stopped", file=sys.stderr)
@@ -341,11 +341,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.cache)
     if arguments.sample is not None:
-        print(inspect.sample_report(path, arguments.sample, view=arguments.view))
+        print(printable(inspect.sample_report(path, arguments.sample, view=arguments.view)))
     elif arguments.json:
         print(json.dumps(inspect.describe(path), indent=1))
     else:
-        print(inspect.report(path))
+        print(printable(inspect.report(path)))
     return 0
 
 
@@ -369,7 +369,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         allow_code=arguments.allow_code,
     )
-    print(json.dumps(dataclasses.asdict(verdict)) if arguments.json else verdict.text())
+    print(json.dumps(dataclasses.asdict(verdict)) if arguments.json else printable(verdict.text()))
     return verdict.exit_code
 
 
@@ -385,7 +385,7 @@ def _repair(arguments: argparse.Namespace) -> int:
         allow_code=arguments.allow_code,
     )
     result = repair.run(Path(arguments.cache), means, quiet=arguments.json)
-    print(json.dumps(dataclasses.asdict(result)) if arguments.json else result.text())
+    print(json.dumps(dataclasses.asdict(result)) if arguments.json else printable(result.text()))
     return result.exit_code
 
 

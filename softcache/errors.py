@@ -6,7 +6,10 @@ A message says what is wrong with the value found; the tip says what to do about
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class SoftcacheError(Exception):
@@ -133,6 +136,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(repr(c) for c in close)}?"
     return "known: " + ", ".join(names)
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: control and direction characters as escapes, lines and tabs kept."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def first_offenders(items: Iterable[str], total: int, limit: int = 5) -> str:

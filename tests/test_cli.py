@@ -581,3 +581,33 @@ def test_quiet_means_quiet(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == ""
     assert cli.main(train_on("--cache", "cache", "--out", "quiet-run")) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_cache_says_cannot_give_orders_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rude.py").write_text(
+        "import numpy as np\n"
+        "class Rude:\n"
+        "    class_names, labels = ('\\x1b[2Jcat', 'dog\\u202e'), [0, 1] * 4\n"
+        "    sample_keys = [f'\\x1b]0;{i}\\x07' for i in range(8)]\n"
+        "    def __len__(self):\n"
+        "        return 8\n"
+        "    def __getitem__(self, i):\n"
+        "        return np.full((2, 2), i, np.uint8)\n"
+        "def rude():\n"
+        "    return Rude()\n"
+        "def teacher():\n"
+        "    return lambda batch: batch[:, :2]\n"
+    )
+    argv = ["dump", "--data", f"{tmp_path}/rude.py:rude", "--teacher", f"{tmp_path}/rude.py:teacher", "--quiet"]
+    assert cli.main([*argv, "--out", str(tmp_path / "cache")]) == 0
+    shard = tmp_path / "cache/members/teacher/part-00000.h5"
+    data = bytearray(shard.read_bytes())
+    data[softcache.open(tmp_path / "cache").manifest.files[-1].arrays["logits"].offset] ^= 1
+    assert cli.main(["inspect", str(tmp_path / "cache")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "cache"), "--sample", "\x1b]0;3\x07"]) == 0
+    shard.write_bytes(data)
+    assert cli.main(["verify", str(tmp_path / "cache"), "--full"]) == 1
+    assert cli.main(["inspect", str(tmp_path / "cache"), "--sample", "\x1b]0;9\x07"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "\\x1b[2Jcat" in said and "dog\\u202e" in said and "\\x1b]0;0\\x07" in said
+    assert not set(said) & set("\x1b\x07\u202e")

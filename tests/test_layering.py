@@ -272,7 +272,7 @@ def test_the_promises_are_in_the_tables() -> None:
     """What the architecture promises, so that a table edited in passing does not take it back."""
     for room in ("codecs", "losses"):
         assert "cache" not in ALLOWED[room] and "h5py" not in PACKAGES[room]
-    for room in ("cache", "losses", "ensemble", "taps"):
+    for room in ("cache", "losses", "ensemble", "features"):
         assert ALLOWED[room] == {"errors"}
     assert ALLOWED["codecs"] == {"errors", "spec"}  # its parameters are text: spec converts them
     assert ALLOWED["errors"] == set() and ALLOWED["config"] == {"errors", "spec"}
