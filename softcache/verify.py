@@ -135,10 +135,10 @@ def _sample_faults(path: Path, manifest: Manifest) -> Iterator[str]:
     except DamagedCacheError as exc:
         yield exc.message
         return
-    if len(set(table.ids.tolist())) != len(table):
+    if table.has_duplicates():
         yield f"{SAMPLES}: a sample id stands there twice"
-    if table.fingerprint() != manifest.plan.samples.fingerprint:
-        yield f"{SAMPLES}: its samples have the fingerprint {table.fingerprint()}, not the manifest's"
+    elif table.fingerprint() != manifest.plan.samples.fingerprint:
+        yield f"{SAMPLES}: its samples have another fingerprint than the manifest's"
 
 
 Found = str | Damage

@@ -63,11 +63,16 @@ class SampleTable:
 
     def fingerprint(self) -> str:
         """sha256 over (id, label, content digest) of every sample in order of id: the same for any row order."""
-        order = np.argsort(self.ids, kind="stable")
+        order = np.argsort(self.ids)  # no id is there twice
         hasher = hashlib.sha256()
         for array in (self.ids, self.labels, self.digests):
-            hasher.update(np.ascontiguousarray(array[order]).tobytes())
+            hasher.update(np.take(array, order, axis=0).data)
         return hasher.hexdigest()
+
+    def has_duplicates(self) -> bool:
+        """Whether an id is there twice."""
+        ordered = np.sort(self.ids)
+        return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def build_table(
