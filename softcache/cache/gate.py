@@ -209,7 +209,9 @@ def _check_arrays(file: StoredFile) -> None:
     _demand(end <= file.nbytes, f"{file.path}: data sets reach past the end of the file")
     # whoever hashes a file reads all of it, holes included: it may not be longer than what is stored in it
     taken = sum(nbytes + ALIGNMENT for _, nbytes, _ in places) + HEADER_BYTES + len(file.arrays) * ARRAY_HEADER_BYTES
-    _demand(file.nbytes <= taken, f"{file.path}: has {file.nbytes} bytes, its data sets and headers take {taken} at most")
+    _demand(
+        file.nbytes <= taken, f"{file.path}: has {file.nbytes} bytes, its data sets and headers take {taken} at most"
+    )
 
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]

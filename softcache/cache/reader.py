@@ -392,7 +392,9 @@ class CacheReader:
         """The arrays of probe.h5; empty where the cache has none."""
         for file in self.manifest.files_of("probe"):
             arrays, plan = MappedFile(self.path, file, check=self._check).arrays(), self.manifest.plan
-            sizes = arrays["shapes"].clip(1, 2**20).astype(np.int64).prod(axis=1)  # an axis of no length stands for none
+            sizes = (
+                arrays["shapes"].clip(1, 2**20).astype(np.int64).prod(axis=1)
+            )  # an axis of no length stands for none
             inside = arrays["rows"].max() < plan.samples.count and arrays["views"].max() < plan.views.count
             if not inside or sum(sizes.tolist()) != len(arrays["pixels"]):
                 raise DamagedCacheError(f"{self.path / file.path}: its records are not those of this cache", tip=REPAIR)
