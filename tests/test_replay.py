@@ -23,6 +23,7 @@ from softcache.data.philox import Draws
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import STEPS, Policy
 from softcache.errors import ConfigError, DataError
+from softcache.spec import load_user_file
 
 USER = '''
 """A user's file: images of one size, and transforms that draw from every global generator there is."""
@@ -231,6 +232,14 @@ def test_a_subset_in_another_order_mixes_with_the_whole_set() -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_four_workers_by_every_start_method(method: str) -> None:
     check_through_loaders(range(COUNT), 4, method)
+
+
+def test_a_spawned_worker_does_not_need_every_file_that_this_process_ever_loaded(tmp_path: Path) -> None:
+    gone = tmp_path / "gone.py"
+    gone.write_text("anything = 1\n")
+    load_user_file(gone)
+    gone.unlink()
+    check_through_loaders([3, 1, 4], 1, "spawn", size=2)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

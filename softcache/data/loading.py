@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,7 +227,8 @@ def _naming(key: str, note: str, tip: str) -> Iterator[None]:
 
 def _restore(files: Sequence[str], state: bytes) -> ViewedSet:
     for file in files:
-        load_user_file(file)
+        if Path(file).exists():  # one that is gone may not be needed; if it is, unpickling says so
+            load_user_file(file)
     made = ViewedSet.__new__(ViewedSet)
     made.__dict__.update(pickle.loads(state))
     return made
