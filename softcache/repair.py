@@ -191,6 +191,8 @@ def _mend_round(
     names = unfitted.union(*map(out.members_of, spans))
     prober = Prober(viewed, order, config.batch_size)
     storages = {}
+    for text in config.teacher if names and not means.teachers else ():
+        allowed_spec(text, allow_code=means.allow_code)
     for teacher in _teachers_of(manifest, names, config, prober, transfer_set):
         constants = None if teacher.name in unfitted else CacheReader(path).constants(teacher.name)
         storage = storage_of(plan.member(teacher.name), teacher, constants, prober)
@@ -222,14 +224,13 @@ def _config_of(path: Path, manifest: Manifest, number: int, means: Means) -> Dum
             f"{provenance_path(path, number)} does not say which data this cache was made from",
             tip="give --data, and --teacher for each teacher",
         )
-    teachers = [allowed_spec(t, allow_code=means.allow_code) for t in told.get("teacher", ()) if not means.teachers]
     return DumpConfig(
         out=str(path),
         data=data,
         keep_labels=tuple(told.get("keep_labels", ())),
         drop_labels=tuple(told.get("drop_labels", ())),
         samples=told.get("samples"),
-        teacher=tuple(means.teachers) or tuple(filter(None, teachers)),
+        teacher=tuple(means.teachers) or tuple(told.get("teacher", ())),
         device=means.device,
         batch_size=int(made_with["batch_size"]),
         threads=int(made_with["threads"]),

@@ -511,6 +511,7 @@ def test_the_signal_handler_is_put_back(here: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed(here: Path) -> None:
     """`softcache inspect cache | head -0`"""
     command = f"{sys.executable} -m softcache inspect cache | true; exit ${{PIPESTATUS[0]}}"

@@ -105,6 +105,7 @@ def a_tenth(classes: int) -> int:
     return math.ceil(rows_of_each_kind(classes) / 10) if classes in CLASSES else 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", sorted({*SMALL, *CLASSES}))
 @over_bounded
 def test_error_and_kl_are_within_the_stored_eps(case: str, classes: int) -> None:

@@ -939,6 +939,7 @@ def undisturbed(shared: World) -> Manifest:
     return shared.dump(out="undisturbed", teacher=("slow",), **SIX_SPANS)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed(shared: World, undisturbed: Manifest, server: Any, tmp_path: Path) -> None:
     met = []
     for seed in range(3):

@@ -70,6 +70,7 @@ def command(folder: Path, *arguments: str) -> dict[str, Any]:
 # ---- kills, power cuts, every call -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_between_calls_and_at_random_times(quick: Path) -> None:
     counts = command(quick, "kill", "--count", "24")
     assert counts["kills"] >= 24 and counts["trials"] == counts["as promised"]
@@ -77,6 +78,7 @@ def test_killed_between_calls_and_at_random_times(quick: Path) -> None:
     assert counts["a reader then met: unfinished"]
 
 
+@pytest.mark.slow
 def test_power_cuts(tool: Any, quick: Path) -> None:
     """Whatever was not synced is lost, or torn, or both: the old state or the new one, and a resume."""
     report = tool.prefixes(
@@ -99,6 +101,7 @@ def test_a_power_cut_after_every_call(tool: Any, quick: Path) -> None:
     assert report.counts["calls of the file layer"] > 400
 
 
+@pytest.mark.slow
 def test_faults_of_calls(tool: Any, quick: Path) -> None:
     report = tool.errnos(quick, (errno.ENOSPC, errno.EIO), at=lambda calls: tool.one_of_each(calls)[::4], in_turn=True)
     assert report.failures == []

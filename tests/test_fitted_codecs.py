@@ -196,6 +196,7 @@ def property_rows(classes: int) -> int:
 TENTH = [("lowrank", classes) for classes in CLASSES] + [("lowrank, loose", classes) for classes in CLASSES[:3]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "classes"), TENTH)
 def test_lowrank_holds_a_tenth_of_the_property(case: str, classes: int) -> None:
     codec = fitted(case, classes) if classes in (100, 1000) else by_hand(case, classes)
@@ -209,6 +210,7 @@ def test_lowrank_breaks_no_bound_and_no_promise(case: str, classes: int) -> None
     check_kinds(by_hand(case, classes) if classes == 10 else fitted(case, classes), property_rows(classes), seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", CLASSES)
 @over_heads
 def test_linear_head_holds_a_tenth_of_the_property(case: str, classes: int) -> None:

@@ -154,6 +154,7 @@ def test_another_version_says_what_was_found_what_is_read_and_what_to_do(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_goldens_are_not_written_again() -> None:
     before = {path: path.read_bytes() for path in GOLDEN.rglob("*.json")}
     done = subprocess.run(

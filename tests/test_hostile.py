@@ -156,6 +156,7 @@ def answers(
     return [faults for _, faults in structure_faults(root, files, limits=Limits(**limits))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("evil", "cause"),
     [
@@ -313,6 +314,7 @@ def check_mutants(tmp_path: Path, mutants: int, seed: int) -> None:
         assert fuzz.tally.counts[name] > 0
 
 
+@pytest.mark.slow
 def test_mutants(tmp_path: Path) -> None:
     check_mutants(tmp_path, 300, seed=1)
 

@@ -318,6 +318,7 @@ def test_one_teacher_over_several_views(codec: str, quick_dump: QuickDump, toy: 
     check(steps, "kd", 4.0, codec, "kd:temperature=4 over 3 views")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("weights", [EQUAL, WEIGHTED], ids=["two equal members", "three weighted members"])
 @pytest.mark.parametrize(

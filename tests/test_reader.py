@@ -246,6 +246,7 @@ print(joined.gather(records).logits().shape[0], "h5py" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_reading_imports_no_hdf5_library(quick_dump: QuickDump, toy: Path) -> None:
     cache = quick_dump()
     command = [sys.executable, "-c", READ_ALL, str(cache.reader.path), f"{toy}:images"]

@@ -234,6 +234,7 @@ def test_four_workers_by_every_start_method(method: str) -> None:
     check_through_loaders(range(COUNT), 4, method)
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_does_not_need_every_file_that_this_process_ever_loaded(tmp_path: Path) -> None:
     gone = tmp_path / "gone.py"
     gone.write_text("anything = 1\n")
