@@ -216,10 +216,8 @@ def _number_dense_rows(out: Any, member: str, codec: Codec, records: np.ndarray,
     at = dense["dense_at"].numpy()
     if not len(at):
         return
-    first = out.append_dense(member, dense["dense"].numpy())
     (place,) = (f for f in codec.fields if f.name == "dense")
-    numbers = np.arange(first, first + len(at), dtype="<u4")
-    records[at, place.offset : place.offset + 4] = numbers.view(np.uint8).reshape(len(at), 4)
+    out.append_dense_of(member, dense["dense"].numpy(), records, at, place.offset)
 
 
 def _to_pinned(value: Tensor) -> Tensor:

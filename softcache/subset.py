@@ -289,11 +289,9 @@ def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: n
     statistics = _statistics(cache, member, targets, stored)
     if "dense" in coded:
         # counted anew within the child's part; `stored` is a copy of the parent's bytes
-        first = out.append_dense(member, coded["dense"].numpy())
         (place,) = (field for field in cache.codecs[member].fields if field.name == "dense")
-        numbers = np.arange(first, first + len(coded["dense"]), dtype="<u4")
-        at = coded["dense_at"].numpy()
-        stored["records"][at, place.offset : place.offset + 4] = numbers.view(np.uint8).reshape(-1, 4)
+        dense, at = coded["dense"].numpy(), coded["dense_at"].numpy()
+        out.append_dense_of(member, dense, stored["records"], at, place.offset)
     out.append(member, stored, statistics)
 
 

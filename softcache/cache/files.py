@@ -112,6 +112,18 @@ def close(file: OpenFile) -> None:
         os.close(file.fd)
 
 
+@contextmanager
+def closing(file: OpenFile) -> Iterator[OpenFile]:
+    """The file, closed at the end; a fault of the close must not hide one before it."""
+    try:
+        yield file
+    except BaseException:
+        with suppress(SoftcacheError):
+            close(file)
+        raise
+    close(file)
+
+
 def remove(path: Path) -> None:
     """Remove a file; nothing happens when there is none."""
     with explained("unlink", path), suppress(FileNotFoundError):
@@ -139,14 +151,8 @@ def publish(temporary: Path, final: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    file = _open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with closing(_open(folder, os.O_RDONLY | os.O_DIRECTORY)) as file:
         sync(file)
-    except BaseException:
-        with suppress(SoftcacheError):
-            close(file)
-        raise
-    close(file)
 
 
 def make_folder(path: Path) -> None:
@@ -185,8 +191,7 @@ def write_whole(path: Path, data: bytes, *, tag: str = "0") -> None:
 
 def append_line(path: Path, line: bytes) -> None:
     """Append one line to a journal, durably."""
-    file = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
-    try:
+    with closing(_open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)) as file:
         # a line torn by a crash is closed off first, so that it cannot swallow this one
         with explained("read", path):
             size = os.fstat(file.fd).st_size
@@ -196,11 +201,6 @@ def append_line(path: Path, line: bytes) -> None:
             while data.nbytes:
                 data = data[_some(os.write(file.fd, data)) :]
         sync(file)
-    except BaseException:
-        with suppress(SoftcacheError):
-            close(file)
-        raise
-    close(file)
     if size == 0:
         sync_folder(path.parent)
 

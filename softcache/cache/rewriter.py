@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from softcache.cache.samples import SampleTable
 from softcache.cache.schema import WORK, ArraySpec, Span
 from softcache.cache.shard import write_shard
 from softcache.cache.stored import StoredFile
-from softcache.cache.writer import SpanWriter
+from softcache.cache.writer import SpanWriter, written_span
 from softcache.errors import DamagedCacheError, LockedError
 
 REPAIR = "repair"  # below dump/
@@ -101,16 +101,11 @@ class Rewriter:
         """The number of the part that a file belongs to; None for samples, probe and constants."""
         return None if file.rows is None else int(Path(file.path).stem.rpartition("-")[2])
 
-    @contextmanager
-    def span(self, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> Iterator[SpanWriter]:
+    def span(self, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> AbstractContextManager[SpanWriter]:
         """Write one span again: as `CacheWriter.span`, but each file is put in its place only if it is what it was."""
-        out = SpanWriter(self, span, member_arrays)
-        try:
-            yield out
-            entry = out.finish()
-        except BaseException:
-            out.discard()
-            raise
+        return written_span(self, span, member_arrays, self._put_all_back)
+
+    def _put_all_back(self, entry: Mapping[str, Any]) -> None:
         for made in map(StoredFile.from_json, entry["files"]):
             self._put_back(made)
 
@@ -166,10 +161,7 @@ class Rewriter:
 
 def _copy(fd: int, size: int, path: Path) -> None:
     files.make_folder(path.parent)
-    out = files.create(path)
-    try:
+    with files.closing(files.create(path)) as out:
         for start in range(0, size, READ_BYTES):
             files.write_at(out, os.pread(fd, READ_BYTES, start), start)
         files.sync(out)
-    finally:
-        files.close(out)

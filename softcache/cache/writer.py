@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -262,16 +262,12 @@ class CacheWriter:
         done, layout = self.finished_spans(), self.plan.rounds[-1].layout
         return [span for span in layout.spans() if self.part.owns(span.index) and span.index not in done]
 
-    @contextmanager
-    def span(self, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> Iterator[SpanWriter]:
+    def span(self, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> AbstractContextManager[SpanWriter]:
         """Write one span: `with writer.span(span, {member: data sets}) as out: out.append(...)`; committed at the end."""
-        out = SpanWriter(self, span, member_arrays)
-        try:
-            yield out
-            entry = out.finish()
-        except BaseException:
-            out.discard()
-            raise
+        return written_span(self, span, member_arrays, self._note)
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        """A span is finished: one line in the journal."""
         line = canonical_json(entry)
         read_shape(line, JOURNALED)
         files.append_line(self._journal, line)
@@ -386,6 +382,12 @@ class SpanWriter:
         kept.append(rows)
         return first
 
+    def append_dense_of(self, member: str, rows: np.ndarray, records: np.ndarray, at: np.ndarray, offset: int) -> None:
+        """Keep (n, C) float16 rows, and write each one's number into byte `offset` on of its record, `records[at]`."""
+        first = self.append_dense(member, rows)
+        numbers = np.arange(first, first + len(at), dtype="<u4")
+        records[at, offset : offset + 4] = numbers.view(np.uint8).reshape(len(at), 4)
+
     def finish(self) -> dict[str, Any]:
         """Close, check and name every shard; returns the journal entry."""
         span, stored = self.span_info, []
@@ -417,6 +419,24 @@ class SpanWriter:
     def discard(self) -> None:
         for shard in self._shards.values():
             shard.discard()
+
+
+@contextmanager
+def written_span(
+    target: SpanTarget,
+    span: Span,
+    member_arrays: Mapping[str, Sequence[ArraySpec]],
+    finished: Callable[[Mapping[str, Any]], None],
+) -> Iterator[SpanWriter]:
+    """The open shards of a span; at the end they get their names, and `finished` their journal entry."""
+    out = SpanWriter(target, span, member_arrays)
+    try:
+        yield out
+        entry = out.finish()
+    except BaseException:
+        out.discard()
+        raise
+    finished(entry)
 
 
 def _has_size(path: Path, size: int) -> bool:
