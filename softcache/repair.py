@@ -88,9 +88,13 @@ def run(path: Path, means: Means, *, quiet: bool = False) -> Repaired:
     """Mend a cache.
 
     Raises:
-        CacheError: it is no cache, or no manifest of it is left.
+        CacheError: it, or the other copy, is no cache, or no manifest of it is left.
     """
     result = Repaired(str(path))
+    if means.source is not None and not means.source.is_dir():
+        raise CacheError(
+            f"--from {means.source}: there is no such folder", tip="give the folder of another copy of the cache"
+        )
     manifest = restore_manifest(path, result, means.source)
     damaged = [file.path for file in damaged_files(path, manifest, quiet=quiet)]
     if not damaged:
@@ -199,7 +203,7 @@ def _mend_round(
         if teacher.name in unfitted:
             out.write(constants_path(teacher.name), storage.constants())
         storages[teacher] = storage
-    clock = DumpProgress(out, sum(span.rows * span.views for span in spans), quiet=quiet)
+    clock = DumpProgress(out, sum(span.rows * span.views for span in spans), quiet=quiet or not spans)
     pixels = None if one.new_views else PixelCheck(CacheReader(path), order, viewed)
     for span in spans:
         chosen = [teacher for teacher in storages if teacher.name in out.members_of(span)]

@@ -320,6 +320,11 @@ def test_what_is_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "no such folder" in capsys.readouterr().err
 
 
+def test_a_copy_that_is_not_there(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repair(cache, "--from", str(tmp_path / "nothing"), code=2)
+    assert "--from" in (said := capsys.readouterr().err) and "no such folder" in said
+
+
 def test_records_are_the_same_numbers_afterwards(pristine: Path, cache: Path) -> None:
     rows, views = np.arange(520).repeat(3), np.tile(np.arange(3), 520)
     wanted = softcache.open(pristine).gather(rows, views, features=["1:flatten"])
