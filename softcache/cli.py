@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache import __version__
-from softcache.config import DumpConfig, EvalConfig, PlanConfig, TrainConfig, resolve
+from softcache.config import DumpConfig, EvalConfig, ExportConfig, PlanConfig, TrainConfig, flag_of, resolve
 from softcache.errors import ConfigError, SoftcacheError, printable
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
@@ -36,6 +36,7 @@ EXAMPLES = {
   softcache dump ... --part 1/3        (and 2/3, 3/3, as a job array)
   softcache dump --extend --out caches/mnist --data torchvision:MNIST?root=data --teacher ... --views 16
   softcache dump --data digits --teacher runs/teacher --features layers.0:flatten --codec int8 --out caches/features
+  softcache dump --data digits --teacher runs/teacher --for at,crd,dkd --out caches/for-losses
   softcache dump --data digits --teacher runs/teacher --out caches/any --list-modules""",
     "plan": """
   softcache plan --data digits --teacher runs/teacher --policy shift:pixels=1 --views 8
@@ -47,6 +48,14 @@ EXAMPLES = {
     "eval": """
   softcache eval runs/s --data digits?split=test
   softcache eval runs/s --data digits --cache caches/digits --temperature 4""",
+    "export": """
+  softcache export runs/s --to onnx
+  softcache export runs/s --to program --data digits?split=test --out student.pt2
+  softcache export softcache:cnn@weights.pt --to safetensors --data digits?split=test --out cnn.safetensors""",
+    "losses": """
+  softcache losses
+  softcache losses dkd
+  softcache losses --json""",
     "inspect": """
   softcache inspect caches/digits
   softcache inspect caches/digits --sample digits/000001""",
@@ -72,6 +81,8 @@ SUMMARIES = {
     "plan": "what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for",
     "train": "train a student from a cache, or on hard labels without one",
     "eval": "measure a model: accuracy, likelihood, calibration, closeness to a cache",
+    "export": "write a model as safetensors, torch.export program or ONNX, verified by running it on an evaluation set",
+    "losses": "the losses a student can learn by: what they need of a cache, their settings, their papers",
     "inspect": "what made this cache, from what, how big; one sample's soft target as bars",
     "views": "a picture of what the teacher saw of one sample, and of what it answered",
     "verify": "is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished",
@@ -153,6 +164,10 @@ def _build_parser() -> argparse.ArgumentParser:
     _config_verb(verbs, "dump", DumpConfig, _dump)
     _config_verb(verbs, "train", TrainConfig, _train)
     _config_verb(verbs, "eval", EvalConfig, _eval).add_argument("model", help="run folder or MODEL@WEIGHTS")
+    _config_verb(verbs, "export", ExportConfig, _export).add_argument("model", help="run folder or MODEL@WEIGHTS")
+    losses = _verb(verbs, "losses", _losses)
+    losses.add_argument("name", nargs="?", metavar="LOSS", help="explain this one (default: list all)")
+    losses.add_argument("--json", action="store_true", help="for machines")
     inspect = _verb(verbs, "inspect", _inspect)
     inspect.add_argument("cache", help="folder of the cache")
     inspect.add_argument("--sample", metavar="KEY", help="show this sample's soft target at several temperatures")
@@ -234,18 +249,20 @@ def _config_verb(
     parser = _verb(verbs, name, partial(_with_config, kind, handler))
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        flag, meta, hint = "--" + field.name.replace("_", "-"), field.metadata, hints[field.name]
+        flag, meta, hint = flag_of(field.name), field.metadata, hints[field.name]
         text = meta["help"]
         if field.default not in (None, (), False) and not meta["required"]:
             text += f" (default: {field.default})"
         text = text.replace("%", "%%")
         if hint is bool:
-            parser.add_argument(flag, action="store_const", const="true", default=None, help=text)
+            parser.add_argument(flag, dest=field.name, action="store_const", const="true", default=None, help=text)
         elif typing.get_origin(hint) is tuple:
-            parser.add_argument(flag, action="append", default=None, metavar=meta["metavar"], help=text)
+            parser.add_argument(
+                flag, dest=field.name, action="append", default=None, metavar=meta["metavar"], help=text
+            )
         else:
             metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else meta["metavar"]
-            parser.add_argument(flag, default=None, metavar=metavar, help=text)
+            parser.add_argument(flag, dest=field.name, default=None, metavar=metavar, help=text)
     parser.add_argument("--config", metavar="FILE", help="settings from a TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; repeat")
     parser.add_argument(
@@ -264,7 +281,7 @@ def _with_config(
     flags = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     for name, value in flags.items():
         # a repeated list is one list; teachers, steps and losses hold commas of their own
-        if isinstance(value, list) and name not in ("teacher", "policy", "augment", "loss"):
+        if isinstance(value, list) and name not in ("teacher", "policy", "augment", "loss", "stage"):
             flags[name] = ",".join(value)
     resolved = resolve(kind, file=arguments.config, sets=arguments.set, flags=flags)
     if not arguments.print_config:
@@ -333,6 +350,24 @@ def _eval(config: EvalConfig, arguments: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(result)))
     else:
         print(evaluate.summary(f"{arguments.model} on {config.data}", result))
+    return 0
+
+
+def _export(config: ExportConfig, arguments: argparse.Namespace) -> int:
+    from softcache import export
+
+    result = export.run(arguments.model, config, quiet=arguments.quiet or arguments.json)
+    print(json.dumps(result.to_json()) if arguments.json else result.text())
+    return 0
+
+
+def _losses(arguments: argparse.Namespace) -> int:
+    from softcache import catalogue
+
+    if arguments.json:
+        print(json.dumps(catalogue.to_json(arguments.name)))
+    else:
+        print(catalogue.explanation(arguments.name) if arguments.name else catalogue.listing())
     return 0
 
 

@@ -6,6 +6,7 @@ Precedence: defaults < --config file.toml < --set key=value < flags.
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,11 @@ class StorageOptions(MachineOptions, DataOptions):
     features: tuple[str, ...] = option(
         (), "also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool", metavar="F,F"
     )
+    for_: tuple[str, ...] = option(
+        (),
+        "also store the cheapest features that these losses need: at,crd,dkd (see `softcache losses`)",
+        metavar="LOSSES",
+    )
     feature_dtype: str = option("float16", "how features are stored", choices=("float16", "int8"))
     policy: tuple[str, ...] = option((), "one step of the view policy, name:key=value,...; repeat", metavar="STEP")
     views: int | None = option(None, "views per sample (default: 1)", metavar="V")
@@ -122,6 +128,15 @@ class TrainConfig(MachineOptions, DataOptions):
 
     student: str = option(..., "MODEL or MODEL@WEIGHTS", metavar="MODEL")
     out: str = option(..., "run folder", metavar="DIR")
+    init_from: str | None = option(
+        None, "start from the weights of MODEL@WEIGHTS or of a run, where names and shapes agree", metavar="MODEL"
+    )
+    init_map: tuple[str, ...] = option(
+        (), "of --init-from: layers.1=layers.2 takes the student's layers.1 from there; repeat", metavar="OWN=FROM"
+    )
+    classes: tuple[str, ...] = option(
+        (), "a student of these classes only (names or indices, 7,8 or 0-4)", metavar="LABELS"
+    )
     eval_data: str | None = option(None, "data set for evaluation after each epoch", metavar="DATA")
     cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
     cache_id: str | None = option(None, "pin a manifest of the cache by its id", metavar="ID")
@@ -155,10 +170,30 @@ class TrainConfig(MachineOptions, DataOptions):
     momentum: float = option(0.9, "of sgd", metavar="M")
     nesterov: bool = option(False, "Nesterov momentum, of sgd")
     weight_decay: float = option(0.0, "L2 for sgd and adam, decoupled for adamw", metavar="WD")
-    schedule: str = option("cosine", "of the learning rate", choices=("constant", "step", "cosine"))
-    warmup_epochs: float = option(0.0, "linear rise of the learning rate", metavar="E")
-    milestones: tuple[float, ...] = option((), "epochs at which `step` multiplies by gamma: 150,180,210", metavar="E,E")
-    gamma: float = option(0.1, "factor of `step`", metavar="G")
+    schedule: str = option(
+        "cosine",
+        "of the learning rate, as a factor: constant, linear, cosine, step(at=150/180/210), warmup(5, cosine), ...",
+        metavar="SCHEDULE",
+    )
+    freeze: tuple[str, ...] = option(
+        (), "parameters of the student that stay as they are: layer1,layer2.0.*,* by name or pattern", metavar="NAMES"
+    )
+    stage: tuple[str, ...] = option(
+        (),
+        "one stage of several, with what differs in it: 'epochs=5 lr=0.01 freeze=* loss=hint loss=ce:weight=0.1'; repeat",
+        metavar="SETTINGS",
+    )
+    clip_norm: float | None = option(None, "scale a larger gradient down to this length", metavar="NORM")
+    accumulate: int = option(1, "compute a batch in this many parts, one after the other", metavar="N")
+    ema: float | None = option(
+        None, "evaluate and keep an exponential moving average of the weights: 0.999", metavar="D"
+    )
+    views_per_visit: int = option(1, "a visit of a sample takes this many of its views, in one batch", metavar="K")
+    patience: int | None = option(None, "end a stage after this many epochs without a better evaluation", metavar="N")
+    keep: str = option("last", "which epoch's student is kept in the end", choices=("last", "best"))
+    compile: bool = option(False, "compile the student with torch.compile")
+    sync_bn: bool = option(False, "BatchNorm over the batches of all GPUs")
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, into OUT/tensorboard")
     seed: int = option(0, "initial weights, order of samples, dropout", metavar="SEED")
     checkpoint_every: int | None = option(None, "also save every N steps (default: every epoch)", metavar="N")
 
@@ -173,6 +208,28 @@ class EvalConfig(MachineOptions, DataOptions):
     batch_size: int = option(512, "samples per forward pass", metavar="B")
     policy: tuple[str, ...] = option((), "deterministic view steps (default: those of the run)", metavar="STEP")
     allow_code: bool = option(False, "run code that the cache names: transforms of its views")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """softcache export: a model as one file for other programs, verified on an evaluation set."""
+
+    to: str = option(
+        ...,
+        "safetensors: the weights and what rebuilds the network; program: of torch.export; onnx: for other runtimes",
+        choices=("safetensors", "program", "onnx"),
+        metavar="FORMAT",
+    )
+    out: str | None = option(
+        None, "the file (default: export.safetensors, .pt2 or .onnx in the run folder)", metavar="FILE"
+    )
+    data: str | None = option(None, "evaluation set (default: the run's own --eval-data)", metavar="DATA")
+    policy: tuple[str, ...] = option((), "deterministic view steps (default: those of the run)", metavar="STEP")
+    download: bool = option(False, "let torchvision download a data set that is not there")
+    batch_size: int = option(512, "samples per forward pass of the verification", metavar="B")
+    device: str = option("auto", "where the verification runs; ONNX always on the CPU", metavar="DEVICE")
+    threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")
+    workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
 
 
 @dataclass(frozen=True)
@@ -204,9 +261,10 @@ def resolve(
     for origin, source in _sources(file, sets, flags or {}):
         for key, value in source.items():
             name = key.replace("-", "_")
+            name = f"{name}_" if f"{name}_" in known else name  # a Python keyword
             if name not in known:
                 raise ConfigError(f"{origin}: unknown setting {key!r}", tip=nearest(name, known))
-            where = f"--{name.replace('_', '-')}" if origin == "flag" else f"{origin}: {name}"
+            where = flag_of(name) if origin == "flag" else f"{origin}: {name}"
             values[name] = coerce(value, hints[name], where)
             origins[name] = origin
     for name, f in known.items():
@@ -216,7 +274,7 @@ def resolve(
                 f"{origins[name]}: {name} cannot be {values[name]!r}", tip=nearest(str(values[name]), choices)
             )
         if f.metadata["required"] and not values.get(name):
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise ConfigError(f"{flag} is missing", tip=f"{flag} {f.metadata['metavar']}: {f.metadata['help']}")
     return Resolved(kind(**values), origins)
 
@@ -239,11 +297,17 @@ def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) ->
     return sources
 
 
+def flag_of(name: str) -> str:
+    """How a field is written on the command line."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings."""
     if isinstance(value, str):
-        wants_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str and ":" in value
-        return (value,) if wants_list else convert(value, hint, where)
+        is_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str
+        whole = is_list and (":" in value or where.endswith(" stage"))  # it holds commas of its own
+        return (value,) if whole else convert(value, hint, where)
     if isinstance(value, list | tuple):
         if typing.get_origin(hint) is not tuple:
             raise ConfigError(f"{where}: {list(value)!r} is a list, not one value")
@@ -255,10 +319,37 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:
+    if where.endswith(" stage"):
+        return settings_text(table)
     if "name" not in table:
         raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
     rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")
     return f"{table['name']}:{rest}" if rest else str(table["name"])
+
+
+def settings_text(table: Mapping[str, Any]) -> str:
+    """A table of settings as one line, `epochs=5 loss=hint loss=ce`: what `--stage` takes."""
+    parts = []
+    for key, value in table.items():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            text = _table_text(one, key) if isinstance(one, dict) else str(one)
+            parts.append(shlex.quote(f"{key}={text}"))
+    return " ".join(parts)
+
+
+def parse_settings(text: str, where: str) -> dict[str, list[str]]:
+    """`epochs=5 loss=hint loss=ce` -> {"epochs": ["5"], "loss": ["hint", "ce"]}; ConfigError for anything else."""
+    found: dict[str, list[str]] = {}
+    try:
+        words = shlex.split(text)
+    except ValueError as exc:
+        raise ConfigError(f"{where}: {text!r}: {exc}") from None
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{where}: {word!r} is not key=value", tip="write 'epochs=5 lr=0.01 loss=kd'")
+        found.setdefault(key.replace("-", "_"), []).append(value)
+    return found
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

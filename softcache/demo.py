@@ -50,7 +50,7 @@ def run(out: Path, *, seeds: Sequence[int]) -> str:
                 epochs=20,
                 batch_size=64,
                 lr=3e-3,
-                warmup_epochs=1,
+                schedule="warmup(1, cosine)",
                 seed=seed,
                 threads=1,
             )

@@ -62,6 +62,10 @@ class TrainingError(SoftcacheError):
     """A training run that cannot go on: a loss that is not finite, a run folder of another run."""
 
 
+class ExportError(SoftcacheError):
+    """A model that cannot be exported, or whose exported file does not answer as it does."""
+
+
 class DumpError(SoftcacheError):
     """A dump that cannot start, resume or write."""
 

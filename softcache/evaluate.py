@@ -96,7 +96,7 @@ def evaluate(
     started, was_training = time.monotonic(), model.training
     model.eval()
     count = len(transfer_set)
-    sums = _Sums(transfer_set.num_classes)
+    sums = Sums(transfer_set.num_classes)
     partners = joined.partners if joined is not None else None
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
@@ -113,7 +113,7 @@ def evaluate(
     return sums.result(count, time.monotonic() - started, temperature)
 
 
-class _Sums:
+class Sums:
     """Running sums in float64 over the batches of one evaluation."""
 
     def __init__(self, num_classes: int) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An aligned text table; the first column to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, words: bool = False) -> str:
+    """An aligned text table; the first column to the left, the others to the right, or to the left if they are words."""
     cells = [list(header), *[[cell(value) for value in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
         first, *rest = [
-            text.ljust(width) if i == 0 else text.rjust(width)
+            text.ljust(width) if i == 0 or words else text.rjust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join([first, *rest]).rstrip()

@@ -21,10 +21,11 @@ import softcache
 from softcache.cache.locks import release_lock, take_lock
 from softcache.config import TrainConfig, to_toml
 from softcache.errors import LockedError, TrainingError
-from softcache.losses import LossTerm
+from softcache.stages import Stage
 
 STUDENT, RUN, CONFIG = "student.safetensors", "run.json", "config.toml"
 METRICS_JSONL, METRICS_CSV, LOCK = "metrics.jsonl", "metrics.csv", "lock"
+BEST, TENSORBOARD = "best.safetensors", "tensorboard"
 
 # settings that may differ between a run and its resume: they do not belong to what is computed
 FREE_TO_CHANGE = (
@@ -37,6 +38,7 @@ FREE_TO_CHANGE = (
     "read",
     "check_content",
     "on_drift",
+    "tensorboard",
 )
 
 
@@ -121,26 +123,18 @@ def _comparable(config: TrainConfig) -> dict[str, Any]:
 def describe_run(
     out: Path,
     config: TrainConfig,
-    terms: Sequence[LossTerm],
-    *,
-    cache_id: str | None,
-    data: str,
-    samples: int,
-    labelled: int,
-    labels_changed: int,
-    drift: str | None,
+    stages: Sequence[Stage],
+    facts: Mapping[str, Any],
 ) -> None:
-    """run.json and config.toml: what this run is, and the file that repeats it."""
+    """run.json and config.toml: what this run is, and the file that repeats it.
+
+    Args:
+        facts: "cache" (its id or None), "data" (its fingerprint), and whatever else is worth keeping.
+    """
     about = {
         "config": _comparable(config),
-        "cache": cache_id,
-        "data": data,
-        "targets": None if cache_id is None else "mismatched" if config.augment else "matched",
-        "drift": drift,
-        "samples": samples,
-        "labelled": labelled,
-        "labels_changed": labels_changed,
-        "losses": [{"name": t.name, "weight": t.weight, **t.parameters} for t in terms],
+        **facts,
+        "losses": [[term.describe() for term in stage.terms] for stage in stages],
         "softcache": softcache.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -154,7 +148,8 @@ def write_metrics(out: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     """metrics.jsonl and metrics.csv: one row per epoch."""
     _write_aside(out / METRICS_JSONL, "".join(json.dumps(row) + "\n" for row in metrics))
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(metrics[0]))
+    columns = dict.fromkeys(name for row in metrics for name in row)  # stages have terms of their own
+    writer = csv.DictWriter(text, fieldnames=list(columns))
     writer.writeheader()
     writer.writerows(metrics)
     _write_aside(out / METRICS_CSV, text.getvalue())

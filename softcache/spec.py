@@ -223,10 +223,10 @@ def convert(text: str, hint: Any, where: str) -> Any:
 
 
 def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
-    """`name:key=value,key=value` -> (name, {key: value})."""
+    """`name:key=value,key=value` -> (name, {key: value}); a value may hold commas inside its brackets."""
     name, _, rest = text.partition(":")
     values: dict[str, str] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, split_outside(rest, ",")):
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"{what} {text!r}: {pair!r} is not key=value", tip=f"write {name}:key=value,key=value")
@@ -234,3 +234,15 @@ def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
             raise ConfigError(f"{what} {text!r}: {key.strip()!r} is given twice", tip="keep one of them")
         values[key.strip()] = value.strip()
     return name.strip(), values
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators that stand outside all round brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts

@@ -14,9 +14,10 @@ import torch
 from softcache.cache.plan import MemberInfo
 from softcache.codecs import Codec, Probe, make_codec
 from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
-from softcache.config import StorageOptions
+from softcache.config import StorageOptions, flag_of
 from softcache.data.loading import ViewedSet
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, TeacherError, first_offenders, nearest
+from softcache.needs import features_for
 from softcache.rounds import Job
 from softcache.storage import (
     Arrays,
@@ -218,11 +219,9 @@ def choose_storages(
     num_classes = teachers[0].num_classes
     known = {teacher.name: job.known_member(teacher.name) for teacher in teachers}
     if job.base is not None and job.new_views:
-        for name in ("codec", "max_kl", "features"):
+        for name in ("codec", "max_kl", "features", "for_"):
             if getattr(config, name) not in (None, ()):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} cannot be given with more views: the cache's members keep theirs"
-                )
+                raise ConfigError(f"{flag_of(name)} cannot be given with more views: the cache's members keep theirs")
         return {t.name: _as_before(job, t, prober, out) for t in teachers}
     promise = promise_of(config, multi_label=teachers[0].multi_label)
     text = config.codec
@@ -240,6 +239,9 @@ def choose_storages(
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
         texts = _asked_of(config.features, teacher, known)
+        texts += [
+            text for text in features_for(config.for_, teacher, prober.first_batch(teacher), codec) if text not in texts
+        ]
         storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober)
     return storages
 

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError
-from softcache.features import FeatureSpec, Shape, require_known
+from softcache.features import REDUCTIONS, FeatureSpec, Shape, require_known
+
+STAGES = 4  # at most: the map of a large image's stem costs more than all others
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,27 @@ def list_modules(model: nn.Module, inputs: Any) -> list[ModuleShape]:
     return found
 
 
+def stages_of(model: nn.Module, inputs: Any) -> list[ModuleShape]:
+    """The last module to give a map of each size, of the last four sizes, early to late: the stages of a network.
+
+    Maps of one position, as pooling gives, are left out. The model is run once, in eval mode without gradients.
+    """
+    done: list[str] = []  # in the order in which their calls end: a module after those inside it
+    with ExitStack() as hooks, _evaluating(model):
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(lambda *_, name=name: done.append(name)))
+        model(inputs)
+    by_name = {module.name: module for module in list_modules(model, inputs)}
+    last: dict[tuple[int, ...], ModuleShape] = {}
+    for name in done:
+        found = by_name[name]
+        if found.calls == 1 and found.shape is not None and len(found.shape) == 4 and prod(found.shape[2:]) > 1:
+            last.pop(found.shape[2:], None)
+            last[found.shape[2:]] = found
+    return list(last.values())[-STAGES:]
+
+
 def shapes_of(spec: FeatureSpec, modules: Iterable[ModuleShape]) -> tuple[Shape, ...]:
     """The record shape of each of a feature's layers, as its methods want them.
 
@@ -94,6 +118,37 @@ def head_of(model: nn.Module, inputs: Any) -> nn.Linear | None:
         logits = model(inputs)
     heads = [m for m, calls in outputs.items() if len(calls) == 1 and _same(calls[0], logits)]
     return heads[-1] if heads else None
+
+
+def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear) -> FeatureSpec | None:
+    """The named layer and reduction that give what `linear` takes; of several the last module. None where none does.
+
+    The model is run once, in eval mode without gradients.
+    """
+    found: list[tuple[FeatureSpec, Tensor]] = []
+
+    def note(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        tensor, _ = _first_tensor(output)
+        if tensor is None or not tensor.is_floating_point():
+            return
+        for reduction in ("mean_tokens", "cls", "pool", "flatten"):
+            spec = FeatureSpec((name,), reduction)
+            if tensor.ndim in REDUCTIONS[reduction].axes and spec.reduced_shape(tensor.shape[1:]) == (
+                linear.in_features,
+            ):
+                found.append((spec, spec.reduce(tensor)))
+
+    with ExitStack() as hooks, _evaluating(model):
+        for name, module in model.named_modules():
+            if name and module is not linear:
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        taken = hooks.enter_context(HeadTap(linear))
+        model(inputs)
+        wanted = taken.value()
+    same = [
+        spec for spec, value in found if value.shape == wanted.shape and torch.allclose(value, wanted.to(value.dtype))
+    ]
+    return same[-1] if same else None
 
 
 class Taps:
@@ -199,12 +254,16 @@ class Taps:
 class HeadTap:
     """While it is entered, a forward pass leaves the input of the final linear layer behind: `value()`.
 
+    Args:
+        linear: the layer.
+        detach: False lets gradients flow, for a student.
+
     Raises, in the forward pass or in `value`:
         ConfigError: the layer was called more than once or not at all, or its input is not (B, D).
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self._linear = linear
+    def __init__(self, linear: nn.Linear, *, detach: bool = True) -> None:
+        self._linear, self._detach = linear, detach
         self._inputs: list[Tensor] = []
         self._hooks = ExitStack()
 
@@ -214,13 +273,17 @@ class HeadTap:
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
-        self._inputs.clear()
+        self.forget()
 
     def value(self) -> Tensor:
-        """(B, D) float32 on the layer's device, detached; then forgotten."""
+        """(B, D) at least float32 on the layer's device; then forgotten."""
         if len(self._inputs) != 1:
             raise _called("the final linear layer", len(self._inputs))
         return self._inputs.pop()
+
+    def forget(self) -> None:
+        """Before a forward pass whose input is wanted, where others went before."""
+        self._inputs.clear()
 
     def _take(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given: Tensor = args[0] if args else kwargs["input"]
@@ -229,7 +292,8 @@ class HeadTap:
                 f"the final linear layer is given {tuple(given.shape)}; its input can be stored where it is (B, D)",
                 tip="use another codec",
             )
-        self._inputs.append(given.detach().to(torch.float32, copy=True))
+        given = given.detach() if self._detach else given
+        self._inputs.append(given.to(torch.promote_types(given.dtype, torch.float32), copy=True))
 
 
 def _first_tensor(output: Any) -> tuple[Tensor | None, str]:

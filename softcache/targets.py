@@ -151,6 +151,22 @@ class Targets:
             )
         return self.features[found[0]].decode(self.arrays[found[0][0]])
 
+    def head_input(self, member: str) -> Tensor:
+        """(B, D) float32 input of a member's final linear layer, where its codec keeps that: linear_head."""
+        return self.codecs[member].head_input(self.arrays[member])
+
+    def rows_between(self, first: int, last: int) -> Targets:
+        """The targets of rows [first, last) of this batch."""
+        arrays = {}
+        for member, stored in self.arrays.items():
+            part = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
+            if "dense" in stored:
+                inside = (stored["dense_at"] >= first) & (stored["dense_at"] < last)
+                if bool(inside.any()):
+                    part |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - first}
+            arrays[member] = part
+        return replace(self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays)
+
     def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """What a codec that keeps some classes has of them: ids (B, k), logits (B, k), log-sum-exp of the rest at T (B,)."""
         codec, arrays = self.codecs[member], self.arrays[member]
@@ -490,9 +506,16 @@ class Joined(Dataset[Any]):
         views, rows = np.divmod(np.asarray(records, dtype=np.int64), len(self.cache))
         return self.cache.gather(rows, views, members=members, features=features)
 
-    def gather_samples(self, index: np.ndarray, views: np.ndarray, *, members: Sequence[str] | None = None) -> Targets:
+    def gather_samples(
+        self,
+        index: np.ndarray,
+        views: np.ndarray,
+        *,
+        members: Sequence[str] | None = None,
+        features: Sequence[str] = (),
+    ) -> Targets:
         """The targets of samples given by their position in the data set, at the given views."""
-        return self.cache.gather(self.rows[index].astype(np.int64), views, members=members)
+        return self.cache.gather(self.rows[index].astype(np.int64), views, members=members, features=features)
 
 
 def open(

@@ -21,7 +21,7 @@ from softcache.features import FeatureSpec, parse_features
 from softcache.models import Model, build, fingerprint, load_model
 from softcache.models import split_weights as split_model
 from softcache.spec import parse_spec
-from softcache.taps import HeadTap, ModuleShape, Taps, head_of, list_modules
+from softcache.taps import HeadTap, ModuleShape, Taps, head_feature, head_of, list_modules, stages_of
 
 OUTPUTS = ("logits", "log_probs", "probs")
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
@@ -174,9 +174,21 @@ class Teacher:
 
     def list_modules(self, batch: Any) -> list[ModuleShape]:
         """Its modules with their output shapes on one collated batch."""
-        net = self._net
+        return list_modules(self._net, self._prepared(batch))
+
+    def stages(self, batch: Any) -> list[str]:
+        """The modules that end its stages, early to late: the last to give a map of each size."""
+        return [module.name for module in stages_of(self._net, self._prepared(batch))]
+
+    def head_feature(self, batch: Any) -> FeatureSpec | None:
+        """The layer and reduction that give the input of the final linear layer; None where none does."""
+        head = self.find_head(batch)
+        return None if head is None else head_feature(self._net, self._prepared(batch), head)
+
+    def _prepared(self, batch: Any) -> Any:
+        """A collated batch as the network with the known module names takes it."""
         inputs = to_device(batch, self.device)
-        return list_modules(net, self.network.input.prepare(inputs) if isinstance(self.network, Model) else inputs)
+        return self.network.input.prepare(inputs) if isinstance(self.network, Model) else inputs
 
     def find_head(self, batch: Any) -> nn.Linear | None:
         """The linear layer whose output is the logits; None where there is none, or where it gives no logits."""

@@ -2,52 +2,55 @@
 
     cache + transfer set -> join -> loader of items -> one gather of the batch's targets -> device -> decode -> losses -> step
 
-Without a cache the same recipe trains on hard labels: that is how teachers and baselines are made.
+Without a cache the same recipe trains on hard labels: that is how teachers and baselines are made. Under torchrun every
+process computes its share of each batch, and the first one evaluates and writes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import softcache
-from softcache.checkpoint import resume_run, save_run
+from softcache.checkpoint import Trained, read_progress, restore, save_progress
 from softcache.config import TrainConfig
-from softcache.data.identity import sample_ids
-from softcache.data.join import SPREAD, batches
-from softcache.data.loading import LoadedBatch, Partners, ViewedSet, epoch_order, load_batches, to_device
-from softcache.data.transfer_set import TransferSet, open_transfer_set
-from softcache.data.views import Policy
-from softcache.errors import CacheError, ConfigError, LossError, TrainingError
-from softcache.evaluate import Evaluation, check_same_classes, evaluate, item_shape
-from softcache.losses import LossTerm
-from softcache.losses.schedules import check_schedule, scheduled
+from softcache.data.loading import epoch_order, load_batches, to_device
+from softcache.errors import ConfigError, MissingExtraError, TrainingError
+from softcache.evaluate import Evaluation, evaluate, item_shape
+from softcache.learner import Learner, build_objectives, make_optimizer, over_ranks
+from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model, build_vocabulary, load_model, save_student
-from softcache.objective import Labels, check_mixed, check_term, loss_parts, parse_members, parse_terms, total_loss
+from softcache.material import Material, open_material, views_of, visits
+from softcache.models import Model, build_vocabulary, load_model, load_weights, save_student
+from softcache.models.initialise import Initialised, initialise
+from softcache.objective import Given, Objective, Sizes
+from softcache.pairing import StudentTaps
+from softcache.ranks import Ranks, joined_ranks
 from softcache.run_folder import (
+    BEST,
     STUDENT,
+    TENSORBOARD,
     check_same_data,
     claim_folder,
     data_fingerprint,
     describe_run,
     locked,
-    pinned_cache,
     write_metrics,
 )
-from softcache.targets import Cache, Joined
-from softcache.targets import open as open_cache
+from softcache.stages import freeze, parse_stages, train_mode
 
 
 @dataclass(frozen=True)
@@ -66,182 +69,198 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     Raises:
         SoftcacheError: and its children, before the first step wherever that is possible.
     """
-    _check_numbers(config)
+    _check(config)
     out = claim_folder(config)
-    with locked(out):
-        return _train(config, out, quiet=quiet)
-
-
-def _train(config: TrainConfig, out: Path, *, quiet: bool) -> TrainResult:
     device = pick_device(config.device)
+    with joined_ranks(device) as ranks:
+        ranks.everyone(out)  # nobody writes before all have looked
+        with locked(out) if ranks.first else nullcontext():
+            return _train(config, out, device, ranks, quiet=quiet or not ranks.first)
+
+
+def _train(config: TrainConfig, out: Path, device: torch.device, ranks: Ranks, *, quiet: bool) -> TrainResult:
     torch.set_num_threads(pick_threads(config.threads))
     workers, autocast = pick_workers(config.workers, device), autocast_dtype(config.autocast)
 
-    transfer_set = open_transfer_set(config.data, **config.selection())
-    eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
-    if eval_set is not None:
-        check_same_classes(eval_set, transfer_set)
-
-    terms = parse_terms(config.loss, has_cache=config.cache is not None)
-    cache = _open_cache(config, out)
-    weights = parse_members(config.members)
-    joined = _join(cache, transfer_set, config) if cache is not None else None
-    if cache is not None:
-        for term in terms:
-            check_term(cache, term, config.combine, weights)
-        members: Sequence[str] | None = list(weights) if weights else None
-    labelled = _check_labels(terms, transfer_set)
-    policy = _policy(config, cache)
-    if policy.mixing is not None:
-        check_mixed(terms, str(policy))
-    partners = joined.partners if joined else Partners(transfer_set.whole, np.arange(len(transfer_set.whole)))
-    ids = joined.cache.samples.ids[joined.rows] if joined is not None else None
-    drift = None
-    if joined is not None and not config.augment:
-        as_cached = ViewedSet(transfer_set, joined.cache.policy, (), partners=partners, ids=ids)
-        drift = _check_views(joined, as_cached, config)
-    item = ViewedSet(transfer_set, policy, (), partners=partners, ids=ids).render(0, 0)[0]
+    stages = parse_stages(config)
+    terms = [term for stage in stages for term in stage.terms]
+    material = open_material(config, terms, out)
+    transfer_set, eval_set = material.transfer_set, material.eval_set
+    count, steps = len(transfer_set), -(-len(transfer_set) // config.batch_size)
+    _check_last_batch(count, config.batch_size, ranks)
 
     torch.manual_seed(config.seed)
+    item = material.viewed().render(0, 0)[0]
     model = load_model(
         config.student,
         num_classes=transfer_set.num_classes,
         class_names=transfer_set.class_names,
         input_shape=item_shape(item),
-        vocabulary=build_vocabulary(transfer_set.load(i)[0] for i in range(len(transfer_set)))
-        if isinstance(item, str)
-        else None,
-    ).to(device)
-    optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16")
-    viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners, ids=ids)
-    count, steps = len(transfer_set), -(-len(transfer_set) // config.batch_size)
-
-    vocabulary = getattr(model.input, "vocabulary", ())
-    data = data_fingerprint(sample_ids(transfer_set.keys), transfer_set.labels, tuple(vocabulary))
-    check_same_data(out, data)
-    state = resume_run(out, model, optimizer, scaler)
-    metrics: list[dict[str, Any]] = state["metrics"]
-    evaluation = None
-    describe_run(
-        out,
-        config,
-        terms,
-        cache_id=cache.id if cache is not None else None,
-        data=data,
-        samples=count,
-        labelled=labelled,
-        labels_changed=joined.labels_changed if joined is not None else 0,
-        drift=drift,
+        vocabulary=build_vocabulary(transfer_set.load(i)[0] for i in range(count)) if isinstance(item, str) else None,
     )
+    initialised = initialise(model, config.init_from, config.init_map) if config.init_from else None
+    labels = torch.from_numpy(transfer_set.labels)
+    single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
+    sizes = Sizes(count, transfer_set.num_classes, single, config.seed)
+    sample = model.input.collate([item, item])
+    objectives, student = build_objectives(stages, model, sample, material.teacher, sizes, ranks)
+    fixed = [name for name, parameter in model.net.named_parameters() if not parameter.requires_grad]
+    if config.sync_bn:
+        if device.type != "cuda":
+            raise ConfigError(f"--sync-bn works on GPUs, this is {device.type}", tip="leave it out")
+        model.net = nn.SyncBatchNorm.convert_sync_batchnorm(model.net)
+    model.to(device)
+    parts = nn.ModuleList(dict.fromkeys(part for objective in objectives for part in objective.parts)).to(device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
+    # whose weights are evaluated and saved
+    kept: Model = model if average is None else average.module  # type: ignore[assignment]
+    seen = material.policy.for_evaluation()
+    measure = partial(evaluate, kept, policy=seen, device=device, workers=workers, autocast=autocast)
 
-    for epoch in range(state["epoch"], config.epochs):
-        model.train()
-        first_step = state["step"] if epoch == state["epoch"] else 0
-        sums: dict[str, Any] = state["sums"] if first_step else {}
-        order = epoch_order(count, config.seed, epoch)
-        view, target_view = _views_of(epoch, cache, config)
-        started = time.monotonic()
-        loaded = load_batches(
-            viewed,
-            batches(order, view, config.batch_size, start=first_step),
-            workers=workers,
-            pin_memory=device.type == "cuda",
+    data = data_fingerprint(material.sample_ids, transfer_set.labels, tuple(getattr(model.input, "vocabulary", ())))
+    check_same_data(out, data)
+    progress, saved = read_progress(out, ranks)
+    metrics, evaluation = progress.metrics, None
+    if ranks.first:
+        describe_run(out, config, stages, _facts(config, material, data, initialised))
+    if ranks.size > 1:
+        torch.manual_seed(config.seed + 1_000_003 * ranks.rank)  # dropout of its own on every rank
+    board = _board(out, len(metrics)) if config.tensorboard and ranks.first else None
+    viewed = material.viewed([model.input.collate])
+
+    for number, (stage, objective) in enumerate(zip(stages, objectives, strict=True)):
+        if number < progress.stage:
+            continue
+        settings = stage.config
+        freeze(model.net, settings.freeze, fixed)
+        learned = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
+        trained = Trained(
+            model.net,
+            parts,
+            make_optimizer(learned, settings),
+            torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16"),
+            average,
         )
-        bar = _bar(loaded, epoch, config.epochs, first_step, steps, quiet)
-        for step, batch in enumerate(bar, start=first_step):
-            position = epoch + step / steps
-            factor = scheduled(
-                config.schedule,
-                position + (1 / steps if position < config.warmup_epochs else 0.0),  # never a step at zero
-                config.epochs,
-                warmup_epochs=config.warmup_epochs,
-                milestones=config.milestones,
-                gamma=config.gamma,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * factor
+        if saved and number == progress.stage:
+            restore(out, trained, saved, ranks)
+        if number > progress.stage:
+            progress.stage, progress.epoch, progress.step, progress.sums = number, 0, 0, {}
+        optimizer, scaler = trained.optimizer, trained.scaler
+        to_come = sum(later.config.epochs for later in stages[number:])
+        with ExitStack() as stack:
+            taps = None
+            if student is not None and objective.pairs:
+                taps = stack.enter_context(StudentTaps(student, objective.pairs))
+            learner = Learner(model, objective, taps, autocast=autocast, compiled=config.compile)
+            shared = over_ranks(learner, ranks, device, to_device(sample, device))
 
-            inputs = to_device(batch.inputs[0], device)
-            labels = _labels(transfer_set, partners, batch, device)
-            targets = None
-            if joined is not None:
-                views = np.full(len(batch.index), target_view, np.int64)
-                targets = joined.gather_samples(batch.index, views, members=members).to(device)
+            for epoch in range(progress.epoch, settings.epochs):
+                train_mode(model.net)
+                parts.train()
+                sums, first_step = progress.sums, progress.step
+                views = views_of(len(metrics), material.cache, config)
+                order = epoch_order(count, config.seed, len(metrics))
+                pairs = visits(order, views, config.batch_size, ranks, start=first_step)
+                loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
+                started = time.monotonic()
+                bar = _bar(loaded, len(metrics), len(metrics) - epoch + to_come, first_step, steps, quiet)
+                for step, loaded_batch in enumerate(bar, start=first_step):
+                    moment = Moment(epoch, step, steps, settings.epochs)
+                    for group in optimizer.param_groups:
+                        group["lr"] = stage.rate(moment)
+                    batch = material.batch(loaded_batch, config, objective.feature_names, device)
+                    total = min(config.batch_size, count - step * config.batch_size)
+                    number_of_step = len(metrics) * steps + step
+                    divided = batch.parts(
+                        total, config.accumulate, number_of_step, ranks, over_labels=objective.over_labels
+                    )
+                    optimizer.zero_grad(set_to_none=True)
+                    for name, value in _backward(shared, objective, list(divided), scaler, moment).items():
+                        sums[name] = sums.get(name, 0.0) + value  # stays on the device: no wait for it
+                    if config.clip_norm is not None:
+                        scaler.unscale_(optimizer)
+                        nn.utils.clip_grad_norm_(learned, config.clip_norm)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    if average is not None:
+                        average.update_parameters(model)
 
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                student_logits = model(inputs)
-            parts = loss_parts(terms, student_logits, labels, targets, config.combine, weights, config.seed)
-            loss = total_loss(terms, parts)
+                    if step % 20 == 0 or step == steps - 1:
+                        _check_finite(sums["loss"], len(metrics), step)
+                        bar.set_postfix_str(f"loss {sums['loss'].item() / (step + 1):.4f}")
+                    if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
+                        progress.epoch, progress.step, progress.sums = epoch, step + 1, sums
+                        save_progress(out, trained, progress, ranks)
 
-            optimizer.zero_grad(set_to_none=True)
+                row: dict[str, Any] = {"epoch": len(metrics)} | ({"stage": number} if len(stages) > 1 else {})
+                row["lr"] = optimizer.param_groups[0]["lr"]
+                row |= {"view": views[0], **objective.scalars(moment)}
+                row |= {name: ranks.total(value).item() / ranks.size / steps for name, value in sums.items()}
+                if eval_set is not None:
+                    evaluation = ranks.agree(measure(eval_set) if ranks.first else None)
+                    row |= {"eval_top1": evaluation.top1, "eval_nll": evaluation.nll, "eval_errors": evaluation.errors}
+                row["seconds"] = round(time.monotonic() - started, 3)
+                is_best = eval_set is not None and all(
+                    (row["eval_top1"] or 0) > (past["eval_top1"] or 0) for past in metrics
+                )
+                metrics.append(row)
+                ended = _is_stale(metrics, settings.patience, number)
+                progress.epoch, progress.step, progress.sums = settings.epochs if ended else epoch + 1, 0, {}
+                if ranks.first:
+                    write_metrics(out, metrics)  # before the checkpoint: a run killed in between does this epoch again
+                    if is_best and config.keep == "best":
+                        save_student(kept, out / BEST, metadata=_metadata(material))
+                    if board is not None:
+                        _note(board, row)
+                save_progress(out, trained, progress, ranks)
+                if ended:
+                    break
+
+    if config.keep == "best":
+        load_weights(kept, str(out / BEST))
+    if ranks.first:
+        if eval_set is not None and (evaluation is None or config.keep == "best"):
+            evaluation = measure(eval_set)
+        save_student(kept, out / STUDENT, metadata=_metadata(material))
+    if board is not None:
+        board.close()
+    return TrainResult(out, metrics, evaluation, sum(p.numel() for p in model.net.parameters()))
+
+
+def _backward(
+    learner: nn.Module,
+    objective: Objective,
+    parts: Sequence[tuple[Any, Given]],
+    scaler: torch.amp.GradScaler,
+    moment: Moment,
+) -> dict[str, Tensor]:
+    """Add up the gradients of a batch, part by part; the value of each term, and of their sum, on this rank."""
+    values: dict[str, Tensor] = {}
+    for number, (inputs, given) in enumerate(parts, start=1):
+        # gradients go over the ranks once, with the last part
+        alone = number < len(parts) and isinstance(learner, DistributedDataParallel)
+        with learner.no_sync() if alone else nullcontext():  # type: ignore[operator]
+            found = learner(inputs, given, moment)
+            loss = objective.total(found, moment)
             scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
-            for name, value in {**parts, "loss": loss}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()  # stays on the device: no wait for it
-            if step % 20 == 0 or step == steps - 1:
-                _check_finite(sums["loss"], epoch, step)
-                bar.set_postfix_str(f"loss {sums['loss'].item() / (step + 1):.4f}")
-            if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
-                save_run(out, model, optimizer, scaler, epoch, step + 1, sums, metrics)
-
-        row: dict[str, Any] = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "view": view}
-        row |= {name: value.item() / steps for name, value in sums.items()}
-        if eval_set is not None:
-            evaluation = evaluate(
-                model, eval_set, policy.for_evaluation(), device=device, workers=workers, autocast=autocast
-            )
-            row |= {"eval_top1": evaluation.top1, "eval_nll": evaluation.nll, "eval_errors": evaluation.errors}
-        row["seconds"] = round(time.monotonic() - started, 3)
-        metrics.append(row)
-        write_metrics(out, metrics)  # before the checkpoint: a run killed in between does this epoch again
-        save_run(out, model, optimizer, scaler, epoch + 1, 0, {}, metrics)
-
-    if evaluation is None and eval_set is not None:
-        evaluation = evaluate(
-            model, eval_set, policy.for_evaluation(), device=device, workers=workers, autocast=autocast
-        )
-    metadata = {
-        "softcache_policy": json.dumps(policy.to_json()),
-        "softcache_cache": cache.id if cache is not None else "",
-        "softcache_version": softcache.__version__,
-    }
-    save_student(model, out / STUDENT, metadata=metadata)
-    parameters = sum(p.numel() for p in model.net.parameters())
-    return TrainResult(out, metrics, evaluation, parameters)
+        for name, value in {**found, "loss": loss}.items():
+            values[name] = values.get(name, 0.0) + value.detach().double()
+    return values
 
 
-def make_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW over all parameters of the student."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    for name, lowest in (("epochs", 1), ("batch_size", 1)):
-        if getattr(config, name) < lowest:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {lowest}")
-    for name in ("weight_decay", "warmup_epochs", "momentum"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
+def _check(config: TrainConfig) -> None:
+    """Refuse numbers and combinations that cannot be; what may differ between stages is checked with them."""
+    for name in ("batch_size", "accumulate", "views_per_visit"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     if config.checkpoint_every is not None and config.checkpoint_every < 1:
         raise ConfigError(f"--checkpoint-every {config.checkpoint_every}: must be at least 1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training runs on one process", tip="start it without torchrun; dumping runs on several")
-    if not config.lr > 0:
-        raise ConfigError(f"--lr {config.lr}: must be > 0")
-    check_schedule(config.schedule)
+    if config.clip_norm is not None and not config.clip_norm > 0:
+        raise ConfigError(f"--clip-norm {config.clip_norm}: must be > 0")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise ConfigError(f"--ema {config.ema}: must be between 0 and 1", tip="0.999 averages about a thousand steps")
+    if config.keep == "best" and not config.eval_data:
+        raise ConfigError("--keep best needs --eval-data")
     if config.cache is not None and config.policy:
         raise ConfigError(
             "--policy and --cache cannot be given together",
@@ -252,103 +271,75 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} needs --cache")
     if config.augment and config.size is not None:
         raise ConfigError("--size and --augment cannot be given together", tip="--augment sets its own size")
+    if config.view is not None and config.views_per_visit > 1:
+        raise ConfigError("--view and --views-per-visit cannot be given together")
+    if config.init_map and not config.init_from:
+        raise ConfigError("--init-map needs --init-from")
 
 
-def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
-    """The cache to learn from; a run that is resumed stays with the manifest it began with."""
-    if config.cache is None:
-        return None
-    before = pinned_cache(out)
-    try:
-        cache = open_cache(
-            config.cache,
-            id=before or config.cache_id,
-            mode=config.read,  # type: ignore[arg-type]
-            check_blocks=config.check_blocks,  # type: ignore[arg-type]
-            allow_code=config.allow_code,
+def _check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:
+    last = count % batch_size or batch_size
+    if last < ranks.size:
+        raise ConfigError(
+            f"the last of {count} samples in batches of {batch_size} are {last}, fewer than the {ranks.size} processes",
+            tip=f"choose another --batch-size, such as {batch_size + 1}",
         )
-    except CacheError as exc:
-        if before is not None:
-            exc.add_note(f"{out} began with cache {before}; another one needs another --out")
-        raise
-    if config.view is not None and not 0 <= config.view < cache.num_views:
-        raise ConfigError(f"--view {config.view}: the cache has views 0 to {cache.num_views - 1}")
-    return cache
 
 
-def _join(cache: Cache, transfer_set: TransferSet, config: TrainConfig) -> Joined:
-    return cache.join(
-        transfer_set,
-        by=config.join,  # type: ignore[arg-type]
-        labels=config.labels,  # type: ignore[arg-type]
-        check_content=config.check_content,  # type: ignore[arg-type]
-    )
+def _facts(config: TrainConfig, material: Material, data: str, initialised: Initialised | None) -> dict[str, Any]:
+    """What a run records of its data."""
+    cached = material.cache is not None
+    return {
+        "cache": material.cache.id if material.cache is not None else None,
+        "data": data,
+        "targets": ("mismatched" if config.augment else "matched") if cached else None,
+        "drift": material.drift,
+        "initialised": None if initialised is None else initialised.text(),
+        "samples": len(material.transfer_set),
+        "labelled": material.labelled,
+        "labels_changed": material.joined.labels_changed if material.joined is not None else 0,
+    }
 
 
-def _check_labels(terms: Sequence[LossTerm], transfer_set: TransferSet) -> int:
-    """How many samples are labelled; LossError when a hard-label term has none at all."""
-    labels = transfer_set.labels
-    labelled = len(labels) if transfer_set.multi_label else int((labels >= 0).sum())
-    for term in terms:
-        if term.loss.target == "labels" and term.weight and not labelled:
-            raise LossError(
-                f"loss {term.name!r} needs labels, and no sample of {transfer_set.name} has one",
-                tip="leave the term out: soft targets need no labels",
-            )
-    return labelled
+def _metadata(material: Material) -> dict[str, str]:
+    return {
+        "softcache_policy": json.dumps(material.policy.to_json()),
+        "softcache_cache": material.cache.id if material.cache is not None else "",
+        "softcache_version": softcache.__version__,
+    }
 
 
-def _policy(config: TrainConfig, cache: Cache | None) -> Policy:
-    """What the student sees: the cache's own views, at its own size if asked; or others, which the targets do not fit."""
-    if cache is None or config.augment:
-        return Policy.parse(config.augment or config.policy, config.view_seed)
-    return cache.policy if config.size is None else cache.policy.at_size(config.size)
+def _is_stale(metrics: list[dict[str, Any]], patience: int | None, stage: int) -> bool:
+    """Whether the best evaluation of a stage is `patience` epochs old."""
+    if patience is None:
+        return False
+    scores = [row["eval_top1"] or 0.0 for row in metrics if row.get("stage", 0) == stage]
+    return len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
-def _labels(transfer_set: TransferSet, partners: Partners, batch: LoadedBatch, device: torch.device) -> Labels:
-    def on_device(labels: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(labels).to(device)
-        return tensor if tensor.ndim == 2 else tensor.long()
-
-    own = on_device(transfer_set.labels[batch.index])
-    if batch.partner_rows is None or batch.shares is None:
-        return Labels(own)
-    others = partners.transfer_set.labels[partners.index_of_row[batch.partner_rows]]
-    return Labels(own, on_device(others), torch.from_numpy(batch.shares).to(device))
-
-
-def _views_of(epoch: int, cache: Cache | None, config: TrainConfig) -> tuple[int, int]:
-    """The student's view and the targets': with a cache e mod V, or the pinned one; of the student's own a fresh one."""
-    if cache is None:
-        return epoch, epoch
-    target_view = config.view if config.view is not None else epoch % cache.num_views
-    return epoch if config.augment else target_view, target_view
+def _board(out: Path, epochs: int) -> Any:
+    """Where TensorBoard finds the metrics; epochs from `epochs` on are written anew."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError(
+            "--tensorboard needs the package tensorboard", tip="pip install 'softcache[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(out / TENSORBOARD), purge_step=epochs)
 
 
-def _check_views(joined: Joined, viewed: ViewedSet, config: TrainConfig) -> str | None:
-    """Some records, spread over samples and views, must render to the pixels the teacher saw; a rounding is told once."""
-    cache, count = joined.cache, len(joined)
-    index_of_row = Partners.of(viewed.transfer_set, joined.rows, len(cache)).index_of_row
-
-    def render(row: int, view: int) -> Any:
-        index = int(index_of_row[row])
-        return None if index < 0 else viewed.render(index, view)[0]
-
-    index = np.unique(np.linspace(0, count - 1, min(SPREAD, count)).astype(np.int64))
-    views = np.arange(len(index), dtype=np.int64) % cache.num_views
-    items = [viewed.render(int(i), int(v))[0] for i, v in zip(index, views, strict=True)]
-    drift = cache.check_pixels(items, joined.rows[index].astype(np.int64), views, render, on_drift=config.on_drift)
-    if drift is None:
-        return None
-    print(f"softcache: warning: {drift}; the run records it", file=sys.stderr)
-    return str(drift)
+def _note(board: Any, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if name != "epoch" and isinstance(value, int | float):
+            board.add_scalar(name, value, row["epoch"])
+    board.flush()
 
 
 def _check_finite(loss: Tensor, epoch: int, step: int) -> None:
     if not bool(loss.isfinite()):
         raise TrainingError(
             f"the loss is not finite in epoch {epoch}, step {step}",
-            tip="lower --lr, add --warmup-epochs, or use --autocast bf16 instead of fp16",
+            tip="lower --lr, add --clip-norm 1, warm up (--schedule 'warmup(5, cosine)'), or use bf16 instead of fp16",
         )
 
 

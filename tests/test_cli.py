@@ -22,7 +22,7 @@ import softcache
 from softcache import cli
 from softcache.cache import files
 
-VERBS = ("demo", "plan", "dump", "train", "eval", "inspect", "views", "verify", "repair", "subset")
+VERBS = ("demo", "plan", "dump", "train", "eval", "export", "inspect", "views", "verify", "repair", "subset")
 
 PIECES = """
 import os
@@ -213,6 +213,10 @@ def train_on(*more: str, data: str = "pieces.py:toy", student: str = "softcache:
     return ["train", "--data", data, "--student", student, "--epochs", "1", "--out", "new", *QUIET, *more]
 
 
+def export_of(model: str, *more: str) -> list[str]:
+    return ["export", model, "--to", "program", *QUIET, *more]
+
+
 def nothing(here: Path, patch: pytest.MonkeyPatch) -> None:
     pass
 
@@ -246,6 +250,10 @@ def nonsense_manifest(here: Path, patch: pytest.MonkeyPatch) -> None:
 def empty_folder(here: Path, patch: pytest.MonkeyPatch) -> None:
     (here / "empty").mkdir()
     (here / "hollow" / "cat").mkdir(parents=True)
+
+
+def there_already(here: Path, patch: pytest.MonkeyPatch) -> None:
+    (here / "pieces.pt2").touch()
 
 
 def no_room(here: Path, patch: pytest.MonkeyPatch) -> None:
@@ -369,6 +377,10 @@ MISTAKES = [
     row("classes of a teacher", dump_of("pieces.py:wide"), r"shape \(40, 5\).*3 classes", "these classes"),
     row("weights of another model", dump_of("softcache:mlp?hidden=5@run"), "3 of another shape: 0.weight", "name and param"),
     row("eval of nothing", ["eval", "nowhere", *DATA, *QUIET], "neither a run folder nor a model", ""),
+    row("export of nothing", export_of("nowhere", *DATA, "--out", "new.pt2"), "neither a run folder nor a model", ""),
+    row("format of an export", export_of("run", *DATA, "--to", "onxx"), "to cannot be 'onxx'", "'onnx'"),
+    row("export on no data", export_of("run"), "without --eval-data", "--data DATA"),
+    row("export over a file", export_of("run", *DATA, "--out", "pieces.pt2"), "there already", "remove", prepare=there_already),
     row("NaN logits", dump_of("pieces.py:nan"), "not finite for 40 samples.*toy/0", "look at these samples"),
     row("package in a factory", dump_of("softcache_is_not_a_package_xyz.sub:f"), "no module named", "install"),
     # caches

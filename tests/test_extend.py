@@ -428,7 +428,7 @@ def test_a_run_goes_on_with_the_cache_it_began_with(
     """Stopped in epoch 3 of 5, the cache then grows from two views to four and by a member; bit for bit as without."""
     old = quick_dump(policy=MIXED, views=2).id
     train.run(train_config(tmp_path, toy, "alone"), quiet=True)
-    saved, calls = train.save_run, 0
+    saved, calls = train.save_progress, 0
 
     def stop(*arguments: Any) -> None:
         nonlocal calls
@@ -438,7 +438,7 @@ def test_a_run_goes_on_with_the_cache_it_began_with(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_run", stop)
+        patch.setattr(train, "save_progress", stop)
         with pytest.raises(KeyboardInterrupt):
             train.run(train_config(tmp_path, toy, "stopped", checkpoint_every=1), quiet=True)
     extend(views=4)

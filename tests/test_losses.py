@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from softcache.errors import ConfigError, LossError
-from softcache.losses import LOSSES, LossTerm, bce, ce, kd, kd_lower_bound, make_term, mse_logits, soft_ce
-from softcache.losses.schedules import SCHEDULES, check_schedule, scheduled
+from softcache.losses import INPUTS, LOSSES, LossTerm, bce, ce, kd, kd_lower_bound, make_term, mse_logits, soft_ce
+from softcache.losses.schedules import Moment, Schedule
 
 # ---------------------------------------------------------------------------------------------------- oracles, in float64
 
@@ -66,8 +66,8 @@ ORACLES: dict[str, Callable[..., float]] = {
 SIZES = [(1, 1), (1, 2), (5, 1), (7, 10), (3, 1000)]
 TEMPERATURES = [0.5, 1.0, 4.0, 20.0]
 # what takes two arguments; kd_lower_bound takes four, and has tests of its own
-OF_ROWS = [name for name in LOSSES if LOSSES[name].form == "logits"]
-AGAINST_TEACHER = [name for name in OF_ROWS if LOSSES[name].target == "teacher"]
+OF_ROWS = list(ORACLES)
+AGAINST_TEACHER = [name for name in OF_ROWS if name != "ce"]
 TEMPERED = [name for name in OF_ROWS if "temperature" in LOSSES[name].defaults]
 
 
@@ -86,11 +86,6 @@ def target_of(name: str, batch: int, classes: int) -> Tensor:
     if name == "ce":
         return torch.from_numpy(np.random.default_rng([9, batch, classes]).integers(0, classes, batch))
     return pair(batch, classes)[1]
-
-
-def test_the_list_of_losses_is_the_list_of_oracles() -> None:
-    assert set(LOSSES) == {*ORACLES, "kd_lower_bound"}
-    assert [name for name in LOSSES if LOSSES[name].form == "head"] == ["kd_lower_bound"]
 
 
 # ------------------------------------------------------------------------------------------------------ values, gradients
@@ -356,11 +351,10 @@ def test_lower_bound_of_half_types_is_computed_in_float32(half: torch.dtype) -> 
 
 def test_lower_bound_as_a_term() -> None:
     term = make_term("kd_lower_bound", weight="0.5", temperature="2")
-    assert term == LossTerm("kd_lower_bound", 0.5, {"temperature": 2.0})
-    assert LOSSES["kd_lower_bound"].defaults == {"temperature": 4.0} == LOSSES["kd"].defaults
-    assert LOSSES["ce"].defaults == LOSSES["mse_logits"].defaults == {}
+    assert term.weight.at(Moment()) == 0.5 and values_of(term) == {"temperature": 2.0}
+    assert LOSSES["kd_lower_bound"].defaults == {"temperature": 4.0}
     student, teacher = pair(4, 10)
-    value = term.loss.function(student, *head_of(teacher, 3, 2.0), **term.parameters)
+    value = term.loss.function(student, *head_of(teacher, 3, 2.0), **values_of(term))
     assert value.item() == pytest.approx(lower_bound_oracle(student.numpy(), teacher.numpy(), 3, 2.0), rel=1e-10)
 
 
@@ -510,79 +504,67 @@ def test_labels_that_do_not_fit_are_refused(labels: Tensor, fault: type[Exceptio
 # ------------------------------------------------------------------------------------------------------------------ terms
 
 
+def values_of(term: LossTerm) -> dict[str, Any]:
+    return {key: value.at(Moment()) if isinstance(value, Schedule) else value for key, value in term.settings.items()}
+
+
 def test_make_term_turns_strings_into_numbers_and_fills_in_defaults() -> None:
-    term = make_term("kd", weight="0.9", temperature="8")
-    assert term == LossTerm("kd", 0.9, {"temperature": 8.0})
-    assert make_term("kd") == LossTerm("kd", 1.0, {"temperature": 4.0})
-    assert make_term("bce").temperature == 1.0 and make_term("ce").temperature == 1.0
-    assert make_term("ce", weight=0) == LossTerm("ce", 0.0, {})
+    term = make_term("kd", weight="0.9", temperature="8", standardized="true")
+    assert term.weight.at(Moment()) == 0.9 and values_of(term) == {"temperature": 8.0, "standardized": True}
+    assert values_of(make_term("kd")) == {"temperature": 4.0, "standardized": False}
+    assert make_term("kd").weight.at(Moment()) == 1.0
+    assert make_term("ce").temperature is None and make_term("ce").settings == {}
+    crd = make_term("crd", negatives="512", layer="avgpool", student="fc")
+    assert crd.settings["negatives"] == 512 and crd.settings["nce_temperature"] == 0.07
+    assert crd.placement == {"layer": "avgpool", "student": "fc"}
 
 
-@pytest.mark.parametrize("name", OF_ROWS)
-def test_a_term_calls_its_own_loss_with_its_own_parameters_unweighted(name: str) -> None:
-    student, target = pair(4, 10)[0], target_of(name, 4, 10)
-    for values in settings(name):
-        term = make_term(name, weight=0.25, **values)
-        wanted = ORACLES[name](student.numpy(), target.numpy(), *values.values())
-        assert term(student, target).item() == pytest.approx(wanted, rel=1e-12)
+def test_a_scalar_of_a_term_may_be_a_schedule() -> None:
+    term = make_term("kd", weight="linear(4, 1)", temperature="cosine(8, 2)")
+    ends = [term.weight.at(Moment(epoch, 0, 10, 20)) for epoch in (0, 10, 20)]
+    assert ends == [4.0, 2.5, 1.0]
+    assert term.describe() == {
+        "name": "kd", "weight": "linear(4, 1)", "temperature": "cosine(8, 2)", "standardized": False
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("kdd", {}, r"unknown loss 'kdd'\n.*did you mean 'kd'\?"),
-        ("hinge", {}, r"unknown loss 'hinge'\n.*known: bce, ce, kd, kd_lower_bound, mse_logits, soft_ce"),
-        ("kd", {"temprature": 4}, r"loss 'kd' has no parameter 'temprature'\n.*did you mean 'temperature'\?"),
-        ("kd", {"wieght": 4}, r"no parameter 'wieght'\n.*did you mean 'weight'"),
-        ("ce", {"temperature": 4}, "loss 'ce' has no parameter 'temperature'"),
-        ("mse_logits", {"temperature": 4}, "loss 'mse_logits' has no parameter 'temperature'"),
-        ("kd", {"temperature": "four"}, "loss 'kd': temperature='four' is not a finite number"),
-        ("kd", {"temperature": None}, "loss 'kd': temperature=None is not a finite number"),
-        ("kd", {"temperature": "nan"}, "loss 'kd': temperature='nan' is not a finite number"),
-        ("kd", {"weight": "inf"}, "loss 'kd': weight='inf' is not a finite number"),
-        ("ce", {"weight": ""}, "loss 'ce': weight='' is not a finite number"),
-        ("kd", {"temperature": 0}, r"loss 'kd': temperature must be > 0, got 0\.0"),
-        ("bce", {"temperature": "-2"}, r"loss 'bce': temperature must be > 0, got -2\.0"),
+        ("kdd", {}, r"unknown loss 'kdd'\n.*did you mean 'kd' or 'dkd'.*softcache losses"),
+        ("hinge", {}, r"unknown loss 'hinge'"),
+        ("kd", {"temprature": 4}, r"loss 'kd' has no setting 'temprature'\n.*did you mean 'temperature'\?"),
+        ("kd", {"wieght": 4}, r"no setting 'wieght'\n.*did you mean 'weight'"),
+        ("kd", {"layer": "fc"}, "loss 'kd' has no setting 'layer'"),
+        ("ce", {"temperature": 4}, "loss 'ce' has no setting 'temperature'"),
+        ("mse_logits", {"temperature": 4}, "loss 'mse_logits' has no setting 'temperature'"),
+        ("kd", {"temperature": "four"}, "loss 'kd': temperature: 'four' is neither a number nor a schedule"),
+        ("kd", {"temperature": "linaer(4, 1)"}, r"neither a number nor a schedule\n.*did you mean 'linear'"),
+        ("kd", {"temperature": "nan"}, "loss 'kd': temperature: 'nan' is not a finite number"),
+        ("kd", {"weight": "inf"}, "loss 'kd': weight: 'inf' is not a finite number"),
+        ("ce", {"weight": ""}, "loss 'ce': weight: '' is neither a number"),
+        ("kd", {"temperature": 0}, "loss 'kd': temperature must be > 0, got 0"),
+        ("kd", {"temperature": "linear(4, 0)"}, r"temperature must be > 0, got linear\(4, 0\)"),
+        ("kd", {"temperature": "warmup(5, 4)"}, "temperature must be > 0"),
+        ("bce", {"temperature": "-2"}, "loss 'bce': temperature must be > 0, got -2"),
+        ("kd", {"standardized": "perhaps"}, "standardized: 'perhaps' is not true or false"),
+        ("crd", {"negatives": "linear(8, 2)"}, "negatives: .* is not a whole number"),
+        ("hint", {"adapter": "conv"}, "loss 'hint': unknown adapter 'conv'"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
 )
 def test_a_term_that_makes_no_sense_is_refused(name: str, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(LossError, match=message):
+    with pytest.raises((LossError, ConfigError), match=message):
         make_term(name, **values)
 
 
-# -------------------------------------------------------------------------------------------------------------- schedules
-
-
-def test_constant_and_step_and_cosine() -> None:
-    assert [scheduled("constant", e, 10) for e in (0, 5, 10)] == [1.0, 1.0, 1.0]
-    steps = [scheduled("step", e, 10, milestones=(4, 8), gamma=0.5) for e in (0, 3.999, 4, 7.999, 8, 10)]
-    assert steps == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
-    for e in (0.0, 2.5, 5.0, 9.0, 10.0):
-        assert scheduled("cosine", e, 10) == pytest.approx(math.cos(math.pi * e / 20) ** 2, abs=1e-15)
-    assert scheduled("cosine", 11, 10) == pytest.approx(0.0, abs=1e-15)  # never rises again
-
-
-def test_default_step_without_milestones_is_constant() -> None:
-    assert {scheduled("step", e, 10) for e in (0, 5, 9.9)} == {1.0}
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_warm_up_is_linear_from_zero_to_the_schedules_own_value(name: str) -> None:
-    values: dict[str, Any] = {"warmup_epochs": 4, "milestones": (2, 6), "gamma": 0.5}
-    top = {"constant": 1.0, "step": 0.5, "cosine": 1.0}[name]
-    rise = [scheduled(name, e, 10, **values) for e in (0, 1, 2, 3, 4)]
-    assert rise == pytest.approx([top * e / 4 for e in (0, 1, 2, 3, 4)])
-    assert scheduled(name, 3.999999, 10, **values) == pytest.approx(scheduled(name, 4, 10, **values), abs=1e-6)
-
-
-def test_after_warm_up_the_cosine_uses_what_is_left() -> None:
-    assert scheduled("cosine", 7, 10, warmup_epochs=4) == pytest.approx(0.5)
-    assert scheduled("cosine", 10, 10, warmup_epochs=4) == pytest.approx(0.0, abs=1e-15)
-
-
-def test_an_unknown_schedule_is_refused_with_near_names() -> None:
-    check_schedule("cosine")
-    for call in (lambda: check_schedule("cosin"), lambda: scheduled("cosin", 0, 1)):
-        with pytest.raises(ConfigError, match=r"unknown schedule 'cosin'\n.*did you mean 'cosine'\?"):
-            call()
+def test_a_loss_names_its_needs_by_its_arguments() -> None:
+    for name, loss in LOSSES.items():
+        assert set(loss.inputs) <= set(INPUTS), name
+        assert loss.over in ("samples", "labels", "batch") and loss.source
+        assert loss.has_features == bool(loss.features)
+        assert not loss.needs("labels") or loss.over == "labels" or name == "shifted_kd"
+    assert LOSSES["dkd"].inputs == ("student_logits", "teacher_logits", "labels")
+    assert LOSSES["crd"].sizes == ("student_shape", "teacher_shape", "num_samples", "sample_labels", "seed")
+    assert LOSSES["ctkd"].is_scheduled("reversal") and not LOSSES["ctkd"].is_scheduled("highest")
+    assert not LOSSES["kd"].is_scheduled("standardized")

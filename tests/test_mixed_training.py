@@ -28,8 +28,9 @@ from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, DriftError, LossError, SoftcacheError
 from softcache.losses import LOSSES, ce, kd, make_term, mixed_ce
+from softcache.losses.schedules import Moment
 from softcache.models.weights import read_metadata
-from softcache.objective import Labels, loss_parts
+from softcache.objective import Given, Labels, Objective
 from softcache.spec import load_user_file
 
 CLASSES, SEED, T = 4, 5, 3.0
@@ -189,9 +190,9 @@ def test_a_term_on_labels_takes_what_the_batch_has() -> None:
     logits = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(3))
     own, partners = map(torch.from_numpy, LABELS["either"])
     shares = torch.from_numpy(SHARES["any"]).float()
-    terms = [make_term("ce", weight="0.5")]
-    plain = loss_parts(terms, logits, Labels(own), None, "mean_logits", None)
-    mixed = loss_parts(terms, logits, Labels(own, partners, shares), None, "mean_logits", None)
+    objective = Objective([make_term("ce", weight="0.5")])
+    plain = objective(logits, {}, Given(Labels(own)), Moment())
+    mixed = objective(logits, {}, Given(Labels(own, partners, shares)), Moment())
     assert plain["ce"].item() == ce(logits, own).item()
     expected = mixed_ce_oracle(logits.double().numpy(), *LABELS["either"], SHARES["any"])
     assert mixed["ce"].item() == pytest.approx(expected, rel=1e-6)

@@ -466,6 +466,8 @@ def test_run_folder_round_trip(name: str, tmp_path: Path) -> None:
     model.train()(model.input.collate(items))  # moves the BatchNorm buffers away from their start
     save_student(model, tmp_path / "student.safetensors", metadata={"cache_id": "abc", "softcache_model": "not yours"})
     assert os.listdir(tmp_path) == ["student.safetensors"]
+    (tmp_path / "any").touch()
+    assert (tmp_path / "student.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
     assert load_file(tmp_path / "student.safetensors").keys() == model.net.state_dict().keys()
     assert read_metadata(tmp_path)["cache_id"] == "abc"
     for text in (str(tmp_path), str(tmp_path / "student.safetensors"), f"{spec}@{tmp_path}"):

@@ -25,6 +25,7 @@ from softcache import objective
 from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches
 from softcache.data.transfer_set import open_transfer_set
+from softcache.losses.schedules import Moment
 from softcache.models import load_model
 from softcache.spec import load_user_file
 from softcache.targets import Cache
@@ -142,8 +143,11 @@ def walk(
     transfer_set = open_transfer_set(data)
     joined = cache.join(transfer_set)
     terms = objective.parse_terms([loss], has_cache=True)
-    (term,), given = terms, {name: float(weight) for name, weight in weights.items()}
-    objective.check_term(cache, term, rule, given)
+    (term,) = terms
+    teacher = objective.Teacher(cache, rule, {name: float(weight) for name, weight in weights.items()}, SEED)
+    objective.check_term(teacher, term)
+    lesson = objective.Objective(terms, teacher=teacher)
+    temperature = 1.0 if term.temperature is None else term.temperature.at(Moment())
     link = "sigmoid" if term.name == "bce" else "softmax"
     networks = {name: load_user_file(toy).network(4, (8, 8), MEMBERS[name], level=level).eval() for name in weights}
 
@@ -171,8 +175,8 @@ def walk(
             targets = joined.gather_samples(index, views, members=list(weights))
             logits = student(inputs)[kept]
             logits.retain_grad()
-            parts = objective.loss_parts(terms, logits, torch.zeros(len(index)), targets, rule, given, SEED)
-            cached = objective.total_loss(terms, parts)
+            given = objective.Given(objective.Labels(torch.zeros(len(index))), targets)
+            cached = lesson.total(lesson(logits, {}, given, Moment()), Moment())
             optimizer.zero_grad()
             cached.backward()
 
@@ -180,10 +184,10 @@ def walk(
             if term.name == "mse_logits":
                 target = live_logits(live, rule, weights, draws)
             else:
-                target = live_combined(live, rule, weights, term.temperature, link, draws)
+                target = live_combined(live, rule, weights, temperature, link, draws)
             other = beside(inputs)[kept]
             other.retain_grad()
-            expected = live_loss(term.name, other.double(), target, term.temperature)
+            expected = live_loss(term.name, other.double(), target, temperature)
             beside.zero_grad()
             expected.backward()
 

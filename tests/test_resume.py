@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from softcache import cli
-from softcache.checkpoint import load_checkpoint, save_checkpoint
+from softcache.checkpoint import Progress, Trained, read_progress, restore, save_progress
 from softcache.errors import TrainingError
+from softcache.ranks import Ranks
 
 EPOCHS, STEPS = 3, 12
 
@@ -130,7 +132,7 @@ def step_of(checkpoint: Path) -> tuple[int, int]:
     if not checkpoint.exists():
         return 0, 0
     state = torch.load(checkpoint, weights_only=True)
-    return state["epoch"], state["step"]
+    return state["progress"]["epoch"], state["progress"]["step"]
 
 
 def kill_in_the_middle(server: Any, argv: list[str], out: Path, moment: random.Random) -> tuple[int, int]:
@@ -200,7 +202,7 @@ def test_a_run_that_stopped_after_an_epoch_goes_on(folder: Path, tmp_path: Path,
             return original(*args, **more)
 
         with monkeypatch.context() as patch:
-            for name in ("save_run", "write_metrics", "save_student"):
+            for name in ("save_progress", "write_metrics", "save_student"):
                 original = getattr(train, name)
                 patch.setattr(train, name, lambda *a, original=original, **k: counted(original, *a, **k))
             assert cli.main(command(folder, out)) == 130
@@ -227,7 +229,14 @@ def test_what_may_change_on_resume(folder: Path, tmp_path: Path, capsys: pytest.
     assert outcome(tmp_path / "run") == first
 
 
-def test_random_states_come_back(tmp_path: Path) -> None:
+def pieces(weight: float = 1.0) -> Trained:
+    net = nn.Linear(2, 2)
+    nn.init.constant_(net.weight, weight)
+    optimizer = torch.optim.SGD(net.parameters(), lr=weight)
+    return Trained(net, nn.ModuleList(), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def test_random_states_and_progress_come_back(tmp_path: Path) -> None:
     def draw() -> tuple[Any, ...]:
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
 
@@ -236,27 +245,45 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     random.seed(1)
     random.gauss(0, 1)  # leaves half a pair behind
     np.random.standard_normal()
-    save_checkpoint(tmp_path / "c.pt", {"epoch": 3, "metrics": [{"loss": 0.5, "view": 1}]})
+    progress = Progress(1, 3, 2, {"loss": torch.tensor(0.5, dtype=torch.float64)}, [{"loss": 0.5, "view": 1}])
+    save_progress(tmp_path, pieces(3.0), progress, Ranks())
     expected = draw()
     assert draw() != expected
-    state = load_checkpoint(tmp_path / "c.pt")
+    found, saved = read_progress(tmp_path, Ranks())
+    other = pieces()
+    restore(tmp_path, other, saved, Ranks())
     assert draw() == expected
-    assert state == {"epoch": 3, "metrics": [{"loss": 0.5, "view": 1}]}
+    assert found == progress
+    assert other.net.state_dict()["weight"].tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert other.optimizer.param_groups[0]["lr"] == 3.0
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "other"])
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "c.pt"
-    save_checkpoint(path, {"epoch": 3})
+    path = tmp_path / "checkpoint.pt"
+    save_progress(tmp_path, pieces(), Progress(), Ranks())
     data = path.read_bytes()
-    path.write_bytes({"cut": data[: len(data) // 2], "text": b"no checkpoint", "empty": b""}[damage])
-    with pytest.raises(TrainingError, match=r"c\.pt: cannot be read") as caught:
-        load_checkpoint(path)
+    path.write_bytes({"cut": data[: len(data) // 2], "text": b"no checkpoint", "empty": b"", "other": b""}[damage])
+    if damage == "other":
+        torch.save({"epoch": 3, "step": 0}, path)  # as an earlier version wrote them
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: (cannot be read|is no checkpoint)") as caught:
+        read_progress(tmp_path, Ranks())
     assert "delete it" in caught.value.tip
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.pt"
-    torch.save({"random": Path("x"), "epoch": 0}, path)
+    torch.save({"random": Path("x"), "epoch": 0}, tmp_path / "checkpoint.pt")
     with pytest.raises(TrainingError, match="cannot be read"):
-        load_checkpoint(path)
+        read_progress(tmp_path, Ranks())
+
+
+def test_a_checkpoint_of_another_student_or_number_of_processes_is_refused(tmp_path: Path) -> None:
+    save_progress(tmp_path, pieces(), Progress(), Ranks())
+    _, saved = read_progress(tmp_path, Ranks())
+    other = pieces()
+    narrow = Trained(nn.Linear(1, 1), other.parts, other.optimizer, other.scaler)
+    with pytest.raises(TrainingError, match="does not fit this student"):
+        restore(tmp_path, narrow, saved, Ranks())
+    with pytest.raises(TrainingError, match="was saved by 1 processes, these are 2") as caught:
+        read_progress(tmp_path, Ranks(0, 2))
+    assert "resume with as many" in caught.value.tip

@@ -17,6 +17,7 @@ import softcache
 from softcache import cli, dump, train
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data import steps
+from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import (
     CacheError,
     ClassMismatchError,
@@ -27,7 +28,7 @@ from softcache.errors import (
     TrainingError,
 )
 from softcache.models import load_model, read_metadata, read_saved
-from softcache.objective import check_term, parse_members, parse_terms
+from softcache.objective import Teacher, check_term, parse_members, parse_terms
 from softcache.run_folder import STUDENT
 from softcache.train import TrainResult
 
@@ -250,7 +251,7 @@ def test_a_run_folder_is_a_teacher_and_a_start(digits: Path, tmp_path: Path) -> 
     torch.testing.assert_close(weights(tmp_path / "more"), weights(digits / "teacher"), rtol=0, atol=1e-6)
 
     cache = softcache.open(digits / "cache")
-    data = train.open_transfer_set("digits")
+    data = open_transfer_set("digits")
     joined = cache.join(data)
     model = load_model(str(digits / "teacher"), num_classes=10).eval()
     items = [cache.policy.render(data.load(i)[0], int(cache.samples.ids[joined.rows[i]]), 1) for i in range(50)]
@@ -283,8 +284,7 @@ def test_what_a_run_folder_holds(world: World, tmp_path: Path) -> None:
     assert about["torch"] == torch.__version__ and about["numpy"] == np.__version__
     assert about["config"]["lr"] == 0.01 and about["config"]["seed"] == 0
     assert about["losses"] == [
-        {"name": "kd", "weight": 0.75, "temperature": 3.0},
-        {"name": "ce", "weight": 0.25},
+        [{"name": "kd", "weight": 0.75, "temperature": 3.0, "standardized": False}, {"name": "ce", "weight": 0.25}]
     ]
 
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -314,9 +314,7 @@ def test_the_config_file_repeats_the_run(world: World, tmp_path: Path) -> None:
         "loss": ("kd:temperature=2,weight=0.5", "kd:temperature=8", "ce:weight=0.1"),
         "optimizer": "sgd",
         "nesterov": True,
-        "schedule": "step",
-        "milestones": (1.0, 1.5),
-        "warmup_epochs": 0.5,
+        "schedule": "warmup(0.5, step(at=1/1.5))",
         "keep_labels": ("ant", "cat", "dog"),
         "seed": 3,
         "view": 1,
@@ -349,13 +347,13 @@ def test_how_it_is_read_does_not_matter(world: World, tmp_path: Path) -> None:
 def first_step(world: World, out: Path, **settings: Any) -> tuple[dict[str, Any], np.ndarray, Any]:
     """Metrics of one step over the whole set, the student's logits before it, and the data, in the data's order."""
     result = world.train(out, epochs=1, batch_size=1000, seed=6, **settings)
-    data = train.open_transfer_set(settings.get("data", world.spec("toy")))
+    data = open_transfer_set(settings.get("data", world.spec("toy")))
     torch.manual_seed(6)
     model = load_model("softcache:mlp?hidden=8", num_classes=4, input_shape=(4, 4))
     policy = softcache.open(world.path / settings["cache"]).policy if "cache" in settings else None
     items = [data.load(i)[0] for i in range(len(data))]
     if policy is not None and policy.steps:
-        ids = train.open_cache(world.path / settings["cache"]).join(data)
+        ids = softcache.open(world.path / settings["cache"]).join(data)
         items = [
             policy.render(item, int(ids.cache.samples.ids[row]), settings.get("view", 0))
             for item, row in zip(items, ids.rows, strict=True)
@@ -453,20 +451,20 @@ def test_views_take_turns(world: World, tmp_path: Path) -> None:
         pytest.param({"schedule": "constant"}, lambda step: 1.0, id="constant"),
         pytest.param({"schedule": "cosine"}, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)), id="cosine"),
         pytest.param(
-            {"schedule": "step", "milestones": (1.0, 3.0), "gamma": 0.5},
+            {"schedule": "step(at=1/3, gamma=0.5)"},
             lambda step: 0.5 ** ((step >= 3) + (step >= 9)),
             id="step",
         ),
         pytest.param(
-            {"schedule": "constant", "warmup_epochs": 2.0}, lambda step: min(1.0, (step + 1) / 6), id="warm-up"
+            {"schedule": "warmup(2)"}, lambda step: min(1.0, (step + 1) / 6), id="warm-up"
         ),
         pytest.param(
-            {"schedule": "cosine", "warmup_epochs": 1.0},
+            {"schedule": "warmup(1, cosine)"},
             lambda step: (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 9)),
             id="warm-up and cosine",
         ),
         pytest.param(
-            {"schedule": "step", "warmup_epochs": 1.0, "milestones": (2.0,)},
+            {"schedule": "warmup(3steps, step(1, at=2))"},
             lambda step: (step + 1) / 3 if step < 3 else 0.1 ** (step >= 6),
             id="warm-up and step",
         ),
@@ -505,7 +503,7 @@ def test_the_first_step_of_each_optimiser(world: World, tmp_path: Path, settings
     """From its definition, with weight decay 0.3: L2 in the gradient, for adamw beside it."""
     more = {"epochs": 1, "batch_size": 90, "seed": 6, "schedule": "constant", "lr": 0.02, "weight_decay": 0.3}
     world.train(tmp_path / "run", **more, **settings)
-    data = train.open_transfer_set(world.spec("toy"))
+    data = open_transfer_set(world.spec("toy"))
     torch.manual_seed(6)
     model = load_model("softcache:mlp?hidden=8", num_classes=4, input_shape=(4, 4))
     logits = model(model.input.collate([data.load(i)[0] for i in range(90)]))
@@ -580,7 +578,7 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
             {"cache": "one", "data": "{}:turned"}, ClassMismatchError, "in another order", "", id="class order"
         ),
         pytest.param({"eval_data": "{}:three_classes"}, ClassMismatchError, "3 classes", "", id="classes of eval data"),
-        pytest.param({"loss": ("ce:temperature=2",)}, LossError, "no parameter 'temperature'", "", id="parameter"),
+        pytest.param({"loss": ("ce:temperature=2",)}, LossError, "no setting 'temperature'", "", id="parameter"),
         pytest.param({"loss": ("cee",)}, LossError, "unknown loss 'cee'", "'ce'", id="loss"),
         pytest.param({"cache": "one", "loss": ("kd:temperature=0",)}, LossError, "must be > 0", "", id="temperature"),
         pytest.param({"policy": ("shfit",)}, ConfigError, "unknown view step 'shfit'", "shift", id="policy step"),
@@ -588,7 +586,7 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param({"batch_size": 0}, ConfigError, "--batch-size 0", "", id="batch size"),
         pytest.param({"lr": 0.0}, ConfigError, "--lr 0", "", id="lr"),
         pytest.param({"lr": float("nan")}, ConfigError, "--lr nan", "", id="lr that is none"),
-        pytest.param({"schedule": "cosin"}, ConfigError, "unknown schedule", "cosine", id="schedule"),
+        pytest.param({"schedule": "cosin"}, ConfigError, "neither a number nor a schedule", "cosine", id="schedule"),
         pytest.param({"threads": 0}, ConfigError, "--threads 0", "", id="threads"),
         pytest.param({"workers": -1}, ConfigError, "--workers -1", "", id="workers"),
         pytest.param({"device": "tpu"}, ConfigError, "'tpu'", "", id="device"),
@@ -682,10 +680,10 @@ def test_a_policy_of_the_students_own_is_recorded_as_mismatched(world: World, tm
 
 def test_terms_and_members_as_flags() -> None:
     (kd,), (ce,) = parse_terms([], has_cache=True), parse_terms([], has_cache=False)
-    assert (kd.name, kd.temperature, kd.weight) == ("kd", 4.0, 1.0)
-    assert (ce.name, ce.weight) == ("ce", 1.0)
+    assert kd.describe() == {"name": "kd", "weight": 1.0, "temperature": 4.0, "standardized": False}
+    assert ce.describe() == {"name": "ce", "weight": 1.0}
     (term,) = parse_terms(["kd:temperature=2.5,weight=0.9"], has_cache=True)
-    assert (term.temperature, term.weight) == (2.5, 0.9)
+    assert (term.describe()["temperature"], term.describe()["weight"]) == (2.5, 0.9)
     assert parse_members([]) is None
     assert parse_members(["a=0.7", "b"]) == {"a": 0.7, "b": 1.0}
 
@@ -693,7 +691,8 @@ def test_terms_and_members_as_flags() -> None:
 def test_a_single_member_under_any_rule_serves_mse(world: World) -> None:
     cache = softcache.open(world.path / "one")
     (term,) = parse_terms(["mse_logits"], has_cache=True)
-    check_term(cache, term, "mean_logits")
-    check_term(softcache.open(world.path / "three"), term, "draw", {"sharp": 1.0, "blunt": 1.0})
+    check_term(Teacher(cache, "mean_logits"), term)
+    three = softcache.open(world.path / "three")
+    check_term(Teacher(three, "draw", {"sharp": 1.0, "blunt": 1.0}), term)
     with pytest.raises(LossError, match="log_probs"):
-        check_term(softcache.open(world.path / "three"), term, "mean_logits")
+        check_term(Teacher(three), term)

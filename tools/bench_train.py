@@ -30,12 +30,13 @@ from softcache.data.loading import LoadedBatch, ViewedSet, epoch_order, load_bat
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import CodecFitError
-from softcache.losses import make_term
+from softcache.losses import ce, kd, make_term
+from softcache.losses.schedules import Moment
 from softcache.machine import pick_device
 from softcache.models import Model, load_model, save_student
-from softcache.objective import Labels, loss_parts, total_loss
+from softcache.objective import Given, Labels, Objective, Teacher
 from softcache.report import table
-from softcache.targets import Targets
+from softcache.targets import Cache, Targets
 
 CODECS = "float16 float32 int8 headtail topk lowrank linear_head linear_head:dtype=int8"
 
@@ -78,6 +79,7 @@ def make_step(
     targets_of: Callable[[LoadedBatch, Any], Targets | Tensor | None],
     batch_size: int,
     workers: int,
+    cache: Cache | None = None,
 ) -> Callable[[], None]:
     """One training step with a student and an optimiser of its own."""
     torch.manual_seed(0)
@@ -86,8 +88,11 @@ def make_step(
     ).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loader = forever(ViewedSet(transfer_set, Policy(), [model.input.collate]), batch_size, workers)
-    hard, kd = make_term("ce"), make_term("kd", temperature=4, weight=0.9)
-    lower_bound = make_term("kd_lower_bound", temperature=4, weight=0.9)
+    terms = [make_term("ce")]
+    if cache is not None:
+        (codec,) = cache.codecs.values()
+        terms.append(make_term("kd" if codec.complete else "kd_lower_bound", temperature=4, weight=0.9))
+    objective = Objective(terms, teacher=None if cache is None else Teacher(cache))
 
     def step() -> None:
         batch = next(loader)
@@ -96,14 +101,10 @@ def make_step(
         targets = targets_of(batch, inputs)
         student_logits = model(inputs)
         if isinstance(targets, Tensor):
-            parts = {"ce": hard(student_logits, labels), "kd": kd(student_logits, targets)}
-            loss = total_loss([hard, kd], parts)
+            loss = ce(student_logits, labels) + 0.9 * kd(student_logits, targets, temperature=4)
         else:
-            terms = [hard]
-            if targets is not None:
-                (codec,) = targets.codecs.values()
-                terms.append(kd if codec.complete else lower_bound)
-            loss = total_loss(terms, loss_parts(terms, student_logits, Labels(labels), targets, "mean_logits", None))
+            values = objective(student_logits, {}, Given(Labels(labels), targets), Moment())
+            loss = objective.total(values, Moment())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -136,20 +137,22 @@ def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"left out: {exc}", file=sys.stderr)
             del out[codec]
 
-    def from_cache(path: Path) -> Callable[[LoadedBatch, Any], Targets]:
+    def from_cache(path: Path) -> Callable[[], None]:
         joined = softcache.open(path).join(transfer_set)
-        return lambda batch, inputs: joined.gather_samples(batch.index, batch.views).to(device)
+        return step_with(lambda batch, inputs: joined.gather_samples(batch.index, batch.views).to(device), joined.cache)
 
     def live(batch: LoadedBatch, inputs: Any) -> Tensor:
         with torch.inference_mode():
             logits: Tensor = teacher(inputs)
         return logits.clone()
 
-    def step_with(targets_of: Callable[[LoadedBatch, Any], Any]) -> Callable[[], None]:
-        return make_step(device, transfer_set, arguments.student, targets_of, arguments.batch_size, arguments.workers)
+    def step_with(targets_of: Callable[[LoadedBatch, Any], Any], cache: Cache | None = None) -> Callable[[], None]:
+        return make_step(
+            device, transfer_set, arguments.student, targets_of, arguments.batch_size, arguments.workers, cache
+        )
 
     kinds = {"hard labels": step_with(lambda batch, inputs: None)}
-    kinds |= {f"cached, {codec}": step_with(from_cache(path)) for codec, path in out.items()}
+    kinds |= {f"cached, {codec}": from_cache(path) for codec, path in out.items()}
     if not arguments.no_live:
         kinds[f"live teacher {arguments.teacher}"] = step_with(live)
     for step in kinds.values():

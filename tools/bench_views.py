@@ -28,8 +28,9 @@ from softcache.data.loading import ViewedSet, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.evaluate import evaluate
+from softcache.learner import make_optimizer
 from softcache.losses import kd
-from softcache.losses.schedules import scheduled
+from softcache.losses.schedules import Moment, Schedule
 from softcache.models import load_model
 from softcache.report import table
 from softcache.teacher import open_teacher
@@ -89,7 +90,9 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         dump.run(DumpConfig(**made, policy=POLICY, views=count, out=str(out / f"cache-{count}")), quiet=True)
     dump.run(DumpConfig(**made, out=str(out / "cache-fixed")), quiet=True)
 
-    student = TrainConfig(**common, samples=str(listing), student=STUDENT, out="", epochs=epochs, warmup_epochs=1.0)
+    student = TrainConfig(
+        **common, samples=str(listing), student=STUDENT, out="", epochs=epochs, schedule="warmup(1, cosine)"
+    )
     distil = replace(student, loss=(f"kd:temperature={TEMPERATURE}",))
     settings = {f"{v} views": replace(distil, cache=str(out / f"cache-{v}")) for v in views}
     settings["one target, augmented"] = replace(distil, cache=str(out / "cache-fixed"), augment=POLICY)
@@ -124,18 +127,16 @@ def live(config: TrainConfig, teacher_text: str, test: str) -> int:
     )
     torch.manual_seed(config.seed)
     model = load_model(config.student, input_shape=shape, **classes)
-    optimizer = train.make_optimizer(model, config)
+    optimizer = make_optimizer(list(model.parameters()), config)
+    factor = Schedule.parse(config.schedule, "schedule")
     viewed = ViewedSet(transfer_set, policy, [model.input.collate, teacher.collate])
     steps = -(-len(transfer_set) // config.batch_size)
     for epoch in range(config.epochs):
         model.train()
         order = epoch_order(len(transfer_set), config.seed, epoch)
         for step, batch in enumerate(load_batches(viewed, batches(order, epoch, config.batch_size))):
-            position = epoch + step / steps
-            ramp = position + (1 / steps if position < config.warmup_epochs else 0.0)
             for group in optimizer.param_groups:
-                factor = scheduled(config.schedule, ramp, config.epochs, warmup_epochs=config.warmup_epochs)
-                group["lr"] = config.lr * factor
+                group["lr"] = config.lr * factor.at(Moment(epoch, step, steps, config.epochs))
             loss = kd(model(batch.inputs[0]), teacher(batch.inputs[1]).logits.clone(), temperature=TEMPERATURE)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

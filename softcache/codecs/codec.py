@@ -128,6 +128,10 @@ class Codec(ABC):
         """(B,) bound on how far another device may decode the same bytes elsewhere; None where decoding is exact."""
         return None
 
+    def head_input(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """(B, D) float32 input of the teacher's final linear layer; CacheError where it is not what is stored."""
+        raise CacheError(f"codec {self.name!r} does not keep the input of the final layer", tip="use linear_head")
+
     def head(self, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(B, k) int64 ids and (B, k) float32 logits of the classes kept; CacheError where these are all."""
         raise self._is_complete()

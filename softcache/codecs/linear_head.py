@@ -111,15 +111,14 @@ class LinearHeadCodec(Codec):
         return {"head_input": stored}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        values = self._values(arrays)
+        values = self.head_input(arrays)
         return affine(values, *self._layer(values.device))
 
     def rounding(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        values = self._values(arrays)
+        values = self.head_input(arrays)
         return affine_rounding(values, *self._layer(values.device))
 
-    def _values(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """(B, D) float32 input of the layer, as stored."""
+    def head_input(self, arrays: Mapping[str, Tensor]) -> Tensor:
         if self.dtype == "float16":
             return arrays["head_input"].float()
         lowest, step, codes = (read_field(arrays["records"], part) for part in self.fields)

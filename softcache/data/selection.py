@@ -24,13 +24,18 @@ def of_classes(labels: np.ndarray, class_names: Sequence[str], wanted: Sequence[
     Raises:
         DataError: a class that is not there.
     """
-    classes = sorted({index for one in wanted for index in _class_indices(one, class_names)})
+    classes = class_indices(class_names, wanted)
     if labels.ndim == 2:
         return np.asarray(labels[:, classes].any(axis=1))
     return np.isin(labels, classes)
 
 
-def _class_indices(wanted: int | str, class_names: Sequence[str]) -> Sequence[int]:
+def class_indices(class_names: Sequence[str], wanted: Sequence[int | str]) -> list[int]:
+    """The classes that are named, as rising indices; DataError for one that is not there."""
+    return sorted({index for one in wanted for index in _indices_of(one, class_names)})
+
+
+def _indices_of(wanted: int | str, class_names: Sequence[str]) -> Sequence[int]:
     if wanted in class_names:
         return [list(class_names).index(str(wanted))]
     ends = _INDICES.fullmatch(str(wanted))

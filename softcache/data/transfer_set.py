@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
-from softcache.data.selection import of_classes, read_keys
+from softcache.data.selection import class_indices, of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec
@@ -98,6 +98,28 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         chosen._rows = self._rows[taken]
         chosen._whole = self.whole
         return chosen
+
+    def with_classes(self, wanted: Sequence[int | str]) -> TransferSet:
+        """The same samples under a class list of some of the classes; a sample of another class has no label.
+
+        Args:
+            wanted: classes by name, index, or range of indices (0-4), in any order: they stay in this set's order.
+
+        Raises:
+            DataError: a class that is not there.
+        """
+        classes = class_indices(self.class_names, wanted)
+        if self.multi_label:
+            labels = self.labels[:, classes]
+        else:
+            place = np.full(self.num_classes + 1, -1, np.int32)  # the last one is for -1
+            place[classes] = np.arange(len(classes), dtype=np.int32)
+            labels = place[self.labels]
+        names = tuple(self.class_names[i] for i in classes)
+        changed = TransferSet(self.name, Source(self._reader, self.keys, labels, names))
+        changed._rows = self._rows
+        changed._whole = None if self._whole is None else self._whole.with_classes(wanted)
+        return changed
 
 
 def open_transfer_set(

@@ -1,31 +1,62 @@
-"""The losses, on one screen. Adding one: a function in logits.py, a line in LOSSES, a row in the test table."""
+"""The losses, on one screen. Adding one: a function, a line in LOSSES, a row in its test table.
+
+A loss is a plain function of tensors, or an nn.Module where it has learned parts or memory. Its arguments say what it needs:
+those without a default are tensors that the trainer provides (INPUTS), those with one are settings.
+"""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from softcache.errors import LossError, nearest
-from softcache.losses.logits import bce, ce, kd, kd_lower_bound, mixed_ce, mse_logits, soft_ce
+from softcache.losses.adapters import ADAPTERS
+from softcache.losses.batch import batch_correlation, class_correlation, dist
+from softcache.losses.contrast import Crd
+from softcache.losses.ctkd import Ctkd
+from softcache.losses.features import Vid, ab, at, cosine, fsp, hint, ickd, nst, srrl
+from softcache.losses.labelled import ce, dkd, mixed_ce, shifted_kd, tf_virtual, wsld
+from softcache.losses.logits import bce, hard, jsd, kd, kd_lower_bound, mse_logits, reverse_kl, soft_ce
+from softcache.losses.many_classes import chunked_kd
+from softcache.losses.relations import cc, pkt, rkd_angle, rkd_distance, sp
+from softcache.losses.review import ReviewKd
+from softcache.losses.schedules import Schedule
+from softcache.spec import convert
 
 __all__ = [
-    "LOSSES",
-    "Loss",
-    "LossTerm",
-    "bce",
-    "ce",
-    "kd",
-    "kd_lower_bound",
-    "make_term",
-    "mixed_ce",
-    "mse_logits",
-    "soft_ce",
-]
+    "HEAD", "INPUTS", "LOSSES", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at", "batch_correlation",
+    "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp", "hard", "hint", "ickd", "jsd", "kd",
+    "kd_lower_bound", "make_term", "mixed_ce", "mse_logits", "nst", "pkt", "reverse_kl", "rkd_angle", "rkd_distance",
+    "shifted_kd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
+]  # fmt: skip
+
+INPUTS = {
+    "student_logits": "(B, C) of the student",
+    "teacher_logits": "(B, C) of the combined members",
+    "head_ids": "(B, k) classes that a top-k cache keeps",
+    "head_logits": "(B, k) their logits",
+    "tail_logsumexp": "(B,) the rest at the temperature",
+    "labels": "(B,) class index, -1 = none",
+    "partner_labels": "(B,) of the samples that views are mixed with",
+    "shares": "(B,) weight of the own label in a mixed view",
+    "student_features": "(B, ...) of a layer of the student",
+    "teacher_features": "(B, ...) of a layer of the teacher",
+    "student_levels": "list of (B, C, H, W), early to late",
+    "teacher_levels": "list of (B, C, H, W), early to late",
+    "classifier_weight": "(C, D) of the teacher's final linear layer",
+    "classifier_bias": "(C,) of the same",
+    "samples": "(B,) position of each sample in the transfer set",
+    "sample_ids": "(B,) bits of the sample ids, as int64",
+    "step": "number of the optimiser step",
+}
+HEAD = "head"  # the input of the final linear layer
+VECTORS = (HEAD, "pool", "flatten", "cls", "mean_tokens")  # "head": the input of the final linear layer
+PLACEMENT = ("member", "layer", "student", "adapter")  # settings of every loss on features
 
 
 @dataclass(frozen=True)
@@ -33,84 +64,200 @@ class Loss:
     """One loss and what it needs, so that a misfit is refused before the first step.
 
     Attributes:
-        function: (student_logits, teacher_logits or labels, **parameters) -> scalar; with form "head" (student_logits,
-            head_ids, head_logits, tail_logsumexp, **parameters). Parameters are the arguments that have a default.
-        target: "teacher" (logits from the cache) or "labels".
+        function: of the inputs and settings that its signature names -> scalar; or an nn.Module class, whose `forward` is
+            that function and whose constructor takes sizes (no default) and settings that cannot change (default).
+        source: the paper, in a line.
+        over: what its mean runs over, which is how several processes share it: "samples", "labels" (the labelled samples),
+            or "batch": it relates samples to one another, and needs all of the batch at once.
         needs_level: the teacher's absolute level matters (softmax does not cancel it).
+        any_temperature: it uses temperatures of its own making, so that the cache must serve all of them.
         link: how an ensemble's members become probabilities for it: "softmax" or "sigmoid".
-        form: what it takes of the teacher: whole rows of "logits", or the "head" that a top-k cache keeps.
-        mixed: of a loss on labels, the same for views mixed with a partner: (student_logits, labels, partner_labels, shares)
-            -> scalar; None where it is defined by one label alone.
+        many_classes: the same for very many classes, of (student_logits, (first, last) -> rows of teacher logits, temperature);
+            used where every other setting is at its default.
+        mixed: the same for views mixed with a partner; None where it is defined by one hard label alone, or needs none.
+        multi_label: labels may be (B, C) multi-hot.
+        features: reductions of the teacher's layer that serve it, cheapest first; "head" is the input of its final linear.
+        reduction: of the student's layer, where it is not that of the teacher's.
+        layers: which layers by default: "head", the "last" map, the "middle" one, or all "stages".
+        widths: the student's layer must have the teacher's number of channels, or an adapter.
+        adapter: between the student's layer and the teacher's, by default.
+        graft: the adapter is a projector that stays in the student, in front of the teacher's own classifier.
     """
 
-    function: Callable[..., Tensor]
-    target: str
+    function: Callable[..., Tensor] | type[nn.Module]
+    source: str
+    over: str = "samples"
     needs_level: bool = False
+    any_temperature: bool = False
     link: str = "softmax"
-    form: str = "logits"
+    many_classes: Callable[..., Tensor] | None = None
     mixed: Callable[..., Tensor] | None = None
+    multi_label: bool = False
+    features: tuple[str, ...] = ()
+    reduction: str = ""
+    layers: str = "head"
+    widths: bool = False
+    adapter: str = "identity"
+    graft: bool = False
 
     @property
+    def module(self) -> type[nn.Module] | None:
+        return self.function if isinstance(self.function, type) else None
+
+    @cached_property
+    def _call(self) -> Mapping[str, inspect.Parameter]:
+        if self.module is None:
+            return inspect.signature(self.function).parameters
+        return {p.name: p for p in list(inspect.signature(self.module.forward).parameters.values())[1:]}
+
+    @cached_property
+    def _make(self) -> Mapping[str, inspect.Parameter]:
+        if self.module is None:
+            return {}
+        return {p.name: p for p in list(inspect.signature(self.module.__init__).parameters.values())[1:]}
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """What it must be given, names out of INPUTS."""
+        return tuple(name for name, p in self._call.items() if p.default is p.empty)
+
+    @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        """What its constructor must be given; empty for a function."""
+        return tuple(name for name, p in self._make.items() if p.default is p.empty)
+
+    @cached_property
+    def fixed(self) -> dict[str, Any]:
+        """Settings of the constructor -> default."""
+        return {name: p.default for name, p in self._make.items() if p.default is not p.empty}
+
+    @cached_property
     def defaults(self) -> dict[str, Any]:
-        """Parameter -> default value, from the function's own signature."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
+        """Every setting -> default value, from the signatures."""
+        return self.fixed | {name: p.default for name, p in self._call.items() if p.default is not p.empty}
+
+    def is_scheduled(self, name: str) -> bool:
+        """Whether a setting may change over training: the floats of the call, not those of the constructor."""
+        return name not in self.fixed and isinstance(self.defaults[name], float)
+
+    def needs(self, *names: str) -> bool:
+        """Whether any of these is among its inputs."""
+        return bool(set(names) & set(self.inputs))
+
+    @cached_property
+    def has_teacher(self) -> bool:
+        """It learns from a cache."""
+        return self.needs(
+            "teacher_logits", "teacher_features", "teacher_levels", "head_ids", "classifier_weight", "classifier_bias"
+        )
+
+    @cached_property
+    def has_features(self) -> bool:
+        return self.needs("teacher_features", "teacher_levels")
 
 
 LOSSES: dict[str, Loss] = {
-    "kd": Loss(kd, "teacher"),
-    "soft_ce": Loss(soft_ce, "teacher"),
-    "mse_logits": Loss(mse_logits, "teacher", needs_level=True),
-    "bce": Loss(bce, "teacher", needs_level=True, link="sigmoid"),
-    "kd_lower_bound": Loss(kd_lower_bound, "teacher", form="head"),
-    "ce": Loss(ce, "labels", mixed=mixed_ce),
-}
+    # logits
+    "kd": Loss(kd, "Hinton, Vinyals, Dean 2015; standardized: Sun et al. 2024", many_classes=chunked_kd),
+    "soft_ce": Loss(soft_ce, "Hinton, Vinyals, Dean 2015"),
+    "reverse_kl": Loss(reverse_kl, "Gu et al. 2024"),
+    "jsd": Loss(jsd, "Agarwal et al. 2024"),
+    "mse_logits": Loss(mse_logits, "Ba, Caruana 2014", needs_level=True),
+    "bce": Loss(bce, "multi-label soft targets", needs_level=True, link="sigmoid"),
+    "hard": Loss(hard, "Touvron et al. 2021"),
+    "kd_lower_bound": Loss(kd_lower_bound, "Hinton, Vinyals, Dean 2015; log sum inequality"),
+    "ctkd": Loss(Ctkd, "Li et al. 2023", any_temperature=True),
+    "dist": Loss(dist, "Huang et al. 2022", over="batch"),
+    "batch_correlation": Loss(batch_correlation, "Jin et al. 2023", over="batch"),
+    "class_correlation": Loss(class_correlation, "Jin et al. 2023", over="batch"),
+    # logits and hard labels
+    "ce": Loss(ce, "cross-entropy", over="labels", mixed=mixed_ce, multi_label=True),
+    "dkd": Loss(dkd, "Zhao et al. 2022; standardized: Sun et al. 2024", over="labels"),
+    "wsld": Loss(wsld, "Zhou et al. 2021", over="labels"),
+    "shifted_kd": Loss(shifted_kd, "Wen et al. 2019"),
+    "tf_virtual": Loss(tf_virtual, "Yuan et al. 2020", over="labels"),
+    # vectors
+    "hint": Loss(hint, "Romero et al. 2015", features=(*VECTORS, "map"), widths=True, adapter="linear"),
+    "cosine": Loss(cosine, "cosine similarity", features=(*VECTORS, "map"), widths=True, adapter="linear"),
+    "rkd_distance": Loss(rkd_distance, "Park et al. 2019", over="batch", features=(*VECTORS, "map")),
+    "rkd_angle": Loss(rkd_angle, "Park et al. 2019", over="batch", features=(*VECTORS, "map")),
+    "pkt": Loss(pkt, "Passalis, Tefas 2018", over="batch", features=(*VECTORS, "map")),
+    "cc": Loss(cc, "Peng et al. 2019", over="batch", features=(*VECTORS, "map"), adapter="linear"),
+    "crd": Loss(Crd, "Tian, Krishnan, Isola 2020", over="batch", features=(*VECTORS, "map")),
+    "srrl": Loss(srrl, "Yang et al. 2021", features=(*VECTORS, "map"), widths=True, adapter="linear"),
+    # maps, or what is kept of them
+    "fitnet": Loss(hint, "Romero et al. 2015", features=("map",), layers="middle", widths=True, adapter="linear"),
+    "at": Loss(at, "Zagoruyko, Komodakis 2017", features=("attention", "map"), layers="stages"),
+    "sp": Loss(sp, "Tung, Mori 2019", over="batch", features=("flatten", "map", "pool", "head"), layers="last"),
+    "nst": Loss(nst, "Huang, Wang 2017", features=("spatial_gram", "map"), layers="stages"),
+    "vid": Loss(Vid, "Ahn et al. 2019", features=("map",), layers="stages", widths=True, adapter="mlp"),
+    "ab": Loss(ab, "Heo et al. 2019", features=("sign", "map"), reduction="map", layers="stages", widths=True, adapter="linear"),
+    "fsp": Loss(fsp, "Yim et al. 2017", features=("fsp",), layers="stages", widths=True),
+    "ickd": Loss(ickd, "Liu et al. 2021", features=("gram", "map"), layers="last", widths=True, adapter="linear"),
+    "reviewkd": Loss(ReviewKd, "Chen et al. 2021", features=("map",), layers="stages"),
+    "simkd": Loss(hint, "Chen et al. 2022", features=("map", *VECTORS), layers="last", graft=True),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A loss with its weight and its parameters, as the configuration names it."""
+    """A loss with its weight and its settings, as the configuration names it.
+
+    Attributes:
+        name: in LOSSES.
+        weight: in the sum of the terms.
+        settings: of the loss; a scalar that may change over training is a Schedule.
+        placement: of a loss on features: member, layer, student (its layer), adapter, where they were said.
+    """
 
     name: str
-    weight: float = 1.0
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weight: Schedule
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    placement: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def loss(self) -> Loss:
         return LOSSES[self.name]
 
     @property
-    def temperature(self) -> float:
-        return float(self.parameters.get("temperature", 1.0))
+    def temperature(self) -> Schedule | None:
+        return self.settings.get("temperature")
 
-    def __call__(self, student_logits: Tensor, *target: Tensor) -> Tensor:
-        """The unweighted value of the term; `target` is what the loss's form takes."""
-        return self.loss.function(student_logits, *target, **self.parameters)
+    def describe(self) -> dict[str, Any]:
+        """As a run records it."""
+        values = {key: value.recorded if isinstance(value, Schedule) else value for key, value in self.settings.items()}
+        return {"name": self.name, "weight": self.weight.recorded, **values, **self.placement}
 
 
-def make_term(name: str, *, weight: Any = 1.0, **parameters: Any) -> LossTerm:
-    """A checked term: strings become numbers, defaults are filled in.
+def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
+    """A checked term: strings become numbers and schedules, defaults are filled in.
 
     Raises:
-        LossError: unknown loss or parameter, or a value that is not a finite number.
+        LossError: unknown loss or setting, or a temperature that is not always positive.
+        ConfigError: a value that is no finite number and no schedule.
     """
     if name not in LOSSES:
-        raise LossError(f"unknown loss {name!r}", tip=nearest(name, LOSSES))
-    defaults = LOSSES[name].defaults
-    for key in parameters:
-        if key not in defaults:
-            raise LossError(f"loss {name!r} has no parameter {key!r}", tip=nearest(key, ["weight", *defaults]))
-    values = {key: _number(name, key, parameters.get(key, default)) for key, default in defaults.items()}
-    if values.get("temperature", 1.0) <= 0:
-        raise LossError(f"loss {name!r}: temperature must be > 0, got {values['temperature']}")
-    return LossTerm(name, _number(name, "weight", weight), values)
+        raise LossError(f"unknown loss {name!r}", tip=f"{nearest(name, LOSSES)}; `softcache losses` lists them")
+    loss = LOSSES[name]
+    placement = PLACEMENT if loss.has_features else ()
+    for key in settings:
+        if key not in loss.defaults and key not in placement:
+            known = ["weight", *loss.defaults, *placement]
+            raise LossError(f"loss {name!r} has no setting {key!r}", tip=nearest(key, known))
+    values = {key: _setting(loss, name, key, settings.get(key, default)) for key, default in loss.defaults.items()}
+    placed = {key: str(settings[key]) for key in placement if key in settings}
+    if placed.get("adapter", loss.adapter) not in ADAPTERS:
+        raise LossError(
+            f"loss {name!r}: unknown adapter {placed['adapter']!r}", tip=nearest(placed["adapter"], ADAPTERS)
+        )
+    term = LossTerm(name, Schedule.parse(weight, f"loss {name!r}: weight"), values, placed)
+    if term.temperature is not None and not term.temperature.bounds[0] > 0:
+        raise LossError(f"loss {name!r}: temperature must be > 0, got {term.temperature.text}")
+    return term
 
 
-def _number(name: str, key: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise LossError(f"loss {name!r}: {key}={value!r} is not a finite number")
-    return number
+def _setting(loss: Loss, name: str, key: str, value: Any) -> Any:
+    where = f"loss {name!r}: {key}"
+    if loss.is_scheduled(key):
+        return Schedule.parse(value, where)
+    return convert(str(value), type(loss.defaults[key]), where)

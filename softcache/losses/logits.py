@@ -1,6 +1,8 @@
-"""Losses between student logits and teacher logits or labels. Every one is a plain function of tensors."""
+"""Losses between student logits and teacher logits, row by row. Every one is a plain function of tensors."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,26 +14,58 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _checked(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def checked(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Both at least float32 and in one dtype; ValueError for other shapes or a temperature that is not positive."""
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student and teacher logits differ in shape: {tuple(student_logits.shape)} vs "
             f"{tuple(teacher_logits.shape)}; both must be (B, C) over the same classes"
         )
+    if student_logits.ndim != 2:
+        raise ValueError(f"logits must be (B, C), got {tuple(student_logits.shape)}; flatten all axes but the classes")
     student = at_least_float32(student_logits)
     return student, at_least_float32(teacher_logits).to(student.dtype)
 
 
-def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row: (B, C) log-probabilities -> (B,)."""
+    p, q = log_p.exp(), log_q.exp()
+    # q - p sums to zero, and takes the rounding of log_p - log_q with it: at T=20 that is most of a float32 KL's error
+    return (p * (log_p - log_q) + (q - p)).sum(dim=-1)
+
+
+def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)), averaged over rows."""
+    return kl_rows(F.log_softmax(teacher_logits, dim=-1), F.log_softmax(student_logits, dim=-1)).mean()
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """(B, C) -> (B, C) of mean 0 and deviation 1 in each row: (z - mean) / (std + 1e-7), std with C - 1.
+
+    A row of equal logits (or of one class) has no deviation: it gives zeros, and no gradient (the authors: one 1e7 times too
+    large, for a student whose last layer starts from zero).
+
+    Source: Sun et al., "Logit Standardization in Knowledge Distillation" (2024); 1e-7 and C - 1 are those of the authors' code.
+    """
+    centred = logits - logits.amax(dim=1, keepdim=True).detach()  # exactly zero where all are equal, as a mean is not
+    centred = centred - centred.mean(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)  # torch.std has no gradient for one class
+    return torch.where(norm > 0, centred / (norm / max(logits.shape[1] - 1, 1) ** 0.5 + 1e-7), 0.0)
+
+
+def kd(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, *, standardized: bool = False
+) -> Tensor:
     """T**2-scaled KL(teacher || student), summed over classes, averaged over the batch.
 
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         teacher_logits: (B, C), same classes in the same order, before softmax.
         temperature: > 0. The T**2 factor keeps gradients comparable across temperatures.
+        standardized: logits of mean 0 and deviation 1 in each row before the division by T (`standardize`); T**2 stays. The
+            authors use weight 9 and T = 2.
 
     Returns:
         Scalar >= 0, in nats; zero when the two distributions are equal. Ratio to the textbook form: 1.
@@ -39,19 +73,80 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0)
     Raises:
         ValueError: temperature is not positive, or the shapes differ.
 
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2.
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2; Sun et al., "Logit
+        Standardization in Knowledge Distillation" (2024).
     """
-    student, teacher = _checked(student_logits, teacher_logits, temperature)
-    return temperature**2 * _mean_kl(student / temperature, teacher / temperature)
+    student, teacher = checked(student_logits, teacher_logits, temperature)
+    if standardized:
+        student, teacher = standardize(student), standardize(teacher)
+    return temperature**2 * mean_kl(student / temperature, teacher / temperature)
 
 
-def _mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)), averaged over rows."""
-    log_q = F.log_softmax(student_logits, dim=-1)  # (B, C)
-    log_p = F.log_softmax(teacher_logits, dim=-1)  # (B, C)
-    p, q = log_p.exp(), log_q.exp()
-    # q - p sums to zero, and takes the rounding of log_p - log_q with it: at T=20 that is most of a float32 KL's error
-    return (p * (log_p - log_q) + (q - p)).sum(dim=-1).mean()
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T**2-scaled KL(student || teacher), summed over classes, averaged over the batch: it seeks modes, `kd` covers them.
+
+    Args: as `kd`.
+
+    Returns:
+        Scalar >= 0, in nats; zero when the two distributions are equal. Ratio to the textbook form: T**2, to make its
+        gradient as large as that of `kd`.
+
+    Raises:
+        ValueError: temperature is not positive, or the shapes differ.
+
+    Source: Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models" (2024), for one prediction in place of a
+        sequence.
+    """
+    student, teacher = checked(student_logits, teacher_logits, temperature)
+    return temperature**2 * mean_kl(teacher / temperature, student / temperature)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+    """T**2-scaled generalised Jensen-Shannon divergence, summed over classes, averaged over the batch.
+
+    beta KL(p || m) + (1 - beta) KL(q || m) with the teacher's p, the student's q and m = beta p + (1 - beta) q.
+
+    Args: as `kd`, and
+        beta: in (0, 1), the teacher's share of the mixture. As it goes to 0, jsd / beta becomes KL(p || q); as it goes to 1,
+            jsd / (1 - beta) becomes KL(q || p).
+
+    Returns:
+        Scalar in [0, T**2 log 2], in nats; zero when the two distributions are equal. Ratio to the textbook form: T**2.
+
+    Raises:
+        ValueError: temperature is not positive, beta is not in (0, 1), or the shapes differ.
+
+    Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD, 2024), equation 1, without T**2.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must be in (0, 1), got {beta}; use kd for 0 and reverse_kl for 1")
+    student, teacher = checked(student_logits, teacher_logits, temperature)
+    log_q = F.log_softmax(student / temperature, dim=-1)  # (B, C)
+    log_p = F.log_softmax(teacher / temperature, dim=-1)  # (B, C)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    rows = beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
+    return temperature**2 * rows.mean()
+
+
+def hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy with the class that the teacher ranks first, averaged over the batch.
+
+    Args:
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        teacher_logits: (B, C); of equal largest logits the smaller class counts.
+
+    Returns:
+        Scalar >= 0, in nats; at equality the mean of -log of the largest probability, not zero. Ratio to the textbook form:
+        1.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Touvron et al., "Training data-efficient image transformers & distillation through attention" (DeiT, 2021),
+        section 4, equation 3 (there: on an output of its own, with weight 1/2).
+    """
+    student, teacher = checked(student_logits, teacher_logits)
+    return F.cross_entropy(student, teacher.argmax(dim=1))
 
 
 def kd_lower_bound(
@@ -99,7 +194,7 @@ def kd_lower_bound(
         tail = tail_logsumexp.to(student.dtype).clamp(min=torch.finfo(student.dtype).min / 2)
         student_buckets = torch.cat([student_buckets, rest[:, None]], dim=1)  # (B, k + 1)
         teacher_buckets = torch.cat([teacher_buckets, tail[:, None]], dim=1)
-    return temperature**2 * _mean_kl(student_buckets, teacher_buckets)
+    return temperature**2 * mean_kl(student_buckets, teacher_buckets)
 
 
 def soft_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -108,14 +203,15 @@ def soft_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     Args: as `kd`.
 
     Returns:
-        Scalar >= 0, in nats; at equality T**2 times the mean entropy of the soft targets, not zero.
+        Scalar >= 0, in nats; at equality T**2 times the mean entropy of the soft targets, not zero. Ratio to the textbook
+        form: 1.
 
     Raises:
         ValueError: temperature is not positive, or the shapes differ.
 
     Source: Hinton, Vinyals, Dean (2015), section 2.
     """
-    student, teacher = _checked(student_logits, teacher_logits, temperature)
+    student, teacher = checked(student_logits, teacher_logits, temperature)
     log_q = F.log_softmax(student / temperature, dim=-1)  # (B, C)
     p = F.softmax(teacher / temperature, dim=-1)  # (B, C)
     return -(temperature**2) * (p * log_q).sum(dim=-1).mean()
@@ -135,69 +231,29 @@ def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?" (2014), equation 1 (there: half the sum over classes).
     """
-    student, teacher = _checked(student_logits, teacher_logits)
+    student, teacher = checked(student_logits, teacher_logits)
     return F.mse_loss(student, teacher)
 
 
 def bce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T**2-scaled binary cross-entropy against sigmoid targets, averaged over batch and classes (multi-label).
+    """T**2-scaled binary cross-entropy against sigmoid targets, averaged over batch and classes: kd for multi-label teachers.
+
+    Its gradient is that of the binary KL divergence at T of each class, which it exceeds by the targets' entropy.
 
     Args:
-        student_logits: (B, C).
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         teacher_logits: (B, C); the soft target of each class is sigmoid(logit / T).
         temperature: > 0.
 
     Returns:
-        Scalar >= 0, in nats; at equality T**2 times the mean binary entropy of the targets, not zero.
+        Scalar >= 0, in nats; at equality T**2 times the mean binary entropy of the targets, not zero. The mean over B x C:
+        1 / C of the form summed over classes.
 
     Raises:
         ValueError: temperature is not positive, or the shapes differ.
+
+    Source: Hinton, Vinyals, Dean (2015), section 2, with one two-way softmax for each class.
     """
-    student, teacher = _checked(student_logits, teacher_logits, temperature)
+    student, teacher = checked(student_logits, teacher_logits, temperature)
     target = torch.sigmoid(teacher / temperature)
     return temperature**2 * F.binary_cross_entropy_with_logits(student / temperature, target)
-
-
-def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with hard labels, averaged over the labelled rows.
-
-    Args:
-        student_logits: (B, C).
-        labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy averaged over
-            batch and classes.
-
-    Returns:
-        Scalar >= 0, in nats; zero (with a zero gradient) when no row of the batch is labelled.
-    """
-    student = at_least_float32(student_logits)
-    if labels.ndim == 2:
-        return F.binary_cross_entropy_with_logits(student, labels.to(student.dtype))
-    labelled = labels >= 0
-    total = F.cross_entropy(student, labels, ignore_index=-1, reduction="sum")
-    return total / labelled.sum().clamp(min=1)
-
-
-def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy of views that are a blend of two samples: shares x ce(labels) + (1 - shares) x ce(partner labels).
-
-    Args:
-        student_logits: (B, C).
-        labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy.
-        shares: (B,) in [0, 1], weight of a sample's own label.
-
-    Returns:
-        Scalar >= 0, in nats, over the labelled weight of the batch: equal to `ce` where every share is 1. Zero when nothing
-        is labelled.
-
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix" (2019).
-    """
-    student = at_least_float32(student_logits)
-    weights = torch.stack([shares, 1 - shares]).to(student.dtype)  # (2, B)
-    if labels.ndim == 2:
-        mixture = weights[0, :, None] * labels + weights[1, :, None] * partner_labels
-        return F.binary_cross_entropy_with_logits(student, mixture)
-    pair = torch.stack([labels, partner_labels])  # (2, B)
-    losses = torch.stack([F.cross_entropy(student, one, ignore_index=-1, reduction="none") for one in pair])
-    weights = torch.where(pair >= 0, weights, 0.0)
-    total = weights.sum()
-    return (weights * losses).sum() / torch.where(total > 0, total, 1.0)

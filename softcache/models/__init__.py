@@ -12,45 +12,59 @@ from typing import Any
 
 from torch import nn
 
-from softcache.errors import ConfigError, ModelError, nearest
+from softcache.errors import ModelError, nearest
 from softcache.models.cnn import cnn
 from softcache.models.from_torchvision import torchvision_model
+from softcache.models.graft import graft
+from softcache.models.initialise import Initialised, initialise
 from softcache.models.inputs import AnyInput, ImageInput, Input, TextInput, VectorInput, restore_input
 from softcache.models.mlp import mlp
 from softcache.models.model import Model, final_linear
+from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
 from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
 from softcache.models.weights import (
+    METADATA_KEY,
     SavedModel,
+    describe_model,
     fingerprint,
     load_weights,
     names_torchvision_weights,
     read_metadata,
     read_saved,
     save_student,
+    split_weights,
     weights_file,
 )
 from softcache.spec import Spec, call_factory, load_factory, parse_spec
 
 __all__ = [
+    "METADATA_KEY",
     "MODELS",
     "AnyInput",
+    "Graft",
     "ImageInput",
+    "Initialised",
     "Input",
     "Model",
+    "Projector",
     "SavedModel",
     "TextInput",
     "VectorInput",
     "build",
     "build_vocabulary",
+    "describe_model",
     "final_linear",
     "fingerprint",
+    "graft",
+    "initialise",
     "load_model",
     "load_weights",
     "read_metadata",
     "read_saved",
     "read_vocabulary",
     "save_student",
+    "split_weights",
     "write_vocabulary",
 ]
 
@@ -145,16 +159,6 @@ def build(
             f"{spec.text!r} has num_classes={said}, the data has {num_classes} classes", tip="leave num_classes out"
         )
     return call_factory(_builder(spec), spec.parameters, spec.text, **offered)
-
-
-def split_weights(text: str) -> tuple[str, str]:
-    """MODEL and WEIGHTS of `MODEL@WEIGHTS`; folders in front of a factory's `.py:` may hold an '@' of their own."""
-    cut = text.find("@", max(text.find(".py:"), 0))
-    if cut < 0:
-        return text, ""
-    if not text[cut + 1 :]:
-        raise ConfigError(f"{text!r} names no weights", tip="write MODEL@WEIGHTS, or MODEL alone")
-    return text[:cut], text[cut + 1 :]
 
 
 def _builder(spec: Spec) -> Callable[..., Model]:

@@ -326,6 +326,8 @@ def _factor_and_shift(
             shift = torch.tensor([-m / s for m, s in _pairs(mean, std)], dtype=torch.float32, device=device).reshape(
                 shape
             )
+        if type(factor) is not Tensor:  # torch.export is tracing: its stand-ins must not reach a later step
+            return factor, shift
         _KEPT[key] = (factor, shift)
     return _KEPT[key]
 

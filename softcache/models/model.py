@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError
 from softcache.models.inputs import Input
+from softcache.models.projector import Graft
 
 OUTPUTS = ("logits", "log_probs", "probs")
 
@@ -23,6 +24,7 @@ class Model(nn.Module):
         class_names: in the order of the outputs, where the loaded weights declare them; else None.
         data_class_names: those of the data it was built for; what is saved with it.
         input_shape: shape of one rendered item that it was built for; None if unknown, or for text.
+        graft: where it answers with its teacher's final linear layer, if it does; see `graft`.
         output: "logits", unless the network declares `output = "log_probs"` or "probs".
     """
 
@@ -35,6 +37,7 @@ class Model(nn.Module):
         self.class_names: tuple[str, ...] | None = None
         self.data_class_names: tuple[str, ...] = ()
         self.input_shape: tuple[int, ...] | None = None
+        self.graft: Graft | None = None
         declared = getattr(net, "output", "logits")
         self.output: str = declared if isinstance(declared, str) else "logits"  # a layer may be called `output`
         if self.output not in OUTPUTS:

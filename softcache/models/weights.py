@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from softcache.errors import ModelError, first_offenders, nearest
+from softcache.errors import ConfigError, ModelError, first_offenders, nearest
 from softcache.models.from_torchvision import torchvision_weights
+from softcache.models.graft import regraft
 from softcache.models.inputs import ImageInput, TextInput
 from softcache.models.model import Model, final_linear
+from softcache.models.projector import Graft
 from softcache.spec import Spec, parse_spec
 
 STUDENT = "student.safetensors"  # its name in a run folder
@@ -38,6 +40,7 @@ class SavedModel:
         input_shape: shape of one rendered item, or None.
         input: what `Input.describe` gave.
         vocabulary: of a text model, else None.
+        graft: what was built into the network after the spec; None for most.
     """
 
     spec: str
@@ -46,6 +49,7 @@ class SavedModel:
     input_shape: tuple[int, ...] | None
     input: Mapping[str, Any]
     vocabulary: tuple[str, ...] | None
+    graft: Graft | None = None
 
 
 def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> None:
@@ -56,26 +60,34 @@ def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> No
         path: the file, by habit `student.safetensors` in a run folder.
         metadata: further strings to keep; the key "softcache_model" is ours.
     """
-    spec = parse_spec(model.spec)
-    about = {
-        "spec": (spec.without("weights") if spec.scheme == "torchvision" else spec).portable(),
-        "num_classes": model.num_classes,
-        "class_names": model.data_class_names or model.class_names or (),
-        "input_shape": model.input_shape,
-        "input": model.input.describe(),
-        "vocabulary": model.input.vocabulary if isinstance(model.input, TextInput) else None,
-    }
     # cloned: safetensors refuses tensors that share memory
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.net.state_dict().items()}
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # under one key: safetensors writes several in a random order, and equal students should be equal files
-        told = json.dumps({**metadata, METADATA_KEY: json.dumps(about)}, sort_keys=True)
+        told = json.dumps({**metadata, METADATA_KEY: json.dumps(describe_model(model))}, sort_keys=True)
+        aside.touch()
+        mode = aside.stat().st_mode
         save_file(tensors, aside, metadata={"softcache": told})
+        aside.chmod(mode)  # safetensors makes files that nobody else may read
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """JSON-able: what `read_saved` gives back of a student, and what goes with a model that is exported."""
+    spec = parse_spec(model.spec)
+    return {
+        "spec": (spec.without("weights") if spec.scheme == "torchvision" else spec).portable(),
+        "num_classes": model.num_classes,
+        "class_names": model.data_class_names or model.class_names or (),
+        "input_shape": model.input_shape,
+        "input": model.input.describe(),
+        "vocabulary": model.input.vocabulary if isinstance(model.input, TextInput) else None,
+        **({"graft": model.graft.to_json()} if model.graft is not None else {}),
+    }
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -106,9 +118,20 @@ def read_saved(weights: str) -> SavedModel | None:
             input_shape=None if about["input_shape"] is None else tuple(about["input_shape"]),
             input=about["input"],
             vocabulary=None if about["vocabulary"] is None else tuple(about["vocabulary"]),
+            graft=Graft(**about["graft"]) if "graft" in about else None,
         )
     except (ValueError, KeyError, TypeError) as exc:
         raise ModelError(f"{path}: its {METADATA_KEY!r} metadata cannot be understood: {exc!r}") from None
+
+
+def split_weights(text: str) -> tuple[str, str]:
+    """MODEL and WEIGHTS of `MODEL@WEIGHTS`; folders in front of a factory's `.py:` may hold an '@' of their own."""
+    cut = text.find("@", max(text.find(".py:"), 0))
+    if cut < 0:
+        return text, ""
+    if not text[cut + 1 :]:
+        raise ConfigError(f"{text!r} names no weights", tip="write MODEL@WEIGHTS, or MODEL alone")
+    return text[:cut], text[cut + 1 :]
 
 
 def weights_file(weights: str) -> Path:
@@ -156,7 +179,9 @@ def load_weights(model: Model, weights: str) -> None:
     saved = read_saved(weights)
     if saved is not None:
         _check_same_input(model, saved, weights)
-    _load(model, _read_state(path), weights)
+        if saved.graft is not None and model.graft is None:
+            regraft(model, saved.graft)
+    _load(model, read_state(path), weights)
     if saved is not None and saved.class_names:
         model.class_names = saved.class_names
 
@@ -178,7 +203,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file by name, on the CPU, never running code from it."""
     if path.suffix not in SUFFIXES:
         raise ModelError(f"{path} is not a weights file we know", tip=nearest(path.suffix, SUFFIXES))

@@ -1,0 +1,171 @@
+"""A student with everything that learns beside it, and the parts of a batch that it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from softcache.config import TrainConfig
+from softcache.errors import ConfigError, LossError
+from softcache.losses import HEAD, LossTerm
+from softcache.losses.schedules import Moment
+from softcache.models import Model
+from softcache.models.graft import graft
+from softcache.models.projector import Projector
+from softcache.objective import Given, Objective, Parts, Sizes, Teacher, named_terms
+from softcache.pairing import Student, StudentTaps, pairs_of
+from softcache.ranks import Ranks
+from softcache.stages import Stage
+
+# its name since torch 2.12, and before
+SYNC = next(
+    n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters
+)
+
+
+class Learner(nn.Module):
+    """Student and objective as one module, so that DistributedDataParallel sees every parameter that learns.
+
+    Args:
+        model: the student.
+        objective: of the stage.
+        taps: what the objective's pairs need of the student's layers; None without pairs.
+        autocast: half type to compute the student in, or None.
+        compiled: run the student through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        taps: StudentTaps | None,
+        *,
+        autocast: torch.dtype | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+        self._taps, self._autocast = taps, autocast
+        self._run = torch.compile(model) if compiled else model
+
+    def forward(self, inputs: Any, given: Given, moment: Moment) -> dict[str, Tensor]:
+        """Term -> () unweighted value, as `Objective`."""
+        with torch.autocast(given.labels.own.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            student_logits = self._run(inputs)
+        outputs = {} if self._taps is None else self._taps.outputs()
+        values: dict[str, Tensor] = self.objective(student_logits, outputs, given, moment)
+        return values
+
+    def leaves_some_alone(self, inputs: Any) -> bool:
+        """Whether some parameter of the student that may learn gets no gradient from this stage's terms."""
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self.model.eval()  # so that BatchNorm learns nothing, and no dropout is drawn
+            logits = self.model(inputs)
+        finally:
+            for module, training in modes:
+                module.training = training
+        reached = [] if self._taps is None else list(self._taps.outputs().values())
+        if any(term.loss.needs("student_logits") for term in self.objective.terms.values()):
+            reached.append(logits)
+        sums = [tensor.sum() for tensor in reached if tensor.requires_grad]
+        if not sums or not learning:
+            return bool(learning)
+        return None in torch.autograd.grad(torch.stack(sums).sum(), learning, allow_unused=True)
+
+
+def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any) -> nn.Module:
+    """The learner itself, or as one of several whose gradients are averaged after each batch.
+
+    Args:
+        inputs: a collated batch on the device, to see which parameters a stage leaves alone.
+    """
+    if ranks.size == 1:
+        return learner
+    # BatchNorm's statistics are each rank's own unless --sync-bn
+    return DistributedDataParallel(
+        learner,
+        device_ids=[device] if device.type == "cuda" else None,
+        **{SYNC: False},  # type: ignore[arg-type]
+        find_unused_parameters=learner.leaves_some_alone(inputs),
+    )
+
+
+def build_objectives(
+    stages: Sequence[Stage], model: Model, inputs: Any, teacher: Teacher | None, sizes: Sizes, ranks: Ranks
+) -> tuple[list[Objective], Student | None]:
+    """The objective of each stage, and the student as probed with a batch of inputs (None where no term taps it).
+
+    A term that stands in several stages with the same layers and fixed settings keeps what it learned in the earlier ones.
+    A loss that grafts the teacher's classifier onto the student does so now.
+
+    Raises:
+        LossError: a feature that is not in the cache, layers or widths that do not fit.
+    """
+    student = None
+    terms = [term for stage in stages for term in stage.terms]
+    if any(term.loss.has_features for term in terms):
+        student = Student(model.net, model.input.prepare(inputs))
+        grafting = {tuple(term.placement.items()): term for term in terms if term.loss.graft}
+        if len(grafting) > 1:
+            raise LossError("the student can take over one teacher's classifier, and two terms ask for it")
+        for term in grafting.values():
+            _graft(term, model, student, teacher, inputs)
+            student = Student(model.net, model.input.prepare(inputs))
+    made: dict[Any, Parts] = {}
+    objectives = []
+    for stage in stages:
+        parts = []
+        for name, term in named_terms(stage.terms):
+            fixed = [(key, term.settings[key]) for key in term.loss.fixed]
+            key = (name, *sorted(term.placement.items()), *fixed)
+            if key not in made:
+                pairs = []
+                if term.loss.has_features:
+                    assert teacher is not None and student is not None
+                    grafted = model.graft.features if term.loss.graft and model.graft is not None else None
+                    pairs = pairs_of(term, teacher.cache, teacher.members, student, layer=grafted)
+                made[key] = Parts(term, pairs, sizes, teacher)
+            parts.append(made[key])
+        objectives.append(Objective(stage.terms, parts, teacher, ranks))
+    return objectives, student
+
+
+def _graft(term: LossTerm, model: Model, student: Student, teacher: Teacher | None, inputs: Any) -> None:
+    assert teacher is not None
+    (pair, *more) = pairs_of(term, teacher.cache, teacher.members, student)
+    if more:
+        raise LossError(f"loss {term.name!r} projects one layer", tip="name it: layer=LAYER")
+    weight, bias = teacher.classifier()
+    layer = student.head_name if pair.student == (HEAD,) else pair.student[0]
+    projector = Projector(pair.student_shapes[0], pair.teacher_shape)
+    graft(model, layer, projector, weight, bias, inputs)
+
+
+def make_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW.
+
+    Raises:
+        ConfigError: nothing is left to train.
+    """
+    if not parameters:
+        raise ConfigError(
+            "every parameter is frozen, so there is nothing to train",
+            tip="freeze less, or add a loss with an adapter",
+        )
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
