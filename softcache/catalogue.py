@@ -106,7 +106,12 @@ def explanation(name: str) -> str:
     facts += [("train", f"softcache train ... --loss {name}:weight=1.0{settings}")]
     facts += [("source", one.source)]
     inputs = [(key, INPUTS[key]) for key in loss.inputs]
-    return f"{name}\n\n{one.text}\n\n" + table(["", ""], facts, words=True) + "\n\n" + table(["input", ""], inputs, words=True)
+    return (
+        f"{name}\n\n{one.text}\n\n"
+        + table(["", ""], facts, words=True)
+        + "\n\n"
+        + table(["input", ""], inputs, words=True)
+    )
 
 
 def _needs(loss: Loss) -> str:

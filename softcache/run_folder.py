@@ -134,7 +134,7 @@ def describe_run(
     about = {
         "config": _comparable(config),
         **facts,
-        "losses": [[term.describe() for term in stage.terms] for stage in stages],
+        "stages": [stage.describe() for stage in stages],
         "softcache": softcache.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,

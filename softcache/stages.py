@@ -35,6 +35,11 @@ class Stage:
     terms: tuple[LossTerm, ...]
     factor: Schedule
 
+    def describe(self) -> dict[str, Any]:
+        """As a run records it."""
+        settings = {name: getattr(self.config, name) for name in SETTINGS if name != "loss"}
+        return {**settings, "losses": [term.describe() for term in self.terms]}
+
     def rate(self, moment: Moment) -> float:
         """The learning rate of a step."""
         return self.config.lr * self.factor.at(moment)

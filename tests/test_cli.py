@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import softcache
 from softcache import cli
 from softcache.cache import files
 
-VERBS = ("demo", "plan", "dump", "train", "eval", "export", "inspect", "views", "verify", "repair", "subset")
+VERBS = ("demo", "plan", "dump", "train", "eval", "export", "losses", "inspect", "views", "verify", "repair", "subset")
 
 PIECES = """
 import os
@@ -268,12 +269,10 @@ def disk_full(here: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def disk_full_in_training(here: Path, patch: pytest.MonkeyPatch) -> None:
-    from softcache import checkpoint
-
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "new/checkpoint.pt")
 
-    patch.setattr(checkpoint, "save_checkpoint", full)
+    patch.setattr(torch, "save", full)
 
 
 def no_scikit_learn(here: Path, patch: pytest.MonkeyPatch) -> None:
@@ -313,7 +312,7 @@ MISTAKES = [
     row("flag missing", ["dump", *DATA, "--out", "new"], "--teacher is missing", "--teacher TEACHER: MODEL@WEIGHTS"),
     row("number", train_on("--lr", "fast"), "--lr: 'fast' is not a number", None),
     row("weight decay", train_on("--weight-decay", "-1"), "--weight-decay -1.0: must be at least 0", None),
-    row("warm-up", train_on("--warmup-epochs", "-3"), "--warmup-epochs -3.0: must be at least 0", None),
+    row("warm-up", train_on("--schedule", "warmup(-3)"), "'-3' is not a finite number of at least 0", None),
     row("checkpoints", train_on("--checkpoint-every", "0"), "--checkpoint-every 0: must be at least 1", None),
     row("choice", train_on("--optimizer", "adamx"), "optimizer cannot be 'adamx'", "did you mean 'adam' or 'adamw'"),
     row("--set", train_on("--set", "batchsize=3"), "--set: unknown setting 'batchsize'", "'batch_size'"),
@@ -346,7 +345,7 @@ MISTAKES = [
     row("policy parameter", [*dump_of(), "--policy", "shift:pixel=2"], "no parameter 'pixel'", "'pixels'"),
     row("policy value", [*dump_of(), "--policy", "shift:pixels=few"], "'few' is not a whole number", None),
     row("loss", train_on("--loss", "kld"), "unknown loss 'kld'", "'kd'"),
-    row("loss parameter", train_on("--cache", "cache", "--loss", "kd:T=4"), "no parameter 'T'", "temperature"),
+    row("loss parameter", train_on("--cache", "cache", "--loss", "kd:T=4"), "no setting 'T'", "temperature"),
     row("part", [*dump_of(), "--part", "3"], "--part '3' is not i/n", "1/3"),
     # data
     row("data set", dump_of(data="digist"), "no source is called 'digist'", "'digits'"),
@@ -565,7 +564,7 @@ def test_a_dump_says_what_comes_next(here: Path, capsys: pytest.CaptureFixture[s
 def test_print_config_says_where_each_value_comes_from(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "settings.toml").write_text('lr = 0.5\nepochs = 7\nloss = ["kd:temperature=2", "ce"]\nseed = 3\n')
     argv = train_on(
-        "--config", "settings.toml", "--set", "seed=4", "--set", "gamma=0.2", "--lr", "0.25", "--print-config"
+        "--config", "settings.toml", "--set", "seed=4", "--set", "ema=0.2", "--lr", "0.25", "--print-config"
     )
     place = argv.index("--epochs")
     del argv[place : place + 2]
@@ -574,7 +573,7 @@ def test_print_config_says_where_each_value_comes_from(here: Path, capsys: pytes
     assert lines["lr"] == ["0.25", "flag"]
     assert lines["epochs"] == ["7", "settings.toml"]
     assert lines["seed"] == ["4", "--set"]
-    assert lines["gamma"] == ["0.2", "--set"]
+    assert lines["ema"] == ["0.2", "--set"]
     assert lines["momentum"] == ["0.9", "default"]
     assert lines["loss"][-1] == "settings.toml"
     assert not (here / "new").exists()
@@ -585,8 +584,9 @@ def test_loss_tables_in_a_config_file(here: Path) -> None:
         'cache = "cache"\n[[loss]]\nname = "kd"\ntemperature = 2\nweight = 0.5\n[[loss]]\nname = "ce"\n'
     )
     assert cli.main(train_on("--config", "settings.toml")) == 0
-    losses = json.loads((here / "new/run.json").read_text())["losses"]
-    assert losses == [{"name": "kd", "weight": 0.5, "temperature": 2.0}, {"name": "ce", "weight": 1.0}]
+    (stage,) = json.loads((here / "new/run.json").read_text())["stages"]
+    kd = {"name": "kd", "weight": 0.5, "temperature": 2.0, "standardized": False}
+    assert stage["losses"] == [kd, {"name": "ce", "weight": 1.0}]
 
 
 def test_quiet_means_quiet(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

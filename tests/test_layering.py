@@ -172,8 +172,8 @@ NEVER_REACHED: dict[str, set[str]] = {
         "softcache.cache.shard",
         "softcache.cache.writer",
     },
-    "softcache.dump": {"softcache.train", "softcache.losses", "softcache.targets", "softcache.evaluate"},
-    "softcache.plan": {"softcache.train", "softcache.losses", "softcache.targets", "softcache.evaluate"},
+    "softcache.dump": {"softcache.train", "softcache.objective", "softcache.targets", "softcache.evaluate"},
+    "softcache.plan": {"softcache.train", "softcache.objective", "softcache.targets", "softcache.evaluate"},
     "softcache.targets": {"softcache.cache.shard", "softcache.cache.writer", "softcache.models", "softcache.losses"},
 }
 

@@ -283,8 +283,11 @@ def test_what_a_run_folder_holds(world: World, tmp_path: Path) -> None:
     assert about["softcache"] == softcache.__version__
     assert about["torch"] == torch.__version__ and about["numpy"] == np.__version__
     assert about["config"]["lr"] == 0.01 and about["config"]["seed"] == 0
-    assert about["losses"] == [
-        [{"name": "kd", "weight": 0.75, "temperature": 3.0, "standardized": False}, {"name": "ce", "weight": 0.25}]
+    (stage,) = about["stages"]
+    assert (stage["epochs"], stage["lr"], stage["schedule"]) == (3, 0.01, "cosine")
+    assert stage["losses"] == [
+        {"name": "kd", "weight": 0.75, "temperature": 3.0, "standardized": False},
+        {"name": "ce", "weight": 0.25},
     ]
 
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
