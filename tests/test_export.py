@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softcache import cli, export
+from softcache import cli, export, graphs
 from softcache.config import ExportConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
@@ -80,6 +80,14 @@ class Two(Net):
 
     def forward(self, batch):
         return super().forward(batch["pixels"].float() / 255) - batch["sums"][:, None] / 9999
+
+
+class Listed(Two):
+    def collate(self, items):
+        return list(super().collate(items).values())
+
+    def forward(self, batch):
+        return super().forward({"pixels": batch[0], "sums": batch[1]})
 
 
 class Strings(Net):
@@ -266,6 +274,12 @@ def test_a_batch_of_two_tensors(to: str, nets: Path, images: str, tmp_path: Path
     assert result.agreement == 1.0 and result.max_difference < 1e-4
 
 
+def test_a_batch_that_is_a_list(nets: Path, images: str, tmp_path: Path) -> None:
+    torch.save(load_model(f"{nets}:Listed", num_classes=4).net.state_dict(), tmp_path / "w.pt")
+    result = exported(f"{nets}:Listed@{tmp_path}/w.pt", "program", data=images, out=str(tmp_path / "x.pt2"))
+    assert [fact.name for fact in result.inputs] == ["input_0", "input_1"] and result.agreement == 1.0
+
+
 def test_a_factory_comes_back_from_safetensors(nets: Path, images: str, tmp_path: Path) -> None:
     """Its file is not in the current folder, and the exported weights alone cannot say where it is."""
     text = f"{nets}:Net@{run_folder(tmp_path / 'run', load_model(f'{nets}:Net', num_classes=4))}"
@@ -300,13 +314,13 @@ def test_a_set_of_one_sample(toy: Path, tmp_path: Path) -> None:
 
 
 def twisted(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    opened = export._open_program
+    opened = export.open_program
 
-    def open_program(path: Path, device: torch.device) -> Callable[[Any], Tensor]:
+    def twisted_program(path: Path, device: torch.device) -> Callable[[Any], Tensor]:
         forward = opened(path, device)
         return lambda batch: change(forward(batch))
 
-    monkeypatch.setattr(export, "_open_program", open_program)
+    monkeypatch.setattr(export, "open_program", twisted_program)
 
 
 def one_wrong(value: float) -> Callable[[Tensor], Tensor]:
@@ -416,7 +430,7 @@ def test_weights_alone_need_no_graph(name: str, nets: Path, images: str, tmp_pat
 
 
 def test_more_weights_than_one_onnx_file_holds(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "ONNX_BYTES", 100)
+    monkeypatch.setattr(graphs, "ONNX_BYTES", 100)
     with pytest.raises(ExportError, match=r"1.4 kB of weights; one ONNX file holds 2 GB"):
         exported(run_folder(tmp_path / "run", trained("mlp"), images), "onnx")
 
@@ -521,7 +535,7 @@ def test_mistakes_leave_no_file(
 def test_onnx_needs_its_extra(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_folder(tmp_path / "run", trained("mlp"), images)
     find_spec = importlib.util.find_spec
-    for package in export.PACKAGES:
+    for package in graphs.PACKAGES:
         hidden = lambda name, *a, p=package: None if name == p else find_spec(name, *a)  # noqa: E731
         monkeypatch.setattr(importlib.util, "find_spec", hidden)
         with pytest.raises(MissingExtraError, match=rf"'{package}'[\s\S]*pip install 'softcache\[onnx\]'"):
