@@ -327,6 +327,8 @@ def _train(config: TrainConfig, arguments: argparse.Namespace) -> int:
     from softcache.report import table
 
     result = train.run(config, quiet=arguments.quiet)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first talks
+        return 0
     if arguments.json:
         last = {"path": str(result.path), "parameters": result.parameters, **result.metrics[-1]}
         print(json.dumps(last))

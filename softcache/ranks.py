@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from softcache.errors import ConfigError
+
 PATIENCE = timedelta(hours=6)  # the others wait while rank 0 evaluates and writes
 
 
@@ -75,10 +77,20 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes that torchrun started, as one group while it is entered; without torchrun one process alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The processes that torchrun started, as one group while it is entered; without torchrun one process alone.
+
+    Raises:
+        ConfigError: the environment speaks of several processes, and does not say which one this is.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
         yield Ranks()
         return
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, and RANK is not set: who the other processes are is not known",
+            tip="start them with torchrun --nproc-per-node N -m softcache train ..., or unset WORLD_SIZE",
+        )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())

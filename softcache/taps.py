@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -60,25 +61,93 @@ def list_modules(model: nn.Module, inputs: Any) -> list[ModuleShape]:
     return found
 
 
-def stages_of(model: nn.Module, inputs: Any) -> list[ModuleShape]:
-    """The last module to give a map of each size, of the last four sizes, early to late: the stages of a network.
+@dataclass(frozen=True)
+class _Call:
+    """One call of a named module: the shapes of what it took and gave, None where that was no tensor."""
 
-    Maps of one position, as pooling gives, are left out. The model is run once, in eval mode without gradients.
+    name: str
+    took: tuple[int, ...] | None
+    gave: tuple[int, ...] | None
+
+
+def stages_of(model: nn.Module, inputs: Any) -> list[ModuleShape]:
+    """The modules that end the last four stages of a network of maps, early to late; none where it is no such network.
+
+    A stage is what lies between two reductions of the map's size. Its end is the last module to give a map of that size:
+    of those outside the blocks that reduce it, where there are any. Left out are maps of one position, as pooling gives;
+    parts of a block, which are smaller in some direction than what the block gives; and maps that are larger in some
+    direction than the one before: those of a decoder, or with channels last. A network that goes on with tokens behind its
+    last map, as a vision transformer does, has no stages.
+
+    The model is run once, in eval mode without gradients.
     """
-    done: list[str] = []  # in the order in which their calls end: a module after those inside it
+    calls, batch = _calls(model, inputs)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    times = Counter(call.name for call in calls)
+    in_tokens = {call.name for call in calls if _are_tokens(call.took) and _are_tokens(call.gave)}
+    sizes = {call.name: _size(call.gave) for call in calls}
+    reducing: dict[tuple[int, ...], set[str]] = {}  # size -> blocks that take a map of it and give none
+    for call in calls:
+        if kinds[call.name] != "Sequential" and _size(call.took) not in ((), _size(call.gave)):
+            reducing.setdefault(_size(call.took), set()).add(call.name)
+
+    ends: dict[tuple[int, ...], _Call] = {}
+    for call in calls:
+        size, around = sizes[call.name], _around(call.name)
+        if not size or call.gave is None or call.gave[0] != batch or times[call.name] > 1 or around & in_tokens:
+            continue
+        if not all(_fits(sizes[name], size) for name in around & sizes.keys()):
+            continue
+        blocks = reducing.get(size, set())
+        if size not in ends or len(around & blocks) <= len(_around(ends[size].name) & blocks):
+            ends[size] = call
+    stages: list[_Call] = []
+    for call in sorted(ends.values(), key=calls.index):
+        if not stages or _fits(sizes[call.name], sizes[stages[-1].name]):
+            stages.append(call)
+    if not stages:
+        return []
+    behind = {call.name for call in calls[calls.index(stages[-1]) :] if _are_tokens(call.gave)}
+    if len(behind) > sum(map(bool, sizes.values())):
+        return []
+    return [ModuleShape(call.name, kinds[call.name], call.gave, "Tensor", 1) for call in stages[-STAGES:]]
+
+
+def _calls(model: nn.Module, inputs: Any) -> tuple[list[_Call], int | None]:
+    """Every call of a named module in `model(inputs)`, a module after those inside it; and the number of records, if known."""
+    calls: list[_Call] = []
+
+    def note(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        took, gave = (_first_tensor(value)[0] for value in ((*args, *kwargs.values()), output))
+        shapes = (None if tensor is None else tuple(tensor.shape) for tensor in (took, gave))
+        calls.append(_Call(name, *shapes))
+
     with ExitStack() as hooks, _evaluating(model):
         for name, module in model.named_modules():
             if name:
-                hooks.enter_context(module.register_forward_hook(lambda *_, name=name: done.append(name)))
-        model(inputs)
-    by_name = {module.name: module for module in list_modules(model, inputs)}
-    last: dict[tuple[int, ...], ModuleShape] = {}
-    for name in done:
-        found = by_name[name]
-        if found.calls == 1 and found.shape is not None and len(found.shape) == 4 and prod(found.shape[2:]) > 1:
-            last.pop(found.shape[2:], None)
-            last[found.shape[2:]] = found
-    return list(last.values())[-STAGES:]
+                hooks.enter_context(module.register_forward_hook(partial(note, name), with_kwargs=True))
+        result, _ = _first_tensor(model(inputs))
+    return calls, None if result is None or not result.ndim else len(result)
+
+
+def _around(name: str) -> set[str]:
+    """The modules that a named module is inside of, itself included."""
+    parts = name.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+
+
+def _size(shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """(H, W) of a map (B, C, H, W) of more than one position; () for everything else."""
+    return shape[2:] if shape is not None and len(shape) == 4 and prod(shape[2:]) > 1 else ()
+
+
+def _fits(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether a map is in no direction larger than another one."""
+    return all(n <= m for n, m in zip(size, other, strict=False))
+
+
+def _are_tokens(shape: tuple[int, ...] | None) -> bool:
+    return shape is not None and len(shape) == 3
 
 
 def shapes_of(spec: FeatureSpec, modules: Iterable[ModuleShape]) -> tuple[Shape, ...]:
@@ -126,16 +195,17 @@ def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear) -> FeatureSpe
     The model is run once, in eval mode without gradients.
     """
     found: list[tuple[FeatureSpec, Tensor]] = []
+    calls: Counter[str] = Counter()
 
     def note(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        calls[name] += 1
         tensor, _ = _first_tensor(output)
         if tensor is None or not tensor.is_floating_point():
             return
         for reduction in ("mean_tokens", "cls", "pool", "flatten"):
             spec = FeatureSpec((name,), reduction)
-            if tensor.ndim in REDUCTIONS[reduction].axes and spec.reduced_shape(tensor.shape[1:]) == (
-                linear.in_features,
-            ):
+            fits = tensor.ndim in REDUCTIONS[reduction].axes
+            if fits and spec.reduced_shape(tensor.shape[1:]) == (linear.in_features,):
                 found.append((spec, spec.reduce(tensor)))
 
     with ExitStack() as hooks, _evaluating(model):
@@ -146,7 +216,11 @@ def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear) -> FeatureSpe
         model(inputs)
         wanted = taken.value()
     same = [
-        spec for spec, value in found if value.shape == wanted.shape and torch.allclose(value, wanted.to(value.dtype))
+        spec
+        for spec, value in found
+        if calls[spec.layers[0]] == 1
+        and value.shape == wanted.shape
+        and torch.allclose(value, wanted.to(value.dtype), rtol=1e-4, atol=1e-5 * float(wanted.abs().amax()))
     ]
     return same[-1] if same else None
 

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "taps": {"errors", "features"},
     "losses": {"errors", "spec"},
     "ensemble": {"errors"},
-    "ranks": set(),
+    "ranks": {"errors"},
     "checkpoint": {"errors", "ranks"},
     "models": {"errors", "spec", "taps"},
     "data": {"errors", "spec", "cache"},

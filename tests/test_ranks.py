@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,10 +29,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import softcache
-from softcache import dump, train
+from softcache import cli, dump, train
 from softcache.config import DumpConfig, TrainConfig
-from softcache.errors import TrainingError
+from softcache.errors import SoftcacheError, TrainingError
 from softcache.evaluate import Evaluation
 from softcache.ranks import joined_ranks
 
@@ -40,6 +39,9 @@ BATCH, COUNT = 128, 301  # batches of 128, 128 and 45: of the last, one rank tak
 STEPS = 3
 
 PIECES = '''
+import os
+import time
+
 import numpy as np
 import torch
 from torch import nn
@@ -72,6 +74,7 @@ def toy(count: int = 301, seed: int = 0, rare: bool = False):
 class Net(nn.Module):
     def __init__(self, width, num_classes, norm, dropout):
         super().__init__()
+        self.pause_s = float(os.environ.get("STUDENT_PAUSE_S", "0"))
         normed = nn.BatchNorm2d if norm else nn.Identity
         self.early = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), normed(width), nn.ReLU())
         self.late = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, padding=1), normed(2 * width), nn.ReLU())
@@ -79,12 +82,13 @@ class Net(nn.Module):
         self.head = nn.Linear(2 * width, num_classes)
 
     def forward(self, images):
+        time.sleep(self.pause_s)
         maps = self.late(self.early(images.reshape(-1, 1, 8, 8) - 0.5))
         return self.head(self.dropout(maps.mean(dim=(2, 3))))
 
 
-def net(num_classes, width: int = 6, norm: bool = False, dropout: float = 0.0):
-    return Net(width, num_classes, norm, dropout)
+def net(num_classes, norm: bool = False, dropout: float = 0.0):
+    return Net(6, num_classes, norm, dropout)
 
 
 def teacher(num_classes):
@@ -514,7 +518,7 @@ def test_two_ranks_resume_bit_for_bit(world: World, pair: Pair, tmp_path: Path) 
 
 
 def run_refused(config: TrainConfig) -> str:
-    with pytest.raises(softcache.errors.SoftcacheError) as caught:
+    with pytest.raises(SoftcacheError) as caught:
         train.run(config, quiet=True)
     return str(caught.value)
 
@@ -528,3 +532,101 @@ def test_two_ranks_refuse_what_one_process_began_and_a_batch_too_small(
         assert "was saved by 1 processes, these are 2" in said
     for said in pair(run_refused, replace(config, out=str(tmp_path / "other"), batch_size=100)):
         assert "the last of 301 samples in batches of 100 are 1, fewer than the 2 processes" in said
+
+
+# ------------------------------------------------------------------------------------------------------ torchrun itself
+
+QUIET = {"OMP_NUM_THREADS": "1"}  # torchrun warns where nobody has said so
+
+
+def argv_of(config: TrainConfig) -> list[str]:
+    """The command line that says the same."""
+    argv = ["train", "--data", config.data, "--student", config.student, "--cache", str(config.cache)]
+    argv += ["--out", config.out, "--epochs", str(config.epochs), "--batch-size", str(config.batch_size)]
+    argv += ["--optimizer", config.optimizer, "--lr", str(config.lr), "--schedule", config.schedule]
+    argv += ["--threads", "1", "--device", "cpu", "--check-content", "none"]
+    argv += [word for loss in config.loss for word in ("--loss", loss)]
+    if config.eval_data:
+        argv += ["--eval-data", config.eval_data]
+    if config.checkpoint_every:
+        argv += ["--checkpoint-every", str(config.checkpoint_every)]
+    return argv
+
+
+def torchrun(argv: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "softcache",
+    ]
+    pipe = subprocess.PIPE
+    environment = os.environ | QUIET | environment
+    return subprocess.Popen([*command, *argv], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.slow
+def test_torchrun_says_nothing_twice_and_ends_where_one_process_does(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = ("kd", "crd:negatives=32,width=16,layer=late:pool", "sp:weight=3000")
+    config = world.config(tmp_path / "two", *losses, epochs=30 // STEPS, lr=0.01, eval_data=world.spec("toy"))
+    ran = torchrun(argv_of(config))
+    out, err = ran.communicate(timeout=120)
+    assert ran.returncode == 0, err
+    assert err == ""
+    assert out.count("eval_top1") == 1
+    assert out.count("next: softcache eval") == 1
+    assert cli.main(argv_of(replace(config, out=str(tmp_path / "alone")))) == 0
+    one, two = weights_of(tmp_path / "alone"), weights_of(tmp_path / "two")
+    apart = max(relative(two[name], wanted) for name, wanted in one.items())
+    rows = [files_of(tmp_path / name)[1] for name in ("two", "alone")]
+    with capsys.disabled():
+        print(f"\ntorchrun, {'+'.join(losses)}, 30 steps: weights {apart:.1e}, metrics {metrics_apart(*rows):.1e}")
+    assert apart < 1e-3
+    assert metrics_apart(*rows) < 1e-3
+
+
+@pytest.mark.slow
+def test_torchrun_warns_of_nothing_where_some_parameters_are_left_alone(world: World, tmp_path: Path) -> None:
+    ran = torchrun([*argv_of(world.config(tmp_path / "run", "fitnet:layer=early,student=early")), "--quiet"])
+    _, err = ran.communicate(timeout=120)
+    assert (ran.returncode, err) == (0, "")
+
+
+@pytest.mark.slow
+def test_torchrun_killed_and_resumed_is_bit_for_bit_the_same(world: World, tmp_path: Path) -> None:
+    student = world.spec("net?norm=true&dropout=0.3")
+    losses = ("kd", *CRD, "reviewkd:width=8")
+    config = world.config(tmp_path / "killed", *losses, student=student, epochs=3, checkpoint_every=1)
+    ran, start = torchrun(argv_of(config), STUDENT_PAUSE_S="0.1"), time.monotonic()
+    while not (tmp_path / "killed/metrics.jsonl").is_file():  # the first epoch
+        assert ran.poll() is None and time.monotonic() - start < 60
+        time.sleep(0.01)
+    time.sleep(0.15)
+    for pid in processes_of(tmp_path / "killed"):
+        os.kill(pid, signal.SIGKILL)
+    ran.communicate()
+    assert not (tmp_path / "killed/student.safetensors").exists()
+    for name in ("killed", "alone"):
+        ran = torchrun(argv_of(replace(config, out=str(tmp_path / name))))
+        _, err = ran.communicate(timeout=120)
+        assert (ran.returncode, err) == (0, "")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "alone")
+
+
+def processes_of(out: Path) -> list[int]:
+    """torchrun and the two that it started, which are in sessions of their own; the folder is in their command lines."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
+        except OSError:
+            continue
+        if str(out).encode() in words:
+            found.append(int(entry.name))
+    return found

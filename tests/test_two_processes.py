@@ -45,10 +45,14 @@ def test_a_second_training_in_a_folder_is_refused(toy: str, tmp_path: Path) -> N
     assert not (tmp_path / "run" / "lock").exists()
 
 
-def test_training_under_torchrun_is_refused(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_without_torchrun_are_refused(
+    toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="training runs on one process"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, and RANK is not set") as caught:
         train.run(settings(toy, tmp_path / "run"), quiet=True)
+    assert "torchrun" in caught.value.tip
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_refused_run_leaves_no_folder(toy: str, tmp_path: Path) -> None:
