@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from tqdm import tqdm
 from softcache.config import EvalConfig
 from softcache.data.join import batches, check_classes
 from softcache.data.loading import ViewedSet, load_batches, to_device
+from softcache.data.selection import class_indices
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ClassMismatchError, ConfigError
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model, load_model, read_metadata
+from softcache.models import Model, load_model, read_metadata, read_saved
 from softcache.report import percent, table
 from softcache.targets import Joined
 from softcache.targets import open as open_cache
@@ -62,6 +65,7 @@ class Evaluation:
         """(name, value) lines for a table, without what does not apply."""
         facts = [
             ("samples", f"{self.samples:,}"),
+            ("with a label", None if self.labelled in (0, self.samples) else f"{self.labelled:,}"),
             ("top-1", None if self.top1 is None else f"{percent(self.top1)} ({self.errors:,} errors)"),
             ("top-5", None if self.top5 is None else percent(self.top5)),
             ("NLL", None if self.nll is None else f"{self.nll:.4f} nats"),
@@ -91,13 +95,16 @@ def evaluate(
     """Run a model over a data set, at view 0 of the policy. The model's train or eval mode is put back afterwards.
 
     Args:
-        joined: the same data set joined to a cache, to compare with its soft targets at `temperature`.
+        transfer_set: of the model's classes.
+        joined: the same samples joined to a cache, to compare with its soft targets at `temperature`; where the model has
+            only some of the cache's classes, with those among them.
     """
     started, was_training = time.monotonic(), model.training
     model.eval()
     count = len(transfer_set)
     sums = Sums(transfer_set.num_classes)
     partners = joined.partners if joined is not None else None
+    classes = class_indices(joined.cache.class_names, transfer_set.class_names) if joined is not None else []
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
@@ -108,7 +115,8 @@ def evaluate(
         sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
         if joined is not None:
             targets = joined.gather_samples(batch.index, batch.views).to(device)
-            sums.add_targets(logits, targets.combined(combine, temperature=temperature), temperature)
+            teacher_logits = targets.combined(combine, temperature=temperature)[:, classes]
+            sums.add_targets(logits, teacher_logits, temperature)
     model.train(was_training)
     return sums.result(count, time.monotonic() - started, temperature)
 
@@ -180,7 +188,10 @@ def check_same_classes(one: TransferSet, other: TransferSet) -> None:
 
 
 def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:
-    """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure."""
+    """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure.
+
+    A student of some of the data's classes is measured on those: samples of the others count as unlabelled.
+    """
     if not config.temperature > 0:
         raise ConfigError(f"--temperature {config.temperature}: must be > 0")
     device = pick_device(config.device)
@@ -196,6 +207,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         policy = Policy.parse(config.policy, 0)
     else:
         policy = run_policy(model_text).for_evaluation()
+    transfer_set = _with_classes_of(model_text, transfer_set)
     item = ViewedSet(transfer_set, policy, (), partners=joined.partners if joined else None).render(0, 0)[0]
     model = load_model(
         model_text,
@@ -221,13 +233,28 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
 
 def run_policy(model_text: str) -> Policy:
     """The view policy a run folder was trained with; no steps for a model that does not come from a run."""
-    import json
-
-    path = Path(model_text.rpartition("@")[2])
-    if not path.exists() or (path.is_file() and path.suffix != ".safetensors"):
-        return Policy()
-    stored = read_metadata(path).get("softcache_policy")
+    weights = _student_file(model_text)
+    stored = None if weights is None else read_metadata(weights).get("softcache_policy")
     return Policy() if stored is None else Policy.from_json(json.loads(stored), 0)
+
+
+def _with_classes_of(model_text: str, transfer_set: TransferSet) -> TransferSet:
+    """The data under the class list of a run that has some of its classes, in the same order; else as it is."""
+    weights = _student_file(model_text)
+    saved = None if weights is None else read_saved(str(weights))
+    if saved is None or saved.class_names == transfer_set.class_names:
+        return transfer_set
+    common = tuple(name for name in transfer_set.class_names if name in saved.class_names)
+    return transfer_set.with_classes(common) if common and common == saved.class_names else transfer_set
+
+
+def _student_file(model_text: str) -> Path | None:
+    """The run folder or safetensors file that a model's text names; None where there is none."""
+    text = model_text.rpartition("@")[2]
+    if not os.path.exists(text):  # unlike Path.exists, no error for a spec longer than a file name can be
+        return None
+    path = Path(text)
+    return None if path.is_file() and path.suffix != ".safetensors" else path
 
 
 def item_shape(item: Any) -> tuple[int, ...] | None:

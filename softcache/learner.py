@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from inspect import signature
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softcache.config import TrainConfig
-from softcache.errors import ConfigError, LossError
+from softcache.errors import ConfigError, LossError, ModelError
 from softcache.losses import HEAD, LossTerm
 from softcache.losses.schedules import Moment
 from softcache.models import Model
@@ -20,7 +20,7 @@ from softcache.models.projector import Projector
 from softcache.objective import Given, Objective, Parts, Sizes, Teacher, named_terms
 from softcache.pairing import Student, StudentTaps, pairs_of
 from softcache.ranks import Ranks
-from softcache.stages import Stage
+from softcache.stages import Stage, freeze
 
 # its name since torch 2.12, and before
 SYNC = next(
@@ -51,6 +51,8 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
         self._taps, self._autocast = taps, autocast
+        if compiled:
+            torch.compiler.reset()  # what was compiled for other taps, in an earlier stage, would not call these
         self._run = torch.compile(model) if compiled else model
 
     def forward(self, inputs: Any, given: Given, moment: Moment) -> dict[str, Tensor]:
@@ -79,6 +81,30 @@ class Learner(nn.Module):
             return bool(learning)
         return None in torch.autograd.grad(torch.stack(sums).sum(), learning, allow_unused=True)
 
+    def rehearse(self, inputs: Any, given: Given, moments: Sequence[Moment]) -> None:
+        """Compute the terms of some samples, with nothing learned or remembered: what does not fit is refused before a step.
+
+        Raises:
+            LossError: a term that cannot be computed of such tensors, or with its settings.
+            ModelError: a student that does not give a row of logits for each sample.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            with torch.no_grad():
+                logits = self.eval().model(inputs)
+                wanted = (len(given.labels.own), self.model.num_classes)
+                if not isinstance(logits, Tensor) or logits.shape != wanted:
+                    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                    raise ModelError(
+                        f"{self.model.spec}: gives {found} for {wanted[0]} samples of {wanted[1]} classes",
+                        tip=f"a student's output must be logits of shape (B, {wanted[1]})",
+                    )
+                for moment in moments:
+                    self(inputs, given, moment)
+        finally:
+            for module, training in modes:
+                module.training = training
+
 
 def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any) -> nn.Module:
     """The learner itself, or as one of several whose gradients are averaged after each batch.
@@ -88,7 +114,8 @@ def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any
     """
     if ranks.size == 1:
         return learner
-    # BatchNorm's statistics are each rank's own unless --sync-bn
+    # BatchNorm's statistics are each rank's own unless --sync-bn; where a stage freezes them, they must be the student's
+    ranks.share(learner.buffers())
     return DistributedDataParallel(
         learner,
         device_ids=[device] if device.type == "cuda" else None,
@@ -143,22 +170,38 @@ def _graft(term: LossTerm, model: Model, student: Student, teacher: Teacher | No
     if more:
         raise LossError(f"loss {term.name!r} projects one layer", tip="name it: layer=LAYER")
     weight, bias = teacher.classifier()
+    if len(pair.student_shapes[0]) != len(pair.teacher_shape):
+        raise LossError(
+            f"loss {term.name!r}: layer {'+'.join(pair.student)} of the student gives {pair.student_shapes[0]}, {pair.stored} "
+            f"of the teacher {pair.teacher_shape}: a projector goes from a map to a map, or from a vector to a vector",
+            tip="student=head puts it in front of the student's final linear layer; dump LAYER:map for a map",
+        )
     layer = student.head_name if pair.student == (HEAD,) else pair.student[0]
     projector = Projector(pair.student_shapes[0], pair.teacher_shape)
     graft(model, layer, projector, weight, bias, inputs)
 
 
-def make_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW.
+def freeze_for(stage: Stage, model: Model, objective: Objective, fixed: Collection[str]) -> list[nn.Parameter]:
+    """The parameters that a stage trains, after freezing the others.
+
+    Args:
+        fixed: parameters of the student that are frozen for good.
 
     Raises:
-        ConfigError: nothing is left to train.
+        ConfigError: a pattern that names nothing, or nothing is left to train.
     """
-    if not parameters:
+    freeze(model.net, stage.config.freeze, fixed)
+    learned = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
+    if not learned:
         raise ConfigError(
             "every parameter is frozen, so there is nothing to train",
             tip="freeze less, or add a loss with an adapter",
         )
+    return learned
+
+
+def make_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,

@@ -16,7 +16,7 @@ from torch import Tensor
 from softcache.config import TrainConfig
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
-from softcache.data.loading import LoadedBatch, Pair, Partners, ViewedSet, map_tensors, to_device
+from softcache.data.loading import LoadedBatch, Pair, Partners, ViewedSet, load_batches, map_tensors, to_device
 from softcache.data.selection import class_indices
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
@@ -63,6 +63,11 @@ class Material:
     def viewed(self, collates: Sequence[Any] = ()) -> ViewedSet:
         """The samples rendered by the policy, for loader workers."""
         return ViewedSet(self.transfer_set, self.policy, collates, partners=self.partners, ids=self.ids)
+
+    def few(self, collate: Any, view: int) -> LoadedBatch:
+        """Two samples as training loads them, or the only one."""
+        pairs = [(index, view) for index in range(min(2, len(self.transfer_set)))]
+        return next(load_batches(self.viewed([collate]), [pairs]))
 
     @cached_property
     def sample_ids(self) -> np.ndarray:
@@ -157,7 +162,7 @@ class Batch:
             if total_labels is not None:
                 factors["labels"] = labels.weight * ranks.size / total_labels.clamp(min=1e-12)
             targets = None if self.targets is None else self.targets.rows_between(own.start, own.stop)
-            inputs = map_tensors(self.inputs, partial(self._rows, own))
+            inputs = self.inputs if number == 1 else map_tensors(self.inputs, partial(self._rows, own))
             yield inputs, Given(labels, targets, self.samples[own], self.sample_ids[own], step, counts, factors)
 
     def _labels(self, own: slice) -> Labels:

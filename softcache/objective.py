@@ -189,6 +189,13 @@ class Parts(nn.Module):
         if loss.needs("classifier_weight", "classifier_bias"):
             assert teacher is not None
             weight, bias = teacher.classifier()
+            for pair in self.pairs:
+                if pair.teacher_shape != weight.shape[1:]:
+                    raise LossError(
+                        f"loss {term.name!r}: {pair.stored} of the teacher is {pair.teacher_shape}, its classifier takes "
+                        f"{weight.shape[1]} numbers",
+                        tip="it needs what the final linear layer takes: dump --codec linear_head, or the features before it",
+                    )
             self.register_buffer("classifier_weight", weight, persistent=False)
             self.register_buffer("classifier_bias", bias, persistent=False)
 
@@ -262,7 +269,10 @@ def _core(
     module = term.loss.module
     assert module is not None
     fixed = {name: term.settings[name] for name in term.loss.fixed}
-    return module(**{name: known[name] for name in term.loss.sizes}, **fixed)
+    try:
+        return module(**{name: known[name] for name in term.loss.sizes}, **fixed)
+    except ValueError as exc:
+        raise LossError(f"loss {term.name!r}: {exc}") from exc
 
 
 class Objective(nn.Module):
@@ -379,7 +389,10 @@ class Objective(nn.Module):
             inputs = {name: self._gathered(name, value, given) for name, value in inputs.items()}
         changing = {key: value for key, value in settings.items() if key not in loss.fixed}
         compute: Callable[..., Any] = loss.function if loss.module is None else parts.cores[index]
-        found: Tensor = compute(**inputs, **changing)
+        try:
+            found: Tensor = compute(**inputs, **changing)
+        except ValueError as exc:
+            raise LossError(f"loss {term.name!r}: {exc}") from exc
         return found
 
     def _find(

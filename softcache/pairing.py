@@ -135,7 +135,8 @@ def pairs_of(
     loss, said = term.loss, term.placement
     member, names = _teacher_layers(term, cache, members)
     given = layer or said.get("student", "")
-    layers = _layers(given) if given else _student_layers(term, names, student)
+    are_vectors = HEAD in loss.features and all(_positions(cache, member, name) == 1 for name in names)
+    layers = _layers(given) if given else _student_layers(term, names, student, are_vectors=are_vectors)
     if len(layers) != len(names):
         raise LossError(
             f"loss {term.name!r}: {len(layers)} layers of the student for {len(names)} of the teacher ({', '.join(names)})",
@@ -162,60 +163,76 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
     loss, said = term.loss, term.placement
     if "member" in said and said["member"] not in members:
         raise LossError(f"loss {term.name!r}: no member {said['member']!r}", tip=nearest(said["member"], members))
-    holders: dict[str, dict[str, list[str]]] = {}  # member -> reduction -> features
+    holders: dict[str, list[str]] = {}
     for member in [said["member"]] if "member" in said else members:
-        found: dict[str, list[str]] = {}
-        for name in cache.features[member]:
-            found.setdefault(name.rpartition(":")[2], []).append(name)
-        if cache.codecs[member].needs_head:
-            found[HEAD] = [HEAD]
-        usable = {kind: found[kind] for kind in loss.features if kind in found}
-        if usable:
-            holders[member] = usable
+        serving = _serving(term, cache, member)
+        if serving:
+            holders[member] = serving
     if not holders:
         held = sorted({name for member in members for name in cache.features[member]})
-        wanted = " or ".join(f"LAYER:{kind}" for kind in loss.features if kind != HEAD)
+        wanted = [f"LAYER:{kind}" for kind in loss.features if kind != HEAD]
         raise LossError(
-            f"loss {term.name!r} needs a feature of the teacher as {wanted}; the cache holds {', '.join(held) or 'none'}",
-            tip=f"softcache dump --for {term.name} ... stores the cheapest; --features LAYER:{loss.features[-1]} chooses",
+            f"loss {term.name!r} needs a feature of the teacher as {' or '.join(wanted)}; "
+            f"the cache holds {', '.join(held) or 'none'}",
+            tip=f"softcache dump --for {term.name} ... stores the cheapest; --features {wanted[-1]} chooses",
         )
     if len(holders) > 1:
         raise LossError(
             f"loss {term.name!r} compares with one teacher, and these have such features: {', '.join(holders)}",
             tip="name it: member=NAME",
         )
-    ((member, usable),) = holders.items()
+    ((member, names),) = holders.items()
     if "layer" in said:
-        return member, [_named(term, text, usable) for text in said["layer"].split(SEPARATOR)]
-    names = next(iter(usable.values()))  # the cheapest kind
-    return member, names if loss.layers == "stages" else [_likely(term, cache, member, names)]
+        return member, [_named(term, text, names) for text in said["layer"].split(SEPARATOR)]
+    layers: dict[str, str] = {}  # -> the cheapest that serves of each
+    for name in names:
+        layers.setdefault(name.rpartition(":")[0], name)
+    chosen = sorted(layers.values(), key=lambda name: -_positions(cache, member, name))  # early to late
+    return member, chosen if loss.layers == "stages" else [_likely(term, cache, member, chosen)]
+
+
+def _serving(term: LossTerm, cache: Cache, member: str) -> list[str]:
+    """The member's features that serve a term, cheapest kind first."""
+    found: dict[str, list[str]] = {HEAD: [HEAD]} if cache.codecs[member].needs_head else {}
+    for name in cache.features[member]:
+        found.setdefault(name.rpartition(":")[2], []).append(name)
+    return [name for kind in term.loss.features for name in found.get(kind, ())]
+
+
+def _positions(cache: Cache, member: str, name: str) -> int:
+    """H W of the map that a feature is made of; 1 for all else."""
+    shape = cache.features[member][name].shapes[0] if name != HEAD else ()
+    return prod(shape[1:]) if len(shape) == 3 else 1
 
 
 def _likely(term: LossTerm, cache: Cache, member: str, names: Sequence[str]) -> str:
     """The layer that a loss on one layer means: the classifier's input, the middle or the last map; LossError if unclear."""
-    features, head = cache.features[member], cache.head(member)
     if len(names) == 1:
         return names[0]
-    if term.loss.layers == HEAD:
-        width = None if head is None else (head[0].shape[1],)
-        fitting = [name for name in names if features[name].spec.reduced_shape(*features[name].shapes) == width]
-        if len(fitting) == 1:
-            return fitting[0]
-        raise LossError(
-            f"loss {term.name!r} compares one layer, and the cache holds {', '.join(names)}",
-            tip=f"name it: layer={names[-1].rpartition(':')[0]}; several with / between them are summed",
-        )
-    maps = [name for name in names if len(features[name].shapes[0]) == 3 and prod(features[name].shapes[0][1:]) > 1]
-    return maps[len(maps) // 2] if term.loss.layers == "middle" else maps[-1] if maps else names[-1]
+    if term.loss.layers != HEAD:
+        maps = [name for name in names if _positions(cache, member, name) > 1]
+        return middle(maps) if maps and term.loss.layers == "middle" else (maps or names)[-1]
+    if HEAD in names:
+        return HEAD
+    head = cache.head(member)
+    width = None if head is None else (head[0].shape[1],)
+    features = cache.features[member]
+    fitting = [name for name in names if features[name].spec.reduced_shape(*features[name].shapes) == width]
+    fitting = [name for name in fitting if _positions(cache, member, name) == 1] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    raise LossError(
+        f"loss {term.name!r} compares one layer, and the cache holds {', '.join(names)}",
+        tip=f"name it: layer={names[-1].rpartition(':')[0]}; several with / between them are summed",
+    )
 
 
-def _named(term: LossTerm, text: str, usable: dict[str, list[str]]) -> str:
+def _named(term: LossTerm, text: str, names: Sequence[str]) -> str:
     """The feature that `layer3` or `layer3:map` means, of the cheapest kind that serves."""
-    every = [name for names in usable.values() for name in names]
-    for name in every:
+    for name in names:
         if text in (name, name.rpartition(":")[0]):
             return name
-    raise LossError(f"loss {term.name!r}: the cache holds no layer {text!r} that serves it", tip=nearest(text, every))
+    raise LossError(f"loss {term.name!r}: the cache holds no layer {text!r} that serves it", tip=nearest(text, names))
 
 
 def _as_needed(term: LossTerm, cache: Cache, member: str, name: str) -> tuple[str, tuple[Shape, ...]]:
@@ -243,16 +260,18 @@ def _smaller_size(
     return None if size == teacher[0][1:] else size
 
 
-def _student_layers(term: LossTerm, names: Sequence[str], student: Student) -> list[tuple[str, ...]]:
+def _student_layers(
+    term: LossTerm, names: Sequence[str], student: Student, *, are_vectors: bool
+) -> list[tuple[str, ...]]:
     """By default: the input of the final linear layer for vectors, layers of the same names, or the last stages."""
-    if term.loss.layers == HEAD:
+    if are_vectors or term.loss.layers == HEAD:
         return [(HEAD,)] * len(names)
     layers = [tuple(name.rpartition(":")[0].split("+")) for name in names]
     stages = [module.name for module in student.stages]
     if all(layer in stages for pair in layers for layer in pair):
         return layers
-    if term.loss.layers == "last" and len(names) == 1 and stages:
-        return [(stages[-1],)]
+    if term.loss.layers in ("last", "middle") and len(names) == 1 and stages:
+        return [(stages[-1] if term.loss.layers == "last" else middle(stages),)]
     teacher = list(dict.fromkeys(layer for pair in layers for layer in pair))
     if term.loss.layers == "stages" and len(stages) >= len(teacher):
         match = dict(zip(teacher, stages[-len(teacher) :], strict=True))
@@ -261,6 +280,11 @@ def _student_layers(term: LossTerm, names: Sequence[str], student: Student) -> l
         f"loss {term.name!r}: which layers of the student go with {', '.join(names)} of the teacher is not clear",
         tip=f"say so: student=LAYER; its stages are {', '.join(stages) or 'not maps'}",
     )
+
+
+def middle(layers: Sequence[str]) -> str:
+    """The layer halfway; of two the earlier, so that it is the same one where only the middle and the last are stored."""
+    return layers[(len(layers) - 1) // 2]
 
 
 def _layers(text: str) -> list[tuple[str, ...]]:

@@ -6,7 +6,7 @@ Every process computes its share of a global batch, so that the result is that o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,6 +57,11 @@ class Ranks:
             numbers = numbers.clone()
             dist.all_reduce(numbers)
         return numbers
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give them rank 0's values, in place, on every rank."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, src=0)
 
     def agree(self, value: Any) -> Any:
         """What rank 0 has, on every rank."""

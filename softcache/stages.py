@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import typing
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,7 @@ def parse_stages(config: TrainConfig) -> list[Stage]:
         LossError: a term that cannot be.
     """
     hints = typing.get_type_hints(TrainConfig)
+    choices = {f.name: f.metadata["choices"] for f in fields(TrainConfig)}
     stages = []
     for number, text in enumerate(config.stage or ("",), start=1):
         where = f"--stage {number}" if config.stage else "--"
@@ -68,6 +69,8 @@ def parse_stages(config: TrainConfig) -> list[Stage]:
                 raise ConfigError(f"{where}: {key} is given twice", tip="keep one of them")
             value = tuple(values) if key == "loss" else ",".join(values)
             changes[key] = value if key == "loss" else coerce(value, hints[key], f"{where}: {key}")
+            if choices[key] and value not in choices[key]:
+                raise ConfigError(f"{where}: {key} cannot be {value!r}", tip=nearest(str(value), choices[key]))
         own = replace(config, stage=(), **changes)
         _check(own, where)
         terms = tuple(parse_terms(own.loss, has_cache=config.cache is not None))

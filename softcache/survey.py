@@ -239,9 +239,9 @@ def choose_storages(
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
         texts = _asked_of(config.features, teacher, known)
-        texts += [
-            text for text in features_for(config.for_, teacher, prober.first_batch(teacher), codec) if text not in texts
-        ]
+        named = {str(spec) for spec in teacher.parse_features(texts)} if texts else set()
+        needed = features_for(config.for_, teacher, prober.first_batch(teacher), codec)
+        texts += [text for text in needed if text not in named]
         storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober)
     return storages
 

@@ -75,9 +75,9 @@ def stages_of(model: nn.Module, inputs: Any) -> list[ModuleShape]:
 
     A stage is what lies between two reductions of the map's size. Its end is the last module to give a map of that size:
     of those outside the blocks that reduce it, where there are any. Left out are maps of one position, as pooling gives;
-    parts of a block, which are smaller in some direction than what the block gives; and maps that are larger in some
-    direction than the one before: those of a decoder, or with channels last. A network that goes on with tokens behind its
-    last map, as a vision transformer does, has no stages.
+    those with channels last, of which a linear layer gives or takes such; parts of a block, which are smaller in some
+    direction than what the block gives; and maps that are larger in some direction than the one before, as a decoder's. A
+    network that goes on with tokens behind its last map, as a vision transformer does, has no stages.
 
     The model is run once, in eval mode without gradients.
     """
@@ -85,10 +85,11 @@ def stages_of(model: nn.Module, inputs: Any) -> list[ModuleShape]:
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     times = Counter(call.name for call in calls)
     in_tokens = {call.name for call in calls if _are_tokens(call.took) and _are_tokens(call.gave)}
-    sizes = {call.name: _size(call.gave) for call in calls}
+    channels_last = {shape for call in calls if kinds[call.name] == "Linear" for shape in (call.took, call.gave)}
+    sizes = {call.name: () if call.gave in channels_last else _size(call.gave) for call in calls}
     reducing: dict[tuple[int, ...], set[str]] = {}  # size -> blocks that take a map of it and give none
     for call in calls:
-        if kinds[call.name] != "Sequential" and _size(call.took) not in ((), _size(call.gave)):
+        if kinds[call.name] != "Sequential" and _size(call.took) not in ((), sizes[call.name]):
             reducing.setdefault(_size(call.took), set()).add(call.name)
 
     ends: dict[tuple[int, ...], _Call] = {}

@@ -308,6 +308,10 @@ class Cache:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """(N,) int64 row of each sample key, -1 where the cache does not hold it."""
+        return find_ids(self.samples.ids, sample_ids(keys))
+
     def gather(
         self,
         rows: np.ndarray,

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,14 +30,14 @@ from softcache.config import TrainConfig
 from softcache.data.loading import epoch_order, load_batches, to_device
 from softcache.errors import ConfigError, MissingExtraError, TrainingError
 from softcache.evaluate import Evaluation, evaluate, item_shape
-from softcache.learner import Learner, build_objectives, make_optimizer, over_ranks
+from softcache.learner import Learner, build_objectives, freeze_for, make_optimizer, over_ranks
 from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.material import Material, open_material, views_of, visits
 from softcache.models import Model, build_vocabulary, load_model, load_weights, save_student
 from softcache.models.initialise import Initialised, initialise
 from softcache.objective import Given, Objective, Sizes
-from softcache.pairing import StudentTaps
+from softcache.pairing import Student, StudentTaps
 from softcache.ranks import Ranks, joined_ranks
 from softcache.run_folder import (
     BEST,
@@ -50,7 +50,7 @@ from softcache.run_folder import (
     locked,
     write_metrics,
 )
-from softcache.stages import freeze, parse_stages, train_mode
+from softcache.stages import parse_stages, train_mode
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,17 @@ def _train(config: TrainConfig, out: Path, device: torch.device, ranks: Ranks, *
     seen = material.policy.for_evaluation()
     measure = partial(evaluate, kept, policy=seen, device=device, workers=workers, autocast=autocast)
 
+    # a rehearsal of every stage: what does not fit is refused before anything is learned or written
+    few = material.few(model.input.collate, views_of(0, material.cache, config)[0])
+    for stage, objective in zip(stages, objectives, strict=True):
+        freeze_for(stage, model, objective, fixed)
+        batch = material.batch(few, config, objective.feature_names, device)
+        given = Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, (len(few.index),) * ranks.size)
+        last = Moment(stage.config.epochs - 1, steps - 1, steps, stage.config.epochs)
+        with _tapped(student, objective) as taps:
+            learner = Learner(model, objective, taps, autocast=autocast)
+            learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, stage.config.epochs), last])
+
     data = data_fingerprint(material.sample_ids, transfer_set.labels, tuple(getattr(model.input, "vocabulary", ())))
     check_same_data(out, data)
     progress, saved = read_progress(out, ranks)
@@ -132,8 +143,7 @@ def _train(config: TrainConfig, out: Path, device: torch.device, ranks: Ranks, *
         if number < progress.stage:
             continue
         settings = stage.config
-        freeze(model.net, settings.freeze, fixed)
-        learned = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
+        learned = freeze_for(stage, model, objective, fixed)
         trained = Trained(
             model.net,
             parts,
@@ -147,10 +157,7 @@ def _train(config: TrainConfig, out: Path, device: torch.device, ranks: Ranks, *
             progress.stage, progress.epoch, progress.step, progress.sums = number, 0, 0, {}
         optimizer, scaler = trained.optimizer, trained.scaler
         to_come = sum(later.config.epochs for later in stages[number:])
-        with ExitStack() as stack:
-            taps = None
-            if student is not None and objective.pairs:
-                taps = stack.enter_context(StudentTaps(student, objective.pairs))
+        with _tapped(student, objective) as taps:
             learner = Learner(model, objective, taps, autocast=autocast, compiled=config.compile)
             shared = over_ranks(learner, ranks, device, to_device(sample, device))
 
@@ -227,6 +234,11 @@ def _train(config: TrainConfig, out: Path, device: torch.device, ranks: Ranks, *
     return TrainResult(out, metrics, evaluation, sum(p.numel() for p in model.net.parameters()))
 
 
+def _tapped(student: Student | None, objective: Objective) -> AbstractContextManager[StudentTaps | None]:
+    """What an objective needs of the student's layers, while it is entered."""
+    return nullcontext() if student is None or not objective.pairs else StudentTaps(student, objective.pairs)
+
+
 def _backward(
     learner: nn.Module,
     objective: Objective,
@@ -275,14 +287,20 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("--view and --views-per-visit cannot be given together")
     if config.init_map and not config.init_from:
         raise ConfigError("--init-map needs --init-from")
+    if config.tensorboard:
+        _summary_writer()
 
 
 def _check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:
-    last = count % batch_size or batch_size
-    if last < ranks.size:
+    def last(size: int) -> int:
+        return count % size or size
+
+    if last(batch_size) < ranks.size:
+        better = next((size for size in range(batch_size + 1, count + 1) if last(size) >= ranks.size), None)
         raise ConfigError(
-            f"the last of {count} samples in batches of {batch_size} are {last}, fewer than the {ranks.size} processes",
-            tip=f"choose another --batch-size, such as {batch_size + 1}",
+            f"the last of {count} samples in batches of {batch_size} are {last(batch_size)}, fewer than the {ranks.size} "
+            "processes",
+            tip=f"choose another --batch-size, such as {better}" if better else "start fewer processes",
         )
 
 
@@ -319,13 +337,17 @@ def _is_stale(metrics: list[dict[str, Any]], patience: int | None, stage: int) -
 
 def _board(out: Path, epochs: int) -> Any:
     """Where TensorBoard finds the metrics; epochs from `epochs` on are written anew."""
+    return _summary_writer()(str(out / TENSORBOARD), purge_step=epochs)
+
+
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError(
             "--tensorboard needs the package tensorboard", tip="pip install 'softcache[tensorboard]'"
         ) from None
-    return SummaryWriter(str(out / TENSORBOARD), purge_step=epochs)
+    return SummaryWriter
 
 
 def _note(board: Any, row: dict[str, Any]) -> None:

@@ -27,77 +27,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from small_world import Arrays, Outcome, World, joined, relative, trained, weights_of
 
-from softcache import cli, dump, train
-from softcache.config import DumpConfig, TrainConfig
+from softcache import cli, train
+from softcache.config import TrainConfig
 from softcache.errors import SoftcacheError, TrainingError
 from softcache.evaluate import Evaluation
 from softcache.ranks import joined_ranks
 
-BATCH, COUNT = 128, 301  # batches of 128, 128 and 45: of the last, one rank takes 23 and the other 22
-STEPS = 3
-
-PIECES = '''
-import os
-import time
-
-import numpy as np
-import torch
-from torch import nn
-
-
-class Toy:
-    """Images of which some have no label; those of the first half seldom have one."""
-
-    class_names = ("ant", "bee", "cat", "dog", "eel")
-
-    def __init__(self, count, seed, rare):
-        draw = np.random.default_rng(seed)
-        self.images = draw.integers(0, 256, (count, 8, 8), dtype=np.uint8)
-        truth = self.images.reshape(count, 8, 8)[:, 0, :5].argmax(axis=1)
-        known = draw.random(count) < (0.03 if rare else np.where(np.arange(count) < count // 2, 0.1, 0.9))
-        self.labels = np.where(known, truth, -1)
-        self.sample_keys = [f"toy/{i}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy(count: int = 301, seed: int = 0, rare: bool = False):
-    return Toy(count, seed, rare)
-
-
-class Net(nn.Module):
-    def __init__(self, width, num_classes, norm, dropout):
-        super().__init__()
-        self.pause_s = float(os.environ.get("STUDENT_PAUSE_S", "0"))
-        normed = nn.BatchNorm2d if norm else nn.Identity
-        self.early = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), normed(width), nn.ReLU())
-        self.late = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, padding=1), normed(2 * width), nn.ReLU())
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(2 * width, num_classes)
-
-    def forward(self, images):
-        time.sleep(self.pause_s)
-        maps = self.late(self.early(images.reshape(-1, 1, 8, 8) - 0.5))
-        return self.head(self.dropout(maps.mean(dim=(2, 3))))
-
-
-def net(num_classes, norm: bool = False, dropout: float = 0.0):
-    return Net(6, num_classes, norm, dropout)
-
-
-def teacher(num_classes):
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        made = Net(8, num_classes, False, 0.0)
-        nn.init.normal_(made.head.weight, std=5.0)
-    return made
-'''
+STEPS = 3  # of an epoch: batches of 128, 128 and 45; of the last, one rank takes 23 samples and the other 22
 
 # ------------------------------------------------------------------------------------------------ two processes, many orders
 
@@ -174,56 +112,6 @@ def pair() -> Iterator[Pair]:
 
 # ------------------------------------------------------------------------------------------------------- what is compared
 
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimiser step of one process began with and computed."""
-
-    before: Arrays
-    values: dict[str, float]
-    gradients: Arrays
-    after: Arrays  # buffers: banks, BatchNorm's statistics
-
-
-@dataclass(frozen=True)
-class Outcome:
-    steps: list[Step]
-    metrics: list[dict[str, Any]]
-
-
-def arrays(state: dict[str, torch.Tensor]) -> Arrays:
-    return {name: tensor.detach().numpy().copy() for name, tensor in state.items()}
-
-
-def trained(config: TrainConfig, starts: Sequence[Arrays] | None = None) -> Outcome:
-    """Run the recipe and note every step; each begins with the weights and banks in `starts`, where they are given."""
-    original, steps = train._backward, []
-
-    def noted(learner: Any, objective: Any, *rest: Any) -> dict[str, torch.Tensor]:
-        bare = getattr(learner, "module", learner)
-        if starts is not None:
-            start = {name: torch.from_numpy(value) for name, value in starts[len(steps)].items()}
-            bare.load_state_dict(start)
-        before = arrays(bare.state_dict())
-        values = original(learner, objective, *rest)
-        gradients = {name: p.grad for name, p in bare.named_parameters() if p.grad is not None}
-        totals = {name: value.item() for name, value in values.items()}
-        steps.append(Step(before, totals, arrays(gradients), arrays(dict(bare.named_buffers()))))
-        return values
-
-    with mock.patch.object(train, "_backward", noted):
-        result = train.run(config, quiet=True)
-    return Outcome(steps, result.metrics)
-
-
-def relative(found: np.ndarray | float, wanted: np.ndarray | float) -> float:
-    """Of the difference, in L2 norm."""
-    size = float(np.linalg.norm(wanted))
-    difference = float(np.linalg.norm(np.asarray(found, np.float64) - np.asarray(wanted, np.float64)))
-    return difference / size if size else difference
-
 
 @dataclass(frozen=True)
 class Differences:
@@ -255,67 +143,17 @@ def differences(alone: Outcome, both: Sequence[Outcome]) -> Differences:
     return Differences(value, gradient, tensor, buffer, metrics_apart(both[0].metrics, alone.metrics))
 
 
-def joined(named: Arrays) -> np.ndarray:
-    return np.concatenate([named[name].ravel() for name in sorted(named)])
-
-
 def metrics_apart(found: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]]) -> float:
     """The largest relative difference of any term in any epoch."""
     names = [name for name, v in wanted[0].items() if isinstance(v, float) and name != "seconds"]
     return max(relative(row[name], own[name]) for row, own in zip(found, wanted, strict=True) for name in names)
 
 
-class World:
-    """pieces.py; `plain`: a cache of two views with features of the teacher; `mixed`: one whose views are mixed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        (path / "pieces.py").write_text(PIECES)
-        features = ("early:map", "late:map", "late:pool", "late:flatten")
-        self.dump("plain", policy=("shift:pixels=1",), features=features, views=2)
-        self.dump("mixed", policy=("mixup:alpha=1",))
-
-    def spec(self, name: str) -> str:
-        return f"{self.path}/pieces.py:{name}"
-
-    def dump(self, out: str, **settings: Any) -> None:
-        dump.run(
-            DumpConfig(
-                data=self.spec("toy"),
-                teacher=(self.spec("teacher"),),
-                out=str(self.path / out),
-                codec="float32",
-                threads=1,
-                device="cpu",
-                **settings,
-            ),
-            quiet=True,
-        )
-
-    def config(self, out: Path, *losses: str, **settings: Any) -> TrainConfig:
-        given: dict[str, Any] = {
-            "data": self.spec("toy"),
-            "student": self.spec("net"),
-            "cache": "plain",
-            "loss": losses,
-            "batch_size": BATCH,
-            "epochs": 1,
-            "optimizer": "sgd",
-            "schedule": "constant",
-            "lr": 0.05,
-            "threads": 1,
-            "device": "cpu",
-            "check_content": "none",
-        }
-        given |= settings
-        if given["cache"] is not None:
-            given["cache"] = str(self.path / given["cache"])
-        return TrainConfig(out=str(out), **given)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("ranks"))
+    world = World(tmp_path_factory.mktemp("ranks"))
+    world.cache("plain")
+    return world
 
 
 # ---------------------------------------------------------------------------- each step from the same weights: one against two
@@ -397,6 +235,18 @@ def test_batch_statistics_are_each_ranks_own(world: World, pair: Pair, tmp_path:
         assert found.value < 0.1
 
 
+def seed_after(config: TrainConfig) -> int:
+    train.run(config, quiet=True)
+    return torch.initial_seed()
+
+
+def test_each_rank_has_dropout_of_its_own(world: World, pair: Pair, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run", "kd", student=world.spec("net?dropout=0.5"), seed=8)
+    first, second = pair(seed_after, config)
+    assert first == 8  # as one process
+    assert second != 8
+
+
 def test_a_stage_begins_with_the_same_statistics_on_every_rank(world: World, pair: Pair, tmp_path: Path) -> None:
     """Those of the first rank, which are the student's: a frozen BatchNorm normalises with them."""
     stages = ("loss=kd", "loss=hint:layer=late:pool loss=ce freeze=early,late")
@@ -409,10 +259,6 @@ def test_a_stage_begins_with_the_same_statistics_on_every_rank(world: World, pai
 
 
 # --------------------------------------------------------------------------------------------------------- 30 steps, freely
-
-
-def weights_of(out: Path) -> Arrays:
-    return {name: tensor.numpy() for name, tensor in load_file(out / "student.safetensors").items()}
 
 
 def outcome_of(config: TrainConfig) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import multiprocessing
@@ -119,12 +120,12 @@ def _exit_with(argv: list[str], pause_s: float) -> None:
     sys.exit(cli.main(argv))
 
 
-def outcome(out: Path) -> tuple[str, list[dict[str, Any]], str]:
+def outcome(out: Path) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
     """What must not differ: the student's bytes, the metrics without their seconds, and the CSV's."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    table = [line.rpartition(",")[0] for line in (out / "metrics.csv").read_text().splitlines()]
-    metrics = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-    return hashlib.sha256((out / "student.safetensors").read_bytes()).hexdigest(), metrics, "\n".join(table)
+    table = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
+    metrics, cells = ([{k: v for k, v in row.items() if k != "seconds"} for row in one] for one in (rows, table))
+    return hashlib.sha256((out / "student.safetensors").read_bytes()).hexdigest(), metrics, cells
 
 
 def step_of(checkpoint: Path) -> tuple[int, int]:
@@ -138,7 +139,7 @@ def step_of(checkpoint: Path) -> tuple[int, int]:
 def kill_in_the_middle(server: Any, argv: list[str], out: Path, moment: random.Random) -> tuple[int, int]:
     """Start, wait for a random checkpoint, then a little longer, and kill; where the last checkpoint stands."""
     awaited = (moment.randrange(EPOCHS), moment.choice([3, 6, 9]))
-    process = server.Process(target=_exit_with, args=(argv, 0.01))
+    process = server.Process(target=_exit_with, args=(argv, 0.03))
     process.start()
     start = time.monotonic()
     while step_of(out / "checkpoint.pt") < awaited:
@@ -208,6 +209,84 @@ def test_a_run_that_stopped_after_an_epoch_goes_on(folder: Path, tmp_path: Path,
             assert cli.main(command(folder, out)) == 130
         assert cli.main(command(folder, out)) == 0
         assert outcome(out) == outcome(tmp_path / "alone")
+
+
+# two stages, each of two epochs of three steps; whatever is carried from one step to a later one
+EVERYTHING = ["--views-per-visit", "2", "--accumulate", "2", "--ema", "0.9", "--clip-norm", "0.5", "--keep", "best"]
+EVERYTHING += ["--patience", "5", "--batch-size", "64", "--epochs", "2", "--optimizer", "sgd"]
+EVERYTHING += ["--loss", "crd:negatives=8,width=8,layer=0", "--loss", "hint:layer=0,weight=0.1"]
+EVERYTHING += ["--stage", "freeze=layers.1 lr=0.05 schedule='warmup(4steps, linear)'"]
+FADING = "loss='kd:temperature=linear(8, 2),weight=cosine(1, 0.5)' loss=crd:negatives=8,width=8,layer=0"
+EVERYTHING += ["--stage", f"optimizer=adamw {FADING} loss=hint:layer=0,weight=0.1 loss=ctkd"]
+SAVES = 12
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    argv = ["dump", "--data", f"{folder}/pieces.py:toy", "--teacher", f"{folder}/pieces.py:teacher", "--quiet"]
+    argv += ["--policy", "crop_flip:padding=1", "--views", "3", "--threads", "1", "--device", "cpu"]
+    assert cli.main([*argv, "--features", "0:flatten", "--out", str(folder / "features")]) == 0
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert cli.main(everything(folder, out)) == 0
+    return out
+
+
+def everything(folder: Path, out: Path, *more: str) -> list[str]:
+    return command(folder, out, *EVERYTHING, *more, settings="--cache {folder}/features")
+
+
+def stop_after(saves: int, argv: list[str], monkeypatch: Any) -> None:
+    """Run until that many checkpoints have been written, and break off."""
+    from softcache import train
+
+    original, calls = train.save_progress, 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal calls
+        original(*arguments)
+        calls += 1
+        if calls == saves:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_progress", counted)
+        assert cli.main(argv) == 130
+
+
+def differing(one: Any, other: Any, where: str = "") -> list[str]:
+    """Places at which two checkpoints differ, but for the seconds."""
+    if isinstance(one, dict):
+        keys = [key for key in {**one, **other} if key != "seconds"]
+        return [place for key in keys for place in differing(one.get(key), other.get(key), f"{where}/{key}")]
+    if isinstance(one, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [place for i, pair in pairs for place in differing(*pair, f"{where}/{i}")]
+    if isinstance(one, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
+    return [] if one == other else [where]
+
+
+@pytest.mark.parametrize("saves", range(1, SAVES + 1))
+def test_stopped_after_any_step_and_resumed(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: Any, saves: int
+) -> None:
+    out = tmp_path / "run"
+    stop_after(saves, everything(folder, out, "--checkpoint-every", "1"), monkeypatch)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["progress"]
+    assert (state["stage"], len(state["metrics"]), state["step"]) == ((saves - 1) // 6, saves // 3, saves % 3)
+    assert cli.main(everything(folder, out)) == 0
+    assert outcome(out) == outcome(undisturbed)
+    states = [torch.load(place / "checkpoint.pt", weights_only=True) for place in (out, undisturbed)]
+    assert differing(*states) == []
+    assert {"net", "parts", "optimizer", "average", "random"} <= states[0].keys()
+    assert any(name.endswith("student_bank") for name in states[0]["parts"])
+
+
+def test_stopped_after_every_step(folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    for _ in range(SAVES):
+        stop_after(1, everything(folder, tmp_path / "run", "--checkpoint-every", "1"), monkeypatch)
+    assert cli.main(everything(folder, tmp_path / "run")) == 0
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
 
 
 def test_a_finished_run_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ class Loss:
             used where every other setting is at its default.
         mixed: the same for views mixed with a partner; None where it is defined by one hard label alone, or needs none.
         multi_label: labels may be (B, C) multi-hot.
-        features: reductions of the teacher's layer that serve it, cheapest first; "head" is the input of its final linear.
+        features: reductions of the teacher's layer that serve it, first the cheapest that gives the authors' own loss; "head"
+            is the input of its final linear.
         reduction: of the student's layer, where it is not that of the teacher's.
         layers: which layers by default: "head", the "last" map, the "middle" one, or all "stages".
         widths: the student's layer must have the teacher's number of channels, or an adapter.
@@ -188,7 +189,9 @@ LOSSES: dict[str, Loss] = {
     # maps, or what is kept of them
     "fitnet": Loss(hint, "Romero et al. 2015", features=("map",), layers="middle", widths=True, adapter="linear"),
     "at": Loss(at, "Zagoruyko, Komodakis 2017", features=("attention", "map"), layers="stages"),
-    "sp": Loss(sp, "Tung, Mori 2019", over="batch", features=("flatten", "map", "pool", "head"), layers="last"),
+    "sp": Loss(
+        sp, "Tung, Mori 2019", over="batch", features=("flatten", "map", "pool", "cls", "mean_tokens", HEAD), layers="last"
+    ),
     "nst": Loss(nst, "Huang, Wang 2017", features=("spatial_gram", "map"), layers="stages"),
     "vid": Loss(Vid, "Ahn et al. 2019", features=("map",), layers="stages", widths=True, adapter="mlp"),
     "ab": Loss(ab, "Heo et al. 2019", features=("sign", "map"), reduction="map", layers="stages", widths=True, adapter="linear"),

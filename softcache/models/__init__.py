@@ -13,16 +13,22 @@ from typing import Any
 from torch import nn
 
 from softcache.errors import ModelError, nearest
+from softcache.models.bottleneck import resnet50
 from softcache.models.cnn import cnn
+from softcache.models.encoder import encoder
+from softcache.models.from_timm import names_timm_weights, timm_model
 from softcache.models.from_torchvision import torchvision_model
 from softcache.models.graft import graft
 from softcache.models.initialise import Initialised, initialise
 from softcache.models.inputs import AnyInput, ImageInput, Input, TextInput, VectorInput, restore_input
 from softcache.models.mlp import mlp
+from softcache.models.mobilenet import mobilenetv2
 from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
+from softcache.models.shufflenet import shufflenetv1, shufflenetv2
 from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
+from softcache.models.vgg import vgg
 from softcache.models.weights import (
     METADATA_KEY,
     SavedModel,
@@ -36,6 +42,7 @@ from softcache.models.weights import (
     split_weights,
     weights_file,
 )
+from softcache.models.wrn import wide_resnet, wrn
 from softcache.spec import Spec, call_factory, load_factory, parse_spec
 
 __all__ = [
@@ -80,7 +87,18 @@ MODELS: dict[str, Callable[..., Model]] = {
     "resnet110": cifar_resnet(110),
     "resnet8x4": cifar_resnet(8, X4),
     "resnet32x4": cifar_resnet(32, X4),
+    "resnet50": resnet50,
+    "wrn": wrn,
+    "wrn16_2": wide_resnet(16, 2),
+    "wrn40_1": wide_resnet(40, 1),
+    "wrn40_2": wide_resnet(40, 2),
+    "vgg8": vgg(1),
+    "vgg13": vgg(2),
+    "mobilenetv2": mobilenetv2,
+    "shufflenetv1": shufflenetv1,
+    "shufflenetv2": shufflenetv2,
     "textcnn": textcnn,
+    "encoder": encoder,
 }
 
 
@@ -114,7 +132,8 @@ def load_model(
         return _load_run(text, **data).to(device)
     head, weights = split_weights(text)
     spec = parse_spec(head)
-    if weights and names_torchvision_weights(spec, weights):  # torchvision's own builder knows what else they change
+    if weights and (names_torchvision_weights(spec, weights) or names_timm_weights(spec, weights)):
+        # their own builder knows what else the weights change
         if "weights" in spec.parameters:
             raise ModelError(f"{text!r} names weights twice", tip="keep one of them")
         spec, weights = parse_spec(f"{head}{'&' if spec.parameters else '?'}weights={weights}"), ""
@@ -135,7 +154,7 @@ def build(
     input_shape: tuple[int, ...] | None = None,
     vocabulary: Sequence[str] | None = None,
 ) -> Any:
-    """What a spec names: a Model for our own and torchvision's, whatever a user's factory returns for the others.
+    """What a spec names: a Model for our own, torchvision's and timm's, whatever a user's factory returns for the others.
 
     A teacher may be anything that maps a batch to logits, so nothing is checked about a factory's result; a student
     goes through `load_model`. A factory is offered num_classes, class_names, input_shape and vocabulary: it gets those
@@ -164,17 +183,22 @@ def build(
 def _builder(spec: Spec) -> Callable[..., Model]:
     if spec.scheme == "torchvision":
         return torchvision_model(spec.name)
+    if spec.scheme == "timm":
+        return timm_model(spec.name)
     if spec.scheme == "softcache":
         if spec.name not in MODELS:
             raise ModelError(f"softcache has no model {spec.name!r}", tip=nearest(spec.name, MODELS))
         return MODELS[spec.name]
     if not spec.scheme:
-        shapes = "a model is softcache:mlp, torchvision:resnet18, package.module:factory or path/file.py:factory"
+        shapes = (
+            "a model is softcache:mlp, torchvision:resnet18, timm:resnet18, package.module:factory or file.py:factory"
+        )
         tip = f"did you mean 'softcache:{spec.name}'?" if spec.name in MODELS else shapes
         raise ModelError(f"{spec.text!r} is neither a run folder nor a model", tip=tip)
     raise ModelError(
         f"{spec.text!r}: unknown kind of model {spec.scheme!r}",
-        tip=nearest(spec.scheme, ("softcache", "torchvision")) + "; a factory is package.module:name or file.py:name",
+        tip=nearest(spec.scheme, ("softcache", "timm", "torchvision"))
+        + "; a factory is package.module:name or file.py:name",
     )
 
 

@@ -8,10 +8,11 @@ that their weights load.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
-from softcache.models.inputs import ImageInput, channels_of
+from softcache.models.images import he_normal, image_model
 from softcache.models.model import Model
 
 PLAIN = (16, 16, 32, 64)  # stem and three stages
@@ -25,17 +26,18 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.relu = nn.ReLU()
+        self.relu2 = nn.ReLU()
         self.downsample: nn.Module | None = None
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+        x = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(x)) + shortcut)
 
 
 class CifarResNet(nn.Module):
@@ -53,9 +55,7 @@ class CifarResNet(nn.Module):
         self.layer3 = _stage(widths[2], widths[3], n, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[3], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))  # (B, widths[0], H, W)
@@ -70,17 +70,4 @@ def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
 
 def cifar_resnet(depth: int, widths: tuple[int, int, int, int] = PLAIN) -> Callable[..., Model]:
     """The builder of one member of the family, for the table of models."""
-
-    def build(
-        num_classes: int,
-        input_shape: tuple[int, ...] | None = None,
-        in_channels: int | None = None,
-        mean: tuple[float, ...] = (0.5,),
-        std: tuple[float, ...] = (0.5,),
-        scale: float = 255.0,
-    ) -> Model:
-        """`in_channels` wins over `input_shape`; without either it is 3. mean, std, scale: see ImageInput."""
-        channels = channels_of(input_shape, in_channels)
-        return Model(CifarResNet(depth, widths, channels, num_classes), ImageInput(channels, mean, std, scale))
-
-    return build
+    return image_model(partial(CifarResNet, depth, widths))

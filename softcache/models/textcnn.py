@@ -69,22 +69,28 @@ def textcnn(
         ModelError: no vocabulary, or one that cannot be read.
         ConfigError: a number out of range.
     """
-    if vocabulary is None:
-        raise ModelError(
-            "softcache:textcnn needs a vocabulary",
-            tip="add vocabulary=FILE (softcache.models.write_vocabulary makes one), or name a trained run",
-        )
     if min(kernels, default=0) < 1 or min(width, embedding) < 1 or not 0 <= dropout < 1:
         raise ConfigError(
             f"softcache:textcnn: kernels={kernels}, width={width}, embedding={embedding}, dropout={dropout}",
             tip="kernels, width and embedding are at least 1, and 0 <= dropout < 1",
         )
+    tokens = tokens_of(vocabulary, "softcache:textcnn")
+    net = TextCNN(len(tokens) + UNKNOWN + 1, embedding, width, kernels, dropout, num_classes)
+    return Model(net, TextInput(tokens, max_tokens, min_tokens=max(kernels)))
+
+
+def tokens_of(vocabulary: str | Sequence[str] | None, model: str) -> tuple[str, ...]:
+    """The distinct tokens of a text model's `vocabulary`; ModelError when there are none, or one comes twice."""
+    if vocabulary is None:
+        raise ModelError(
+            f"{model} needs a vocabulary",
+            tip="add vocabulary=FILE (softcache.models.write_vocabulary makes one), or name a trained run",
+        )
     tokens = read_vocabulary(Path(vocabulary)) if isinstance(vocabulary, str) else tuple(vocabulary)
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
         raise ModelError(f"the vocabulary repeats {len(repeated)} token(s): {first_offenders(repeated, len(repeated))}")
-    net = TextCNN(len(tokens) + UNKNOWN + 1, embedding, width, kernels, dropout, num_classes)
-    return Model(net, TextInput(tokens, max_tokens, min_tokens=max(kernels)))
+    return tokens
 
 
 def build_vocabulary(texts: Iterable[str], *, size: int = 20000, min_count: int = 2) -> list[str]:

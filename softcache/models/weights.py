@@ -80,7 +80,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     """JSON-able: what `read_saved` gives back of a student, and what goes with a model that is exported."""
     spec = parse_spec(model.spec)
     return {
-        "spec": (spec.without("weights") if spec.scheme == "torchvision" else spec).portable(),
+        "spec": (spec.without("weights") if spec.scheme in ("torchvision", "timm") else spec).portable(),
         "num_classes": model.num_classes,
         "class_names": model.data_class_names or model.class_names or (),
         "input_shape": model.input_shape,
