@@ -17,10 +17,12 @@ from softcache.losses.schedules import Moment
 from softcache.models import Model
 from softcache.models.graft import graft
 from softcache.models.projector import Projector
-from softcache.objective import Given, Objective, Parts, Sizes, Teacher, named_terms
+from softcache.objective import Given, Objective
 from softcache.pairing import Student, StudentTaps, pairs_of
+from softcache.parts import Parts, Sizes
 from softcache.ranks import Ranks
 from softcache.stages import Stage, freeze
+from softcache.terms import CachedTeacher, named_terms
 
 # its name since torch 2.12, and before
 SYNC = next(
@@ -125,7 +127,7 @@ def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any
 
 
 def build_objectives(
-    stages: Sequence[Stage], model: Model, inputs: Any, teacher: Teacher | None, sizes: Sizes, ranks: Ranks
+    stages: Sequence[Stage], model: Model, inputs: Any, teacher: CachedTeacher | None, sizes: Sizes, ranks: Ranks
 ) -> tuple[list[Objective], Student | None]:
     """The objective of each stage, and the student as probed with a batch of inputs (None where no term taps it).
 
@@ -164,7 +166,7 @@ def build_objectives(
     return objectives, student
 
 
-def _graft(term: LossTerm, model: Model, student: Student, teacher: Teacher | None, inputs: Any) -> None:
+def _graft(term: LossTerm, model: Model, student: Student, teacher: CachedTeacher | None, inputs: Any) -> None:
     assert teacher is not None
     (pair, *more) = pairs_of(term, teacher.cache, teacher.members, student)
     if more:

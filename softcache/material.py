@@ -23,11 +23,12 @@ from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError
 from softcache.evaluate import check_same_classes
 from softcache.losses import LossTerm
-from softcache.objective import Given, Labels, Teacher, check_labels, check_mixed, check_term, parse_members
+from softcache.objective import Given, Labels
 from softcache.ranks import Ranks
 from softcache.run_folder import pinned_cache
 from softcache.targets import Cache, Joined, Targets
 from softcache.targets import open as open_cache
+from softcache.terms import CachedTeacher, check_labels, check_mixed, check_term, parse_members
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Material:
     eval_set: TransferSet | None
     policy: Policy
     joined: Joined | None
-    teacher: Teacher | None
+    teacher: CachedTeacher | None
     partners: Partners
     ids: np.ndarray | None
     labelled: int
@@ -199,7 +200,7 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], out: Path) -> 
     joined = _join(cache, transfer_set, config) if cache is not None else None
     chosen = tuple(class_indices(transfer_set.class_names, config.classes)) if config.classes else None
     weights = parse_members(config.members)
-    teacher = None if cache is None else Teacher(cache, config.combine, weights, config.seed, chosen)
+    teacher = None if cache is None else CachedTeacher(cache, config.combine, weights, config.seed, chosen)
     for term in terms if teacher is not None else ():
         check_term(teacher, term)  # type: ignore[arg-type]
     policy = _policy(config, cache)

@@ -14,7 +14,7 @@ from softcache.config import TrainConfig, coerce, parse_settings
 from softcache.errors import ConfigError, nearest
 from softcache.losses import LossTerm
 from softcache.losses.schedules import Moment, Schedule
-from softcache.objective import parse_terms
+from softcache.terms import parse_terms
 
 SETTINGS = (
     "epochs", "loss", "lr", "schedule", "optimizer", "momentum", "nesterov", "weight_decay", "freeze", "patience",

@@ -36,8 +36,9 @@ from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_wo
 from softcache.material import Material, open_material, views_of, visits
 from softcache.models import Model, build_vocabulary, load_model, load_weights, save_student
 from softcache.models.initialise import Initialised, initialise
-from softcache.objective import Given, Objective, Sizes
+from softcache.objective import Given, Objective
 from softcache.pairing import Student, StudentTaps
+from softcache.parts import Sizes
 from softcache.ranks import Ranks, joined_ranks
 from softcache.run_folder import (
     BEST,

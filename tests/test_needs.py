@@ -475,17 +475,17 @@ def test_a_stage_ends_outside_the_block_that_reduces_it() -> None:
 
 
 class Shared(nn.Module):
-    """One activation for all places, and pooling by a function."""
+    """An activation for all maps, one for all vectors, and pooling by a function."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1)
-        self.act = nn.ReLU()
+        self.act, self.act2 = nn.ReLU(), nn.ReLU()
         self.hidden, self.fc = nn.Linear(6, 7), nn.Linear(7, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.b(self.act(self.a(x)))).mean(dim=(2, 3))
-        return self.fc(self.act(self.hidden(x)))
+        return self.fc(self.act2(self.hidden(self.act2(x))))
 
 
 def test_a_module_that_is_called_twice_is_no_stage_and_no_feature() -> None:
@@ -493,7 +493,7 @@ def test_a_module_that_is_called_twice_is_no_stage_and_no_feature() -> None:
     net, images = Shared(), torch.randn(2, 3, 16, 16)
     assert stage_names(net, images) == ["a", "b"]
     assert head_of(net, images) is net.fc
-    assert head_feature(net, images, net.fc) is None  # `act` gives it, at its third call
+    assert head_feature(net, images, net.fc) is None  # `act2` gives it, at its second call
 
 
 class Decoder(nn.Module):

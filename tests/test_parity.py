@@ -22,6 +22,7 @@ from conftest import QuickDump
 from torch import Tensor
 
 from softcache import objective
+from softcache import terms as terms_module
 from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches
 from softcache.data.transfer_set import open_transfer_set
@@ -142,10 +143,10 @@ def walk(
     """STEPS steps of one student from the cache, as train makes them, each beside the live teachers'."""
     transfer_set = open_transfer_set(data)
     joined = cache.join(transfer_set)
-    terms = objective.parse_terms([loss], has_cache=True)
+    terms = terms_module.parse_terms([loss], has_cache=True)
     (term,) = terms
-    teacher = objective.Teacher(cache, rule, {name: float(weight) for name, weight in weights.items()}, SEED)
-    objective.check_term(teacher, term)
+    teacher = terms_module.CachedTeacher(cache, rule, {name: float(weight) for name, weight in weights.items()}, SEED)
+    terms_module.check_term(teacher, term)
     lesson = objective.Objective(terms, teacher=teacher)
     temperature = 1.0 if term.temperature is None else term.temperature.at(Moment())
     link = "sigmoid" if term.name == "bce" else "softmax"

@@ -28,8 +28,8 @@ from softcache.errors import (
     TrainingError,
 )
 from softcache.models import load_model, read_metadata, read_saved
-from softcache.objective import Teacher, check_term, parse_members, parse_terms
 from softcache.run_folder import STUDENT
+from softcache.terms import CachedTeacher, check_term, parse_members, parse_terms
 from softcache.train import TrainResult
 
 PIECES = """
@@ -458,9 +458,7 @@ def test_views_take_turns(world: World, tmp_path: Path) -> None:
             lambda step: 0.5 ** ((step >= 3) + (step >= 9)),
             id="step",
         ),
-        pytest.param(
-            {"schedule": "warmup(2)"}, lambda step: min(1.0, (step + 1) / 6), id="warm-up"
-        ),
+        pytest.param({"schedule": "warmup(2)"}, lambda step: min(1.0, (step + 1) / 6), id="warm-up"),
         pytest.param(
             {"schedule": "warmup(1, cosine)"},
             lambda step: (step + 1) / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 9)),
@@ -694,8 +692,8 @@ def test_terms_and_members_as_flags() -> None:
 def test_a_single_member_under_any_rule_serves_mse(world: World) -> None:
     cache = softcache.open(world.path / "one")
     (term,) = parse_terms(["mse_logits"], has_cache=True)
-    check_term(Teacher(cache, "mean_logits"), term)
+    check_term(CachedTeacher(cache, "mean_logits"), term)
     three = softcache.open(world.path / "three")
-    check_term(Teacher(three, "draw", {"sharp": 1.0, "blunt": 1.0}), term)
+    check_term(CachedTeacher(three, "draw", {"sharp": 1.0, "blunt": 1.0}), term)
     with pytest.raises(LossError, match="log_probs"):
-        check_term(Teacher(three), term)
+        check_term(CachedTeacher(three), term)

@@ -17,11 +17,12 @@ from small_world import Outcome, Step, World, joined, relative, trained, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import softcache
-from softcache import cli, evaluate, objective, train
+from softcache import cli, evaluate, objective, parts, train
 from softcache.config import EvalConfig, TrainConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import ClassMismatchError, ConfigError, DataError, LossError, ModelError
 from softcache.evaluate import Evaluation
+from softcache.losses import LOSSES, chunked_kd
 from softcache.models import load_model, read_saved
 
 STEPS = 3  # of an epoch: 301 samples in batches of 128
@@ -393,13 +394,13 @@ def test_a_run_on_other_classes_than_the_datas_is_refused(world: World, tmp_path
 
 def test_losses_on_the_teachers_classifier_take_the_chosen_rows(world: World, tmp_path: Path) -> None:
     taken: list[torch.Size] = []
-    original = objective.Parts.__init__
+    original = parts.Parts.__init__
 
     def noted(self: Any, *arguments: Any) -> None:
         original(self, *arguments)
         taken.extend([self.classifier_weight.shape, self.classifier_bias.shape])
 
-    with mock.patch.object(objective.Parts, "__init__", noted):
+    with mock.patch.object(parts.Parts, "__init__", noted):
         found = trained(world.config(tmp_path / "run", "srrl:layer=late:pool", classes=("1", "3-4")))
     assert taken == [(3, 16), (3,)]
     assert np.isfinite(found.steps[-1].values["srrl"])
@@ -475,13 +476,13 @@ def test_many_classes_give_what_few_do(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """kd in pieces, where nothing but its temperature is set; its other forms stay whole."""
-    original, temperatures = objective.Objective._of_many_classes, []
+    temperatures: list[float] = []
 
-    def noted(self: Any, term: Any, values: Any, *rest: Any) -> torch.Tensor:
-        temperatures.append(values["temperature"])
-        return original(self, term, values, *rest)
+    def noted(student_logits: torch.Tensor, rows: Any, temperature: float) -> torch.Tensor:
+        temperatures.append(temperature)
+        return chunked_kd(student_logits, rows, temperature)
 
-    monkeypatch.setattr(objective.Objective, "_of_many_classes", noted)
+    monkeypatch.setitem(LOSSES, "kd", replace(LOSSES["kd"], many_classes=noted))
     losses = ("kd:temperature=linear(4, 2)", "ce", "kd:standardized=true,weight=0.1")
     plain = trained(world.config(tmp_path / "plain", *losses, epochs=2, **settings))
     assert not temperatures

@@ -34,9 +34,10 @@ from softcache.losses import ce, kd, make_term
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device
 from softcache.models import Model, load_model, save_student
-from softcache.objective import Given, Labels, Objective, Teacher
+from softcache.objective import Given, Labels, Objective
 from softcache.report import table
 from softcache.targets import Cache, Targets
+from softcache.terms import CachedTeacher
 
 CODECS = "float16 float32 int8 headtail topk lowrank linear_head linear_head:dtype=int8"
 
@@ -92,7 +93,7 @@ def make_step(
     if cache is not None:
         (codec,) = cache.codecs.values()
         terms.append(make_term("kd" if codec.complete else "kd_lower_bound", temperature=4, weight=0.9))
-    objective = Objective(terms, teacher=None if cache is None else Teacher(cache))
+    objective = Objective(terms, teacher=None if cache is None else CachedTeacher(cache))
 
     def step() -> None:
         batch = next(loader)

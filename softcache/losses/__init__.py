@@ -25,7 +25,7 @@ from softcache.losses.logits import bce, hard, jsd, kd, kd_lower_bound, mse_logi
 from softcache.losses.many_classes import chunked_kd
 from softcache.losses.relations import cc, pkt, rkd_angle, rkd_distance, sp
 from softcache.losses.review import ReviewKd
-from softcache.losses.schedules import Schedule
+from softcache.losses.schedules import Moment, Schedule
 from softcache.spec import convert
 
 __all__ = [
@@ -225,6 +225,10 @@ class LossTerm:
     @property
     def temperature(self) -> Schedule | None:
         return self.settings.get("temperature")
+
+    def settings_at(self, moment: Moment) -> dict[str, Any]:
+        """Every setting's value at a point of training."""
+        return {key: v.at(moment) if isinstance(v, Schedule) else v for key, v in self.settings.items()}
 
     def describe(self) -> dict[str, Any]:
         """As a run records it."""
