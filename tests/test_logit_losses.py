@@ -791,6 +791,19 @@ def test_the_table_of_values_has_a_line_for_every_loss() -> None:
     assert lines["kd"][3] == "0 |" and float(lines["soft_ce"][3].split()[0]) > 1 and lines["ce"][3] == " |"
 
 
+def test_the_page_of_losses_has_the_values_that_the_tool_prints() -> None:
+    page = (Path(tool.__file__).parents[1] / "softcache/LOSSES.md").read_text()
+    printed = tool.markdown(tool.value_of(name) for name in LOSSES).splitlines()
+    listed = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(listed) == len(printed), "python tools/loss_values.py prints the table of softcache/LOSSES.md"
+    for there, now in zip(listed[2:], printed[2:], strict=True):
+        name, settings, *numbers = (part.strip() for part in there.strip("|").split("|"))
+        same_name, same_settings, *found = (part.strip() for part in now.strip("|").split("|"))
+        assert (name, settings) == (same_name, same_settings)
+        for one, other in zip(numbers, found, strict=True):
+            assert one == other or float(one) == pytest.approx(float(other), rel=1e-4, abs=1e-6), name
+
+
 def test_the_bench_says_whether_the_bound_holds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

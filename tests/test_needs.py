@@ -266,27 +266,39 @@ def test_of_every_kind_of_teacher(kind: str, loss: str, world: World, tmp_path: 
     works(world, kind, loss, tmp_path)
 
 
+def paired(
+    world: World, kind: str, cache: softcache.Cache, loss: str, *, same: bool
+) -> list[tuple[str, tuple[str, ...]]]:
+    """(layer of the teacher, layers of the student) that a loss compares by default."""
+    size = KINDS[kind][1]
+    model = load_model(world.student(kind, same=same), num_classes=3, input_shape=(size, size, 3))
+    items = [np.zeros((size, size, 3), np.uint8)] * 2
+    student = Student(model.net, model.input.prepare(model.input.collate(items)))
+    pairs = pairs_of(make_term(loss), cache, cache.members, student)
+    return [(pair.stored.rpartition(":")[0], pair.student) for pair in pairs]
+
+
 @pytest.mark.parametrize("kind", ["resnet8", "vit"])
-def test_one_dump_for_all_losses_serves_each(kind: str, world: World, tmp_path: Path) -> None:
+def test_one_dump_for_all_losses_serves_each(kind: str, world: World, find: Find, tmp_path: Path) -> None:
     """Features stored for one loss do not mislead another: each finds what it would have found alone."""
     wanted = [name for name in LAYERED if not refusal(kind, name)]
     together = dumped(world, kind, tmp_path / "all", for_=tuple(wanted))
-    alone = {}
     for name in wanted:
-        teacher, batch = world.opened(kind)
-        alone[name] = features_for([name], teacher, batch, make_codec("float16", {}, 3))
-    size = KINDS[kind][1]
-    model = load_model(world.student(kind, same=True), num_classes=3, input_shape=(size, size, 3))
-    items = [np.zeros((size, size, 3), np.uint8)] * 2
-    student = Student(model.net, model.input.prepare(model.input.collate(items)))
-    for name in wanted:
-        pairs = pairs_of(make_term(name), together, together.members, student)
-        layers = [feature.rpartition(":")[0] for feature in alone[name]]
-        assert [pair.stored.rpartition(":")[0] for pair in pairs] == layers, name
-        if (
-            layers != ["norm"] and LOSSES[name].layers != HEAD
-        ):  # vectors are compared with the student's last layer's input
-            assert [pair.student for pair in pairs] == [tuple(layer.split("+")) for layer in layers], name
+        layers = [feature.rpartition(":")[0] for feature in find(kind, name)]
+        on_vector = LOSSES[name].layers == HEAD or layers == ["norm"]
+        own = [(HEAD,) if on_vector else tuple(layer.split("+")) for layer in layers]
+        assert paired(world, kind, together, name, same=True) == list(zip(layers, own, strict=True)), name
+
+
+def test_the_middle_stays_the_middle_where_other_layers_are_stored_too(world: World, tmp_path: Path) -> None:
+    both = dumped(world, "resnet8", tmp_path / "both", for_=("simkd", "fitnet"))
+    assert list(both.features[both.members[0]]) == ["layer2:map", "layer3:map"]
+    assert paired(world, "resnet8", both, "fitnet", same=False) == [("layer2", ("6",))]
+    assert paired(world, "resnet8", both, "simkd", same=False) == [("layer3", ("10",))]
+    four = dumped(world, "mobilenet", tmp_path / "four", for_=("fitnet", "vid"))
+    assert paired(world, "mobilenet", four, "fitnet", same=False) == [("features.1", ("maxpool",))]
+    by_hand = dumped(world, "cnn", tmp_path / "by_hand", features=("10", "2", "6"))  # in any order: early to late
+    assert paired(world, "cnn", by_hand, "vid", same=False) == [("2", ("2",)), ("6", ("6",)), ("10", ("10",))]
 
 
 # ------------------------------------------------------------------------------------------------------------ what is stored
