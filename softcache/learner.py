@@ -88,6 +88,7 @@ class Learner(nn.Module):
 
         Raises:
             LossError: a term that cannot be computed of such tensors, or with its settings.
+            ConfigError: what the terms depend on is all frozen.
             ModelError: a student that does not give a row of logits for each sample.
         """
         modes = [(module, module.training) for module in self.modules()]
@@ -101,8 +102,12 @@ class Learner(nn.Module):
                         f"{self.model.spec}: gives {found} for {wanted[0]} samples of {wanted[1]} classes",
                         tip=f"a student's output must be logits of shape (B, {wanted[1]})",
                     )
-                for moment in moments:
-                    self(inputs, given, moment)
+            for moment in moments:
+                if not self.objective.total(self(inputs, given, moment), moment).requires_grad:
+                    raise ConfigError(
+                        "no parameter that learns has a part in this stage's terms",
+                        tip="freeze less, or add a term that reaches what is not frozen",
+                    )
         finally:
             for module, training in modes:
                 module.training = training

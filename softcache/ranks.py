@@ -99,6 +99,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # the others wait for rank 0, which writes last: who leaves first takes the store with it
     finally:
         dist.destroy_process_group()
 

@@ -424,6 +424,11 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "known: fc",
     ),
     "all is frozen": ("--freeze '*'", "every parameter is frozen", "freeze less"),
+    "what the terms reach is frozen": (
+        "--cache {path}/maps --loss at:layer=stage1,student=stage1 --freeze stage1",
+        "no parameter that learns has a part in this stage's terms",
+        "freeze less",
+    ),
     "all is frozen in a second stage": (
         "--stage 'epochs=1 loss=ce' --stage 'epochs=1 loss=ce freeze=*'",
         "every parameter is frozen",
