@@ -122,6 +122,13 @@ def explanation(name: str) -> str:
             ("student", "its layer at the same place; student=NAME chooses"),
             ("adapter", f"between the two: {loss.adapter}; adapter=identity, linear or mlp chooses"),
         ]
+    if loss.graft:
+        facts += [
+            (
+                "graft",
+                "a learned projector behind that layer and the teacher's own classifier, frozen, become part of the student",
+            )
+        ]
     if loss.needs("labels") and loss.mixed is None:
         facts += [("views", "not those mixed with a partner (mixup, cutmix): it is defined by one label")]
     facts += [("schedules", f"{', '.join(one.scheduled)} may change over training, as in weight=linear(1, 0)")]

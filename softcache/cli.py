@@ -336,7 +336,8 @@ def _train(config: TrainConfig, arguments: argparse.Namespace) -> int:
     shown = [row for row in result.metrics if row["epoch"] % max(1, len(result.metrics) // 10) == 0]
     if result.metrics[-1] not in shown:
         shown.append(result.metrics[-1])
-    columns = [name for name in result.metrics[-1] if name != "view"]
+    names = dict.fromkeys(name for row in result.metrics for name in row)  # stages have terms of their own
+    columns = [name for name in names if name not in ("view", "seconds")] + ["seconds"]
     print(table(columns, [[row.get(name) for name in columns] for row in shown]))
     if config.eval_data is not None and result.evaluation is not None:
         print("\n" + summary(config.eval_data, result.evaluation))

@@ -271,7 +271,8 @@ def resolve(
         choices = f.metadata["choices"]
         if name in values and choices and values[name] not in choices:
             raise ConfigError(
-                f"{origins[name]}: {name} cannot be {values[name]!r}", tip=nearest(str(values[name]), choices)
+                f"{flag_of(name) if origins[name] == 'flag' else f'{origins[name]}: {name}'} cannot be {values[name]!r}",
+                tip=nearest(str(values[name]), choices),
             )
         if f.metadata["required"] and not values.get(name):
             flag = flag_of(name)
@@ -320,19 +321,19 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:
     if where.endswith(" stage"):
-        return settings_text(table)
+        return settings_text(table, where)
     if "name" not in table:
         raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
     rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")
     return f"{table['name']}:{rest}" if rest else str(table["name"])
 
 
-def settings_text(table: Mapping[str, Any]) -> str:
+def settings_text(table: Mapping[str, Any], where: str) -> str:
     """A table of settings as one line, `epochs=5 loss=hint loss=ce`: what `--stage` takes."""
     parts = []
     for key, value in table.items():
         for one in value if isinstance(value, list | tuple) else (value,):
-            text = _table_text(one, key) if isinstance(one, dict) else str(one)
+            text = _table_text(one, f"{where}: {key}") if isinstance(one, dict) else str(one)
             parts.append(shlex.quote(f"{key}={text}"))
     return " ".join(parts)
 
@@ -344,12 +345,23 @@ def parse_settings(text: str, where: str) -> dict[str, list[str]]:
         words = shlex.split(text)
     except ValueError as exc:
         raise ConfigError(f"{where}: {text!r}: {exc}") from None
-    for word in words:
+    for word in _closed(words):
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"{where}: {word!r} is not key=value", tip="write 'epochs=5 lr=0.01 loss=kd'")
         found.setdefault(key.replace("-", "_"), []).append(value)
     return found
+
+
+def _closed(words: Sequence[str]) -> list[str]:
+    """The words, those within one pair of brackets put together again: a schedule may be written with spaces."""
+    closed: list[str] = []
+    for word in words:
+        if closed and closed[-1].count("(") > closed[-1].count(")"):
+            closed[-1] += f" {word}"
+        else:
+            closed.append(word)
+    return closed
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

@@ -261,7 +261,7 @@ def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
         raise ConfigError(f"--view {config.view}: the cache has views 0 to {cache.num_views - 1}")
     if config.views_per_visit > cache.num_views and not config.augment:
         raise ConfigError(
-            f"--views-per-visit {config.views_per_visit}: the cache has {cache.num_views} views",
+            f"--views-per-visit {config.views_per_visit}: of each sample the cache has {cache.num_views}",
             tip="dump more: softcache dump --extend --views N",
         )
     return cache

@@ -98,8 +98,9 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # the others wait for rank 0, which writes last: who leaves first takes the store with it
+        ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        yield ranks
+        ranks.everyone(None)  # the others wait for rank 0, which writes last: who leaves first takes the store with it
     finally:
         dist.destroy_process_group()
 

@@ -95,8 +95,8 @@ def freeze(net: nn.Module, patterns: Sequence[str], fixed: Collection[str] = ())
     for pattern in patterns:
         named = [name for name in names if name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)]
         if not named:
-            layers = [name for name, _ in net.named_modules() if name]
-            raise ConfigError(f"--freeze {pattern}: the student has no such part", tip=nearest(pattern, layers))
+            layers = [name for name, module in net.named_modules() if name and any(True for _ in module.parameters())]
+            raise ConfigError(f"--freeze {pattern}: the student has no parameters there", tip=nearest(pattern, layers))
         frozen |= set(named)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -71,6 +71,7 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         SoftcacheError: and its children, before the first step wherever that is possible.
     """
     _check(config)
+    parse_stages(config)  # a mistake in a setting is told as such, not as a setting that differs from the run's
     out = claim_folder(config)
     device = pick_device(config.device)
     with joined_ranks(device) as ranks:
@@ -273,7 +274,7 @@ def _check(config: TrainConfig) -> None:
     if config.ema is not None and not 0 < config.ema < 1:
         raise ConfigError(f"--ema {config.ema}: must be between 0 and 1", tip="0.999 averages about a thousand steps")
     if config.keep == "best" and not config.eval_data:
-        raise ConfigError("--keep best needs --eval-data")
+        raise ConfigError("--keep best needs --eval-data", tip="add it, or leave --keep out")
     if config.cache is not None and config.policy:
         raise ConfigError(
             "--policy and --cache cannot be given together",
@@ -287,7 +288,7 @@ def _check(config: TrainConfig) -> None:
     if config.view is not None and config.views_per_visit > 1:
         raise ConfigError("--view and --views-per-visit cannot be given together")
     if config.init_map and not config.init_from:
-        raise ConfigError("--init-map needs --init-from")
+        raise ConfigError("--init-map needs --init-from", tip="--init-from MODEL@WEIGHTS, or a run folder")
     if config.tensorboard:
         _summary_writer()
 

@@ -314,7 +314,7 @@ MISTAKES = [
     row("weight decay", train_on("--weight-decay", "-1"), "--weight-decay -1.0: must be at least 0", None),
     row("warm-up", train_on("--schedule", "warmup(-3)"), "'-3' is not a finite number of at least 0", None),
     row("checkpoints", train_on("--checkpoint-every", "0"), "--checkpoint-every 0: must be at least 1", None),
-    row("choice", train_on("--optimizer", "adamx"), "optimizer cannot be 'adamx'", "did you mean 'adam' or 'adamw'"),
+    row("choice", train_on("--optimizer", "adamx"), "--optimizer cannot be 'adamx'", "did you mean 'adam' or 'adamw'"),
     row("--set", train_on("--set", "batchsize=3"), "--set: unknown setting 'batchsize'", "'batch_size'"),
     row("--set without value", train_on("--set", "lr"), "'lr' is not key=value", None),
     row("config missing", train_on("--config", "none.toml"), "none.toml: No such file", None),
@@ -325,7 +325,7 @@ MISTAKES = [
     row("codec value", [*dump_of(), "--codec", "headtail:k=few"], "'few' is not a whole number", None),
     row("promise", [*dump_of(), "--max-kl", "0"], "--max-kl 0 --at-temperature 4: both must be", None),
     row("promise at no temperature", [*dump_of(), "--max-kl", "1", "--at-temperature", "-1"], "temperature -1: both", None),
-    row("type of features", [*dump_of(), "--feature-dtype", "int4"], "feature_dtype cannot be 'int4'", "int8"),
+    row("type of features", [*dump_of(), "--feature-dtype", "int4"], "--feature-dtype cannot be 'int4'", "int8"),
     row("features of no module", [*dump_of(), "--features", "fc:flatten"], "'good' is no torch module", "torch module"),
     row("extend nothing", [*dump_of(), "--extend"], "new: there is no such folder", "softcache dump --out"),
     row("policy of an extension", extend_by("--policy", "shift"), "--policy cannot be given with --ext", "keeps its own"),
@@ -377,7 +377,7 @@ MISTAKES = [
     row("weights of another model", dump_of("softcache:mlp?hidden=5@run"), "3 of another shape: 0.weight", "name and param"),
     row("eval of nothing", ["eval", "nowhere", *DATA, *QUIET], "neither a run folder nor a model", ""),
     row("export of nothing", export_of("nowhere", *DATA, "--out", "new.pt2"), "neither a run folder nor a model", ""),
-    row("format of an export", export_of("run", *DATA, "--to", "onxx"), "to cannot be 'onxx'", "'onnx'"),
+    row("format of an export", export_of("run", *DATA, "--to", "onxx"), "--to cannot be 'onxx'", "'onnx'"),
     row("export on no data", export_of("run"), "without --eval-data", "--data DATA"),
     row("export over a file", export_of("run", *DATA, "--out", "pieces.pt2"), "there already", "remove", prepare=there_already),
     row("NaN logits", dump_of("pieces.py:nan"), "not finite for 40 samples.*toy/0", "look at these samples"),
@@ -587,6 +587,13 @@ def test_loss_tables_in_a_config_file(here: Path) -> None:
     (stage,) = json.loads((here / "new/run.json").read_text())["stages"]
     kd = {"name": "kd", "weight": 0.5, "temperature": 2.0, "standardized": False}
     assert stage["losses"] == [kd, {"name": "ce", "weight": 1.0}]
+
+
+def test_the_table_of_a_staged_run_has_the_terms_of_every_stage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = ["--stage", "epochs=1 loss=kd", "--stage", "epochs=1 loss=ce loss=bce"]
+    assert cli.main([*train_on("--cache", "cache"), *stages]) == 0
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
+    assert header.split() == ["epoch", "stage", "lr", "kd", "loss", "ce", "bce", "seconds"]
 
 
 def test_quiet_means_quiet(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from softcache.config import (
     PlanConfig,
     TrainConfig,
     parse_part,
+    parse_settings,
     resolve,
     to_toml,
 )
@@ -175,7 +176,7 @@ def test_to_toml_is_read_back_as_it_was(kind: type[Any], tmp_path: Path) -> None
         (["nesterov=maybe"], {}, "--set: nesterov: 'maybe' is not true or false"),
         (["workers=many"], {}, r"--set: workers: 'many' is not int \| None"),
         ([], {"lr": "x"}, "--lr: 'x' is not a number"),
-        ([], {"optimizer": "sdg"}, r"flag: optimizer cannot be 'sdg'\n.*did you mean 'sgd'"),
+        ([], {"optimizer": "sdg"}, r"--optimizer cannot be 'sdg'\n.*did you mean 'sgd'"),
         (["keep=bets"], {}, r"--set: keep cannot be 'bets'\n.*did you mean 'best'"),
         (["autocast=int4"], {}, r"--set: autocast cannot be 'int4'\n.*known: bf16, fp16, none"),
         ([], {"student": ""}, r"--student is missing\n.*--student MODEL: MODEL or MODEL@WEIGHTS"),
@@ -543,3 +544,22 @@ def test_a_module_that_is_not_there_is_told_from_what_it_needs(tmp_path: Path, m
     for scheme in ("needs_more_than_there_is", "folder_of_mine.inner"):
         with pytest.raises(MissingExtraError, match=r"needs the package 'package_of_nowhere'.*\n.*pip install package"):
             load_factory(Spec(f"{scheme}:f", scheme, "f"))
+
+
+def test_a_stage_may_hold_schedules_with_spaces() -> None:
+    found = parse_settings(
+        "loss=kd:temperature=linear(8, 2),weight=cosine( 1, 0 ) epochs=5 schedule=warmup(1, cosine)", "x"
+    )
+    assert found == {
+        "loss": ["kd:temperature=linear(8, 2),weight=cosine( 1, 0 )"],
+        "epochs": ["5"],
+        "schedule": ["warmup(1, cosine)"],
+    }
+    with pytest.raises(ConfigError, match="x: 'two' is not key=value"):
+        parse_settings("loss=kd two", "x")
+
+
+def test_a_mistake_in_a_loss_of_a_stage_in_a_file_is_told_with_its_place(tmp_path: Path) -> None:
+    file = toml(tmp_path, '[[stage]]\nepochs = 1\n[[stage.loss]]\nnam = "kd"\n')
+    with pytest.raises(ConfigError, match=r"settings.toml: stage: loss: a table needs a name"):
+        train(file=file)

@@ -415,12 +415,12 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "an unknown loss in a second stage": ("--stage loss=ce --stage loss=cee", "unknown loss 'cee'", "'ce'"),
     "nothing is called that": (
         "--freeze stage9",
-        "--freeze stage9: the student has no such part",
+        "--freeze stage9: the student has no parameters there",
         "did you mean 'stage",
     ),
     "nothing is called that, in a second stage": (
         "--stage 'epochs=1 loss=ce' --stage 'epochs=1 loss=ce freeze=head'",
-        "--freeze head: the student has no such part",
+        "--freeze head: the student has no parameters there",
         "known: fc",
     ),
     "all is frozen": ("--freeze '*'", "every parameter is frozen", "freeze less"),
@@ -443,7 +443,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "more views than there are": (
         "--cache {path}/views --views-per-visit 3",
-        "--views-per-visit 3: the cache has 2 views",
+        "--views-per-visit 3: of each sample the cache has 2",
         "--extend --views",
     ),
     "the best of no evaluation": ("--keep best", "--keep best needs --eval-data", ""),

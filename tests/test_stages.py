@@ -207,7 +207,7 @@ def test_what_is_fixed_for_good_stays_frozen() -> None:
 
 @pytest.mark.parametrize("pattern", ["layer1", "1.layer3", "1.layer", "Dropout", "2"])
 def test_a_pattern_that_names_nothing_is_refused(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=f"--freeze {pattern}: the student has no such part"):
+    with pytest.raises(ConfigError, match=f"--freeze {pattern}: the student has no parameters there"):
         freeze(net(), (pattern,))
 
 
@@ -365,7 +365,7 @@ def test_a_stage_begins_with_a_new_optimiser(world: World, tmp_path: Path) -> No
 
 MISTAKES = [
     pytest.param("loss=ce freeze=*", "every parameter is frozen", id="all-frozen"),
-    pytest.param("loss=ce freeze=erly", "--freeze erly: the student has no such part", id="freeze"),
+    pytest.param("loss=ce freeze=erly", "--freeze erly: the student has no parameters there", id="freeze"),
     pytest.param("loss=hint:layer=later", "no layer 'later'", id="layer"),
     pytest.param("loss=fsp", "needs a feature of the teacher as LAYER:fsp", id="feature"),
 ]

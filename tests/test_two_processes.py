@@ -18,7 +18,7 @@ from softcache.cache.locks import release_lock, take_lock
 from softcache.cache.work import read_journals, work_folder
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data.join import batches
-from softcache.errors import ConfigError, DiskSpaceError, DumpError, LockedError, TrainingError
+from softcache.errors import ConfigError, DiskSpaceError, DumpError, LockedError, LossError, TrainingError
 
 
 def hold(path: Path) -> int:
@@ -53,6 +53,12 @@ def test_several_processes_without_torchrun_are_refused(
         train.run(settings(toy, tmp_path / "run"), quiet=True)
     assert "torchrun" in caught.value.tip
     assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_setting_is_told_as_such_in_a_folder_that_holds_a_run(toy: str, tmp_path: Path) -> None:
+    train.run(settings(toy, tmp_path / "run"), quiet=True)
+    with pytest.raises(LossError, match=r"loss 'ce' has no setting 'wieght'\n.*did you mean 'weight'"):
+        train.run(settings(toy, tmp_path / "run", loss=("ce:wieght=2",)), quiet=True)
 
 
 def test_a_refused_run_leaves_no_folder(toy: str, tmp_path: Path) -> None:

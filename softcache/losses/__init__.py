@@ -259,7 +259,10 @@ def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
         )
     term = LossTerm(name, Schedule.parse(weight, f"loss {name!r}: weight"), values, placed)
     if term.temperature is not None and not term.temperature.bounds[0] > 0:
-        raise LossError(f"loss {name!r}: temperature must be > 0, got {term.temperature.text}")
+        raise LossError(
+            f"loss {name!r}: temperature must be > 0, got {term.temperature.text}",
+            tip="4 is usual; a schedule stays above 0 throughout, as in linear(8, 2)",
+        )
     return term
 
 

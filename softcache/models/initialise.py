@@ -115,6 +115,13 @@ def init_from(net: nn.Module, source: Mapping[str, Tensor], layer_map: Mapping[s
     for prefix, other in layer_map.items():
         _check_used(prefix, other, own, source, copied, where)
     if not any(own[name].ndim for name in copied):  # BatchNorm's counters fit everywhere
+        if left:
+            name, why = next(((n, w) for n, w in left.items() if w), (next(iter(left)), ""))
+            if why:
+                raise ConfigError(
+                    f"{where}: no tensor of the student's names has its shape there: {name} is {why}",
+                    tip="start from a network of the same widths, or leave --init-from out",
+                )
         raise ConfigError(
             f"{where}: none of its {len(source)} tensors has the name and shape of one of the student's {len(own)}",
             tip=f"the student has {next(iter(own), 'nothing')!r}: {nearest(next(iter(own), ''), source)}; map them with "
