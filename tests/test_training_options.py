@@ -235,7 +235,7 @@ def test_views_of_the_students_own_are_fresh_in_every_epoch(world: World, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        pytest.param({"views_per_visit": 5}, "--views-per-visit 5: the cache has 4 views", id="too-many"),
+        pytest.param({"views_per_visit": 5}, "--views-per-visit 5: of each sample the cache has 4", id="too-many"),
         pytest.param({"views_per_visit": 0}, "--views-per-visit 0: must be at least 1", id="none"),
         pytest.param({"views_per_visit": 2, "view": 1}, "cannot be given together", id="pinned"),
         pytest.param({"accumulate": 0}, "--accumulate 0: must be at least 1", id="accumulate"),
