@@ -22,6 +22,7 @@ from softcache.pairing import Student, StudentTaps, pairs_of
 from softcache.parts import Parts, Sizes
 from softcache.ranks import Ranks
 from softcache.stages import Stage, freeze
+from softcache.taps import eval_mode
 from softcache.terms import CachedTeacher, named_terms
 
 # its name since torch 2.12, and before
@@ -68,13 +69,8 @@ class Learner(nn.Module):
     def leaves_some_alone(self, inputs: Any) -> bool:
         """Whether some parameter of the student that may learn gets no gradient from this stage's terms."""
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            self.model.eval()  # so that BatchNorm learns nothing, and no dropout is drawn
+        with eval_mode(self.model):
             logits = self.model(inputs)
-        finally:
-            for module, training in modes:
-                module.training = training
         reached = [] if self._taps is None else list(self._taps.outputs().values())
         if any(term.loss.needs("student_logits") for term in self.objective.terms.values()):
             reached.append(logits)
@@ -91,10 +87,9 @@ class Learner(nn.Module):
             ConfigError: what the terms depend on is all frozen.
             ModelError: a student that does not give a row of logits for each sample.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        try:
+        with eval_mode(self):
             with torch.no_grad():
-                logits = self.eval().model(inputs)
+                logits = self.model(inputs)
                 wanted = (len(given.labels.own), self.model.num_classes)
                 if not isinstance(logits, Tensor) or logits.shape != wanted:
                     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -108,9 +103,6 @@ class Learner(nn.Module):
                         "no parameter that learns has a part in this stage's terms",
                         tip="freeze less, or add a term that reaches what is not frozen",
                     )
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any) -> nn.Module:

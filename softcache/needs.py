@@ -8,7 +8,7 @@ from typing import Any
 
 from softcache.codecs import Codec
 from softcache.errors import LossError, nearest
-from softcache.losses import HEAD, LOSSES, Loss
+from softcache.losses import HEAD, LOSSES, Loss, middle
 from softcache.teacher import Teacher
 
 
@@ -114,5 +114,5 @@ def _maps(name: str, loss: Loss, stages: Sequence[str], teacher: Teacher) -> lis
         )
     if kind == "fsp":
         return [f"{first}+{second}:fsp" for first, second in pairwise(stages)]
-    chosen = {"last": stages[-1:], "middle": [stages[(len(stages) - 1) // 2]], "stages": stages}[loss.layers]
+    chosen = {"last": stages[-1:], "middle": [middle(stages)], "stages": stages}[loss.layers]
     return [f"{layer}:{kind}" for layer in chosen]

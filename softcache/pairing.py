@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softcache.errors import LossError, nearest
 from softcache.features import FeatureSpec, Shape
-from softcache.losses import HEAD, VECTORS, LossTerm
+from softcache.losses import HEAD, VECTORS, LossTerm, middle
 from softcache.losses.adapters import fit_map
 from softcache.taps import HeadTap, ModuleShape, Taps, head_of, list_modules, shapes_of, stages_of
 from softcache.targets import Cache, Targets
@@ -46,6 +46,15 @@ class Pair:
     student_reduction: str
     student_shapes: tuple[Shape, ...]
     fit: tuple[int, ...] | None = None
+
+    @property
+    def is_vector(self) -> bool:
+        """The loss compares vectors, whatever the layers give."""
+        return self.reduction in VECTORS
+
+    def student_vector(self, output: Tensor) -> Tensor:
+        """(B, D) of a student's (B, ...) layer, before an adapter; of pairs that compare vectors."""
+        return output if self.student == (HEAD,) else FeatureSpec(("",), self.student_reduction).reduce(output)
 
     def teacher_tensor(self, targets: Targets) -> Tensor:
         """(B, *teacher_shape) float32 of a batch of targets."""
@@ -280,11 +289,6 @@ def _student_layers(
         f"loss {term.name!r}: which layers of the student go with {', '.join(names)} of the teacher is not clear",
         tip=f"say so: student=LAYER; its stages are {', '.join(stages) or 'not maps'}",
     )
-
-
-def middle(layers: Sequence[str]) -> str:
-    """The layer halfway; of two the earlier, so that it is the same one where only the middle and the last are stored."""
-    return layers[(len(layers) - 1) // 2]
 
 
 def _layers(text: str) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcache.errors import LossError
 from softcache.features import FeatureSpec
-from softcache.losses import HEAD, VECTORS, Loss, LossTerm
+from softcache.losses import Loss, LossTerm
 from softcache.losses.adapters import make_adapter
 from softcache.pairing import SIZED, Pair
 from softcache.targets import Targets
@@ -76,7 +76,7 @@ class Parts(nn.Module):
                 self.cores.append(_core(term, *one, shapes, self.pairs, sizes))
         elif not joint:
             for own, pair in zip(shapes, pairs, strict=True):
-                if (loss.widths or not _is_free(pair.reduction)) and own != pair.teacher_shape:
+                if (loss.widths or not pair.is_vector) and own != pair.teacher_shape:
                     raise LossError(
                         f"loss {term.name!r}: layer {'+'.join(pair.student)} of the student gives {own}, "
                         f"{pair.stored} of the teacher {pair.teacher_shape}",
@@ -124,16 +124,10 @@ class Parts(nn.Module):
         """(B, ...) of one pair, as the loss gets it: a map is adapted, then reduced; a vector the other way round."""
         pair = self.pairs[index]
         raw = [outputs[layer] for layer in pair.student]
-        if pair.reduction in VECTORS:
-            vector = raw[0] if pair.student == (HEAD,) else FeatureSpec(("",), pair.student_reduction).reduce(raw[0])
-            return self.adapters[index](vector)
-        layers = tuple(pair.student)
+        if pair.is_vector:
+            return self.adapters[index](pair.student_vector(raw[0]))
         maps = [self.adapters[index](raw[0])] if len(raw) == 1 else raw
-        return FeatureSpec(layers, pair.student_reduction).reduce(*maps)
-
-
-def _is_free(reduction: str) -> bool:
-    return reduction in VECTORS
+        return FeatureSpec(pair.student, pair.student_reduction).reduce(*maps)
 
 
 def _adapter(loss: Loss, kind: str, pair: Pair) -> nn.Module:
@@ -141,12 +135,11 @@ def _adapter(loss: Loss, kind: str, pair: Pair) -> nn.Module:
     if len(pair.student) > 1:
         return nn.Identity()
     own = pair.student_shapes[0]
-    if pair.reduction in VECTORS:
-        spec = FeatureSpec(("",), pair.student_reduction)
-        vector = own if pair.student == (HEAD,) else spec.reduced_shape(own)
+    if pair.is_vector:
         if not loss.widths and kind == "identity":
             return nn.Identity()
-        return make_adapter(kind, vector, pair.teacher_shape)
+        vector = pair.student_vector(torch.empty(0, *own))
+        return make_adapter(kind, tuple(vector.shape[1:]), pair.teacher_shape)
     teacher = pair.teacher_shapes[0]
     if len(own) != len(teacher):
         raise LossError(f"it gives {own}, the teacher's layer {teacher}", tip="name another layer: student=LAYER")
@@ -159,13 +152,10 @@ def _adapter(loss: Loss, kind: str, pair: Pair) -> nn.Module:
 
 def _adapted_shape(pair: Pair, adapter: nn.Module) -> tuple[int, ...]:
     """Of one record of a student's layer as the loss gets it."""
-    if pair.reduction in VECTORS:
-        own = pair.student_shapes[0]
-        spec = FeatureSpec(("",), pair.student_reduction)
-        vector = own if pair.student == (HEAD,) else spec.reduced_shape(own)
-        return tuple(adapter(torch.zeros(2, *vector)).shape[1:])
+    shapes = pair.student_shapes
     with torch.no_grad():
-        shapes = pair.student_shapes
+        if pair.is_vector:
+            return tuple(adapter(pair.student_vector(torch.zeros(2, *shapes[0]))).shape[1:])
         if len(shapes) == 1:
             shapes = (tuple(adapter(torch.zeros(2, *shapes[0])).shape[1:]),)
     return FeatureSpec(pair.student, pair.student_reduction).reduced_shape(*shapes)

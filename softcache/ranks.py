@@ -100,7 +100,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     try:
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
         yield ranks
-        ranks.everyone(None)  # the others wait for rank 0, which writes last: who leaves first takes the store with it
+        ranks.everyone(None)  # nobody leaves before rank 0, which writes last
     finally:
         dist.destroy_process_group()
 

@@ -385,16 +385,22 @@ def _first_tensor(output: Any) -> tuple[Tensor | None, str]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, and eval mode, so that BatchNorm learns nothing; every module is put back as it was."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """While it is entered, BatchNorm learns nothing and no dropout is drawn; then every module is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()
-            yield
+        model.eval()
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, and eval mode."""
+    with torch.no_grad(), eval_mode(model):
+        yield
 
 
 def _same(output: Tensor, logits: Any) -> bool:

@@ -142,7 +142,7 @@ def check_term(teacher: CachedTeacher, term: LossTerm) -> None:
         if not on_logits and not on_head:
             continue
         codec = cache.codecs[name]
-        for temperature in (1.0, 1.0) if term.temperature is None else term.temperature.bounds:
+        for temperature in (1.0,) if term.temperature is None else term.temperature.bounds:
             if not codec.serves(temperature):
                 lowest, highest = codec.temperatures or (0.0, 0.0)
                 raise LossError(

@@ -51,7 +51,7 @@ from softcache.run_folder import (
     locked,
     write_metrics,
 )
-from softcache.stages import parse_stages, train_mode
+from softcache.stages import Stage, parse_stages, train_mode
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,21 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         SoftcacheError: and its children, before the first step wherever that is possible.
     """
     _check(config)
-    parse_stages(config)  # a mistake in a setting is told as such, not as a setting that differs from the run's
+    stages = parse_stages(config)  # before the folder: a mistake is told as such, not as another run's setting
     out = claim_folder(config)
     device = pick_device(config.device)
     with joined_ranks(device) as ranks:
         ranks.everyone(out)  # nobody writes before all have looked
         with locked(out) if ranks.first else nullcontext():
-            return _train(config, out, device, ranks, quiet=quiet or not ranks.first)
+            return _train(config, stages, out, device, ranks, quiet=quiet or not ranks.first)
 
 
-def _train(config: TrainConfig, out: Path, device: torch.device, ranks: Ranks, *, quiet: bool) -> TrainResult:
+def _train(
+    config: TrainConfig, stages: Sequence[Stage], out: Path, device: torch.device, ranks: Ranks, *, quiet: bool
+) -> TrainResult:
     torch.set_num_threads(pick_threads(config.threads))
     workers, autocast = pick_workers(config.workers, device), autocast_dtype(config.autocast)
 
-    stages = parse_stages(config)
     terms = [term for stage in stages for term in stage.terms]
     material = open_material(config, terms, out)
     transfer_set, eval_set = material.transfer_set, material.eval_set

@@ -70,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         "pairing",
         "ranks",
         "stages",
+        "taps",
         "targets",
         "terms",
     },

@@ -7,7 +7,7 @@ those without a default are tensors that the trainer provides (INPUTS), those wi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,11 @@ INPUTS = {
 HEAD = "head"  # the input of the final linear layer
 VECTORS = (HEAD, "pool", "flatten", "cls", "mean_tokens")  # "head": the input of the final linear layer
 PLACEMENT = ("member", "layer", "student", "adapter")  # settings of every loss on features
+
+
+def middle(layers: Sequence[str]) -> str:
+    """The layer halfway; of two the earlier, so that it is the same one where only the middle and the last are stored."""
+    return layers[(len(layers) - 1) // 2]
 
 
 @dataclass(frozen=True)

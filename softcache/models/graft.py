@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError, ModelError, SoftcacheError, nearest
 from softcache.models.model import Model
 from softcache.models.projector import Graft, Projector
-from softcache.taps import head_of
+from softcache.taps import eval_mode, head_of
 
 
 def graft(
@@ -135,17 +135,13 @@ def _check_whole(model: Model, plan: Graft, prepared: Any) -> None:
     projector, head = model.net.get_submodule(plan.features), _classifier(model, plan)
     taken: list[Any] = []
     projected: list[Any] = []
-    modes = [(module, module.training) for module in model.net.modules()]
     try:
-        with ExitStack() as hooks, torch.no_grad():
+        with ExitStack() as hooks, torch.no_grad(), eval_mode(model.net):
             hooks.enter_context(projector.register_forward_pre_hook(lambda _m, args: projected.append(args[0])))
             hooks.enter_context(head.register_forward_pre_hook(lambda _m, args: taken.append(args[0])))
-            logits = model.net.eval()(prepared)
+            logits = model.net(prepared)
     except (RuntimeError, TypeError, AttributeError, ValueError) as exc:
         raise _misfit(plan, projected, taken, str(exc)) from None
-    finally:
-        for module, training in modes:
-            module.training = training
     given = tuple(projected[0].shape[1:]) if projected else ()
     wanted = tuple(plan.projector["student_shape"])
     if len(projected) != 1 or given != wanted or logits.shape != (len(taken[0]), plan.classes):
