@@ -52,6 +52,10 @@ EXAMPLES = {
   softcache export runs/s --to onnx
   softcache export runs/s --to program --data digits?split=test --out student.pt2
   softcache export softcache:cnn@weights.pt --to safetensors --data digits?split=test --out cnn.safetensors""",
+    "reproduce": """
+  softcache reproduce LIST
+  softcache reproduce digits
+  softcache reproduce hinton2015-mnist --data-root data --budget short --seeds 0,1,2""",
     "losses": """
   softcache losses
   softcache losses dkd
@@ -82,6 +86,7 @@ SUMMARIES = {
     "train": "train a student from a cache, or on hard labels without one",
     "eval": "measure a model: accuracy, likelihood, calibration, closeness to a cache",
     "export": "write a model as safetensors, torch.export program or ONNX, verified by running it on an evaluation set",
+    "reproduce": "a paper's table again, from shared caches: ours beside the paper's numbers, with spread and verdict",
     "losses": "the losses a student can learn by: what they need of a cache, their settings, their papers",
     "inspect": "what made this cache, from what, how big; one sample's soft target as bars",
     "views": "a picture of what the teacher saw of one sample, and of what it answered",
@@ -165,6 +170,20 @@ def _build_parser() -> argparse.ArgumentParser:
     _config_verb(verbs, "train", TrainConfig, _train)
     _config_verb(verbs, "eval", EvalConfig, _eval).add_argument("model", help="run folder or MODEL@WEIGHTS")
     _config_verb(verbs, "export", ExportConfig, _export).add_argument("model", help="run folder or MODEL@WEIGHTS")
+    reproduce = _verb(verbs, "reproduce", _reproduce)
+    reproduce.add_argument("recipe", metavar="NAME", help="of the recipe; LIST shows them")
+    reproduce.add_argument(
+        "--budget", default="paper", metavar="{smoke,short,paper}", help="how much of it (default: paper)"
+    )
+    reproduce.add_argument("--data-root", default="data", metavar="DIR", help="where the data sets are (default: data)")
+    reproduce.add_argument(
+        "--data", action="append", default=[], metavar="NAME=SPEC", help="another source of the recipe's data; repeat"
+    )
+    reproduce.add_argument("--seeds", metavar="N,N", help="of the students (default: the recipe's)")
+    reproduce.add_argument("--device", metavar="DEVICE", help="for every step (default: a GPU where there is one)")
+    reproduce.add_argument("--out", default="reproduced", metavar="DIR", help="for runs, caches and the table")
+    reproduce.add_argument("--quiet", action="store_true", help="no progress")
+    reproduce.add_argument("--json", action="store_true", help="the table for machines")
     losses = _verb(verbs, "losses", _losses)
     losses.add_argument("name", nargs="?", metavar="LOSS", help="explain this one (default: list all)")
     losses.add_argument("--json", action="store_true", help="for machines")
@@ -353,6 +372,8 @@ def _eval(config: EvalConfig, arguments: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(result)))
     else:
         print(evaluate.summary(f"{arguments.model} on {config.data}", result))
+        if config.per_class:
+            print("\n" + evaluate.class_table(result))
     return 0
 
 
@@ -361,6 +382,27 @@ def _export(config: ExportConfig, arguments: argparse.Namespace) -> int:
 
     result = export.run(arguments.model, config, quiet=arguments.quiet or arguments.json)
     print(json.dumps(result.to_json()) if arguments.json else result.text())
+    return 0
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from softcache import reproduce
+    from softcache.spec import convert
+
+    if arguments.recipe == "LIST":
+        print(reproduce.listing())
+        return 0
+    done = reproduce.run(
+        arguments.recipe,
+        budget=arguments.budget,
+        data_root=arguments.data_root,
+        data=arguments.data,
+        seeds=convert(arguments.seeds, tuple[int, ...], "--seeds") if arguments.seeds else (),
+        device=arguments.device,
+        out=Path(arguments.out),
+        quiet=arguments.quiet,
+    )
+    print(json.dumps(done.to_json()) if arguments.json else done.text())
     return 0
 
 

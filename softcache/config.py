@@ -207,6 +207,16 @@ class EvalConfig(MachineOptions, DataOptions):
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
     batch_size: int = option(512, "samples per forward pass", metavar="B")
     policy: tuple[str, ...] = option((), "deterministic view steps (default: those of the run)", metavar="STEP")
+    bias: tuple[str, ...] = option(
+        (), "add to the logits of classes before anything is measured: 3=3.5 or 7=-7.6,8=-7.6", metavar="CLASS=B"
+    )
+    fit_bias: tuple[str, ...] = option(
+        (),
+        "find the one number to add to these classes' logits that makes fewest errors on --bias-data",
+        metavar="LABELS",
+    )
+    bias_data: str | None = option(None, "held-out data for --fit-bias", metavar="DATA")
+    per_class: bool = option(False, "also the errors on each class")
     allow_code: bool = option(False, "run code that the cache names: transforms of its views")
 
 

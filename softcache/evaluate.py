@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ class Evaluation:
         calibration_error: expected calibration error in 15 equal bins of confidence (Guo et al. 2017).
         agreement: share of samples where the largest class is the cache's.
         kl: mean KL(cache || model) at `temperature`, not scaled by T**2.
+        bias: class -> what was added to its logits.
+        class_errors: class -> (errors, samples) of those with this label; empty for multi-label data.
     """
 
     samples: int
@@ -56,6 +60,8 @@ class Evaluation:
     agreement: float | None = None
     kl: float | None = None
     temperature: float = 1.0
+    bias: Mapping[str, float] = field(default_factory=dict)
+    class_errors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def errors(self) -> int | None:
@@ -72,6 +78,7 @@ class Evaluation:
             ("calibration error", None if self.calibration_error is None else percent(self.calibration_error)),
             ("agreement with the cache", None if self.agreement is None else percent(self.agreement)),
             (f"KL to the cache at T={self.temperature:g}", None if self.kl is None else f"{self.kl:.5f} nats"),
+            ("bias", ", ".join(f"{name} {value:+g}" for name, value in self.bias.items()) or None),
             ("seconds", f"{self.seconds:.1f}"),
         ]
         return [(name, value) for name, value in facts if value is not None]
@@ -90,6 +97,7 @@ def evaluate(
     joined: Joined | None = None,
     combine: str = "mean_logits",
     temperature: float = 1.0,
+    bias: Mapping[str, float] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Run a model over a data set, at view 0 of the policy. The model's train or eval mode is put back afterwards.
@@ -98,11 +106,14 @@ def evaluate(
         transfer_set: of the model's classes.
         joined: the same samples joined to a cache, to compare with its soft targets at `temperature`; where the model has
             only some of the cache's classes, with those among them.
+        bias: class -> what to add to its logits first.
     """
     started, was_training = time.monotonic(), model.training
     model.eval()
     count = len(transfer_set)
     sums = Sums(transfer_set.num_classes)
+    names, bias = transfer_set.class_names, bias or {}
+    added = torch.tensor([bias.get(name, 0.0) for name in names], device=device)
     partners = joined.partners if joined is not None else None
     classes = class_indices(joined.cache.class_names, transfer_set.class_names) if joined is not None else []
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
@@ -111,14 +122,16 @@ def evaluate(
     for batch in tqdm(loaded, total=-(-count // batch_size), desc="eval", disable=not progress, leave=False):
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(to_device(batch.inputs[0], device))
-        logits = logits.float()
+        logits = logits.float() + added
         sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
         if joined is not None:
             targets = joined.gather_samples(batch.index, batch.views).to(device)
             teacher_logits = targets.combined(combine, temperature=temperature)[:, classes]
             sums.add_targets(logits, teacher_logits, temperature)
     model.train(was_training)
-    return sums.result(count, time.monotonic() - started, temperature)
+    result = sums.result(count, time.monotonic() - started, temperature)
+    counts = {} if sums.multi_label else dict(zip(names, map(tuple, sums.of_class.tolist()), strict=True))
+    return replace(result, bias=bias, class_errors=counts)
 
 
 class Sums:
@@ -129,6 +142,7 @@ class Sums:
         self.labelled = self.top1 = self.top5 = self.nll = self.agreement = self.kl = 0.0
         self.compared = 0
         self.bins = np.zeros((CALIBRATION_BINS, 3))  # count, confidence, correct
+        self.of_class = np.zeros((num_classes, 2), np.int64)  # errors, samples
 
     def add_labels(self, logits: Tensor, labels: Tensor) -> None:
         if labels.ndim == 2:
@@ -146,6 +160,9 @@ class Sums:
         correct = predicted == labels
         self.labelled += len(labels)
         self.top1 += float(correct.sum())
+        own, wrong = labels.cpu().numpy(), (~correct).cpu().numpy()
+        self.of_class[:, 0] += np.bincount(own, wrong, self.num_classes).astype(np.int64)
+        self.of_class[:, 1] += np.bincount(own, minlength=self.num_classes)
         if self.num_classes > 5:
             self.top5 += float((logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1).sum())
         self.nll += float(F.cross_entropy(logits, labels, reduction="none").double().sum())
@@ -216,19 +233,95 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         input_shape=item_shape(item),
         device=str(device),
     )
+    how: dict[str, Any] = {
+        "device": device,
+        "batch_size": config.batch_size,
+        "workers": pick_workers(config.workers, device),
+        "autocast": autocast_dtype(config.autocast),
+    }
+    bias = _parse_bias(config.bias, transfer_set.class_names)
+    if config.fit_bias:
+        bias |= _fitted_bias(model, transfer_set, policy, config, how)
     return evaluate(
         model,
         transfer_set,
         policy,
-        device=device,
-        batch_size=config.batch_size,
-        workers=pick_workers(config.workers, device),
-        autocast=autocast_dtype(config.autocast),
+        **how,
         joined=joined,
         combine=config.combine,
         temperature=config.temperature,
+        bias=bias,
         progress=not quiet and sys.stderr.isatty(),
     )
+
+
+def _parse_bias(texts: Sequence[str], class_names: Sequence[str]) -> dict[str, float]:
+    """`3=3.5` -> {class: number}; ConfigError for what is no number, DataError for a class that is not there."""
+    bias = {}
+    for text in texts:
+        label, equals, value = text.rpartition("=")
+        try:
+            number = float(value) if equals else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ConfigError(f"--bias {text!r} is not CLASS=NUMBER", tip="write --bias 3=3.5, or 7=-7.6,8=-7.6")
+        bias |= {class_names[i]: number for i in class_indices(class_names, [label])}
+    return bias
+
+
+def _fitted_bias(
+    model: Model, transfer_set: TransferSet, policy: Policy, config: EvalConfig, how: Mapping[str, Any]
+) -> dict[str, float]:
+    """The one number for all of the classes of --fit-bias that makes fewest errors on the held-out data."""
+    if config.bias_data is None:
+        raise ConfigError("--fit-bias needs --bias-data", tip="give data that the model was not trained on")
+    held_out = open_transfer_set(config.bias_data, download=config.download)
+    check_same_classes(held_out, transfer_set)
+    rows: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _model, _inputs, logits: rows.append(logits.detach().float().cpu()))
+    try:
+        evaluate(model, held_out, policy, **how)
+    finally:
+        hook.remove()
+    classes = class_indices(transfer_set.class_names, config.fit_bias)
+    shift = best_shift(torch.cat(rows), torch.from_numpy(held_out.labels).long(), classes)
+    return {transfer_set.class_names[i]: shift for i in classes}
+
+
+def best_shift(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
+    """The number to add to the logits of some classes that makes fewest errors: the middle of the widest best interval.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) class indices; those below 0 do not count.
+        classes: indices; not all of them.
+
+    Raises:
+        ConfigError: no labelled sample would be told otherwise by any number.
+    """
+    chosen = torch.zeros(logits.shape[1], dtype=torch.bool)
+    chosen[list(classes)] = True
+    known = labels >= 0
+    logits, labels = logits[known].double(), labels[known]
+    inside, best_inside = logits.masked_fill(~chosen, -math.inf).max(dim=1)
+    outside, best_outside = logits.masked_fill(chosen, -math.inf).max(dim=1)
+    # a sample is told to be of the chosen classes where the shift is above its turning point
+    turning = outside - inside
+    gain = (best_inside == labels).long() - (best_outside == labels).long()
+    if not bool((gain != 0).any()):
+        raise ConfigError("no shift of these classes changes how many samples are right", tip="choose other classes")
+    order = turning.argsort()
+    places, right = turning[order], gain[order].cumsum(dim=0)
+    distinct = torch.cat([places[1:] > places[:-1], torch.ones(1, dtype=torch.bool)])  # after the last of equal places
+    places, right = places[distinct], right[distinct]
+    inner = right[:-1]  # between a place and the next
+    within = int(inner.max()) if len(inner) else -len(right)
+    if max(0, int(right[-1])) > within:  # beyond all places, where there is no middle
+        return float(places[-1] + 1.0 if right[-1] > 0 else places[0] - 1.0)
+    width = torch.where(inner == inner.max(), places[1:] - places[:-1], -1.0)
+    at = int(width.argmax())
+    return float((places[at] + places[at + 1]) / 2)
 
 
 def run_policy(model_text: str) -> Policy:
@@ -266,3 +359,12 @@ def item_shape(item: Any) -> tuple[int, ...] | None:
 def summary(title: str, result: Evaluation) -> str:
     """The readable table of one evaluation."""
     return table([title, ""], result.rows())
+
+
+def class_table(result: Evaluation) -> str:
+    """The errors on each class."""
+    rows = [
+        [name, samples, errors, percent(errors / samples) if samples else "-"]
+        for name, (errors, samples) in result.class_errors.items()
+    ]
+    return table(["class", "samples", "errors", "share"], rows)

@@ -23,7 +23,21 @@ import softcache
 from softcache import cli
 from softcache.cache import files
 
-VERBS = ("demo", "plan", "dump", "train", "eval", "export", "losses", "inspect", "views", "verify", "repair", "subset")
+VERBS = (
+    "demo",
+    "plan",
+    "dump",
+    "train",
+    "eval",
+    "export",
+    "reproduce",
+    "losses",
+    "inspect",
+    "views",
+    "verify",
+    "repair",
+    "subset",
+)
 
 PIECES = """
 import os

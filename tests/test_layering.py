@@ -136,6 +136,8 @@ ALLOWED: dict[str, set[str]] = {
         "verify",
     },
     "subset": {"errors", "cache", "data", "targets"},
+    "recipe": {"errors"},
+    "reproduce": {"errors", PACKAGE, "report", "config", "data", "dump", "evaluate", "recipe", "train"},
     "demo": {*LEAVES, PACKAGE, "config", "data", "dump", "evaluate", "targets", "train"},
     "cli": {
         *LEAVES,
@@ -150,6 +152,7 @@ ALLOWED: dict[str, set[str]] = {
         "picture",
         "plan",
         "repair",
+        "reproduce",
         "subset",
         "train",
         "verify",

@@ -4,6 +4,7 @@
     torchvision:NAME?root=PATH&train=true torchvision's classification data sets
     imagefolder:PATH                      one folder per class
     tsv:PATH?text=0&label=1&header=true   tab-separated text, plain or .gz
+    synthetic:images?classes=10           made up, for trials; also synthetic:texts
     package.module:factory?arg=1          any map-style data set; also path/file.py:factory
 
 An item is a uint8 array (H, W) or (H, W, C), a string, or whatever else a user's data set returns.
@@ -23,11 +24,13 @@ from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
 from softcache.data.selection import class_indices, of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
+from softcache.data.synthetic import images, texts
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec
 
 FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "tsv": tsv}
-SOURCES = ("digits", "torchvision", *FILE_SOURCES)
+MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
+SOURCES = ("digits", "torchvision", "synthetic", *FILE_SOURCES)
 
 
 class TransferSet(Dataset[tuple[Any, Any]]):
@@ -133,7 +136,7 @@ def open_transfer_set(
     """The transfer set that a spec string names, with samples chosen and the class list left whole.
 
     Args:
-        spec: see the top of this file.
+        spec: see the top of this file; `rows=0-49999` among the parameters of any takes these of its samples.
         download: let torchvision fetch what is not there.
         keep_labels: classes to keep, by name, index or range of indices (0-4); unlabelled samples are left out.
         drop_labels: classes to leave out; with several labels per sample, one of these is enough.
@@ -144,7 +147,11 @@ def open_transfer_set(
         DataError: data that cannot be read, a class or key that is not there, or nothing left.
     """
     parsed = parse_spec(spec)
-    transfer_set = TransferSet(_portable_name(parsed), _open_source(parsed, download=download))
+    rows = parsed.parameters.get("rows")
+    source = parsed.without("rows")
+    transfer_set = TransferSet(_portable_name(source), _open_source(source, download=download))
+    if rows is not None:
+        transfer_set = transfer_set.select(_range(rows, len(transfer_set), spec))
     chosen = np.ones(len(transfer_set), dtype=bool)
     if samples is not None:
         chosen &= _listed(transfer_set.keys, Path(samples))
@@ -165,6 +172,10 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
         return _checked_call(digits, spec)
     if spec.scheme == "torchvision":
         return from_torchvision(spec, download=download)
+    if spec.scheme == "synthetic":
+        if spec.name not in MADE_UP:
+            raise ConfigError(f"{spec.text!r}: no such synthetic data", tip=nearest(spec.name, MADE_UP))
+        return _checked_call(MADE_UP[spec.name], spec)
     if spec.scheme in FILE_SOURCES:
         return _checked_call(FILE_SOURCES[spec.scheme], spec, path=Path(spec.name).expanduser())
     if spec.is_factory:
@@ -189,6 +200,16 @@ def _portable_name(spec: Spec) -> str:
     if spec.scheme in FILE_SOURCES:
         spec = replace(spec, name=Path(spec.name).expanduser().resolve().name)
     return spec.without("root", "download").portable() if spec.scheme == "torchvision" else spec.portable()
+
+
+def _range(text: str, count: int, spec: str) -> np.ndarray:
+    """`0-49999` -> the positions from the first to the last."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < count):
+        raise ConfigError(
+            f"{spec!r}: rows={text} is no range of its {count} samples", tip=f"write rows=0-{count - 1} for all of them"
+        )
+    return np.arange(int(first), int(last) + 1)
 
 
 def _listed(keys: Sequence[str], path: Path) -> np.ndarray:

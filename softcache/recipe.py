@@ -1,0 +1,207 @@
+"""What a recipe says: a paper's table as steps that train, dump and evaluate, each with the paper's number beside it.
+
+A recipe is a TOML file in softcache/recipes. At the top level stand the settings of the paper budget; the tables `short` and
+`smoke` change data and settings for smaller ones.
+
+    title, source            whose table it is
+    [data]                   name -> data spec; {root} is --data-root
+    [train] [dump]           settings of every such step
+    [pair.NAME]              words that a step with `each = true` is written with: it is done for every pair, {word} replaced
+                             in all of its strings, {pair} by NAME; its `paper` may be a table, pair -> number
+    [[step]]                 name, and one of train, dump, eval: its own settings; `seeds` false: one run for all seeds
+      paper, tolerance       the number in the table, and how far ours may be off; metric: errors, top1 (percent), class_errors
+    [budget.short] [budget.smoke]   estimate, data, train, dump: instead of the above; steps: name -> settings; seeds
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from softcache.errors import ConfigError, nearest
+
+BUDGETS = ("smoke", "short", "paper")
+KINDS = ("train", "dump", "eval")
+METRICS = ("errors", "top1", "class_errors")
+_TOP = {"title", "source", "about", "data", "train", "dump", "eval", "pair", "step", "budget"}
+_STEP = {"name", "label", "each", "seeds", "paper", "tolerance", "metric", "class", *KINDS}
+_BUDGET = {"estimate", "data", "train", "dump", "eval", "pairs", "steps", "seeds"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do.
+
+    Attributes:
+        name: by which other steps refer to it, and its folder.
+        kind: "train", "dump" or "eval".
+        settings: of the verb; `data`, `eval_data`, `teacher`, `cache`, `run` and `init_from` may name data and steps.
+        label: of its row; empty: it has none.
+        seeded: it is done once for each seed.
+        paper: the published number; None where there is none.
+        tolerance: how far from it counts as reached, in the metric's unit.
+        metric: what is compared.
+        of_class: of the metric "class_errors".
+    """
+
+    name: str
+    kind: str
+    settings: Mapping[str, Any]
+    label: str = ""
+    seeded: bool = True
+    paper: float | None = None
+    tolerance: float | None = None
+    metric: str = "errors"
+    of_class: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A table at one budget.
+
+    Attributes:
+        name: of its file.
+        title, source: whose table.
+        about: what to know of it, in a few lines.
+        budget: "smoke", "short" or "paper".
+        estimate: how long it takes, in words.
+        data: name -> spec.
+        steps: in the order they are done.
+        seeds: by default.
+    """
+
+    name: str
+    title: str
+    source: str
+    about: str
+    budget: str
+    estimate: str
+    data: Mapping[str, str]
+    steps: Sequence[Step]
+    seeds: Sequence[int] = field(default_factory=lambda: (0, 1, 2))
+
+
+def recipe_names() -> list[str]:
+    """Every recipe in the package."""
+    folder = files("softcache") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_recipe(name: str, budget: str = "paper") -> Recipe:
+    """A recipe of the package at a budget.
+
+    Raises:
+        ConfigError: no such recipe or budget (with near names), or a recipe that contradicts itself.
+    """
+    if name not in recipe_names():
+        raise ConfigError(
+            f"no recipe {name!r}", tip=f"{nearest(name, recipe_names())}; `softcache reproduce LIST` shows them"
+        )
+    text = (files("softcache") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    return parse_recipe(name, text, budget)
+
+
+def parse_recipe(name: str, text: str, budget: str) -> Recipe:
+    """As `read_recipe`, from the text of a file."""
+    if budget not in BUDGETS:
+        raise ConfigError(f"--budget {budget}: unknown", tip=nearest(budget, BUDGETS))
+    where = f"recipe {name}"
+    try:
+        told = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{where}: not TOML: {exc}") from None
+    _only(told, _TOP, where)
+    budgets = told.get("budget", {})
+    _only(budgets, set(BUDGETS), f"{where}: budget")
+    changes = budgets.get(budget, {})
+    _only(changes, _BUDGET, f"{where}: budget.{budget}")
+    data = {**told.get("data", {}), **changes.get("data", {})}
+    of_step = changes.get("steps", {})
+    pairs = told.get("pair", {})
+    pairs = {key: pairs[key] for key in changes.get("pairs", pairs)}
+    entries = [one for entry in told.get("step", []) for one in _expanded(entry, pairs)]
+    steps = [_step(entry, told, changes, of_step, f"{where}: step {entry.get('name')!r}") for entry in entries]
+    names = [step.name for step in steps]
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"{where}: its steps need names of their own")
+    _only(of_step, set(names), f"{where}: budget.{budget}.steps")
+    return Recipe(
+        name,
+        told["title"],
+        told["source"],
+        told.get("about", "").strip(),
+        budget,
+        changes.get("estimate", "not estimated"),
+        data,
+        steps,
+        tuple(changes.get("seeds", (0, 1, 2))),
+    )
+
+
+def _expanded(entry: Mapping[str, Any], pairs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The step itself, or one for each pair, written with the pair's words."""
+    if not entry.get("each"):
+        return [dict(entry)]
+    found = []
+    for name, words in pairs.items():
+        paper = entry.get("paper")
+        if isinstance(paper, dict):
+            paper = paper.get(name)
+        rest = {key: value for key, value in entry.items() if key not in ("each", "paper")}
+        found.append({**_written(rest, {**words, "pair": name}), **({} if paper is None else {"paper": paper})})
+    return found
+
+
+def _written(value: Any, words: Mapping[str, Any]) -> Any:
+    """The same with {word} replaced in every string; a string that is one {word} becomes the word's own value."""
+    if isinstance(value, dict):
+        return {key: _written(one, words) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_written(one, words) for one in value]
+    if not isinstance(value, str):
+        return value
+    for word, meaning in words.items():
+        if value == f"{{{word}}}":
+            return meaning
+        value = value.replace(f"{{{word}}}", str(meaning))
+    return value
+
+
+def _step(
+    entry: Mapping[str, Any],
+    told: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    of_step: Mapping[str, Any],
+    where: str,
+) -> Step:
+    _only(entry, _STEP, where)
+    kinds = [kind for kind in KINDS if kind in entry]
+    if len(kinds) != 1 or "name" not in entry:
+        raise ConfigError(f"{where}: needs a name and one of {', '.join(KINDS)}")
+    (kind,) = kinds
+    settings = {**told.get(kind, {}), **entry[kind], **changes.get(kind, {}), **of_step.get(entry["name"], {})}
+    metric = entry.get("metric", "errors")
+    if metric not in METRICS:
+        raise ConfigError(f"{where}: unknown metric {metric!r}", tip=nearest(metric, METRICS))
+    paper = entry.get("paper")
+    label = entry.get("label", entry["name"] if kind != "dump" and (paper is not None or "label" in entry) else "")
+    return Step(
+        entry["name"],
+        kind,
+        {key: value for key, value in settings.items() if value is not None},
+        label,
+        bool(entry.get("seeds", kind != "dump")),
+        None if paper is None else float(paper),
+        None if entry.get("tolerance") is None else float(entry["tolerance"]),
+        metric,
+        str(entry.get("class", "")),
+    )
+
+
+def _only(table: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}", tip=nearest(key, known))

@@ -1,0 +1,253 @@
+"""Recipes: what they say at each budget, what is reused, what is made again; and the bias that evaluation may add."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from softcache import reproduce
+from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
+from softcache.data.transfer_set import open_transfer_set
+from softcache.errors import ConfigError, DataError
+from softcache.evaluate import best_shift
+from softcache.recipe import BUDGETS, parse_recipe, read_recipe, recipe_names
+
+SMALL = """
+title = "a table"
+source = "nobody (2026)"
+[data]
+train = "synthetic:images?classes=4&size=8&channels=1&count=64"
+test = "synthetic:images?classes=4&size=8&channels=1&count=32&split=test"
+[train]
+data = "train"
+eval_data = "test"
+epochs = 2
+threads = 1
+student = "softcache:mlp?hidden=8"
+[[step]]
+name = "teacher"
+seeds = false
+label = "the teacher"
+train = {student = "softcache:mlp?hidden=16"}
+[[step]]
+name = "cache"
+dump = {data = "train", teacher = ["teacher"], threads = 1}
+[[step]]
+name = "student"
+paper = 3
+tolerance = 1
+train = {cache = "cache", loss = ["kd:temperature=2"]}
+[[step]]
+name = "biased"
+metric = "class_errors"
+class = "2"
+paper = 1
+eval = {run = "student", data = "test", bias = ["2=1.5"], threads = 1}
+[budget.short]
+train = {epochs = 1}
+steps = {student = {lr = 0.5}}
+seeds = [7]
+"""
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "read_recipe", lambda name, budget: parse_recipe(name, SMALL, budget))
+
+
+# ---------------------------------------------------------------------------------------------------------- what they say
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_consistent_at_every_budget(name: str, budget: str) -> None:
+    recipe = read_recipe(name, budget)
+    known: dict[str, str] = {}
+    for step in recipe.steps:
+        settings = dict(step.settings)
+        for key in ("data", "eval_data", "bias_data"):
+            assert settings.get(key) is None or settings[key] in recipe.data
+        for key in ("cache", "init_from", "run"):
+            if key in settings:
+                assert known[settings[key]] == ("dump" if key == "cache" else "train")
+        for teacher in settings.get("teacher", ()):
+            assert known[teacher] == "train"
+        kind: Any = {"train": TrainConfig, "dump": DumpConfig, "eval": EvalConfig}[step.kind]
+        settings.pop("run", None)
+        resolve(kind, flags=settings if step.kind == "eval" else {**settings, "out": "x"})
+        known[step.name] = step.kind
+    assert any(step.label for step in recipe.steps) and recipe.estimate != "not estimated"
+    assert recipe.seeds
+
+
+def test_budgets_change_data_settings_and_seeds() -> None:
+    paper, short = (parse_recipe("small", SMALL, budget) for budget in ("paper", "short"))
+    assert [step.settings.get("epochs") for step in paper.steps] == [2, None, 2, None]
+    assert [step.settings.get("epochs") for step in short.steps] == [1, None, 1, None]
+    assert [step.settings.get("lr") for step in short.steps] == [None, None, 0.5, None]
+    assert (paper.seeds, short.seeds) == ((0, 1, 2), (7,))
+    assert [step.seeded for step in paper.steps] == [False, False, True, True]
+    assert [step.label for step in paper.steps] == ["the teacher", "", "student", "biased"]
+
+
+def test_a_step_for_each_pair() -> None:
+    text = """
+title = "t"
+source = "s"
+[pair.big-small]
+teacher = "mlp?hidden=9"
+lr = 0.1
+[pair.other]
+teacher = "cnn"
+lr = 0.2
+[[step]]
+name = "{pair}-teacher"
+label = "{teacher} alone"
+each = true
+paper = {big-small = 5.5}
+train = {student = "softcache:{teacher}", lr = "{lr}", loss = ["ce:weight={lr}"]}
+[budget.smoke]
+pairs = ["other"]
+"""
+    one, other = parse_recipe("r", text, "paper").steps
+    assert (one.name, one.label, one.paper) == ("big-small-teacher", "mlp?hidden=9 alone", 5.5)
+    assert one.settings == {"student": "softcache:mlp?hidden=9", "lr": 0.1, "loss": ["ce:weight=0.1"]}
+    assert (other.name, other.paper) == ("other-teacher", None)
+    assert [step.name for step in parse_recipe("r", text, "smoke").steps] == ["other-teacher"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title", "titel", r"unknown key 'titel'\n.*'title'"),
+        ("paper = 3", "papers = 3", r"step 'student': unknown key 'papers'"),
+        ('metric = "class_errors"', 'metric = "class_error"', r"unknown metric 'class_error'\n.*'class_errors'"),
+        ("dump = {data", "dumb = {data", "step 'cache': unknown key 'dumb'"),
+        ('name = "cache"', 'name = "teacher"', "its steps need names of their own"),
+        ("steps = {student", "steps = {students", "unknown key 'students'"),
+        ("[data]", "[data", "not TOML"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe("small", SMALL.replace(old, new, 1), "short")
+
+
+def test_unknown_recipes_and_budgets() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'digit'\n.*'digits'"):
+        read_recipe("digit")
+    with pytest.raises(ConfigError, match=r"--budget long: unknown"):
+        read_recipe("digits", "long")
+
+
+# ------------------------------------------------------------------------------------------------------------ working through
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Path) -> None:
+    first = reproduce.run("small", seeds=[0, 1], out=tmp_path, quiet=True)
+    assert (first.done, first.reused) == (6, 0)
+    (student,) = [row for row in first.rows if row.label == "student"]
+    assert len(student.values) == 2 and student.verdict in ("reached", "not reached")
+    again = reproduce.run("small", seeds=[0, 1], out=tmp_path, quiet=True)
+    assert (again.done, again.reused) == (0, 6)
+    assert [row.values for row in again.rows] == [row.values for row in first.rows]
+
+    (one,) = [path for path in first.folder.iterdir() if path.is_dir() and path.name.startswith("student-1")]
+    shutil.rmtree(one)
+    third = reproduce.run("small", seeds=[0, 1], out=tmp_path, quiet=True)
+    assert (third.done, third.reused) == (1, 5)
+    assert [row.values for row in third.rows] == [row.values for row in first.rows]
+
+    more = reproduce.run("small", seeds=[0, 1, 2], out=tmp_path, quiet=True)
+    assert (more.done, more.reused) == (2, 6)
+    kept = json.loads((first.folder / "table.json").read_text())
+    assert kept["seeds"] == [0, 1, 2] and [row["label"] for row in kept["rows"]] == ["the teacher", "student", "biased"]
+    assert "student" in more.text() and "paper" in more.text()
+
+
+@pytest.mark.usefixtures("small")
+def test_other_data_of_the_same_name_is_another_run(tmp_path: Path) -> None:
+    reproduce.run("small", budget="short", out=tmp_path, quiet=True)
+    other = "train=synthetic:images?classes=4&size=8&channels=1&count=48"
+    changed = reproduce.run("small", budget="short", data=[other], out=tmp_path, quiet=True)
+    assert (changed.done, changed.reused) == (4, 0)
+    assert [row.verdict for row in changed.rows] == ["", "short budget", "short budget"]
+    with pytest.raises(ConfigError, match=r"--data 'trian=digits': the recipe has no such data\n.*'train'"):
+        reproduce.run("small", data=["trian=digits"], out=tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        reproduce.run("small", data=["test=nowhere"], out=tmp_path, quiet=True)
+    assert "in step 'teacher' of recipe 'small'" in caught.value.__notes__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs_at_smoke_budget(name: str, tmp_path: Path) -> None:
+    done = reproduce.run(name, budget="smoke", out=tmp_path, quiet=True)
+    assert done.rows and all(row.values for row in done.rows)
+
+
+# ------------------------------------------------------------------------------------------------------------------ biases
+
+
+@pytest.mark.parametrize("classes", [[3], [1, 4]])
+def test_the_best_shift_makes_as_few_errors_as_any(classes: list[int]) -> None:
+    draw = np.random.default_rng(5)
+    labels = draw.integers(-1, 6, 400)
+    logits = draw.normal(0, 2, (400, 6))
+    logits[np.arange(400), labels.clip(0)] += 3
+    logits[:, classes] -= 4  # as after training without them
+
+    def errors(shift: float) -> int:
+        moved = logits.copy()
+        moved[:, classes] += shift
+        return int(((moved.argmax(axis=1) != labels) & (labels >= 0)).sum())
+
+    found = best_shift(torch.from_numpy(logits), torch.from_numpy(labels), classes)
+    fewest = min(errors(shift) for shift in np.linspace(-15, 15, 3001))
+    assert errors(found) == fewest < errors(0.0)
+
+
+def test_no_shift_of_classes_that_nobody_has() -> None:
+    logits = torch.tensor([[2.0, 0.0, -50.0], [0.0, 2.0, -50.0]])
+    with pytest.raises(ConfigError, match="no shift of these classes"):
+        best_shift(logits, torch.tensor([-1, -1]), [2])
+
+
+# -------------------------------------------------------------------------------------------------------------- other data
+
+
+def test_rows_of_any_set() -> None:
+    whole = open_transfer_set("digits")
+    part = open_transfer_set("digits?rows=10-19")
+    assert list(part.keys) == list(whole.keys)[10:20] and (part.labels == whole.labels[10:20]).all()
+    for bad in ("9", "19-10", "0-1297", "a-b"):
+        with pytest.raises(ConfigError, match=f"rows={bad} is no range of its 1297 samples"):
+            open_transfer_set(f"digits?rows={bad}")
+
+
+def test_synthetic_sets_are_the_same_everywhere_and_can_be_learned() -> None:
+    one, other = (open_transfer_set("synthetic:images?classes=3&size=8&count=40") for _ in range(2))
+    assert all((one.load(i)[0] == other.load(i)[0]).all() for i in range(40)) and one.load(0)[0].shape == (8, 8, 3)
+    test = open_transfer_set("synthetic:images?classes=3&size=8&count=40&split=test")
+    means = [np.mean([one.load(i)[0] for i in np.flatnonzero(one.labels == c)], axis=0) for c in range(3)]
+    nearest = [int(np.argmin([np.square(test.load(i)[0] - m).sum() for m in means])) for i in range(40)]
+    assert nearest == test.labels.tolist()
+    texts = open_transfer_set("synthetic:texts?count=30")
+    own = [f"c{label}w" in texts.load(i)[0] for i, label in enumerate(texts.labels)]
+    assert np.mean(own) > 0.9 and not any(f"c{1 - label}w" in texts.load(i)[0] for i, label in enumerate(texts.labels))
+    with pytest.raises(ConfigError, match="no split 'dev'"):
+        open_transfer_set("synthetic:images?split=dev")
+    with pytest.raises((ConfigError, DataError), match="no such synthetic data"):
+        open_transfer_set("synthetic:sounds")
