@@ -47,7 +47,8 @@ EXAMPLES = {
                   --student softcache:mlp?hidden=64,64 --loss kd:temperature=4,weight=0.9 --loss ce:weight=0.1 --out runs/s""",
     "eval": """
   softcache eval runs/s --data digits?split=test
-  softcache eval runs/s --data digits --cache caches/digits --temperature 4""",
+  softcache eval runs/s --data digits --cache caches/digits --temperature 4
+  softcache eval caches/digits --data digits --combine mean_probs""",
     "export": """
   softcache export runs/s --to onnx
   softcache export runs/s --to program --data digits?split=test --out student.pt2
@@ -160,7 +161,7 @@ def _build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n  softcache demo\n  softcache dump --help\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"softcache {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"softcache {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     demo = _verb(verbs, "demo", _demo)
     demo.add_argument("--out", default="softcache-demo", help="folder for teachers, cache, students and the picture")
@@ -168,7 +169,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _config_verb(verbs, "plan", PlanConfig, _plan)
     _config_verb(verbs, "dump", DumpConfig, _dump)
     _config_verb(verbs, "train", TrainConfig, _train)
-    _config_verb(verbs, "eval", EvalConfig, _eval).add_argument("model", help="run folder or MODEL@WEIGHTS")
+    _config_verb(verbs, "eval", EvalConfig, _eval).add_argument("model", help="run folder, MODEL@WEIGHTS or a cache")
     _config_verb(verbs, "export", ExportConfig, _export).add_argument("model", help="run folder or MODEL@WEIGHTS")
     reproduce = _verb(verbs, "reproduce", _reproduce)
     reproduce.add_argument("recipe", metavar="NAME", help="of the recipe; LIST shows them")
@@ -180,6 +181,13 @@ def _build_parser() -> argparse.ArgumentParser:
         "--data", action="append", default=[], metavar="NAME=SPEC", help="another source of the recipe's data; repeat"
     )
     reproduce.add_argument("--seeds", metavar="N,N", help="of the students (default: the recipe's)")
+    reproduce.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="STEPS",
+        help="these steps and what they build on: 'vgg13-*'; repeat",
+    )
     reproduce.add_argument("--device", metavar="DEVICE", help="for every step (default: a GPU where there is one)")
     reproduce.add_argument("--out", default="reproduced", metavar="DIR", help="for runs, caches and the table")
     reproduce.add_argument("--quiet", action="store_true", help="no progress")
@@ -398,6 +406,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         data_root=arguments.data_root,
         data=arguments.data,
         seeds=convert(arguments.seeds, tuple[int, ...], "--seeds") if arguments.seeds else (),
+        only=arguments.only,
         device=arguments.device,
         out=Path(arguments.out),
         quiet=arguments.quiet,

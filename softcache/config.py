@@ -137,7 +137,8 @@ class TrainConfig(MachineOptions, DataOptions):
     classes: tuple[str, ...] = option(
         (), "a student of these classes only (names or indices, 7,8 or 0-4)", metavar="LABELS"
     )
-    eval_data: str | None = option(None, "data set for evaluation after each epoch", metavar="DATA")
+    eval_data: str | None = option(None, "data set for evaluation", metavar="DATA")
+    eval_every: int = option(1, "evaluate only after every N-th epoch, and a stage's last", metavar="N")
     cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
     cache_id: str | None = option(None, "pin a manifest of the cache by its id", metavar="ID")
     loss: tuple[str, ...] = option((), "name:weight=W,key=value,...; repeat to add terms", metavar="LOSS")
@@ -191,6 +192,9 @@ class TrainConfig(MachineOptions, DataOptions):
     views_per_visit: int = option(1, "a visit of a sample takes this many of its views, in one batch", metavar="K")
     patience: int | None = option(None, "end a stage after this many epochs without a better evaluation", metavar="N")
     keep: str = option("last", "which epoch's student is kept in the end", choices=("last", "best"))
+    channels_last: bool = option(
+        False, "images' channels lie last in memory: faster convolutions, on a CPU most with bf16"
+    )
     compile: bool = option(False, "compile the student with torch.compile")
     sync_bn: bool = option(False, "BatchNorm over the batches of all GPUs")
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, into OUT/tensorboard")
@@ -216,6 +220,9 @@ class EvalConfig(MachineOptions, DataOptions):
         metavar="LABELS",
     )
     bias_data: str | None = option(None, "held-out data for --fit-bias", metavar="DATA")
+    bias_model: str | None = option(
+        None, "find it on this model, a twin that was not trained on --bias-data", metavar="MODEL"
+    )
     per_class: bool = option(False, "also the errors on each class")
     allow_code: bool = option(False, "run code that the cache names: transforms of its views")
 

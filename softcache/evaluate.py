@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from softcache.bias import best_shift, parse_bias
 from softcache.config import EvalConfig
 from softcache.data.join import batches, check_classes
 from softcache.data.loading import ViewedSet, load_batches, to_device
@@ -28,7 +28,7 @@ from softcache.errors import ClassMismatchError, ConfigError
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
 from softcache.report import percent, table
-from softcache.targets import Joined
+from softcache.targets import Joined, is_cache
 from softcache.targets import open as open_cache
 
 CALIBRATION_BINS = 15
@@ -112,8 +112,8 @@ def evaluate(
     model.eval()
     count = len(transfer_set)
     sums = Sums(transfer_set.num_classes)
-    names, bias = transfer_set.class_names, bias or {}
-    added = torch.tensor([bias.get(name, 0.0) for name in names], device=device)
+    bias = bias or {}
+    added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names], device=device)
     partners = joined.partners if joined is not None else None
     classes = class_indices(joined.cache.class_names, transfer_set.class_names) if joined is not None else []
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
@@ -129,8 +129,38 @@ def evaluate(
             teacher_logits = targets.combined(combine, temperature=temperature)[:, classes]
             sums.add_targets(logits, teacher_logits, temperature)
     model.train(was_training)
-    result = sums.result(count, time.monotonic() - started, temperature)
-    counts = {} if sums.multi_label else dict(zip(names, map(tuple, sums.of_class.tolist()), strict=True))
+    return _result(sums, transfer_set, started, temperature, bias)
+
+
+def evaluate_cache(
+    joined: Joined,
+    transfer_set: TransferSet,
+    *,
+    combine: str = "mean_logits",
+    batch_size: int = 512,
+    bias: Mapping[str, float] | None = None,
+) -> Evaluation:
+    """How good the combined soft targets of a cache are, at view 0: its teachers together, without running them.
+
+    Args:
+        joined: the samples of `transfer_set` joined to the cache; the labels are the transfer set's.
+        bias: class -> what to add to its combined logits first.
+    """
+    started, bias = time.monotonic(), bias or {}
+    sums = Sums(transfer_set.num_classes)
+    added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names])
+    for index in np.array_split(np.arange(len(transfer_set)), -(-len(transfer_set) // batch_size)):
+        logits = joined.gather_samples(index, np.zeros_like(index)).combined(combine, temperature=1.0)
+        sums.add_labels(logits + added, torch.from_numpy(transfer_set.labels[index]))
+    return _result(sums, transfer_set, started, 1.0, bias)
+
+
+def _result(
+    sums: Sums, transfer_set: TransferSet, started: float, temperature: float, bias: Mapping[str, float]
+) -> Evaluation:
+    rows = [] if sums.multi_label else zip(transfer_set.class_names, sums.of_class.tolist(), strict=True)
+    counts = {name: (errors, samples) for name, (errors, samples) in rows}
+    result = sums.result(len(transfer_set), time.monotonic() - started, temperature)
     return replace(result, bias=bias, class_errors=counts)
 
 
@@ -205,7 +235,7 @@ def check_same_classes(one: TransferSet, other: TransferSet) -> None:
 
 
 def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:
-    """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure.
+    """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure; or a cache.
 
     A student of some of the data's classes is measured on those: samples of the others count as unlabelled.
     """
@@ -214,6 +244,8 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     device = pick_device(config.device)
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())
+    if is_cache(model_text):
+        return _run_cache(model_text, transfer_set, config)
     joined = None
     if config.cache is not None:
         joined = open_cache(config.cache, allow_code=config.allow_code).join(transfer_set)
@@ -233,20 +265,14 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         input_shape=item_shape(item),
         device=str(device),
     )
-    how: dict[str, Any] = {
-        "device": device,
-        "batch_size": config.batch_size,
-        "workers": pick_workers(config.workers, device),
-        "autocast": autocast_dtype(config.autocast),
-    }
-    bias = _parse_bias(config.bias, transfer_set.class_names)
+    bias = parse_bias(config.bias, transfer_set.class_names)
     if config.fit_bias:
-        bias |= _fitted_bias(model, transfer_set, policy, config, how)
+        bias |= _fitted_bias(model_text, model, transfer_set, policy, config)
     return evaluate(
         model,
         transfer_set,
         policy,
-        **how,
+        **_how(config),
         joined=joined,
         combine=config.combine,
         temperature=config.temperature,
@@ -255,73 +281,53 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     )
 
 
-def _parse_bias(texts: Sequence[str], class_names: Sequence[str]) -> dict[str, float]:
-    """`3=3.5` -> {class: number}; ConfigError for what is no number, DataError for a class that is not there."""
-    bias = {}
-    for text in texts:
-        label, equals, value = text.rpartition("=")
-        try:
-            number = float(value) if equals else math.nan
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise ConfigError(f"--bias {text!r} is not CLASS=NUMBER", tip="write --bias 3=3.5, or 7=-7.6,8=-7.6")
-        bias |= {class_names[i]: number for i in class_indices(class_names, [label])}
-    return bias
+def _how(config: EvalConfig) -> dict[str, Any]:
+    """On what, and in what portions."""
+    device = pick_device(config.device)
+    return {
+        "device": device,
+        "batch_size": config.batch_size,
+        "workers": pick_workers(config.workers, device),
+        "autocast": autocast_dtype(config.autocast),
+    }
+
+
+def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig) -> Evaluation:
+    """A cache in the place of a model."""
+    for flag, given in (("--cache", config.cache), ("--policy", config.policy), ("--fit-bias", config.fit_bias)):
+        if given:
+            raise ConfigError(f"{flag} is of models; {path} is a cache", tip="leave it out, or name a model")
+    joined = open_cache(path, allow_code=config.allow_code).join(transfer_set)
+    bias = parse_bias(config.bias, transfer_set.class_names)
+    return evaluate_cache(joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias)
 
 
 def _fitted_bias(
-    model: Model, transfer_set: TransferSet, policy: Policy, config: EvalConfig, how: Mapping[str, Any]
+    model_text: str, model: Model, transfer_set: TransferSet, policy: Policy, config: EvalConfig
 ) -> dict[str, float]:
     """The one number for all of the classes of --fit-bias that makes fewest errors on the held-out data."""
     if config.bias_data is None:
         raise ConfigError("--fit-bias needs --bias-data", tip="give data that the model was not trained on")
     held_out = open_transfer_set(config.bias_data, download=config.download)
     check_same_classes(held_out, transfer_set)
+    if config.bias_model not in (None, model_text):
+        item = ViewedSet(held_out, policy, ()).render(0, 0)[0]
+        model = load_model(
+            config.bias_model,
+            num_classes=held_out.num_classes,
+            class_names=held_out.class_names,
+            input_shape=item_shape(item),
+            device=str(pick_device(config.device)),
+        )
     rows: list[Tensor] = []
     hook = model.register_forward_hook(lambda _model, _inputs, logits: rows.append(logits.detach().float().cpu()))
     try:
-        evaluate(model, held_out, policy, **how)
+        evaluate(model, held_out, policy, **_how(config))
     finally:
         hook.remove()
     classes = class_indices(transfer_set.class_names, config.fit_bias)
     shift = best_shift(torch.cat(rows), torch.from_numpy(held_out.labels).long(), classes)
     return {transfer_set.class_names[i]: shift for i in classes}
-
-
-def best_shift(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
-    """The number to add to the logits of some classes that makes fewest errors: the middle of the widest best interval.
-
-    Args:
-        logits: (N, C).
-        labels: (N,) class indices; those below 0 do not count.
-        classes: indices; not all of them.
-
-    Raises:
-        ConfigError: no labelled sample would be told otherwise by any number.
-    """
-    chosen = torch.zeros(logits.shape[1], dtype=torch.bool)
-    chosen[list(classes)] = True
-    known = labels >= 0
-    logits, labels = logits[known].double(), labels[known]
-    inside, best_inside = logits.masked_fill(~chosen, -math.inf).max(dim=1)
-    outside, best_outside = logits.masked_fill(chosen, -math.inf).max(dim=1)
-    # a sample is told to be of the chosen classes where the shift is above its turning point
-    turning = outside - inside
-    gain = (best_inside == labels).long() - (best_outside == labels).long()
-    if not bool((gain != 0).any()):
-        raise ConfigError("no shift of these classes changes how many samples are right", tip="choose other classes")
-    order = turning.argsort()
-    places, right = turning[order], gain[order].cumsum(dim=0)
-    distinct = torch.cat([places[1:] > places[:-1], torch.ones(1, dtype=torch.bool)])  # after the last of equal places
-    places, right = places[distinct], right[distinct]
-    inner = right[:-1]  # between a place and the next
-    within = int(inner.max()) if len(inner) else -len(right)
-    if max(0, int(right[-1])) > within:  # beyond all places, where there is no middle
-        return float(places[-1] + 1.0 if right[-1] > 0 else places[0] - 1.0)
-    width = torch.where(inner == inner.max(), places[1:] - places[:-1], -1.0)
-    at = int(width.argmax())
-    return float((places[at] + places[at + 1]) / 2)
 
 
 def run_policy(model_text: str) -> Policy:

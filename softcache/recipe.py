@@ -6,8 +6,9 @@ A recipe is a TOML file in softcache/recipes. At the top level stand the setting
     title, source            whose table it is
     [data]                   name -> data spec; {root} is --data-root
     [train] [dump]           settings of every such step
-    [pair.NAME]              words that a step with `each = true` is written with: it is done for every pair, {word} replaced
-                             in all of its strings, {pair} by NAME; its `paper` may be a table, pair -> number
+    [pair.NAME]              words that a step with `each` is written with: it is done for every pair (`each = true`) or for
+                             those it names, {word} replaced in all of its strings, {pair} by NAME; its `paper` may be a
+                             table, pair -> number. Steps with `each` that follow one another are done pair by pair.
     [[step]]                 name, and one of train, dump, eval: its own settings; `seeds` false: one run for all seeds
       paper, tolerance       the number in the table, and how far ours may be off; metric: errors, top1 (percent), class_errors
     [budget.short] [budget.smoke]   estimate, data, train, dump: instead of the above; steps: name -> settings; seeds
@@ -15,15 +16,18 @@ A recipe is a TOML file in softcache/recipes. At the top level stand the setting
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
 from softcache.errors import ConfigError, nearest
 
 BUDGETS = ("smoke", "short", "paper")
+REFERENCES = ("teacher", "cache", "init_from", "run", "bias_model")  # settings that may name an earlier step
 KINDS = ("train", "dump", "eval")
 METRICS = ("errors", "top1", "class_errors")
 _TOP = {"title", "source", "about", "data", "train", "dump", "eval", "pair", "step", "budget"}
@@ -38,7 +42,7 @@ class Step:
     Attributes:
         name: by which other steps refer to it, and its folder.
         kind: "train", "dump" or "eval".
-        settings: of the verb; `data`, `eval_data`, `teacher`, `cache`, `run` and `init_from` may name data and steps.
+        settings: of the verb; `data`, `eval_data` and `bias_data` may name the recipe's data, REFERENCES its earlier steps.
         label: of its row; empty: it has none.
         seeded: it is done once for each seed.
         paper: the published number; None where there is none.
@@ -56,6 +60,13 @@ class Step:
     tolerance: float | None = None
     metric: str = "errors"
     of_class: str = ""
+
+    def named(self) -> Iterator[tuple[str, str]]:
+        """(setting, name) of whatever REFERENCES name: an earlier step, or a model."""
+        for key in REFERENCES:
+            value = self.settings.get(key, ())
+            for name in (value,) if isinstance(value, str) else value:
+                yield key, name
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,26 @@ class Recipe:
     data: Mapping[str, str]
     steps: Sequence[Step]
     seeds: Sequence[int] = field(default_factory=lambda: (0, 1, 2))
+
+    def only(self, patterns: Sequence[str]) -> Recipe:
+        """The steps whose names fit a pattern (`resnet56-*`), and those they build on.
+
+        Raises:
+            ConfigError: a pattern that fits none.
+        """
+        names = [step.name for step in self.steps]
+        wanted: set[str] = set()
+        for pattern in patterns:
+            found = fnmatch.filter(names, pattern)
+            if not found:
+                raise ConfigError(
+                    f"--only {pattern}: no step of {self.name} has such a name", tip=nearest(pattern, names)
+                )
+            wanted.update(found)
+        for step in reversed(self.steps):
+            if step.name in wanted:
+                wanted.update(name for _, name in step.named())
+        return replace(self, steps=[step for step in self.steps if step.name in wanted])
 
 
 def recipe_names() -> list[str]:
@@ -122,12 +153,13 @@ def parse_recipe(name: str, text: str, budget: str) -> Recipe:
     of_step = changes.get("steps", {})
     pairs = told.get("pair", {})
     pairs = {key: pairs[key] for key in changes.get("pairs", pairs)}
-    entries = [one for entry in told.get("step", []) for one in _expanded(entry, pairs)]
+    entries = _expanded(told.get("step", []), pairs, where)
     steps = [_step(entry, told, changes, of_step, f"{where}: step {entry.get('name')!r}") for entry in entries]
     names = [step.name for step in steps]
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"{where}: its steps need names of their own")
     _only(of_step, set(names), f"{where}: budget.{budget}.steps")
+    _check_named(steps, where)
     return Recipe(
         name,
         told["title"],
@@ -141,18 +173,28 @@ def parse_recipe(name: str, text: str, budget: str) -> Recipe:
     )
 
 
-def _expanded(entry: Mapping[str, Any], pairs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The step itself, or one for each pair, written with the pair's words."""
-    if not entry.get("each"):
-        return [dict(entry)]
-    found = []
-    for name, words in pairs.items():
-        paper = entry.get("paper")
-        if isinstance(paper, dict):
-            paper = paper.get(name)
-        rest = {key: value for key, value in entry.items() if key not in ("each", "paper")}
-        found.append({**_written(rest, {**words, "pair": name}), **({} if paper is None else {"paper": paper})})
+def _expanded(
+    entries: Sequence[Mapping[str, Any]], pairs: Mapping[str, Mapping[str, Any]], where: str
+) -> list[Mapping[str, Any]]:
+    """The steps, those with `each` written once for each of their pairs."""
+    found: list[Mapping[str, Any]] = []
+    for of_pairs, group in itertools.groupby(entries, key=lambda entry: bool(entry.get("each"))):
+        block = list(group)
+        if not of_pairs:
+            found += block
+        for name, words in pairs.items() if of_pairs else ():
+            for entry in block:
+                if entry["each"] is True or name in entry["each"]:
+                    found.append(_of_pair(entry, name, words))
     return found
+
+
+def _of_pair(entry: Mapping[str, Any], name: str, words: Mapping[str, Any]) -> dict[str, Any]:
+    paper = entry.get("paper")
+    if isinstance(paper, dict):
+        paper = paper.get(name)
+    rest = {key: value for key, value in entry.items() if key not in ("each", "paper")}
+    return {**_written(rest, {**words, "pair": name}), **({} if paper is None else {"paper": paper})}
 
 
 def _written(value: Any, words: Mapping[str, Any]) -> Any:
@@ -199,6 +241,20 @@ def _step(
         metric,
         str(entry.get("class", "")),
     )
+
+
+def _check_named(steps: Sequence[Step], where: str) -> None:
+    """What a step builds on comes before it, for each of its seeds."""
+    before: dict[str, Step] = {}
+    for step in steps:
+        for key, name in step.named():
+            if name not in before and (key == "cache" or ":" not in name):
+                raise ConfigError(
+                    f"{where}: step {step.name!r}: {key} {name!r} is no step before it", tip=nearest(name, before)
+                )
+            if name in before and before[name].seeded and not step.seeded:
+                raise ConfigError(f"{where}: step {step.name!r} is done once, {name!r} once for each seed")
+        before[step.name] = step
 
 
 def _only(table: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -12,25 +12,21 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import softcache
 from softcache import dump, evaluate, train
+from softcache.chart import draw_rows
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.selection import class_indices
 from softcache.errors import ConfigError, nearest
-from softcache.recipe import Recipe, Step, read_recipe, recipe_names
+from softcache.recipe import REFERENCES, Recipe, Step, read_recipe, recipe_names
 from softcache.report import table
 
 RESULT = "result.json"
-REFERENCES = {
-    "cache": False,
-    "teacher": True,
-    "init_from": False,
-    "run": False,
-}  # settings that name steps; a list or one
 
 
 @dataclass(frozen=True)
@@ -135,14 +131,9 @@ class _Bench:
     quiet: bool
     outcomes: dict[tuple[str, int | None], Outcome] = field(default_factory=dict)
 
-    def outcome(self, name: str, seed: int | None, asking: str) -> Outcome:
-        """Of an earlier step: for the same seed, or its only one."""
-        for key in ((name, seed), (name, None)):
-            if key in self.outcomes:
-                return self.outcomes[key]
-        raise ConfigError(
-            f"recipe {self.recipe.name}: step {asking!r} builds on {name!r}, which no step before it gave"
-        )
+    def outcome(self, name: str, seed: int | None) -> Outcome | None:
+        """Of an earlier step: for the same seed, or its only one; None for what is no step."""
+        return self.outcomes.get((name, seed), self.outcomes.get((name, None)))
 
 
 def run(
@@ -152,6 +143,7 @@ def run(
     data_root: str = "data",
     data: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    only: Sequence[str] = (),
     device: str | None = None,
     out: Path = Path("reproduced"),
     quiet: bool = False,
@@ -164,13 +156,16 @@ def run(
         data_root: what {root} in the recipe's data stands for.
         data: `NAME=SPEC`, other sources of the recipe's data.
         seeds: of the students; the recipe's own if empty.
+        only: patterns of steps' names: these, and what they build on; all of them if empty.
         device: for every step.
-        out: a folder for the runs, caches and the table.
+        out: a folder for the runs, caches and the table (text, JSON, and a picture where matplotlib is).
 
     Raises:
         SoftcacheError: as the steps raise them, with the step's name.
     """
     recipe = read_recipe(name, budget)
+    if only:
+        recipe = recipe.only(only)
     specs = {key: spec.replace("{root}", data_root) for key, spec in recipe.data.items()}
     for text in data:
         key, equals, spec = text.partition("=")
@@ -198,6 +193,10 @@ def run(
     done = Reproduced(recipe, rows, chosen, folder, reused, len(outcomes) - reused)
     (folder / "table.json").write_text(json.dumps(done.to_json(), indent=1) + "\n")
     (folder / "table.txt").write_text(done.text() + "\n")
+    if find_spec("matplotlib") is not None:
+        draw_rows(f"{recipe.title}, {budget} budget", rows, folder / "table.png")
+    elif not quiet:
+        print("no picture: it takes `pip install 'softcache[demo]'`", file=sys.stderr)
     return done
 
 
@@ -216,13 +215,13 @@ def _do(step: Step, seed: int | None, bench: _Bench, specs: Mapping[str, str]) -
     for key in ("data", "eval_data", "bias_data"):
         if key in settings:
             settings[key] = specs.get(settings[key], settings[key])
-    for key, many in REFERENCES.items():
-        if key in settings:
-            names = settings[key] if many else [settings[key]]
-            found = [bench.outcome(one, seed, step.name) for one in names]
-            inputs += [one.identity for one in found]
-            named = [f"{one.folder}?name={own}" for own, one in zip(names, found, strict=True)]  # of the members
-            settings[key] = named if many else found[0].folder
+    for key, name in step.named():
+        found = bench.outcome(name, seed)
+        inputs.append(name if found is None else found.identity)
+        if found is not None and key == "teacher":
+            settings[key] = [f"{found.folder}?name={name}" if one == name else one for one in settings[key]]
+        elif found is not None:
+            settings[key] = found.folder
     if step.kind == "train":
         settings.setdefault("seed", 0 if seed is None else seed)
     if bench.device is not None:

@@ -24,6 +24,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.plan import FeatureInfo, MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
+from softcache.cache.schema import MANIFEST
 from softcache.codecs import Codec, codec_constants, restore_codec
 from softcache.codecs.features import FeatureCodec
 from softcache.data.identity import pixel_digest, sample_ids
@@ -520,6 +521,11 @@ class Joined(Dataset[Any]):
     ) -> Targets:
         """The targets of samples given by their position in the data set, at the given views."""
         return self.cache.gather(self.rows[index].astype(np.int64), views, members=members, features=features)
+
+
+def is_cache(path: str | os.PathLike[str]) -> bool:
+    """Whether a finished dump is there."""
+    return os.path.isfile(os.path.join(path, MANIFEST))
 
 
 def open(

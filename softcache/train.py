@@ -113,6 +113,8 @@ def _train(
             raise ConfigError(f"--sync-bn works on GPUs, this is {device.type}", tip="leave it out")
         model.net = nn.SyncBatchNorm.convert_sync_batchnorm(model.net)
     model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     parts = nn.ModuleList(dict.fromkeys(part for objective in objectives for part in objective.parts)).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
     # whose weights are evaluated and saved
@@ -206,15 +208,16 @@ def _train(
                 row["lr"] = optimizer.param_groups[0]["lr"]
                 row |= {"view": views[0], **objective.scalars(moment)}
                 row |= {name: ranks.total(value).item() / ranks.size / steps for name, value in sums.items()}
-                if eval_set is not None:
+                due = (len(metrics) + 1) % config.eval_every == 0 or epoch + 1 == settings.epochs
+                if eval_set is not None and due:
                     evaluation = ranks.agree(measure(eval_set) if ranks.first else None)
                     row |= {"eval_top1": evaluation.top1, "eval_nll": evaluation.nll, "eval_errors": evaluation.errors}
                 row["seconds"] = round(time.monotonic() - started, 3)
-                is_best = eval_set is not None and all(
-                    (row["eval_top1"] or 0) > (past["eval_top1"] or 0) for past in metrics
+                is_best = "eval_top1" in row and all(
+                    (row["eval_top1"] or 0) > (past.get("eval_top1") or 0) for past in metrics
                 )
                 metrics.append(row)
-                ended = _is_stale(metrics, settings.patience, number)
+                ended = "eval_top1" in row and _is_stale(metrics, settings.patience, number)
                 progress.epoch, progress.step, progress.sums = settings.epochs if ended else epoch + 1, 0, {}
                 if ranks.first:
                     write_metrics(out, metrics)  # before the checkpoint: a run killed in between does this epoch again
@@ -265,7 +268,7 @@ def _backward(
 
 def _check(config: TrainConfig) -> None:
     """Refuse numbers and combinations that cannot be; what may differ between stages is checked with them."""
-    for name in ("batch_size", "accumulate", "views_per_visit"):
+    for name in ("batch_size", "accumulate", "views_per_visit", "eval_every"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     if config.checkpoint_every is not None and config.checkpoint_every < 1:
@@ -334,7 +337,7 @@ def _is_stale(metrics: list[dict[str, Any]], patience: int | None, stage: int) -
     """Whether the best evaluation of a stage is `patience` epochs old."""
     if patience is None:
         return False
-    scores = [row["eval_top1"] or 0.0 for row in metrics if row.get("stage", 0) == stage]
+    scores = [row.get("eval_top1") or 0.0 for row in metrics if row.get("stage", 0) == stage]
     return len(scores) - 1 - scores.index(max(scores)) >= patience
 
 

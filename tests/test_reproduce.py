@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from softcache import reproduce
+from softcache.bias import best_shift
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import ConfigError, DataError
-from softcache.evaluate import best_shift
 from softcache.recipe import BUDGETS, parse_recipe, read_recipe, recipe_names
 
 SMALL = """

@@ -314,6 +314,45 @@ def test_the_kept_student_is_the_one_that_is_reported(world: World, tmp_path: Pa
     assert result.metrics[-1]["eval_top1"] < best  # or there would be nothing to see
 
 
+@pytest.mark.parametrize(("every", "evaluated"), [(2, [1, 3, 4, 5, 6]), (3, [2, 4, 5, 6]), (9, [4, 6])])
+def test_evaluations_are_every_few_epochs_and_at_the_end_of_a_stage(
+    world: World, tmp_path: Path, every: int, evaluated: list[int]
+) -> None:
+    stages = ("epochs=5 loss=kd", "epochs=2 loss=ce")
+    config = world.config(tmp_path / "run", stage=stages, eval_data=world.spec("toy"), keep="best", eval_every=every)
+    scores = [0.5 + 0.1 * (place == 1) for place in range(len(evaluated))]  # the second is the best
+    rows = with_scores(config, scores)
+    assert [place for place, row in enumerate(rows) if "eval_top1" in row] == evaluated
+    until = (5, evaluated[1] - 4) if evaluated[1] > 4 else (evaluated[1] + 1, 0)
+    kept = tuple(f"epochs={count} loss={loss}" for count, loss in zip(until, ("kd", "ce"), strict=True) if count)
+    train.run(replace(config, out=str(tmp_path / "short"), stage=kept, keep="last"), quiet=True)
+    assert same_weights(tmp_path / "run", tmp_path / "short")
+
+
+def test_patience_waits_for_an_evaluation(world: World, tmp_path: Path) -> None:
+    data = world.spec("toy")
+    config = world.config(tmp_path / "run", "kd", epochs=9, patience=1, eval_data=data, eval_every=2)
+    assert len(with_scores(config, (0.5, 0.4))) == 4
+
+
+def test_channels_last_changes_the_memory_and_not_the_mathematics(world: World, tmp_path: Path) -> None:
+    plain = world.config(tmp_path / "plain", "kd", "ce", epochs=2)
+    last = replace(plain, out=str(tmp_path / "last"), channels_last=True)
+    layouts = []
+    original = train.save_progress
+
+    def looked(out: Path, state: Any, *rest: Any) -> None:
+        layouts.append(state.net.late[0].weight.is_contiguous(memory_format=torch.channels_last))
+        original(out, state, *rest)
+
+    with mock.patch.object(train, "save_progress", looked):
+        train.run(plain, quiet=True)
+        train.run(last, quiet=True)
+    assert layouts == [False, False, True, True]
+    one, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "last")
+    assert all(relative(one[name], other[name]) < 1e-4 for name in one)
+
+
 # --------------------------------------------------------------------------------------------------------------- classes
 
 CHOSEN = [1, 3, 4]
