@@ -180,6 +180,9 @@ def _build_parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--data", action="append", default=[], metavar="NAME=SPEC", help="another source of the recipe's data; repeat"
     )
+    reproduce.add_argument(
+        "--use", action="append", default=[], metavar="STEP=MODEL", help="a model in the place of one it trains; repeat"
+    )
     reproduce.add_argument("--seeds", metavar="N,N", help="of the students (default: the recipe's)")
     reproduce.add_argument(
         "--only",
@@ -405,6 +408,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         budget=arguments.budget,
         data_root=arguments.data_root,
         data=arguments.data,
+        models=arguments.use,
         seeds=convert(arguments.seeds, tuple[int, ...], "--seeds") if arguments.seeds else (),
         only=arguments.only,
         device=arguments.device,

@@ -24,7 +24,7 @@ from softcache.data.loading import ViewedSet, load_batches, to_device
 from softcache.data.selection import class_indices
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ClassMismatchError, ConfigError
+from softcache.errors import ClassMismatchError, ConfigError, ModelError
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
 from softcache.report import percent, table
@@ -122,6 +122,7 @@ def evaluate(
     for batch in tqdm(loaded, total=-(-count // batch_size), desc="eval", disable=not progress, leave=False):
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(to_device(batch.inputs[0], device))
+        _check_finite(logits, batch.index)
         logits = logits.float() + added
         sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
         if joined is not None:
@@ -130,6 +131,15 @@ def evaluate(
             sums.add_targets(logits, teacher_logits, temperature)
     model.train(was_training)
     return _result(sums, transfer_set, started, temperature, bias)
+
+
+def _check_finite(logits: Tensor, index: np.ndarray) -> None:
+    bad = int((~logits.isfinite().all(dim=1)).sum())
+    if bad:
+        raise ModelError(
+            f"the model's logits are not finite for {bad} of {len(index)} samples: its weights are not, or its numbers overflow",
+            tip="if it was being trained: a lower --lr, or --clip-norm 1; if it computes in a half type: --autocast none",
+        )
 
 
 def evaluate_cache(

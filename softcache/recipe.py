@@ -7,11 +7,14 @@ A recipe is a TOML file in softcache/recipes. At the top level stand the setting
     [data]                   name -> data spec; {root} is --data-root
     [train] [dump]           settings of every such step
     [pair.NAME]              words that a step with `each` is written with: it is done for every pair (`each = true`) or for
-                             those it names, {word} replaced in all of its strings, {pair} by NAME; its `paper` may be a
-                             table, pair -> number. Steps with `each` that follow one another are done pair by pair.
+                             those it names, {word} replaced in all of its strings, {pair} by NAME; where its `paper` is a
+                             string, the number is that entry of the pair's `paper`. Steps with `each` that follow one another
+                             are done pair by pair, and one that two pairs share once.
     [[step]]                 name, and one of train, dump, eval: its own settings; `seeds` false: one run for all seeds
       paper, tolerance       the number in the table, and how far ours may be off; metric: errors, top1 (percent), class_errors
-    [budget.short] [budget.smoke]   estimate, data, train, dump: instead of the above; steps: name -> settings; seeds
+    [budget.short] [budget.smoke]   estimate; data, train, dump: instead of the above; steps: name -> settings; pairs, seeds;
+                             only: patterns of the names of the steps it keeps, beside those that they build on;
+                             use: name of a training step -> a model in its place
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ KINDS = ("train", "dump", "eval")
 METRICS = ("errors", "top1", "class_errors")
 _TOP = {"title", "source", "about", "data", "train", "dump", "eval", "pair", "step", "budget"}
 _STEP = {"name", "label", "each", "seeds", "paper", "tolerance", "metric", "class", *KINDS}
-_BUDGET = {"estimate", "data", "train", "dump", "eval", "pairs", "steps", "seeds"}
+_BUDGET = {"estimate", "data", "train", "dump", "eval", "pairs", "only", "use", "steps", "seeds"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Recipe:
         data: name -> spec.
         steps: in the order they are done.
         seeds: by default.
+        use: training step -> model in its place.
     """
 
     name: str
@@ -92,7 +96,8 @@ class Recipe:
     estimate: str
     data: Mapping[str, str]
     steps: Sequence[Step]
-    seeds: Sequence[int] = field(default_factory=lambda: (0, 1, 2))
+    seeds: Sequence[int] = (0, 1, 2)
+    use: Mapping[str, str] = field(default_factory=dict)
 
     def only(self, patterns: Sequence[str]) -> Recipe:
         """The steps whose names fit a pattern (`resnet56-*`), and those they build on.
@@ -106,7 +111,8 @@ class Recipe:
             found = fnmatch.filter(names, pattern)
             if not found:
                 raise ConfigError(
-                    f"--only {pattern}: no step of {self.name} has such a name", tip=nearest(pattern, names)
+                    f"--only {pattern}: no step of {self.name} at this budget has such a name",
+                    tip=nearest(pattern, names),
                 )
             wanted.update(found)
         for step in reversed(self.steps):
@@ -121,8 +127,13 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def read_recipe(name: str, budget: str = "paper") -> Recipe:
+def read_recipe(name: str, budget: str = "paper", only: Sequence[str] = ()) -> Recipe:
     """A recipe of the package at a budget.
+
+    Args:
+        name: of its file.
+        budget: "smoke", "short" or "paper".
+        only: patterns of steps' names, instead of the budget's own.
 
     Raises:
         ConfigError: no such recipe or budget (with near names), or a recipe that contradicts itself.
@@ -132,10 +143,10 @@ def read_recipe(name: str, budget: str = "paper") -> Recipe:
             f"no recipe {name!r}", tip=f"{nearest(name, recipe_names())}; `softcache reproduce LIST` shows them"
         )
     text = (files("softcache") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-    return parse_recipe(name, text, budget)
+    return parse_recipe(name, text, budget, only)
 
 
-def parse_recipe(name: str, text: str, budget: str) -> Recipe:
+def parse_recipe(name: str, text: str, budget: str, only: Sequence[str] = ()) -> Recipe:
     """As `read_recipe`, from the text of a file."""
     if budget not in BUDGETS:
         raise ConfigError(f"--budget {budget}: unknown", tip=nearest(budget, BUDGETS))
@@ -159,8 +170,10 @@ def parse_recipe(name: str, text: str, budget: str) -> Recipe:
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"{where}: its steps need names of their own")
     _only(of_step, set(names), f"{where}: budget.{budget}.steps")
+    trained = {step.name for step in steps if step.kind == "train"}
+    _only(changes.get("use", {}), trained, f"{where}: budget.{budget}.use")
     _check_named(steps, where)
-    return Recipe(
+    recipe = Recipe(
         name,
         told["title"],
         told["source"],
@@ -170,7 +183,9 @@ def parse_recipe(name: str, text: str, budget: str) -> Recipe:
         data,
         steps,
         tuple(changes.get("seeds", (0, 1, 2))),
+        changes.get("use", {}),
     )
+    return recipe.only(only or changes.get("only", ("*",)))
 
 
 def _expanded(
@@ -185,14 +200,15 @@ def _expanded(
         for name, words in pairs.items() if of_pairs else ():
             for entry in block:
                 if entry["each"] is True or name in entry["each"]:
-                    found.append(_of_pair(entry, name, words))
+                    written = _of_pair(entry, name, words)
+                    found += [] if written in found else [written]
     return found
 
 
 def _of_pair(entry: Mapping[str, Any], name: str, words: Mapping[str, Any]) -> dict[str, Any]:
-    paper = entry.get("paper")
-    if isinstance(paper, dict):
-        paper = paper.get(name)
+    paper, numbers = entry.get("paper"), words.get("paper", {})
+    if isinstance(paper, str):
+        paper = numbers.get(paper)
     rest = {key: value for key, value in entry.items() if key not in ("each", "paper")}
     return {**_written(rest, {**words, "pair": name}), **({} if paper is None else {"paper": paper})}
 
@@ -229,7 +245,7 @@ def _step(
     if metric not in METRICS:
         raise ConfigError(f"{where}: unknown metric {metric!r}", tip=nearest(metric, METRICS))
     paper = entry.get("paper")
-    label = entry.get("label", entry["name"] if kind != "dump" and (paper is not None or "label" in entry) else "")
+    label = entry.get("label", entry["name"] if kind != "dump" and paper is not None else "")
     return Step(
         entry["name"],
         kind,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from softcache import dump, evaluate, train
 from softcache.chart import draw_rows
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.selection import class_indices
+from softcache.data.views import Policy
 from softcache.errors import ConfigError, nearest
 from softcache.recipe import REFERENCES, Recipe, Step, read_recipe, recipe_names
 from softcache.report import table
@@ -58,7 +59,7 @@ class Row:
         metric: "errors", "top1" in percent, or the errors on one class.
         paper: the published number, or None.
         values, best: ours, one for each seed: of the last epoch, and of the best.
-        verdict: "reached", "not reached", or why neither can be said.
+        verdict: "reached" or "not reached"; empty where there is no number, or a shorter schedule than the paper's.
         seconds: of all seeds together.
     """
 
@@ -89,36 +90,23 @@ class Reproduced:
 
     def text(self) -> str:
         """The table, with what to know of it."""
-        short = "" if self.recipe.budget == "paper" else f"; {self.recipe.budget} schedule, not the paper's"
-        header = [
-            "",
-            "metric",
-            "paper",
-            "mean",
-            "s.d.",
-            "best epoch",
-            *(f"seed {s}" for s in self.seeds),
-            "",
-            "minutes",
-        ]
-        rows = [
-            [
-                row.label,
-                row.metric,
-                _number(row.paper),
-                _number(mean(row.values)),
-                _number(stdev(row.values)) if len(row.values) > 1 else "",
-                _number(mean(row.best)),
-                *[_number(value) for value in row.values],
-                *[""] * (len(self.seeds) - len(row.values)),
-                row.verdict,
-                f"{row.seconds / 60:.1f}",
-            ]
-            for row in self.rows
-        ]
-        about = f"{self.recipe.title}\n{self.recipe.source}{short}"
+        schedule = "" if self.recipe.budget == "paper" else f" ({self.recipe.budget} schedule)"
+        columns: dict[str, list[str]] = {
+            "": [row.label for row in self.rows],
+            "metric": [row.metric for row in self.rows],
+            "paper": [_number(row.paper) for row in self.rows],
+            "ours": [_number(mean(row.values)) for row in self.rows],
+            "s.d.": [_number(stdev(row.values)) if len(row.values) > 1 else "" for row in self.rows],
+            "best epoch": [_number(mean(row.best)) for row in self.rows],
+        }
+        for place, seed in enumerate(self.seeds if len(self.seeds) > 1 else ()):
+            columns[f"seed {seed}"] = [_number(*row.values[place : place + 1]) for row in self.rows]
+        columns["verdict"] = [row.verdict for row in self.rows]
+        columns["minutes"] = [f"{row.seconds / 60:.1f}" for row in self.rows]
+        shown = {head: cells for head, cells in columns.items() if any(cells)}
+        done = table(list(shown), list(zip(*shown.values(), strict=True)))
         state = f"{self.done} steps done now, {self.reused} reused; all of it is in {self.folder}"
-        return f"{about}\n\n{table(header, rows)}\n\n{state}"
+        return f"{self.recipe.title}{schedule}\n{self.recipe.source}\n\n{done}\n\n{state}"
 
 
 @dataclass
@@ -127,6 +115,8 @@ class _Bench:
 
     recipe: Recipe
     out: Path
+    specs: Mapping[str, str]
+    models: Mapping[str, str]
     device: str | None
     quiet: bool
     outcomes: dict[tuple[str, int | None], Outcome] = field(default_factory=dict)
@@ -142,6 +132,7 @@ def run(
     budget: str = "paper",
     data_root: str = "data",
     data: Sequence[str] = (),
+    models: Sequence[str] = (),
     seeds: Sequence[int] = (),
     only: Sequence[str] = (),
     device: str | None = None,
@@ -155,6 +146,7 @@ def run(
         budget: "smoke", "short" or "paper".
         data_root: what {root} in the recipe's data stands for.
         data: `NAME=SPEC`, other sources of the recipe's data.
+        models: `STEP=MODEL`, models in the place of what steps would train.
         seeds: of the students; the recipe's own if empty.
         only: patterns of steps' names: these, and what they build on; all of them if empty.
         device: for every step.
@@ -163,27 +155,20 @@ def run(
     Raises:
         SoftcacheError: as the steps raise them, with the step's name.
     """
-    recipe = read_recipe(name, budget)
-    if only:
-        recipe = recipe.only(only)
+    recipe = read_recipe(name, budget, only)
     specs = {key: spec.replace("{root}", data_root) for key, spec in recipe.data.items()}
-    for text in data:
-        key, equals, spec = text.partition("=")
-        if not equals or key not in specs:
-            raise ConfigError(
-                f"--data {text!r}: the recipe has no such data", tip=f"{nearest(key, specs)}; write NAME=SPEC"
-            )
-        specs[key] = spec
+    specs |= _named(data, "--data", specs)
+    used = {**recipe.use, **_named(models, "--use", [step.name for step in recipe.steps if step.kind == "train"])}
     chosen = tuple(seeds) or recipe.seeds
     folder = out / name / budget
-    bench = _Bench(recipe, folder, device, quiet)
+    bench = _Bench(recipe, folder, specs, used, device, quiet)
     for number, step in enumerate(recipe.steps, start=1):
         for seed in chosen if step.seeded else (None,):
             if not quiet:
                 said = "" if seed is None else f", seed {seed}"
                 print(f"{number}/{len(recipe.steps)}  {step.kind} {step.name}{said}", file=sys.stderr, flush=True)
             try:
-                bench.outcomes[step.name, seed] = _do(step, seed, bench, specs)
+                bench.outcomes[step.name, seed] = _do(step, seed, bench)
             except Exception as exc:
                 exc.add_note(f"in step {step.name!r} of recipe {name!r}")
                 raise
@@ -209,17 +194,18 @@ def listing() -> str:
     return table(["recipe", "table", "smoke", "short", "paper"], rows, words=True)
 
 
-def _do(step: Step, seed: int | None, bench: _Bench, specs: Mapping[str, str]) -> Outcome:
+def _do(step: Step, seed: int | None, bench: _Bench) -> Outcome:
     """One step for one seed, or what it gave before."""
     settings, inputs = dict(step.settings), []
     for key in ("data", "eval_data", "bias_data"):
         if key in settings:
-            settings[key] = specs.get(settings[key], settings[key])
+            settings[key] = bench.specs.get(settings[key], settings[key])
     for key, name in step.named():
         found = bench.outcome(name, seed)
         inputs.append(name if found is None else found.identity)
         if found is not None and key == "teacher":
-            settings[key] = [f"{found.folder}?name={name}" if one == name else one for one in settings[key]]
+            named = f"{found.folder}{'&' if '?' in found.folder else '?'}name={name}"
+            settings[key] = [named if one == name else one for one in settings[key]]
         elif found is not None:
             settings[key] = found.folder
     if step.kind == "train":
@@ -227,6 +213,9 @@ def _do(step: Step, seed: int | None, bench: _Bench, specs: Mapping[str, str]) -
     if bench.device is not None:
         settings["device"] = bench.device
     own = {key: value for key, value in settings.items() if key not in (*REFERENCES, "device")}
+    model = bench.models.get(step.name)
+    if model is not None:
+        own["model"] = _model_identity(model)
     identity = hashlib.sha256(json.dumps([step.kind, own, inputs], sort_keys=True).encode()).hexdigest()
     suffix = "" if seed is None else f"-{seed}"
     folder = bench.out / f"{step.name}{suffix}-{identity[:8]}"
@@ -234,7 +223,9 @@ def _do(step: Step, seed: int | None, bench: _Bench, specs: Mapping[str, str]) -
     if before is not None:
         return before
     started = time.monotonic()
-    if step.kind == "train":
+    if model is not None:
+        outcome = _given(step, model, settings)
+    elif step.kind == "train":
         outcome = _train(step, settings, folder, bench.quiet)
     elif step.kind == "dump":
         outcome = _dump(settings, folder, bench.quiet)
@@ -245,6 +236,19 @@ def _do(step: Step, seed: int | None, bench: _Bench, specs: Mapping[str, str]) -
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps({"of": identity, "outcome": asdict(outcome)}) + "\n")
     return outcome
+
+
+def _named(texts: Sequence[str], flag: str, known: Collection[str]) -> dict[str, str]:
+    """`NAME=SPEC` of a flag, by name."""
+    found = {}
+    for text in texts:
+        name, equals, spec = text.partition("=")
+        if not equals or name not in known:
+            raise ConfigError(
+                f"{flag} {text!r}: the recipe has no {name!r}", tip=f"{nearest(name, known)}; write NAME=SPEC"
+            )
+        found[name] = spec
+    return found
 
 
 def _note(folder: Path) -> Path:
@@ -262,7 +266,7 @@ def _read(folder: Path, identity: str) -> Outcome | None:
         outcome = Outcome(**{**kept["outcome"], "reused": True})
     except (ValueError, KeyError, TypeError):
         return None
-    there = outcome.folder == "" or Path(outcome.folder).is_dir()
+    there = outcome.folder != str(folder) or folder.is_dir()  # an evaluation has none, a model that was given its own
     return outcome if kept["of"] == identity and there else None
 
 
@@ -279,6 +283,25 @@ def _train(step: Step, settings: Mapping[str, Any], folder: Path, quiet: bool) -
         return Outcome(str(folder), student, last, last)
     at_best = best["eval_errors"] if step.metric == "errors" else 100 * best["eval_top1"]
     return Outcome(str(folder), student, last, float(at_best))
+
+
+def _given(step: Step, model: str, settings: Mapping[str, Any]) -> Outcome:
+    """A model in the place of the one that the step would train."""
+    own = {key: settings[key] for key in ("device", "threads", "autocast") if key in settings}
+    if not Path(model).is_dir():  # a run knows how its images were seen
+        steps = Policy.parse(settings.get("policy", ()), 0).for_evaluation().steps
+        own["policy"] = [str(one) for one in steps]
+    evaluation = evaluate.run(
+        model, resolve(EvalConfig, flags={"data": settings["eval_data"], **own}).config, quiet=True
+    )
+    value = _metric(step, evaluation)
+    return Outcome(model, _model_identity(model), value, value)
+
+
+def _model_identity(model: str) -> str:
+    """Of its weights where it is a run folder, else of what it is called."""
+    student = Path(model) / train.STUDENT
+    return hashlib.sha256(student.read_bytes() if student.is_file() else model.encode()).hexdigest()
 
 
 def _dump(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
@@ -321,18 +344,16 @@ def _row(step: Step, bench: _Bench, seeds: Sequence[int]) -> Row:
 
 
 def _verdict(step: Step, values: Sequence[float], budget: str) -> str:
-    """Whether the mean is as good as the paper's number, up to the tolerance."""
-    if step.paper is None:
+    """Whether the mean is as good as the paper's number, up to the tolerance; of shorter schedules nothing is said."""
+    if step.paper is None or budget != "paper":
         return ""
-    if budget != "paper":
-        return f"{budget} budget"
     room = step.tolerance or 0.0
     ours = mean(values)
     good = ours >= step.paper - room if step.metric == "top1" else ours <= step.paper + room
     return "reached" if good else "not reached"
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None = None) -> str:
     if value is None:
-        return "-"
+        return ""
     return f"{value:.0f}" if value == round(value) else f"{value:.2f}"

@@ -15,8 +15,10 @@ from softcache import reproduce
 from softcache.bias import best_shift
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
+from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError
 from softcache.recipe import BUDGETS, parse_recipe, read_recipe, recipe_names
+from softcache.stages import parse_stages
 
 SMALL = """
 title = "a table"
@@ -58,7 +60,7 @@ seeds = [7]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "read_recipe", lambda name, budget: parse_recipe(name, SMALL, budget))
+    monkeypatch.setattr(reproduce, "read_recipe", lambda name, budget, only=(): parse_recipe(name, SMALL, budget, only))
 
 
 # ---------------------------------------------------------------------------------------------------------- what they say
@@ -73,14 +75,16 @@ def test_every_recipe_is_consistent_at_every_budget(name: str, budget: str) -> N
         settings = dict(step.settings)
         for key in ("data", "eval_data", "bias_data"):
             assert settings.get(key) is None or settings[key] in recipe.data
-        for key in ("cache", "init_from", "run"):
-            if key in settings:
-                assert known[settings[key]] == ("dump" if key == "cache" else "train")
-        for teacher in settings.get("teacher", ()):
-            assert known[teacher] == "train"
-        kind: Any = {"train": TrainConfig, "dump": DumpConfig, "eval": EvalConfig}[step.kind]
+        for key, name_of in step.named():
+            built_on = known.get(name_of, "model")
+            assert built_on in {"cache": ("dump",), "run": ("train", "dump", "model")}.get(key, ("train", "model"))
         settings.pop("run", None)
-        resolve(kind, flags=settings if step.kind == "eval" else {**settings, "out": "x"})
+        Policy.parse(settings.get("policy", ()), 0)
+        if step.kind == "train":
+            parse_stages(resolve(TrainConfig, flags={**settings, "out": "x"}).config)
+        else:
+            kind: Any = EvalConfig if step.kind == "eval" else DumpConfig
+            resolve(kind, flags=settings if step.kind == "eval" else {**settings, "out": "x"})
         known[step.name] = step.kind
     assert any(step.label for step in recipe.steps) and recipe.estimate != "not estimated"
     assert recipe.seeds
@@ -103,6 +107,7 @@ source = "s"
 [pair.big-small]
 teacher = "mlp?hidden=9"
 lr = 0.1
+paper = {alone = 5.5}
 [pair.other]
 teacher = "cnn"
 lr = 0.2
@@ -110,7 +115,7 @@ lr = 0.2
 name = "{pair}-teacher"
 label = "{teacher} alone"
 each = true
-paper = {big-small = 5.5}
+paper = "alone"
 train = {student = "softcache:{teacher}", lr = "{lr}", loss = ["ce:weight={lr}"]}
 [budget.smoke]
 pairs = ["other"]
@@ -179,8 +184,8 @@ def test_other_data_of_the_same_name_is_another_run(tmp_path: Path) -> None:
     other = "train=synthetic:images?classes=4&size=8&channels=1&count=48"
     changed = reproduce.run("small", budget="short", data=[other], out=tmp_path, quiet=True)
     assert (changed.done, changed.reused) == (4, 0)
-    assert [row.verdict for row in changed.rows] == ["", "short budget", "short budget"]
-    with pytest.raises(ConfigError, match=r"--data 'trian=digits': the recipe has no such data\n.*'train'"):
+    assert [row.verdict for row in changed.rows] == ["", "", ""] and "(short schedule)" in changed.text()
+    with pytest.raises(ConfigError, match=r"--data 'trian=digits': the recipe has no 'trian'\n.*'train'"):
         reproduce.run("small", data=["trian=digits"], out=tmp_path)
 
 
