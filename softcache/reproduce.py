@@ -24,6 +24,7 @@ from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.selection import class_indices
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, nearest
+from softcache.models import split_weights
 from softcache.recipe import REFERENCES, Recipe, Step, read_recipe, recipe_names
 from softcache.report import table
 
@@ -204,8 +205,7 @@ def _do(step: Step, seed: int | None, bench: _Bench) -> Outcome:
         found = bench.outcome(name, seed)
         inputs.append(name if found is None else found.identity)
         if found is not None and key == "teacher":
-            named = f"{found.folder}{'&' if '?' in found.folder else '?'}name={name}"
-            settings[key] = [named if one == name else one for one in settings[key]]
+            settings[key] = [_as_member(found.folder, name) if one == name else one for one in settings[key]]
         elif found is not None:
             settings[key] = found.folder
     if step.kind == "train":
@@ -236,6 +236,12 @@ def _do(step: Step, seed: int | None, bench: _Bench) -> Outcome:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps({"of": identity, "outcome": asdict(outcome)}) + "\n")
     return outcome
+
+
+def _as_member(model: str, name: str) -> str:
+    """The model as a teacher of this name."""
+    head, weights = split_weights(model)
+    return f"{head}{'&' if '?' in head else '?'}name={name}" + (f"@{weights}" if weights else "")
 
 
 def _named(texts: Sequence[str], flag: str, known: Collection[str]) -> dict[str, str]:
@@ -338,12 +344,12 @@ def _row(step: Step, bench: _Bench, seeds: Sequence[int]) -> Row:
         step.paper,
         values,
         best,
-        _verdict(step, values, bench.recipe.budget),
+        verdict(step, values, bench.recipe.budget),
         sum(outcome.seconds for outcome in outcomes),
     )
 
 
-def _verdict(step: Step, values: Sequence[float], budget: str) -> str:
+def verdict(step: Step, values: Sequence[float], budget: str) -> str:
     """Whether the mean is as good as the paper's number, up to the tolerance; of shorter schedules nothing is said."""
     if step.paper is None or budget != "paper":
         return ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from softcache import reproduce
 from softcache.bias import best_shift
@@ -17,7 +19,7 @@ from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError
-from softcache.recipe import BUDGETS, parse_recipe, read_recipe, recipe_names
+from softcache.recipe import BUDGETS, Step, parse_recipe, read_recipe, recipe_names
 from softcache.stages import parse_stages
 
 SMALL = """
@@ -145,6 +147,49 @@ def test_a_recipe_that_contradicts_itself_is_refused(old: str, new: str, message
         parse_recipe("small", SMALL.replace(old, new, 1), "short")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('cache = "cache", loss', 'cache = "cash", loss', r"step 'student': cache 'cash' is no step before it\n.*'cache'"),
+        ('teacher = ["teacher"]', 'teacher = ["student"]', r"step 'cache': teacher 'student' is no step before it"),
+        ("seeds = false", "", r"step 'cache' is done once, 'teacher' once for each seed"),
+        ('seeds = [7]', 'use = {cache = "x"}', r"unknown key 'cache'"),
+    ],
+)  # fmt: skip
+def test_what_a_step_builds_on_comes_before_it(old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe("small", SMALL.replace(old, new, 1), "short")
+
+
+def test_steps_are_done_pair_by_pair_and_shared_ones_once() -> None:
+    text = """
+title = "t"
+source = "s"
+[pair.a]
+teacher = "mlp"
+[pair.b]
+teacher = "mlp"
+[[step]]
+name = "teacher-{teacher}"
+each = true
+train = {student = "softcache:{teacher}"}
+[[step]]
+name = "{pair}-kd"
+each = true
+train = {student = "softcache:{teacher}"}
+[[step]]
+name = "{pair}-at"
+each = ["b"]
+train = {student = "softcache:{teacher}"}
+[budget.short]
+only = ["*-at"]
+"""
+    assert [step.name for step in parse_recipe("r", text, "paper").steps] == ["teacher-mlp", "a-kd", "b-kd", "b-at"]
+    assert [step.name for step in parse_recipe("r", text, "short").steps] == ["b-at"]
+    assert [step.name for step in parse_recipe("r", text, "short", ["a-*"]).steps] == ["a-kd"]
+
+
 def test_unknown_recipes_and_budgets() -> None:
     with pytest.raises(ConfigError, match=r"no recipe 'digit'\n.*'digits'"):
         read_recipe("digit")
@@ -187,6 +232,72 @@ def test_other_data_of_the_same_name_is_another_run(tmp_path: Path) -> None:
     assert [row.verdict for row in changed.rows] == ["", "", ""] and "(short schedule)" in changed.text()
     with pytest.raises(ConfigError, match=r"--data 'trian=digits': the recipe has no 'trian'\n.*'train'"):
         reproduce.run("small", data=["trian=digits"], out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "verdict"),
+    [
+        ("errors", [13, 11], "reached"),
+        ("errors", [13, 12], "not reached"),
+        ("errors", [3], "reached"),
+        ("top1", [8.5, 7.5], "reached"),
+        ("top1", [8.5, 7.25], "not reached"),
+        ("top1", [90.0], "reached"),
+    ],
+)
+def test_the_verdict_is_on_the_mean_with_the_tolerance_on_the_worse_side(
+    metric: str, values: list[float], verdict: str
+) -> None:
+    step = Step("s", "train", {}, paper=10, tolerance=2, metric=metric)
+    assert reproduce.verdict(step, values, "paper") == verdict
+    assert reproduce.verdict(step, values, "short") == ""
+    assert reproduce.verdict(replace(step, paper=None), values, "paper") == ""
+
+
+@pytest.mark.usefixtures("small")
+def test_only_some_steps_and_what_they_build_on(tmp_path: Path) -> None:
+    first = reproduce.run("small", seeds=[0], only=["cach?"], out=tmp_path, quiet=True)
+    assert (first.done, first.reused, [row.label for row in first.rows]) == (2, 0, ["the teacher"])
+    rest = reproduce.run("small", seeds=[0], only=["bi*"], out=tmp_path, quiet=True)
+    assert (rest.done, rest.reused, [row.label for row in rest.rows]) == (2, 2, ["the teacher", "student", "biased"])
+    with pytest.raises(ConfigError, match=r"--only cachet: no step of small at this budget has such a name\n.*'cache'"):
+        reproduce.run("small", only=["cachet"], out=tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_model_in_the_place_of_a_step(tmp_path: Path) -> None:
+    own = reproduce.run("small", seeds=[0], out=tmp_path / "own", quiet=True)
+    (teacher,) = [path for path in own.folder.iterdir() if path.is_dir() and path.name.startswith("teacher-")]
+    changed = reproduce.run("small", seeds=[0], models=[f"teacher={teacher}"], out=tmp_path / "other", quiet=True)
+    assert [row.values for row in changed.rows] == [row.values for row in own.rows]
+    assert not list(changed.folder.glob("teacher-*/"))
+    again = reproduce.run("small", seeds=[0], models=[f"teacher={teacher}"], out=tmp_path / "other", quiet=True)
+    assert (again.done, again.reused) == (0, 4)
+    (student,) = [path for path in own.folder.iterdir() if path.is_dir() and path.name.startswith("student-")]
+    untaught = f"teacher=softcache:mlp?hidden=8@{student}"
+    third = reproduce.run("small", seeds=[0], models=[untaught], out=tmp_path / "other", quiet=True)
+    assert third.done == 4 and third.rows[0].values == own.rows[1].values
+    with pytest.raises(ConfigError, match=r"--use 'cache=x': the recipe has no 'cache'"):
+        reproduce.run("small", models=["cache=x"], out=tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_table_as_text_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = reproduce.run("small", seeds=[0, 1], out=tmp_path)
+    lines = done.text().splitlines()
+    head = next(line for line in lines if "paper" in line)
+    assert head.split("  ")[-1] == "minutes" and all(f"seed {seed}" in head for seed in (0, 1)) and "verdict" in head
+    (row,) = [line for line in lines if line.startswith("student")]
+    (told,) = [one for one in done.rows if one.label == "student"]
+    assert [float(cell) for cell in row.split()[2:4]] == [3, pytest.approx(np.mean(told.values))]
+    assert float(row.split()[4]) == pytest.approx(np.std(told.values, ddof=1), abs=0.005)
+    assert (done.folder / "table.txt").read_text() == done.text() + "\n"
+    kept = json.loads((done.folder / "table.json").read_text())
+    assert kept["rows"][1]["values"] == list(told.values)
+    with Image.open(done.folder / "table.png") as picture:
+        picture.load()
+        assert picture.width > 600 and len(np.unique(np.asarray(picture.convert("L")))) > 10
+    assert "1/4  train teacher" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small")
