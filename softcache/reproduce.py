@@ -105,7 +105,7 @@ class Reproduced:
         columns["verdict"] = [row.verdict for row in self.rows]
         columns["minutes"] = [f"{row.seconds / 60:.1f}" for row in self.rows]
         shown = {head: cells for head, cells in columns.items() if any(cells)}
-        done = table(list(shown), list(zip(*shown.values(), strict=True)))
+        done = table(list(shown), list(zip(*shown.values(), strict=True))) if self.rows else "none of its rows"
         state = f"{self.done} steps done now, {self.reused} reused; all of it is in {self.folder}"
         return f"{self.recipe.title}{schedule}\n{self.recipe.source}\n\n{done}\n\n{state}"
 
@@ -179,9 +179,9 @@ def run(
     done = Reproduced(recipe, rows, chosen, folder, reused, len(outcomes) - reused)
     (folder / "table.json").write_text(json.dumps(done.to_json(), indent=1) + "\n")
     (folder / "table.txt").write_text(done.text() + "\n")
-    if find_spec("matplotlib") is not None:
+    if rows and find_spec("matplotlib") is not None:
         draw_rows(f"{recipe.title}, {budget} budget", rows, folder / "table.png")
-    elif not quiet:
+    elif rows and not quiet:
         print("no picture: it takes `pip install 'softcache[demo]'`", file=sys.stderr)
     return done
 

@@ -258,6 +258,7 @@ def test_the_verdict_is_on_the_mean_with_the_tolerance_on_the_worse_side(
 def test_only_some_steps_and_what_they_build_on(tmp_path: Path) -> None:
     first = reproduce.run("small", seeds=[0], only=["cach?"], out=tmp_path, quiet=True)
     assert (first.done, first.reused, [row.label for row in first.rows]) == (2, 0, ["the teacher"])
+    assert "the teacher" in first.text() and "none of its rows" in replace(first, rows=()).text()
     rest = reproduce.run("small", seeds=[0], only=["bi*"], out=tmp_path, quiet=True)
     assert (rest.done, rest.reused, [row.label for row in rest.rows]) == (2, 2, ["the teacher", "student", "biased"])
     with pytest.raises(ConfigError, match=r"--only cachet: no step of small at this budget has such a name\n.*'cache'"):
