@@ -172,7 +172,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _config_verb(verbs, "eval", EvalConfig, _eval).add_argument("model", help="run folder, MODEL@WEIGHTS or a cache")
     _config_verb(verbs, "export", ExportConfig, _export).add_argument("model", help="run folder or MODEL@WEIGHTS")
     reproduce = _verb(verbs, "reproduce", _reproduce)
-    reproduce.add_argument("recipe", metavar="NAME", help="of the recipe; LIST shows them")
+    reproduce.add_argument("recipe", metavar="NAME", help="of a recipe, or its .toml file; LIST shows them")
     reproduce.add_argument(
         "--budget", default="paper", metavar="{smoke,short,paper}", help="how much of it (default: paper)"
     )

@@ -270,7 +270,7 @@ def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:
 
 def renderer(viewed: ViewedSet, order: np.ndarray) -> Callable[[int, int], Any]:
     """(row, view) -> the rendered item."""
-    return lambda row, view: viewed.render(int(order[row]), view)[0]
+    return lambda row, view: viewed.render(int(order[row]), view)
 
 
 def make_samples(

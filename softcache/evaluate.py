@@ -267,7 +267,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     else:
         policy = run_policy(model_text).for_evaluation()
     transfer_set = _with_classes_of(model_text, transfer_set)
-    item = ViewedSet(transfer_set, policy, (), partners=joined.partners if joined else None).render(0, 0)[0]
+    item = ViewedSet(transfer_set, policy, (), partners=joined.partners if joined else None).render(0, 0)
     model = load_model(
         model_text,
         num_classes=transfer_set.num_classes,
@@ -321,7 +321,7 @@ def _fitted_bias(
     held_out = open_transfer_set(config.bias_data, download=config.download)
     check_same_classes(held_out, transfer_set)
     if config.bias_model not in (None, model_text):
-        item = ViewedSet(held_out, policy, ()).render(0, 0)[0]
+        item = ViewedSet(held_out, policy, ()).render(0, 0)
         model = load_model(
             config.bias_model,
             num_classes=held_out.num_classes,

@@ -200,7 +200,8 @@ def freeze_for(stage: Stage, model: Model, objective: Objective, fixed: Collecti
 
 
 def make_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW."""
+    """SGD, Adam or AdamW, a step of all parameters in one pass where the device has that."""
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -208,6 +209,7 @@ def make_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.o
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            fused=fused,
         )
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)

@@ -290,11 +290,11 @@ def _check_views(joined: Joined, viewed: ViewedSet, config: TrainConfig) -> str 
 
     def render(row: int, view: int) -> Any:
         index = int(index_of_row[row])
-        return None if index < 0 else viewed.render(index, view)[0]
+        return None if index < 0 else viewed.render(index, view)
 
     index = np.unique(np.linspace(0, count - 1, min(SPREAD, count)).astype(np.int64))
     views = np.arange(len(index), dtype=np.int64) % cache.num_views
-    items = [viewed.render(int(i), int(v))[0] for i, v in zip(index, views, strict=True)]
+    items = [viewed.render(int(i), int(v)) for i, v in zip(index, views, strict=True)]
     drift = cache.check_pixels(items, joined.rows[index].astype(np.int64), views, render, on_drift=config.on_drift)
     if drift is None:
         return None

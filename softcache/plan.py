@@ -280,7 +280,7 @@ def _dense_bytes(layout: Layout, share: float, classes: int) -> int:
 
 
 def _probe_bytes(viewed: ViewedSet, job: Job) -> int:
-    probe = make_probe(lambda row, view: viewed.render(int(job.order[row]), view)[0], len(job.order), job.views)
+    probe = make_probe(lambda row, view: viewed.render(int(job.order[row]), view), len(job.order), job.views)
     return file_bytes([ArraySpec(n, a.dtype.newbyteorder("<").str, a.shape) for n, a in probe.items()]) if probe else 0
 
 

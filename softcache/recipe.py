@@ -1,7 +1,7 @@
 """What a recipe says: a paper's table as steps that train, dump and evaluate, each with the paper's number beside it.
 
-A recipe is a TOML file in softcache/recipes. At the top level stand the settings of the paper budget; the tables `short` and
-`smoke` change data and settings for smaller ones.
+A recipe is a TOML file, in softcache/recipes or one of your own. At the top level stand the settings of the paper budget; the
+tables `short` and `smoke` change data and settings for smaller ones.
 
     title, source            whose table it is
     [data]                   name -> data spec; {root} is --data-root
@@ -25,6 +25,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from softcache.errors import ConfigError, nearest
@@ -128,19 +129,27 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str, budget: str = "paper", only: Sequence[str] = ()) -> Recipe:
-    """A recipe of the package at a budget.
+    """A recipe of the package, or of a file, at a budget.
 
     Args:
-        name: of its file.
+        name: of the recipe, or path of a .toml file.
         budget: "smoke", "short" or "paper".
         only: patterns of steps' names, instead of the budget's own.
 
     Raises:
         ConfigError: no such recipe or budget (with near names), or a recipe that contradicts itself.
     """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no recipe file {path}", tip="`softcache reproduce LIST` shows those of the package"
+            )
+        return parse_recipe(path.stem, path.read_text(encoding="utf-8"), budget, only)
     if name not in recipe_names():
         raise ConfigError(
-            f"no recipe {name!r}", tip=f"{nearest(name, recipe_names())}; `softcache reproduce LIST` shows them"
+            f"no recipe {name!r}",
+            tip=f"{nearest(name, recipe_names())}; `softcache reproduce LIST` shows them; one of your own: path/to/recipe.toml",
         )
     text = (files("softcache") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     return parse_recipe(name, text, budget, only)

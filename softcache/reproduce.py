@@ -143,7 +143,7 @@ def run(
     """Work through a recipe; whatever of it is in `out` already is reused.
 
     Args:
-        name: of the recipe.
+        name: of the recipe, or path of a .toml file.
         budget: "smoke", "short" or "paper".
         data_root: what {root} in the recipe's data stands for.
         data: `NAME=SPEC`, other sources of the recipe's data.
@@ -161,7 +161,7 @@ def run(
     specs |= _named(data, "--data", specs)
     used = {**recipe.use, **_named(models, "--use", [step.name for step in recipe.steps if step.kind == "train"])}
     chosen = tuple(seeds) or recipe.seeds
-    folder = out / name / budget
+    folder = out / recipe.name / budget
     bench = _Bench(recipe, folder, specs, used, device, quiet)
     for number, step in enumerate(recipe.steps, start=1):
         for seed in chosen if step.seeded else (None,):
@@ -171,7 +171,7 @@ def run(
             try:
                 bench.outcomes[step.name, seed] = _do(step, seed, bench)
             except Exception as exc:
-                exc.add_note(f"in step {step.name!r} of recipe {name!r}")
+                exc.add_note(f"in step {step.name!r} of recipe {recipe.name!r}")
                 raise
     outcomes = bench.outcomes.values()
     reused = sum(outcome.reused for outcome in outcomes)

@@ -63,7 +63,7 @@ class Prober:
 
     def items(self, start: int, count: int) -> list[Any]:
         """Rendered samples of rows [start, start + count), fewer at the end."""
-        return [self._viewed.render(int(i), 0)[0] for i in self._order[start : start + count]]
+        return [self._viewed.render(int(i), 0) for i in self._order[start : start + count]]
 
     def first_batch(self, teacher: Teacher) -> Any:
         """The collated inputs of the first rows."""

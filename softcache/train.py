@@ -93,7 +93,7 @@ def _train(
     _check_last_batch(count, config.batch_size, ranks)
 
     torch.manual_seed(config.seed)
-    item = material.viewed().render(0, 0)[0]
+    item = material.viewed().render(0, 0)
     model = load_model(
         config.student,
         num_classes=transfer_set.num_classes,

@@ -266,7 +266,7 @@ partners = Partners.of(whole, np.arange(40)[::-1], 40)
 found = []
 for steps, chosen in json.load(sys.stdin):
     viewed = ViewedSet(whole, Policy.from_json(steps, 11), (), partners=partners)
-    found.append([pixel_digest(viewed.render(i, view)[0]) for i in chosen for view in range(3)])
+    found.append([pixel_digest(viewed.render(i, view)) for i in chosen for view in range(3)])
 json.dump(found, sys.stdout)
 """
     done = subprocess.run(
@@ -289,7 +289,7 @@ def digests() -> list[list[int]]:
     seeded._open.cache_clear()
     whole = whole_set()
     return [
-        [int(pixel_digest(viewed.render(i, 1)[0])) for i in range(0, COUNT, 4)] for viewed in viewed_sets(whole, whole)
+        [int(pixel_digest(viewed.render(i, 1))) for i in range(0, COUNT, 4)] for viewed in viewed_sets(whole, whole)
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from softcache import reproduce
+from softcache import reproduce, train
 from softcache.bias import best_shift
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
@@ -221,6 +221,34 @@ def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Pa
     kept = json.loads((first.folder / "table.json").read_text())
     assert kept["seeds"] == [0, 1, 2] and [row["label"] for row in kept["rows"]] == ["the teacher", "student", "biased"]
     assert "student" in more.text() and "paper" in more.text()
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = reproduce.run("small", seeds=[0], out=tmp_path / "whole", quiet=True)
+    save, saved = train.save_progress, []
+
+    def stopped(out: Path, *rest: Any) -> None:
+        save(out, *rest)
+        saved.append(out.name.partition("-")[0])
+        if saved == ["teacher", "teacher", "student"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_progress", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run("small", seeds=[0], out=tmp_path / "parts", quiet=True)
+    rest = reproduce.run("small", seeds=[0], out=tmp_path / "parts", quiet=True)
+    assert saved == ["teacher", "teacher", "student", "student"]  # two epochs each, none of them twice
+    assert (rest.done, rest.reused) == (2, 2)
+    assert [row.values for row in rest.rows] == [row.values for row in whole.rows]
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(SMALL)
+    done = reproduce.run(str(tmp_path / "mine.toml"), budget="short", only=["teacher"], out=tmp_path, quiet=True)
+    assert done.folder == tmp_path / "mine/short" and done.recipe.title == "a table"
+    with pytest.raises(ConfigError, match=r"there is no recipe file .*none\.toml"):
+        read_recipe(str(tmp_path / "none.toml"))
 
 
 @pytest.mark.usefixtures("small")

@@ -161,7 +161,7 @@ def real_source(model_text: str, data: str, fitted_rows: int, measured_rows: int
         model_text,
         num_classes=transfer_set.num_classes,
         class_names=transfer_set.class_names,
-        input_shape=getattr(viewed.render(0, 0)[0], "shape", None),
+        input_shape=getattr(viewed.render(0, 0), "shape", None),
     ).eval()
     seen: list[Tensor] = []
     last = final_linear(model.net, transfer_set.num_classes)
@@ -171,7 +171,7 @@ def real_source(model_text: str, data: str, fitted_rows: int, measured_rows: int
     order = order[: fitted_rows + measured_rows]
     with torch.no_grad():
         for start in range(0, len(order), BATCH):
-            items = [viewed.render(i, 0)[0] for i in order[start : start + BATCH]]
+            items = [viewed.render(i, 0) for i in order[start : start + BATCH]]
             logits.append(model(to_device(model.input.collate(items), torch.device("cpu"))))
     probe = Probe(torch.cat(logits))
     if last is not None:

@@ -120,7 +120,7 @@ def live(config: TrainConfig, teacher_text: str, test: str) -> int:
     """The training recipe with the teacher in memory: it sees the student's own views, a fresh one every epoch."""
     transfer_set = open_transfer_set(config.data, **config.selection())
     policy = Policy.parse(POLICY, 0)
-    shape = ViewedSet(transfer_set, policy, ()).render(0, 0)[0].shape
+    shape = ViewedSet(transfer_set, policy, ()).render(0, 0).shape
     classes: dict[str, Any] = {"num_classes": transfer_set.num_classes, "class_names": transfer_set.class_names}
     teacher = open_teacher(
         teacher_text, taken=(), multi_label=False, input_shape=shape, device="cpu", autocast=None, **classes

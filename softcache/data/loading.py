@@ -85,13 +85,13 @@ class Rendered:
 
     Attributes:
         item: its pixels, mixed where the policy mixes.
-        content_digest: 16 bytes, of the sample itself.
+        content_digest: 16 bytes, of the sample itself; None where digests were not asked for.
         partner_row: the row of the sample table that it is mixed with; -1 without mixing.
         share: the weight of the sample's own label.
     """
 
     item: Any
-    content_digest: bytes
+    content_digest: bytes | None
     partner_row: int = -1
     share: float = 1.0
 
@@ -100,7 +100,7 @@ class ViewedSet(Dataset[Any]):
     """A transfer set seen through a view policy, collated for one or several models.
 
     Args:
-        transfer_set: with `load`, `keys` and `__len__`.
+        transfer_set: with `read`, `load`, `keys` and `__len__`.
         policy: how views are rendered.
         collates: one per model; equal ones should be given once.
         digests: also hash contents and pixels (the dump does).
@@ -133,10 +133,9 @@ class ViewedSet(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.transfer_set)
 
-    def render(self, index: int, view: int) -> tuple[Any, bytes]:
-        """One rendered item, mixed where the policy mixes, and its content digest; errors name the sample."""
-        rendered = self.render_view(index, view)
-        return rendered.item, rendered.content_digest
+    def render(self, index: int, view: int) -> Any:
+        """One rendered item, mixed where the policy mixes; errors name the sample."""
+        return self.render_view(index, view).item
 
     def render_view(self, index: int, view: int) -> Rendered:
         """One view with everything that is known of it; errors name the sample, and the partner where it is at fault."""
@@ -150,9 +149,9 @@ class ViewedSet(Dataset[Any]):
             mixed, share = self.policy.mix(item, partner, ident, view)
             return Rendered(mixed, digest, row, share)
 
-    def _unmixed(self, transfer_set: Any, index: int, ident: int, view: int) -> tuple[Any, bytes]:
-        """One view before mixing, and its content digest."""
-        item, digest = transfer_set.load(index)
+    def _unmixed(self, transfer_set: Any, index: int, ident: int, view: int) -> tuple[Any, bytes | None]:
+        """One view before mixing, and the sample's content digest where digests are asked for."""
+        item, digest = transfer_set.load(index) if self.digests else (transfer_set.read(index)[0], None)
         return self.policy.render(item, ident, view), digest
 
     def _partner(self, ident: int, view: int) -> tuple[int, Any]:
@@ -184,7 +183,9 @@ class ViewedSet(Dataset[Any]):
                 shares = np.array([one.share for one in rendered], dtype=np.float32)
                 batch = replace(batch, partner_rows=rows, shares=shares)
             if self.digests:
-                contents = np.frombuffer(b"".join(one.content_digest for one in rendered), np.uint8).reshape(-1, 16)
+                contents = np.frombuffer(b"".join(one.content_digest or b"" for one in rendered), np.uint8).reshape(
+                    -1, 16
+                )
                 pixels = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
                 batch = replace(batch, content_digests=contents, pixel_digests=pixels)
             return batch
