@@ -11,11 +11,14 @@ import json
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import torch
 
 import softcache
 from softcache import dump, evaluate, train
@@ -24,11 +27,13 @@ from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.selection import class_indices
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, nearest
+from softcache.machine import describe_device, pick_device
 from softcache.models import split_weights
 from softcache.recipe import REFERENCES, Recipe, Step, read_recipe, recipe_names
 from softcache.report import table
 
 RESULT = "result.json"
+OWN = "."  # the folder of the step itself, in what is noted of it: all of it may be moved
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Outcome:
         folder: of the run or the cache.
         identity: sha256 of what it holds, for the steps that build on it.
         last, best: the metric after the last epoch, and at its best; None for a dump.
-        seconds: that it took when it was done.
+        seconds: that it took when it was done; of a training run, that of its epochs.
         reused: it was there already.
     """
 
@@ -75,19 +80,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """A finished recipe."""
+    """A finished recipe.
+
+    Attributes:
+        data: name -> spec, as it was read.
+        device: in words.
+        folder: of its runs, caches and table.
+        reused, done: how many runs, dumps and evaluations were there already, and how many were not.
+    """
 
     recipe: Recipe
     rows: Sequence[Row]
     seeds: Sequence[int]
+    data: Mapping[str, str]
+    device: str
     folder: Path
     reused: int
     done: int
 
     def to_json(self) -> dict[str, Any]:
         about = {key: getattr(self.recipe, key) for key in ("name", "title", "source", "budget", "estimate")}
-        rows = [asdict(row) for row in self.rows]
-        return {**about, "softcache": softcache.__version__, "seeds": list(self.seeds), "rows": rows}
+        versions = {"softcache": softcache.__version__, "torch": torch.__version__, "device": self.device}
+        made = {"date": date.today().isoformat(), **versions, "data": dict(self.data), "seeds": list(self.seeds)}
+        return {**about, **made, "rows": [asdict(row) for row in self.rows]}
 
     def text(self) -> str:
         """The table, with what to know of it."""
@@ -106,7 +121,8 @@ class Reproduced:
         columns["minutes"] = [f"{row.seconds / 60:.1f}" for row in self.rows]
         shown = {head: cells for head, cells in columns.items() if any(cells)}
         done = table(list(shown), list(zip(*shown.values(), strict=True))) if self.rows else "none of its rows"
-        state = f"{self.done} steps done now, {self.reused} reused; all of it is in {self.folder}"
+        at = f"softcache {softcache.__version__}, torch {torch.__version__}, {self.device}"
+        state = f"{at}; {self.done} steps done now, {self.reused} reused; all of it is in {self.folder}"
         return f"{self.recipe.title}{schedule}\n{self.recipe.source}\n\n{done}\n\n{state}"
 
 
@@ -176,7 +192,8 @@ def run(
     outcomes = bench.outcomes.values()
     reused = sum(outcome.reused for outcome in outcomes)
     rows = [_row(step, bench, chosen) for step in recipe.steps if step.label]
-    done = Reproduced(recipe, rows, chosen, folder, reused, len(outcomes) - reused)
+    where = describe_device(pick_device(device or "auto"))
+    done = Reproduced(recipe, rows, chosen, specs, where, folder, reused, len(outcomes) - reused)
     (folder / "table.json").write_text(json.dumps(done.to_json(), indent=1) + "\n")
     (folder / "table.txt").write_text(done.text() + "\n")
     if rows and find_spec("matplotlib") is not None:
@@ -231,10 +248,12 @@ def _do(step: Step, seed: int | None, bench: _Bench) -> Outcome:
         outcome = _dump(settings, folder, bench.quiet)
     else:
         outcome = _evaluate(step, settings, folder)
-    outcome = Outcome(**{**asdict(outcome), "seconds": time.monotonic() - started})
+    if not outcome.seconds:
+        outcome = replace(outcome, seconds=time.monotonic() - started)
     place = _note(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps({"of": identity, "outcome": asdict(outcome)}) + "\n")
+    noted = replace(outcome, folder=OWN if outcome.folder == str(folder) else outcome.folder)
+    place.write_text(json.dumps({"of": identity, "outcome": asdict(noted)}) + "\n")
     return outcome
 
 
@@ -272,23 +291,25 @@ def _read(folder: Path, identity: str) -> Outcome | None:
         outcome = Outcome(**{**kept["outcome"], "reused": True})
     except (ValueError, KeyError, TypeError):
         return None
-    there = outcome.folder != str(folder) or folder.is_dir()  # an evaluation has none, a model that was given its own
-    return outcome if kept["of"] == identity and there else None
+    if kept["of"] != identity or (outcome.folder == OWN and not folder.is_dir()):
+        return None
+    return replace(outcome, folder=str(folder)) if outcome.folder == OWN else outcome
 
 
 def _train(step: Step, settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
     config = resolve(TrainConfig, flags={**settings, "out": str(folder)}).config
     result = train.run(config, quiet=quiet)
-    student = hashlib.sha256((folder / train.STUDENT).read_bytes()).hexdigest()
+    student = _digest(folder / train.STUDENT)
+    seconds = sum(row["seconds"] for row in result.metrics)  # of an interrupted run, all of its parts
     if result.evaluation is None:
-        return Outcome(str(folder), student)
+        return Outcome(str(folder), student, seconds=seconds)
     scores = [row for row in result.metrics if row.get("eval_top1") is not None]
     best = max(scores, key=lambda row: row["eval_top1"])
     last = _metric(step, result.evaluation)
     if step.metric == "class_errors":  # which the metrics of an epoch do not have
-        return Outcome(str(folder), student, last, last)
+        return Outcome(str(folder), student, last, last, seconds)
     at_best = best["eval_errors"] if step.metric == "errors" else 100 * best["eval_top1"]
-    return Outcome(str(folder), student, last, float(at_best))
+    return Outcome(str(folder), student, last, float(at_best), seconds)
 
 
 def _given(step: Step, model: str, settings: Mapping[str, Any]) -> Outcome:
@@ -305,9 +326,19 @@ def _given(step: Step, model: str, settings: Mapping[str, Any]) -> Outcome:
 
 
 def _model_identity(model: str) -> str:
-    """Of its weights where it is a run folder, else of what it is called."""
-    student = Path(model) / train.STUDENT
-    return hashlib.sha256(student.read_bytes() if student.is_file() else model.encode()).hexdigest()
+    """Of what it is called, and of the weights where they are in a file."""
+    named = [model, *(_digest(path) for path in map(_weights, split_weights(model)) if path.is_file())]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def _weights(text: str) -> Path:
+    """The file behind a path of weights, or of a run folder."""
+    path = Path(text)
+    return path / train.STUDENT if path.is_dir() else path
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _dump(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:

@@ -140,10 +140,9 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"errors"},
     "chart": set(),
     "reproduce": {
-        "errors",
+        *LEAVES,
         PACKAGE,
         "chart",
-        "report",
         "config",
         "data",
         "dump",

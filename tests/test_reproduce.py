@@ -216,9 +216,13 @@ def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Pa
     assert (third.done, third.reused) == (1, 5)
     assert [row.values for row in third.rows] == [row.values for row in first.rows]
 
-    more = reproduce.run("small", seeds=[0, 1, 2], out=tmp_path, quiet=True)
+    (tmp_path / "small").rename(tmp_path / "elsewhere")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "new/small")
+    more = reproduce.run("small", seeds=[0, 1, 2], out=tmp_path / "new", quiet=True)
     assert (more.done, more.reused) == (2, 6)
-    kept = json.loads((first.folder / "table.json").read_text())
+    kept = json.loads((more.folder / "table.json").read_text())
+    assert kept["torch"] == torch.__version__ and kept["device"].startswith(("cpu", "cuda")) and kept["data"]["train"]
     assert kept["seeds"] == [0, 1, 2] and [row["label"] for row in kept["rows"]] == ["the teacher", "student", "biased"]
     assert "student" in more.text() and "paper" in more.text()
 
@@ -300,12 +304,18 @@ def test_a_model_in_the_place_of_a_step(tmp_path: Path) -> None:
     changed = reproduce.run("small", seeds=[0], models=[f"teacher={teacher}"], out=tmp_path / "other", quiet=True)
     assert [row.values for row in changed.rows] == [row.values for row in own.rows]
     assert not list(changed.folder.glob("teacher-*/"))
+    shutil.copytree(own.folder, tmp_path / "copy")
+    (copied,) = [path for path in (tmp_path / "copy").iterdir() if path.is_dir() and path.name == teacher.name]
+    shutil.copyfile(next(own.folder.glob("student-0-*/")) / "student.safetensors", copied / "student.safetensors")
+    other = reproduce.run("small", seeds=[0], models=[f"teacher={copied}"], out=tmp_path / "other", quiet=True)
+    assert other.done == 4 and other.rows[0].values == own.rows[1].values
     again = reproduce.run("small", seeds=[0], models=[f"teacher={teacher}"], out=tmp_path / "other", quiet=True)
     assert (again.done, again.reused) == (0, 4)
     (student,) = [path for path in own.folder.iterdir() if path.is_dir() and path.name.startswith("student-")]
     untaught = f"teacher=softcache:mlp?hidden=8@{student}"
     third = reproduce.run("small", seeds=[0], models=[untaught], out=tmp_path / "other", quiet=True)
-    assert third.done == 4 and third.rows[0].values == own.rows[1].values
+    assert third.rows[0].values == own.rows[1].values
+    assert (third.done, third.reused) == (2, 2)  # the same weights as those copied: its cache has the same id
     with pytest.raises(ConfigError, match=r"--use 'cache=x': the recipe has no 'cache'"):
         reproduce.run("small", models=["cache=x"], out=tmp_path)
 
