@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from softcache.data.loading import to_device
 from softcache.errors import ExportError
-from softcache.models import ImageInput, Model, TextInput, VectorInput
+from softcache.models import ImageInput, Model, TextInput, TokenizerInput, VectorInput
 from softcache.report import size
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -60,7 +60,7 @@ class Batch:
         example: a tensor, or a tuple or dict of tensors.
         facts: of each tensor.
         axes: per tensor, axis -> its name.
-        text: the token ids of a text model, with the least and the largest length.
+        text: the least and the largest length of a text, where the model is one of ours.
     """
 
     example: Any
@@ -72,7 +72,7 @@ class Batch:
     def of(cls, model: Model, three: Sequence[Any], four: Sequence[Any]) -> Batch:
         """From three and from four items: an axis whose size changes between the two is one that may."""
         example, other = model.input.collate(three), model.input.collate(four)
-        is_text = isinstance(model.input, TextInput)
+        is_text = isinstance(model.input, TextInput | TokenizerInput)
         facts, axes = [], []
         for (name, tensor), (_, again) in zip(named_tensors(example), named_tensors(other), strict=True):
             sizes = zip(tensor.shape, again.shape, strict=True)
@@ -127,6 +127,10 @@ def _meaning(model: Model, tensor: Tensor) -> str:
     if isinstance(taken, TextInput):
         span = f"{taken.min_tokens} to {taken.max_tokens} tokens a text"
         return f"token ids: 0 pads, 1 is an unknown token, vocabulary[i] is i + 2; {span}"
+    if isinstance(taken, TokenizerInput):
+        return "as its tokenizer gives it" + (
+            "" if taken.max_tokens is None else f", {taken.max_tokens} tokens at most"
+        )
     if isinstance(taken, ImageInput | VectorInput):
         order = "channels first" if isinstance(taken, ImageInput) else "flattened in C order"
         if whole:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.data.loading import to_device
-from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
+from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, first_offenders, nearest
 from softcache.features import FeatureSpec, parse_features
 from softcache.models import Model, build, fingerprint, load_model
 from softcache.models import split_weights as split_model
@@ -364,7 +364,7 @@ def open_teacher(
     bare = parse_spec(spec.without("name", "output").text)
     is_run = Path(bare.text).exists()  # a run folder, or its student.safetensors
     chosen_name = spec.parameters.get("name")
-    wanted_name = chosen_name or (Path(bare.text).name if is_run else spec.name)
+    wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
     name = member_name(wanted_name, taken)
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
     made: Any = None
@@ -378,6 +378,12 @@ def open_teacher(
             model.spec,
         )
         network, collate = model, model.input.collate
+        if model.untrained:
+            raise ModelError(
+                f"teacher {text!r}: its weights hold no {first_offenders(model.untrained, len(model.untrained))}, which "
+                "would be random numbers, and its logits with them",
+                tip="name a model that was trained to classify, or train this one as a student and name the run folder",
+            )
     elif weights:
         raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
     else:
@@ -397,7 +403,9 @@ def open_teacher(
         autocast=autocast,
     )
     teacher.wanted_name, teacher.is_named = wanted_name, bool(chosen_name)
-    teacher.has_weights = bool(is_run or bare.is_factory or weights or "weights" in bare.parameters)
+    teacher.has_weights = bool(
+        is_run or bare.is_factory or weights or bare.scheme == "hf" or "weights" in bare.parameters
+    )
     return teacher
 
 

@@ -15,6 +15,8 @@ import softcache
 from softcache import dump
 from softcache.config import DumpConfig
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when the hub's package is first imported
+
 # every shard is synced to the disk: in memory, where there is room for it, that takes no time
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:

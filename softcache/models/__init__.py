@@ -6,7 +6,7 @@ Adding a model is a function that returns a Model and a line in MODELS.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from softcache.models.cnn import cnn
 from softcache.models.encoder import encoder
 from softcache.models.from_timm import names_timm_weights, timm_model
 from softcache.models.from_torchvision import torchvision_model
+from softcache.models.from_transformers import TokenizerInput, rebuild_transformer, transformers_model
 from softcache.models.graft import graft
 from softcache.models.initialise import Initialised, initialise
 from softcache.models.inputs import AnyInput, ImageInput, Input, TextInput, VectorInput, restore_input
@@ -57,6 +58,7 @@ __all__ = [
     "Projector",
     "SavedModel",
     "TextInput",
+    "TokenizerInput",
     "VectorInput",
     "build",
     "build_vocabulary",
@@ -154,7 +156,7 @@ def build(
     input_shape: tuple[int, ...] | None = None,
     vocabulary: Sequence[str] | None = None,
 ) -> Any:
-    """What a spec names: a Model for our own, torchvision's and timm's, whatever a user's factory returns for the others.
+    """What a spec names: a Model for our own, torchvision's, timm's and transformers', else what a user's factory returns.
 
     A teacher may be anything that maps a batch to logits, so nothing is checked about a factory's result; a student
     goes through `load_model`. A factory is offered num_classes, class_names, input_shape and vocabulary: it gets those
@@ -177,34 +179,41 @@ def build(
         raise ModelError(
             f"{spec.text!r} has num_classes={said}, the data has {num_classes} classes", tip="leave num_classes out"
         )
-    return call_factory(_builder(spec), spec.parameters, spec.text, **offered)
+    return call_factory(_builder(spec, class_names), spec.parameters, spec.text, **offered)
 
 
-def _builder(spec: Spec) -> Callable[..., Model]:
+def _builder(spec: Spec, class_names: Sequence[str]) -> Callable[..., Model]:
     if spec.scheme == "torchvision":
         return torchvision_model(spec.name)
     if spec.scheme == "timm":
         return timm_model(spec.name)
+    if spec.scheme == "hf":
+        return transformers_model(spec.name, class_names)
     if spec.scheme == "softcache":
         if spec.name not in MODELS:
             raise ModelError(f"softcache has no model {spec.name!r}", tip=nearest(spec.name, MODELS))
         return MODELS[spec.name]
     if not spec.scheme:
         shapes = (
-            "a model is softcache:mlp, torchvision:resnet18, timm:resnet18, package.module:factory or file.py:factory"
+            "a model is softcache:mlp, torchvision:resnet18, timm:resnet18, hf:path/to/bert, package.module:factory or "
+            "file.py:factory"
         )
         tip = f"did you mean 'softcache:{spec.name}'?" if spec.name in MODELS else shapes
         raise ModelError(f"{spec.text!r} is neither a run folder nor a model", tip=tip)
     raise ModelError(
         f"{spec.text!r}: unknown kind of model {spec.scheme!r}",
-        tip=nearest(spec.scheme, ("softcache", "timm", "torchvision"))
+        tip=nearest(spec.scheme, ("hf", "softcache", "timm", "torchvision"))
         + "; a factory is package.module:name or file.py:name",
     )
 
 
-def _build_model(spec: Spec, **data: Any) -> Model:
-    """A student: as `build`, but always a Model, and labelled with what it was built for."""
-    made = build(spec, **data)
+def _build_model(spec: Spec, *, transformer: Mapping[str, Any] | None = None, **data: Any) -> Model:
+    """A student: as `build`, but always a Model, and labelled with what it was built for.
+
+    Args:
+        transformer: what a saved student that is one of transformers' models told, in place of the spec.
+    """
+    made = build(spec, **data) if transformer is None else rebuild_transformer(transformer, data["num_classes"])
     if isinstance(made, Model):
         model = made
     elif isinstance(made, nn.Module):
@@ -216,7 +225,7 @@ def _build_model(spec: Spec, **data: Any) -> Model:
             tip="return a torch.nn.Module; other callables can serve as teachers",
         )
     kept = spec.without("vocabulary") if spec.scheme == "softcache" else spec  # it is saved beside the spec
-    model.spec = kept.portable()
+    model.spec = model.spec if spec.scheme == "hf" else kept.portable()
     model.num_classes = data["num_classes"]
     model.data_class_names = data["class_names"]
     model.input_shape = data["input_shape"]
@@ -242,7 +251,12 @@ def _load_run(text: str, *, num_classes: int, class_names: tuple[str, ...], inpu
     names = class_names or saved.class_names
     shape = saved.input_shape if saved.input_shape is not None else input_shape
     model = _build_model(
-        spec, num_classes=num_classes, class_names=names, input_shape=shape, vocabulary=saved.vocabulary
+        spec,
+        transformer=saved.transformer,
+        num_classes=num_classes,
+        class_names=names,
+        input_shape=shape,
+        vocabulary=saved.vocabulary,
     )
     model.input = restore_input(saved.input) or model.input
     load_weights(model, text)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ConfigError, first_offenders, nearest
 from softcache.models.from_torchvision import torchvision_weights
+from softcache.models.from_transformers import TokenizerInput
 from softcache.models.inputs import TextInput
 from softcache.models.model import Model, final_linear
 from softcache.models.weights import (
@@ -72,6 +73,12 @@ def initialise(model: Model, text: str, entries: Sequence[str] = ()) -> Initiali
             raise ConfigError(
                 f"{text} was trained with another vocabulary: its embedding is of other words",
                 tip="name the student with vocabulary=FILE of the same tokens, or leave --init-from out",
+            )
+        tokenizer = saved.input.get("definition")
+        if isinstance(model.input, TokenizerInput) and tokenizer not in (None, model.input.describe()["definition"]):
+            raise ConfigError(
+                f"{text} was trained with another tokenizer: its embedding is of other words",
+                tip="choose a student with the same tokenizer, or leave --init-from out",
             )
         names = saved.class_names
         if names and model.data_class_names and names != model.data_class_names:

@@ -136,11 +136,7 @@ class TextInput:
 
     def collate(self, items: Sequence[Any]) -> Tensor:
         """(B, L) int64, min_tokens <= L <= max_tokens, as short as the longest text allows."""
-        for item in items:
-            if not isinstance(item, str):
-                raise DataError(
-                    f"a text model takes strings, found {_kind(item)}", tip="use an image or a vector model"
-                )
+        check_strings(items)
         rows = [[self.ids.get(t, UNKNOWN) for t in tokenize(text)[: self.max_tokens]] for text in items]
         batch = torch.full((len(rows), max(self.min_tokens, *map(len, rows))), PAD)
         for i, row in enumerate(rows):
@@ -196,6 +192,13 @@ def restore_input(description: Mapping[str, Any]) -> Input | None:
         return None
     facts = {key: tuple(v) if isinstance(v, list) else v for key, v in description.items() if key != "kind"}
     return kinds[kind](**facts)
+
+
+def check_strings(items: Sequence[Any]) -> None:
+    """Raise DataError for an item that is no string."""
+    for item in items:
+        if not isinstance(item, str):
+            raise DataError(f"a text model takes strings, found {_kind(item)}", tip="use an image or a vector model")
 
 
 def tokenize(text: str) -> list[str]:

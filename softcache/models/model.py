@@ -25,6 +25,8 @@ class Model(nn.Module):
         data_class_names: those of the data it was built for; what is saved with it.
         input_shape: shape of one rendered item that it was built for; None if unknown, or for text.
         graft: where it answers with its teacher's final linear layer, if it does; see `graft`.
+        untrained: tensors that are random though it was built with weights, since these do not hold them; for a student
+            to learn, and no teacher.
         output: "logits", unless the network declares `output = "log_probs"` or "probs".
     """
 
@@ -38,6 +40,7 @@ class Model(nn.Module):
         self.data_class_names: tuple[str, ...] = ()
         self.input_shape: tuple[int, ...] | None = None
         self.graft: Graft | None = None
+        self.untrained: tuple[str, ...] = ()
         declared = getattr(net, "output", "logits")
         self.output: str = declared if isinstance(declared, str) else "logits"  # a layer may be called `output`
         if self.output not in OUTPUTS:

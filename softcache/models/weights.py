@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, first_offenders, nearest
 from softcache.models.from_torchvision import torchvision_weights
+from softcache.models.from_transformers import describe_transformer
 from softcache.models.graft import regraft
 from softcache.models.inputs import ImageInput, TextInput
 from softcache.models.model import Model, final_linear
@@ -41,6 +42,7 @@ class SavedModel:
         input: what `Input.describe` gave.
         vocabulary: of a text model, else None.
         graft: what was built into the network after the spec; None for most.
+        transformer: configuration and tokenizer of one of transformers' models, else None.
     """
 
     spec: str
@@ -50,6 +52,7 @@ class SavedModel:
     input: Mapping[str, Any]
     vocabulary: tuple[str, ...] | None
     graft: Graft | None = None
+    transformer: Mapping[str, Any] | None = None
 
 
 def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> None:
@@ -78,7 +81,7 @@ def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> No
 
 def describe_model(model: Model) -> dict[str, Any]:
     """JSON-able: what `read_saved` gives back of a student, and what goes with a model that is exported."""
-    spec = parse_spec(model.spec)
+    spec, transformer = parse_spec(model.spec), describe_transformer(model)
     return {
         "spec": (spec.without("weights") if spec.scheme in ("torchvision", "timm") else spec).portable(),
         "num_classes": model.num_classes,
@@ -87,6 +90,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "input": model.input.describe(),
         "vocabulary": model.input.vocabulary if isinstance(model.input, TextInput) else None,
         **({"graft": model.graft.to_json()} if model.graft is not None else {}),
+        **({"transformer": transformer} if transformer is not None else {}),
     }
 
 
@@ -119,6 +123,7 @@ def read_saved(weights: str) -> SavedModel | None:
             input=about["input"],
             vocabulary=None if about["vocabulary"] is None else tuple(about["vocabulary"]),
             graft=Graft(**about["graft"]) if "graft" in about else None,
+            transformer=about.get("transformer"),
         )
     except (ValueError, KeyError, TypeError) as exc:
         raise ModelError(f"{path}: its {METADATA_KEY!r} metadata cannot be understood: {exc!r}") from None
@@ -182,6 +187,7 @@ def load_weights(model: Model, weights: str) -> None:
         if saved.graft is not None and model.graft is None:
             regraft(model, saved.graft)
     _load(model, read_state(path), weights)
+    model.untrained = ()
     if saved is not None and saved.class_names:
         model.class_names = saved.class_names
 

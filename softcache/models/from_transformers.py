@@ -1,0 +1,429 @@
+"""transformers' sequence classifiers (extra `text`), each with its own tokenizer: `hf:FOLDER` or `hf:NAME` on the hub.
+
+Only safetensors are read, no code that a model brings is run, and the network is used for a NAME alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, require_extra
+from softcache.models.inputs import check_strings
+from softcache.models.model import Model
+
+# what a configuration says besides the network: who wrote it, and the classes, which are the data's
+BESIDES = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+)
+PROBE = ["A text.", "And a second one, naïve & longer: 12,345 letters? ½ of it."]  # both tokenizers must agree on it
+OWN_COLLATE = "wrap it: file.py:factory may return a module with a method collate(items) of its own"
+CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
+
+
+@dataclass(frozen=True)
+class TokenizerInput:
+    """Strings as a dict of (B, L) int64 tensors: what the tokenizer gives and the network takes.
+
+    Attributes:
+        definition: the tokenizer as JSON, the content of a tokenizer.json.
+        takes: of "input_ids", "token_type_ids" and "attention_mask" those that the tokenizer gives and the network takes.
+        max_tokens: longer texts are cut, the special tokens counted in; None where nothing limits them.
+        pad_id, pad_type_id: token id and type of padding.
+        pad_side, cut_side: "right" or "left".
+    """
+
+    definition: str = field(repr=False)
+    takes: tuple[str, ...]
+    max_tokens: int | None
+    pad_id: int
+    pad_type_id: int = 0
+    pad_side: str = "right"
+    cut_side: str = "right"
+
+    def __post_init__(self) -> None:
+        special = self._tokenizer.num_special_tokens_to_add(False)
+        if self.max_tokens is not None and self.max_tokens <= special:
+            raise ConfigError(
+                f"max_tokens={self.max_tokens} leaves no room for a text",
+                tip=f"{special} of them are the tokenizer's special tokens; give more, or leave max_tokens out",
+            )
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.definition)
+        if self.max_tokens is not None:
+            tokenizer.enable_truncation(self.max_tokens, direction=self.cut_side)
+        return tokenizer
+
+    def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """(B, L) int64 each, L as short as the longest text allows."""
+        check_strings(items)
+        # one by one: a batch would start threads, which do not survive the fork of the next worker
+        rows = [self._tokenizer.encode(text) for text in items]
+        length = max(1, *map(len, rows))
+        for row in rows:
+            row.pad(length, direction=self.pad_side, pad_id=self.pad_id, pad_type_id=self.pad_type_id)
+        columns = {
+            "input_ids": [row.ids for row in rows],
+            "token_type_ids": [row.type_ids for row in rows],
+            "attention_mask": [row.attention_mask for row in rows],
+        }
+        return {name: torch.tensor(columns[name], dtype=torch.int64) for name in self.takes}
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are."""
+        return batch
+
+    def describe(self) -> dict[str, Any]:
+        """The definition as its sha256: it may have megabytes."""
+        facts = {**asdict(self), "definition": _digest(self.definition), "takes": list(self.takes)}
+        return {"kind": "tokenizer", **facts}
+
+
+def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[..., Model]:
+    """The builder of `hf:<name>`: a folder that `save_pretrained` wrote, or a model on the hub.
+
+    Args:
+        name: a folder that is there wins over a model on the hub.
+        class_names: of the data.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        ModelError: no such folder.
+    """
+    require_extra("transformers", "text", f"the model 'hf:{name}'")
+    place = _Place.of(name)
+
+    def build(num_classes: int, max_tokens: int | None = None) -> Model:
+        """`max_tokens`: longer texts are cut; by default to what the tokenizer and the network take.
+
+        A network whose weights have no classifier gets a new one, see `Model.untrained`. Classes are those of the
+        weights, by the names that their configuration gives them; where it gives none, or the data's classes are called
+        0, 1, 2, ..., they are the data's in its order.
+
+        Logits depend on the text alone. The average that `LAYER:mean_tokens` takes counts the padding too, of which there
+        is as much as the batch's longest text needs.
+        """
+        config = place.config()
+        labels = _labels(config)
+        tokenizer = place.tokenizer()
+        net, untrained = place.network(config, num_classes)
+        with place.explained("tokenizer"):
+            taken = _input(tokenizer, net, place.text, max_tokens)
+        model = _model(net, taken)
+        model.untrained = untrained
+        numbered = set(labels) != set(class_names) and list(class_names) == [str(i) for i in range(num_classes)]
+        unnamed = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
+        model.class_names = None if untrained or unnamed or numbered else labels
+        return model
+
+    return build
+
+
+def describe_transformer(model: Model) -> dict[str, Any] | None:
+    """JSON-able: what `rebuild_transformer` needs of one of these models; None for any other."""
+    if not isinstance(model.input, TokenizerInput):
+        return None
+    return {
+        "config": _settings(model.net.config),
+        "input": {**asdict(model.input), "definition": json.loads(model.input.definition)},
+    }
+
+
+def rebuild_transformer(told: Mapping[str, Any], num_classes: int) -> Model:
+    """The model that `describe_transformer` described, with weights that are still to be loaded; needs no other file."""
+    require_extra("transformers", "text", "a student that is one of transformers' models")
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = _tame(AutoConfig.for_model(**told["config"]))
+        config.num_labels = num_classes
+        with _hushed():
+            net = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        facts = {**told["input"], "definition": _canonical(told["input"]["definition"])}
+        return _model(net, TokenizerInput(**{**facts, "takes": tuple(facts["takes"])}))
+    except Exception as exc:  # of many kinds, and from several libraries
+        raise ModelError(
+            f"transformers cannot build the student again: {_first_line(exc)}",
+            tip="use a version of transformers that is at least as new as the one it was trained with",
+        ) from exc
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is read from.
+
+    Attributes:
+        name: the folder, or the name on the hub.
+        is_folder: then the network is never used.
+    """
+
+    name: str
+    is_folder: bool
+
+    @classmethod
+    def of(cls, name: str) -> _Place:
+        """A folder that is there wins over a name on the hub; what can only be a folder is not looked up."""
+        path = Path(name)
+        if path.is_dir():
+            return cls(name, True)
+        is_below = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+        if path.exists() or is_below or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise ModelError(
+                f"'hf:{name}': there is no folder {name}",
+                tip="give the folder that save_pretrained wrote, as seen from here, or a name on the hub (user/model)",
+            )
+        return cls(name, False)
+
+    @property
+    def text(self) -> str:
+        return f"'hf:{self.name}'"
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"trust_remote_code": False, "local_files_only": self.is_folder}
+
+    def config(self) -> Any:
+        """ModelError where there is none, or not one of a sequence classifier."""
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+        if self.is_folder and not Path(self.name, "config.json").is_file():
+            raise ModelError(
+                f"{self.text}: the folder holds no config.json",
+                tip="give the folder that save_pretrained wrote; a run folder of softcache is named without 'hf:'",
+            )
+        with self.explained("configuration"), _hushed():
+            config = _tame(AutoConfig.from_pretrained(self.name, **self._how))
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ModelError(
+                f"{self.text} is a {config.model_type!r} model, of which transformers makes no sequence classifier",
+                tip="use a model that takes texts and classifies them; others through file.py:factory",
+            )
+        named = getattr(config, "transformers_weights", None)
+        if named is not None and ".safetensors" not in named:
+            raise ModelError(
+                f"{self.text}: its config.json names the weights {named}",
+                tip="only safetensors are read: save it again",
+            )
+        return config
+
+    def tokenizer(self) -> Any:
+        """ModelError where there is none, or none of the library `tokenizers`."""
+        from transformers import AutoTokenizer
+
+        with self.explained("tokenizer"), _hushed():
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **self._how)
+        # without its files transformers makes one that knows the special tokens only
+        if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "▁"}:
+            raise ModelError(
+                f"{self.text} comes without the files of its tokenizer",
+                tip="save it beside the model: tokenizer.save_pretrained(FOLDER)",
+            )
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"{self.text}: its tokenizer, {type(tokenizer).__name__}, cannot be written as a tokenizer.json",
+                tip=OWN_COLLATE,
+            )
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                f"{self.text}: its tokenizer has no padding token, so texts of unequal length cannot share a batch",
+                tip="choose one (tokenizer.pad_token = tokenizer.eos_token, config.pad_token_id likewise) and save both again",
+            )
+        return tokenizer
+
+    def network(self, config: Any, num_classes: int) -> tuple[Any, tuple[str, ...]]:
+        """The network in float32, and the tensors of its classifier that the weights do not hold.
+
+        Raises:
+            ModelError: weights of other classes or another network, or none as safetensors.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        found = len(_labels(config))
+        config.num_labels = num_classes
+        with self.explained("weights"), _hushed():
+            net, report = AutoModelForSequenceClassification.from_pretrained(
+                self.name,
+                config=config,
+                dtype=torch.float32,  # not that of the file: autocast is the user's to ask for
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # to tell of them below
+                output_loading_info=True,
+                **self._how,
+            )
+        body = f"{net.base_model_prefix}."
+        missing = sorted(report["missing_keys"])
+        misfits = sorted(key for key, *_ in report["mismatched_keys"])
+        if misfits and found != num_classes and not any(name.startswith(body) for name in misfits):
+            raise ModelError(
+                f"{self.text}: the weights have {found} classes, the data has {num_classes}",
+                tip="use data of the same classes; a student for others begins with weights that have no classifier",
+            )
+        # a pooler belongs to the classifier: what was trained without one has none
+        lost = [name for name in missing if name.startswith(body) and "pooler" not in name]
+        if lost or misfits:
+            what = f"hold no {first_offenders(lost, len(lost))}" if lost else f"have another shape: {misfits[0]}"
+            raise ModelError(
+                f"{self.text}: the weights are of another network than its config.json says; they {what}",
+                tip="save model and configuration again, together: model.save_pretrained(FOLDER)",
+            )
+        return net, tuple(missing)
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Whatever transformers says of a place that it cannot read becomes one line and what to do."""
+        try:
+            yield
+        except SoftcacheError:
+            raise
+        except Exception as exc:  # of many kinds, and from several libraries
+            if "trust_remote_code" in str(exc):
+                raise ModelError(
+                    f"{self.text}: its {what} is code of its own, which is not run",
+                    tip="if you trust it, load it in a factory of yours: file.py:factory",
+                ) from exc
+            reason = f"{self.text}: its {what} cannot be read: {_first_line(exc)}"
+            tip = "give a folder that save_pretrained wrote"
+            if what == "weights":
+                tip += "; only safetensors are read: save old weights again with a current transformers"
+            if not self.is_folder:
+                reason = f"{self.text}: there is no such folder, and from the hub {reason.partition(': ')[2]}"
+                tip = "check the name, and the network; with HF_HUB_OFFLINE=1 only what was downloaded before is read"
+            raise ModelError(reason, tip=tip) from exc
+
+
+def _model(net: Any, taken: TokenizerInput) -> Model:
+    """The network itself, so that modules and tensors have transformers' names; hooks fit it to `Model`."""
+    net.register_forward_pre_hook(_by_name, with_kwargs=True)
+    net.register_forward_hook(_logits_only)
+    model = Model(net, taken)
+    # told by what it computes, wherever it lay: a network's settings are not seen in its weights' shapes
+    model.spec = f"hf:{type(net).__name__}?config={_digest(_canonical(_settings(net.config)))[:12]}"
+    return model
+
+
+def _by_name(_net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    (batch,) = args
+    return (), {**batch, **kwargs}
+
+
+def _logits_only(_net: nn.Module, _args: Any, output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits
+
+
+def _input(tokenizer: Any, net: Any, where: str, max_tokens: int | None) -> TokenizerInput:
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    most = _positions(net)
+    if max_tokens is not None and most is not None and max_tokens > most:
+        raise ConfigError(f"{where}: max_tokens={max_tokens}, the network takes {most} at most", tip="lower it")
+    # a tokenizer that was not told has a limit of 1e30
+    limits = [n for n in (most, tokenizer.model_max_length) if n is not None and n < 2**31]
+    # a network may take what its tokenizer does not give (GPT-2 adds token types where there are any), and the reverse
+    given = set(tokenizer.model_input_names) & set(inspect.signature(net.forward).parameters)
+    taken = TokenizerInput(
+        definition=_canonical(json.loads(backend.to_str())),
+        takes=tuple(name for name in ("input_ids", "token_type_ids", "attention_mask") if name in given),
+        max_tokens=max_tokens if max_tokens is not None else min(limits, default=None),
+        pad_id=tokenizer.pad_token_id,
+        pad_type_id=tokenizer.pad_token_type_id,
+        pad_side=tokenizer.padding_side,
+        cut_side=tokenizer.truncation_side,
+    )
+    cut = {} if taken.max_tokens is None else {"truncation": True, "max_length": taken.max_tokens}
+    theirs = tokenizer(PROBE, padding=True, return_tensors="pt", **cut)
+    if any(not torch.equal(tensor, theirs[name]) for name, tensor in taken.collate(PROBE).items()):
+        raise ModelError(
+            f"{where}: its tokenizer, {type(tokenizer).__name__}, does more than a tokenizer.json can say",
+            tip=OWN_COLLATE,
+        )
+    return taken
+
+
+def _positions(net: Any) -> int | None:
+    """How many tokens have a position of their own; None where any number has."""
+    tables = [
+        m for name, m in net.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
+    ]
+    if tables and tables[0].padding_idx is not None:  # such tables begin behind the row of padding
+        return tables[0].num_embeddings - tables[0].padding_idx - 1
+    most = getattr(net.config, "max_position_embeddings", None)
+    return most if most is not None and most > 0 else None
+
+
+def _tame(config: Any) -> Any:
+    """Without what would have transformers fetch code: attention and experts computed by a package on the hub."""
+    config._attn_implementation = None
+    config._experts_implementation = None
+    return config
+
+
+def _labels(config: Any) -> tuple[str, ...]:
+    """The names of the classes, in the order of the logits; LABEL_0, LABEL_1, ... where they have none."""
+    return tuple(str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a configuration says of the network, as far as it is not the default."""
+    told: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {key: value for key, value in told.items() if key not in BESIDES}
+
+
+def _canonical(definition: Any) -> str:
+    return json.dumps(definition, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first_line(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {exc}".splitlines()[0]
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without progress bars and reports of transformers, and without its asking the hub to convert somebody's weights."""
+    from transformers.utils import logging
+
+    level, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    before = os.environ.get(CONVERSION)
+    os.environ[CONVERSION] = "1"
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shows_bars:
+            logging.enable_progress_bar()
+        if before is None:
+            del os.environ[CONVERSION]
+        else:
+            os.environ[CONVERSION] = before
