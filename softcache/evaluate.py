@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from softcache.bias import best_shift, parse_bias
 from softcache.config import EvalConfig
 from softcache.data.join import batches, check_classes
 from softcache.data.loading import ViewedSet, load_batches, to_device
-from softcache.data.selection import class_indices
+from softcache.data.selection import class_indices, class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ClassMismatchError, ConfigError, ModelError
+from softcache.errors import ClassMismatchError, ConfigError, ModelError, first_offenders
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
 from softcache.report import percent, table
@@ -98,6 +98,7 @@ def evaluate(
     combine: str = "mean_logits",
     temperature: float = 1.0,
     bias: Mapping[str, float] | None = None,
+    order: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Run a model over a data set, at view 0 of the policy. The model's train or eval mode is put back afterwards.
@@ -107,6 +108,7 @@ def evaluate(
         joined: the same samples joined to a cache, to compare with its soft targets at `temperature`; where the model has
             only some of the cache's classes, with those among them.
         bias: class -> what to add to its logits first.
+        order: the model's output for each class; None: in the data's order.
     """
     started, was_training = time.monotonic(), model.training
     model.eval()
@@ -123,7 +125,7 @@ def evaluate(
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(to_device(batch.inputs[0], device))
         _check_finite(logits, batch.index)
-        logits = logits.float() + added
+        logits = (logits if order is None else logits[:, list(order)]).float() + added
         sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
         if joined is not None:
             targets = joined.gather_samples(batch.index, batch.views).to(device)
@@ -275,6 +277,11 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         input_shape=item_shape(item),
         device=str(device),
     )
+    if model.untrained:
+        raise ModelError(
+            f"{model_text!r}: its weights hold no {first_offenders(model.untrained, len(model.untrained))}",
+            tip="train it (softcache train --student ...), and evaluate the run folder",
+        )
     bias = parse_bias(config.bias, transfer_set.class_names)
     if config.fit_bias:
         bias |= _fitted_bias(model_text, model, transfer_set, policy, config)
@@ -287,8 +294,13 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         combine=config.combine,
         temperature=config.temperature,
         bias=bias,
+        order=_order(model_text, model, transfer_set),
         progress=not quiet and sys.stderr.isatty(),
     )
+
+
+def _order(model_text: str, model: Model, transfer_set: TransferSet) -> list[int] | None:
+    return class_order(repr(model_text), model.declared_classes, transfer_set.class_names)
 
 
 def _how(config: EvalConfig) -> dict[str, Any]:
@@ -336,7 +348,9 @@ def _fitted_bias(
     finally:
         hook.remove()
     classes = class_indices(transfer_set.class_names, config.fit_bias)
-    shift = best_shift(torch.cat(rows), torch.from_numpy(held_out.labels).long(), classes)
+    order = _order(config.bias_model or model_text, model, held_out)
+    found = torch.cat(rows) if order is None else torch.cat(rows)[:, order]
+    shift = best_shift(found, torch.from_numpy(held_out.labels).long(), classes)
     return {transfer_set.class_names[i]: shift for i in classes}
 
 

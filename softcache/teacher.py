@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.data.loading import to_device
+from softcache.data.selection import class_order
 from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, first_offenders, nearest
 from softcache.features import FeatureSpec, parse_features
 from softcache.models import Model, build, fingerprint, load_model
@@ -372,11 +373,7 @@ def open_teacher(
         made = build(bare, **shape)
     if made is None or isinstance(made, nn.Module):
         model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
-        declared, output, portable = (
-            model.class_names or getattr(model.net, "class_names", None),
-            model.output,
-            model.spec,
-        )
+        declared, output, portable = model.declared_classes, model.output, model.spec
         network, collate = model, model.input.collate
         if model.untrained:
             raise ModelError(
@@ -398,7 +395,7 @@ def open_teacher(
         output=output,
         num_classes=num_classes,
         multi_label=multi_label,
-        class_order=_class_order(name, declared, class_names),
+        class_order=class_order(f"teacher {name!r}", declared, class_names),
         device=device,
         autocast=autocast,
     )
@@ -431,20 +428,6 @@ def _estimator(made: Any, text: str, num_classes: int) -> tuple[Any, Any, str, t
             tip="return a torch module, a fitted classifier, or a function from a batch to (batch, classes)",
         )
     return made, collate, output or "logits", declared
-
-
-def _class_order(name: str, declared: Sequence[str] | None, class_names: Sequence[str]) -> list[int] | None:
-    """The permutation that brings declared classes into the cache's order; None when nothing is to be done."""
-    if declared is None or list(declared) == list(class_names):
-        return None
-    if sorted(declared) != sorted(class_names):
-        unknown = sorted(set(declared) - set(class_names))[:3] or sorted(set(class_names) - set(declared))[:3]
-        raise ModelError(
-            f"teacher {name!r} knows other classes than the transfer set has, for example {', '.join(map(repr, unknown))}",
-            tip="use the teacher's own data set, or give the data set the teacher's class names",
-        )
-    place = {class_name: i for i, class_name in enumerate(declared)}
-    return [place[class_name] for class_name in class_names]
 
 
 def member_name(wanted: str, taken: Sequence[str]) -> str:

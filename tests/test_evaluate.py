@@ -15,6 +15,7 @@ from scipy.special import log_softmax, softmax
 from softcache import cli, dump, evaluate
 from softcache import open as open_cache
 from softcache.config import DumpConfig, EvalConfig
+from softcache.data.selection import class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ClassMismatchError, ConfigError, DataError, ModelError
 from softcache.evaluate import Evaluation
@@ -66,6 +67,16 @@ class Net(nn.Module):
 
 def net(num_classes, scale: float = 1.5, seed: int = 0):
     return Net(num_classes, scale, seed)
+
+
+def turned(num_classes, names: str = ""):
+    """The same network, its classes the other way round, or other ones."""
+    made = Net(num_classes, 1.5, 0)
+    with torch.no_grad():
+        made.fc.weight.copy_(made.fc.weight.flip(0))
+        made.fc.bias.copy_(made.fc.bias.flip(0))
+    made.class_names = tuple(names.split("+")) if names else Points.class_names[::-1]
+    return made
 
 
 def broken(num_classes):
@@ -166,6 +177,27 @@ def test_closeness_to_a_cache(pieces: Path, cache: Path, combine: str, temperatu
     assert found.kl == pytest.approx(kl, rel=1e-4) and found.temperature == temperature
     assert found.agreement == pytest.approx((own.argmax(axis=1) == together.argmax(axis=1)).mean())
     assert found.agreement is not None and 0 < found.agreement < 1
+
+
+def test_a_models_classes_are_brought_into_the_datas_order(pieces: Path) -> None:
+    data, fit = f"{pieces}:points", {"fit_bias": ("bee", "dog"), "bias_data": f"{pieces}:points?seed=9"}
+    own, turned = (measured(f"{pieces}:{name}", data, bias=("cat=0.5",)) for name in ("net", "turned"))
+    assert (turned.errors, turned.class_errors) == (own.errors, own.class_errors)
+    assert turned.nll == pytest.approx(own.nll)
+    fitted = [measured(f"{pieces}:{name}", data, **fit).bias["bee"] for name in ("net", "turned")]
+    assert fitted[0] == pytest.approx(fitted[1]) and fitted[0] != 0
+    with pytest.raises(ModelError, match="knows other classes than the data has, for example 'hen'"):
+        measured(f"{pieces}:turned?names=ant+bee+cat+dog+eel+fox+hen", data)
+
+
+def test_wordnet_ids_in_their_order_are_imagenets_classes() -> None:
+    ids = tuple(f"n{number:08d}" for number in (1440764, 1443537, 1484850))
+    names = ("tench", "goldfish", "great white shark")
+    assert class_order("m", names, ids) is None
+    with pytest.raises(ModelError, match="other classes"):
+        class_order("m", names, ids[::-1])
+    assert class_order("m", names, names[::-1]) == [2, 1, 0]
+    assert class_order("m", None, names) is None is class_order("m", names, names)
 
 
 # -------------------------------------------------------------------------------------------------------------------- biases

@@ -554,7 +554,7 @@ def test_other_classes(made: Path) -> None:
 
 def test_classes_of_other_names(bert: Path) -> None:
     change(bert / "config.json", id2label={0: "bad", 1: "fair", 2: "good"})
-    with pytest.raises(ModelError, match="knows other classes than the transfer set has, for example 'bad'"):
+    with pytest.raises(ModelError, match="knows other classes than the data has, for example 'bad'"):
         teacher_of(f"hf:{bert}")
 
 

@@ -46,6 +46,11 @@ class Model(nn.Module):
         if self.output not in OUTPUTS:
             raise ModelError(f"the module declares output={self.output!r}", tip=f"use one of {', '.join(OUTPUTS)}")
 
+    @property
+    def declared_classes(self) -> tuple[str, ...] | None:
+        """Those of the weights, or those that the network itself names; None where neither does."""
+        return self.class_names or getattr(self.net, "class_names", None)
+
     def forward(self, batch: Any) -> Tensor:
         """(B, C), from what `input.collate` returned, already on the network's device."""
         logits = self.net(self.input.prepare(batch))
