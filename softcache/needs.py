@@ -74,18 +74,12 @@ def _features(name: str, stages: Sequence[str], teacher: Teacher, batch: Any, co
             f"--for {name}: it needs the teacher's classifier, and {teacher.name!r} does not end with an nn.Linear",
             tip="use a teacher whose last layer gives its logits, or another loss; `softcache losses` lists them",
         )
-    if loss.layers == HEAD or (HEAD in loss.features and not _serves(loss, stages, teacher, batch)):
+    pooled = teacher.head_feature(batch, of_map=True) if loss.graft else None
+    if pooled is not None:
+        return [f"{pooled.layers[0]}:map"]
+    if loss.layers == HEAD or (HEAD in loss.features and (loss.graft or not stages)):
         return [] if codec.needs_head else [_head_feature(name, teacher, batch)]
     return _maps(name, loss, stages, teacher)
-
-
-def _serves(loss: Loss, stages: Sequence[str], teacher: Teacher, batch: Any) -> bool:
-    """Whether the last map is what a loss on it wants; else the vector in front of the classifier must do."""
-    if not stages or not loss.graft:
-        return bool(stages)
-    shape = next(module.shape for module in teacher.list_modules(batch) if module.name == stages[-1])
-    head = teacher.find_head(batch)
-    return shape is not None and head is not None and shape[1] == head.in_features  # its classifier pools the map
 
 
 def _head_feature(name: str, teacher: Teacher, batch: Any) -> str:

@@ -14,7 +14,7 @@ from softcache.errors import LossError, nearest
 from softcache.features import FeatureSpec, Shape
 from softcache.losses import HEAD, VECTORS, LossTerm, middle
 from softcache.losses.adapters import fit_map
-from softcache.taps import HeadTap, ModuleShape, Taps, head_of, list_modules, shapes_of, stages_of
+from softcache.taps import HeadTap, ModuleShape, Taps, head_feature, head_of, list_modules, shapes_of, stages_of
 from softcache.targets import Cache, Targets
 
 SIZED = ("map", "attention", "spatial_gram", "sign")  # reductions whose shape goes by the size of the map
@@ -76,6 +76,8 @@ class Student:
         self.modules: list[ModuleShape] = list_modules(net, inputs)
         self.stages = stages_of(net, inputs)
         self.head = head_of(net, inputs)
+        pooled = None if self.head is None else head_feature(net, inputs, self.head, of_map=True)
+        self.head_map = None if pooled is None else pooled.layers[0]  # of which the head takes the average
 
     @property
     def head_name(self) -> str:
@@ -197,7 +199,12 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
     for name in names:
         layers.setdefault(name.rpartition(":")[0], name)
     chosen = sorted(layers.values(), key=lambda name: -_positions(cache, member, name))  # early to late
-    return member, chosen if loss.layers == "stages" else [_likely(term, cache, member, chosen)]
+    if loss.layers != "stages":
+        return member, [_likely(term, cache, member, chosen)]
+    ends: dict[Any, str] = {}  # of maps of one size the first: a later one is there for the classifier's sake
+    for name in chosen:
+        ends.setdefault(_positions(cache, member, name) if name.count("+") == 0 else name, name)
+    return member, list(ends.values())
 
 
 def _serving(term: LossTerm, cache: Cache, member: str) -> list[str]:
@@ -275,6 +282,8 @@ def _student_layers(
     """By default: the input of the final linear layer for vectors, layers of the same names, or the last stages."""
     if are_vectors or term.loss.layers == HEAD:
         return [(HEAD,)] * len(names)
+    if term.loss.graft and student.head_map is not None:
+        return [(student.head_map,)] * len(names)
     layers = [tuple(name.rpartition(":")[0].split("+")) for name in names]
     stages = [module.name for module in student.stages]
     if all(layer in stages for pair in layers for layer in pair):

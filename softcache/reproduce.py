@@ -123,7 +123,8 @@ class Reproduced:
         done = table(list(shown), list(zip(*shown.values(), strict=True))) if self.rows else "none of its rows"
         at = f"softcache {softcache.__version__}, torch {torch.__version__}, {self.device}"
         state = f"{at}; {self.done} steps done now, {self.reused} reused; all of it is in {self.folder}"
-        return f"{self.recipe.title}{schedule}\n{self.recipe.source}\n\n{done}\n\n{state}"
+        about = f"\n{self.recipe.about}" if self.recipe.about else ""
+        return f"{self.recipe.title}{schedule}\n{self.recipe.source}\n\n{done}\n{about}\n\n{state}"
 
 
 @dataclass

@@ -190,10 +190,13 @@ def head_of(model: nn.Module, inputs: Any) -> nn.Linear | None:
     return heads[-1] if heads else None
 
 
-def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear) -> FeatureSpec | None:
+def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear, *, of_map: bool = False) -> FeatureSpec | None:
     """The named layer and reduction that give what `linear` takes; of several the last module. None where none does.
 
     The model is run once, in eval mode without gradients.
+
+    Args:
+        of_map: only layers that give a map of more than one position, of which `linear` takes the average.
     """
     found: list[tuple[FeatureSpec, Tensor]] = []
     calls: Counter[str] = Counter()
@@ -203,7 +206,9 @@ def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear) -> FeatureSpe
         tensor, _ = _first_tensor(output)
         if tensor is None or not tensor.is_floating_point():
             return
-        for reduction in ("mean_tokens", "cls", "pool", "flatten"):
+        if of_map and (tensor.ndim != 4 or tensor.shape[2:].numel() == 1):
+            return
+        for reduction in ("pool",) if of_map else ("mean_tokens", "cls", "pool", "flatten"):
             spec = FeatureSpec((name,), reduction)
             fits = tensor.ndim in REDUCTIONS[reduction].axes
             if fits and spec.reduced_shape(tensor.shape[1:]) == (linear.in_features,):

@@ -181,10 +181,10 @@ class Teacher:
         """The modules that end its stages, early to late: the last to give a map of each size."""
         return [module.name for module in stages_of(self._net, self._prepared(batch))]
 
-    def head_feature(self, batch: Any) -> FeatureSpec | None:
-        """The layer and reduction that give the input of the final linear layer; None where none does."""
+    def head_feature(self, batch: Any, *, of_map: bool = False) -> FeatureSpec | None:
+        """The layer and reduction that give the input of the final linear layer, of a map only if asked; None: none does."""
         head = self.find_head(batch)
-        return None if head is None else head_feature(self._net, self._prepared(batch), head)
+        return None if head is None else head_feature(self._net, self._prepared(batch), head, of_map=of_map)
 
     def _prepared(self, batch: Any) -> Any:
         """A collated batch as the network with the known module names takes it."""

@@ -144,6 +144,7 @@ Find = Callable[..., list[str]]
 KINDS = {
     "cnn": ("softcache:cnn?width=8", 16, "softcache:cnn?width=4", "softcache:cnn?width=8"),
     "resnet8": ("softcache:resnet8", 16, "softcache:cnn?width=4", "softcache:resnet8"),
+    "wrn": ("softcache:wrn?depth=10", 16, "softcache:cnn?width=4", "softcache:wrn?depth=10"),
     "mobilenet": ("torchvision:mobilenet_v3_small", 32, "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small"),
     "vit": ("{user}:vit", 16, "{user}:vit?width=4", "{user}:vit"),
     "mlp": ("softcache:mlp?hidden=16,12", 16, "softcache:mlp?hidden=10", "softcache:mlp?hidden=16,12"),
@@ -301,6 +302,25 @@ def test_the_middle_stays_the_middle_where_other_layers_are_stored_too(world: Wo
     assert paired(world, "cnn", by_hand, "vid", same=False) == [("2", ("2",)), ("6", ("6",)), ("10", ("10",))]
 
 
+def test_simkd_takes_the_map_that_the_classifier_pools(world: World, tmp_path: Path) -> None:
+    """Behind the last block of a wide ResNet stand a BatchNorm and a ReLU: its classifier takes the average of theirs."""
+    cache = dumped(world, "wrn", tmp_path / "wrn", for_=("simkd", "vid"))
+    (member,) = cache.members
+    assert list(cache.features[member]) == ["block1:map", "block2:map", "block3:map", "tail.relu:map"]
+    assert paired(world, "wrn", cache, "simkd", same=True) == [("tail.relu", ("tail.relu",))]
+    assert paired(world, "wrn", cache, "simkd", same=False) == [("tail.relu", ("10",))]
+    blocks = ["block1", "block2", "block3"]
+    assert paired(world, "wrn", cache, "vid", same=True) == [(block, (block,)) for block in blocks]
+    rows = np.arange(len(cache))
+    targets = cache.gather(rows, np.zeros_like(rows), features=["block3:map", "tail.relu:map"])
+    head = cache.head(member)
+    assert head is not None and head[1] is not None
+    logits = targets.feature("tail.relu:map").mean(dim=(2, 3)) @ head[0].T + head[1]
+    torch.testing.assert_close(logits, targets.logits(), rtol=2e-3, atol=2e-3)
+    before = targets.feature("block3:map").mean(dim=(2, 3)) @ head[0].T + head[1]
+    assert (before - targets.logits()).abs().max() > 10 * (logits - targets.logits()).abs().max()
+
+
 # ------------------------------------------------------------------------------------------------------------ what is stored
 
 STORED = [
@@ -311,6 +331,8 @@ STORED = [
     ("cnn", "fsp", ["2+6:fsp", "6+10:fsp"]),
     ("cnn", "ickd", ["10:gram"]),
     ("cnn", "simkd", ["10:map"]),
+    ("wrn", "simkd", ["tail.relu:map"]),
+    ("wrn", "at", ["block1:attention", "block2:attention", "block3:attention"]),
     ("resnet8", "crd", ["avgpool:flatten"]),
     ("resnet8", "ab", ["layer1:sign", "layer2:sign", "layer3:sign"]),
     ("resnet8", "fitnet", ["layer2:map"]),
