@@ -17,6 +17,10 @@ from softcache.config import DumpConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when the hub's package is first imported
 
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # the workers share the cores, their children too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 # every shard is synced to the disk: in memory, where there is room for it, that takes no time
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
