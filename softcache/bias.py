@@ -26,7 +26,10 @@ def parse_bias(texts: Sequence[str], class_names: Sequence[str]) -> dict[str, fl
             number = math.nan
         if not math.isfinite(number):
             raise ConfigError(f"--bias {text!r} is not CLASS=NUMBER", tip="write --bias 3=3.5, or 7=-7.6,8=-7.6")
-        bias |= {class_names[i]: number for i in class_indices(class_names, [label])}
+        for name in (class_names[i] for i in class_indices(class_names, [label])):
+            if name in bias:
+                raise ConfigError(f"--bias names class {name!r} twice", tip="add the two numbers up")
+            bias[name] = number
     return bias
 
 
@@ -39,8 +42,10 @@ def best_shift(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
         classes: indices; not all of them.
 
     Raises:
-        ConfigError: no labelled sample would be told otherwise by any number.
+        ConfigError: all classes, which changes nothing; or no labelled sample would be told otherwise by any number.
     """
+    if len(set(classes)) == logits.shape[1]:
+        raise ConfigError("the same number for all classes changes nothing", tip="leave some of them out of --fit-bias")
     chosen = torch.zeros(logits.shape[1], dtype=torch.bool)
     chosen[list(classes)] = True
     known = labels >= 0

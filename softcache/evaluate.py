@@ -20,7 +20,7 @@ from tqdm import tqdm
 from softcache.bias import best_shift, parse_bias
 from softcache.config import EvalConfig
 from softcache.data.join import batches, check_classes
-from softcache.data.loading import ViewedSet, load_batches, to_device
+from softcache.data.loading import Partners, ViewedSet, load_batches, to_device
 from softcache.data.selection import class_indices, class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
@@ -164,7 +164,10 @@ def evaluate_cache(
     for index in np.array_split(np.arange(len(transfer_set)), -(-len(transfer_set) // batch_size)):
         logits = joined.gather_samples(index, np.zeros_like(index)).combined(combine, temperature=1.0)
         sums.add_labels(logits + added, torch.from_numpy(transfer_set.labels[index]))
-    return _result(sums, transfer_set, started, 1.0, bias)
+    result = _result(sums, transfer_set, started, 1.0, bias)
+    return (
+        replace(result, nll=None, calibration_error=None) if combine == "vote" else result
+    )  # a vote has no likelihood
 
 
 def _result(
@@ -251,9 +254,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
 
     A student of some of the data's classes is measured on those: samples of the others count as unlabelled.
     """
-    if not config.temperature > 0:
-        raise ConfigError(f"--temperature {config.temperature}: must be > 0")
-    device = pick_device(config.device)
+    _check(config)
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())
     if is_cache(model_text):
@@ -269,22 +270,10 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     else:
         policy = run_policy(model_text).for_evaluation()
     transfer_set = _with_classes_of(model_text, transfer_set)
-    item = ViewedSet(transfer_set, policy, (), partners=joined.partners if joined else None).render(0, 0)
-    model = load_model(
-        model_text,
-        num_classes=transfer_set.num_classes,
-        class_names=transfer_set.class_names,
-        input_shape=item_shape(item),
-        device=str(device),
-    )
-    if model.untrained:
-        raise ModelError(
-            f"{model_text!r}: its weights hold no {first_offenders(model.untrained, len(model.untrained))}",
-            tip="train it (softcache train --student ...), and evaluate the run folder",
-        )
+    model = _load(model_text, transfer_set, policy, joined.partners if joined else None, config)
     bias = parse_bias(config.bias, transfer_set.class_names)
     if config.fit_bias:
-        bias |= _fitted_bias(model_text, model, transfer_set, policy, config)
+        bias |= _fitted_bias(model_text, model, transfer_set, policy, bias, config)
     return evaluate(
         model,
         transfer_set,
@@ -297,6 +286,39 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         order=_order(model_text, model, transfer_set),
         progress=not quiet and sys.stderr.isatty(),
     )
+
+
+def _check(config: EvalConfig) -> None:
+    if not config.temperature > 0:
+        raise ConfigError(f"--temperature {config.temperature}: must be > 0")
+    if config.batch_size < 1:
+        raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
+    if not config.fit_bias and (config.bias_data or config.bias_model):
+        raise ConfigError(
+            "--bias-data and --bias-model need --fit-bias", tip="say whose bias is to be found: --fit-bias 3"
+        )
+    if config.fit_bias and config.bias_data is None:
+        raise ConfigError("--fit-bias needs --bias-data", tip="give data that the model was not trained on")
+
+
+def _load(
+    model_text: str, transfer_set: TransferSet, policy: Policy, partners: Partners | None, config: EvalConfig
+) -> Model:
+    """ModelError also for a model whose weights lack something."""
+    item = ViewedSet(transfer_set, policy, (), partners=partners).render(0, 0)
+    model = load_model(
+        model_text,
+        num_classes=transfer_set.num_classes,
+        class_names=transfer_set.class_names,
+        input_shape=item_shape(item),
+        device=str(pick_device(config.device)),
+    )
+    if model.untrained:
+        raise ModelError(
+            f"{model_text!r}: its weights hold no {first_offenders(model.untrained, len(model.untrained))}",
+            tip="train it (softcache train --student ...), and evaluate the run folder",
+        )
+    return model
 
 
 def _order(model_text: str, model: Model, transfer_set: TransferSet) -> list[int] | None:
@@ -316,41 +338,52 @@ def _how(config: EvalConfig) -> dict[str, Any]:
 
 def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig) -> Evaluation:
     """A cache in the place of a model."""
-    for flag, given in (("--cache", config.cache), ("--policy", config.policy), ("--fit-bias", config.fit_bias)):
+    told = {"--cache": config.cache, "--policy": config.policy, "--fit-bias": config.fit_bias}
+    if config.combine == "vote":
+        told["--bias"] = config.bias
+    for flag, given in told.items():
         if given:
-            raise ConfigError(f"{flag} is of models; {path} is a cache", tip="leave it out, or name a model")
+            what = "votes have no logits" if flag == "--bias" else f"{path} is a cache"
+            raise ConfigError(f"{flag} is of models; {what}", tip="leave it out, or name a model")
     joined = open_cache(path, allow_code=config.allow_code).join(transfer_set)
     bias = parse_bias(config.bias, transfer_set.class_names)
     return evaluate_cache(joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias)
 
 
 def _fitted_bias(
-    model_text: str, model: Model, transfer_set: TransferSet, policy: Policy, config: EvalConfig
+    model_text: str,
+    model: Model,
+    transfer_set: TransferSet,
+    policy: Policy,
+    given: Mapping[str, float],
+    config: EvalConfig,
 ) -> dict[str, float]:
-    """The one number for all of the classes of --fit-bias that makes fewest errors on the held-out data."""
-    if config.bias_data is None:
-        raise ConfigError("--fit-bias needs --bias-data", tip="give data that the model was not trained on")
+    """The one number for all of the classes of --fit-bias that makes fewest errors on the held-out data.
+
+    Args:
+        given: class -> bias that is added before; of other classes.
+    """
+    assert config.bias_data is not None
     held_out = open_transfer_set(config.bias_data, download=config.download)
     check_same_classes(held_out, transfer_set)
+    classes = class_indices(transfer_set.class_names, config.fit_bias)
+    twice = [name for name in given if transfer_set.class_names.index(name) in classes]
+    if twice:
+        raise ConfigError(f"--bias and --fit-bias both name class {twice[0]!r}", tip="leave it out of one of them")
     if config.bias_model not in (None, model_text):
-        item = ViewedSet(held_out, policy, ()).render(0, 0)
-        model = load_model(
-            config.bias_model,
-            num_classes=held_out.num_classes,
-            class_names=held_out.class_names,
-            input_shape=item_shape(item),
-            device=str(pick_device(config.device)),
-        )
+        model_text = config.bias_model
+        policy = policy if config.policy else run_policy(model_text).for_evaluation()
+        model = _load(model_text, held_out, policy, None, config)
     rows: list[Tensor] = []
     hook = model.register_forward_hook(lambda _model, _inputs, logits: rows.append(logits.detach().float().cpu()))
     try:
         evaluate(model, held_out, policy, **_how(config))
     finally:
         hook.remove()
-    classes = class_indices(transfer_set.class_names, config.fit_bias)
-    order = _order(config.bias_model or model_text, model, held_out)
-    found = torch.cat(rows) if order is None else torch.cat(rows)[:, order]
-    shift = best_shift(found, torch.from_numpy(held_out.labels).long(), classes)
+    order = _order(model_text, model, held_out)
+    logits = torch.cat(rows) if order is None else torch.cat(rows)[:, order]
+    added = torch.tensor([given.get(name, 0.0) for name in transfer_set.class_names])
+    shift = best_shift(logits + added, torch.from_numpy(held_out.labels).long(), classes)
     return {transfer_set.class_names[i]: shift for i in classes}
 
 

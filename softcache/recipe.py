@@ -3,18 +3,22 @@
 A recipe is a TOML file, in softcache/recipes or one of your own. At the top level stand the settings of the paper budget; the
 tables `short` and `smoke` change data and settings for smaller ones.
 
-    title, source            whose table it is
+    title, source, about     whose table, and what to know of it
     [data]                   name -> data spec; {root} is --data-root
-    [train] [dump]           settings of every such step
+    [train] [dump] [eval]    settings of every such step: the verb's flags, with _ for -
     [pair.NAME]              words that a step with `each` is written with: it is done for every pair (`each = true`) or for
                              those it names, {word} replaced in all of its strings, {pair} by NAME; where its `paper` is a
                              string, the number is that entry of the pair's `paper`. Steps with `each` that follow one another
-                             are done pair by pair, and one that two pairs share once.
-    [[step]]                 name, and one of train, dump, eval: its own settings; `seeds` false: one run for all seeds
-      paper, tolerance       the number in the table, and how far ours may be off; metric: errors, top1 (percent), class_errors
-    [budget.short] [budget.smoke]   estimate; data, train, dump: instead of the above; steps: name -> settings; pairs, seeds;
-                             only: patterns of the names of the steps it keeps, beside those that they build on;
-                             use: name of a training step -> a model in its place
+                             are done pair by pair, and one that two pairs share once. [words]: of every pair.
+    [[step]]                 name, and one of train, dump, eval: its own settings; `seeds`: once for each seed (true for all but
+                             dumps); what they build on is named by `teacher`, `cache`, `init_from`, `run`, `bias_model`
+      label                  of its row of the table; by default its name where it has a paper's number
+      paper, tolerance       the number in the table, and how far ours may be worse
+      metric, class          errors, top1 (percent), or class_errors of a class
+    [budget.paper] [budget.short] [budget.smoke]
+                             estimate; data, train, dump, eval: these settings win over the above and over those of the steps;
+                             steps: name -> settings, which win over all; pairs, seeds; only: patterns of the names of the
+                             steps it keeps, beside those that they build on; use: training step -> a model in its place
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -31,12 +35,23 @@ from typing import Any
 from softcache.errors import ConfigError, nearest
 
 BUDGETS = ("smoke", "short", "paper")
+DATA = ("data", "eval_data", "bias_data")  # settings that may name the recipe's data
 REFERENCES = ("teacher", "cache", "init_from", "run", "bias_model")  # settings that may name an earlier step
 KINDS = ("train", "dump", "eval")
 METRICS = ("errors", "top1", "class_errors")
-_TOP = {"title", "source", "about", "data", "train", "dump", "eval", "pair", "step", "budget"}
-_STEP = {"name", "label", "each", "seeds", "paper", "tolerance", "metric", "class", *KINDS}
-_BUDGET = {"estimate", "data", "train", "dump", "eval", "pairs", "only", "use", "steps", "seeds"}
+_TOP = {
+    "title": str, "source": str, "about": str, "data": dict, "train": dict, "dump": dict, "eval": dict, "words": dict,
+    "pair": dict, "step": list, "budget": dict,
+}  # fmt: skip
+_KINDS = {str: "a string", dict: "a table", list: "a list", bool: "true or false", int: "a number"}
+_STEP = {
+    "name": str, "label": str, "each": (bool, list), "seeds": bool, "paper": (int, float, str), "tolerance": (int, float),
+    "metric": str, "class": str, "train": dict, "dump": dict, "eval": dict,
+}  # fmt: skip
+_BUDGET = {
+    "estimate": str, "data": dict, "train": dict, "dump": dict, "eval": dict, "pairs": list, "only": list, "use": dict,
+    "steps": dict, "seeds": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,11 @@ def read_recipe(name: str, budget: str = "paper", only: Sequence[str] = ()) -> R
             raise ConfigError(
                 f"there is no recipe file {path}", tip="`softcache reproduce LIST` shows those of the package"
             )
-        return parse_recipe(path.stem, path.read_text(encoding="utf-8"), budget, only)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"{path} cannot be read as text: {exc}", tip="a recipe is TOML in UTF-8") from None
+        return parse_recipe(path.stem, text, budget, only)
     if name not in recipe_names():
         raise ConfigError(
             f"no recipe {name!r}",
@@ -164,23 +183,34 @@ def parse_recipe(name: str, text: str, budget: str, only: Sequence[str] = ()) ->
         told = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{where}: not TOML: {exc}") from None
-    _only(told, _TOP, where)
+    _check_keys(told, _TOP, where, needed=("title", "source", "step"))
     budgets = told.get("budget", {})
-    _only(budgets, set(BUDGETS), f"{where}: budget")
-    changes = budgets.get(budget, {})
-    _only(changes, _BUDGET, f"{where}: budget.{budget}")
+    _check_keys(budgets, dict.fromkeys(BUDGETS, dict), f"{where}: budget")
+    changes, place = budgets.get(budget, {}), f"{where}: budget.{budget}"
+    _check_keys(changes, _BUDGET, place)
     data = {**told.get("data", {}), **changes.get("data", {})}
-    of_step = changes.get("steps", {})
+    _check_keys(data, dict.fromkeys(data, str), f"{where}: data")
+    seeds = changes.get("seeds", [0, 1, 2])
+    if not seeds or not all(type(seed) is int for seed in seeds):
+        raise ConfigError(f"{place}: seeds are whole numbers, found {seeds!r}")
     pairs = told.get("pair", {})
-    pairs = {key: pairs[key] for key in changes.get("pairs", pairs)}
-    entries = _expanded(told.get("step", []), pairs, where)
-    steps = [_step(entry, told, changes, of_step, f"{where}: step {entry.get('name')!r}") for entry in entries]
+    _check_known(changes.get("pairs", ()), pairs, f"{place}: pairs")
+    pairs = {key: {**told.get("words", {}), **pairs[key]} for key in changes.get("pairs", pairs)}
+    for entry in told["step"]:
+        _check_keys(entry, _STEP, f"{where}: step {entry.get('name')!r}", needed=("name",))
+        if isinstance(entry.get("each"), list):
+            _check_known(entry["each"], told.get("pair", {}), f"{where}: step {entry['name']!r}: each")
+        if entry.get("each") and not pairs:
+            raise ConfigError(f"{where}: step {entry['name']!r} is for each pair, and there is none")
+    entries = _expanded(told["step"], pairs)
+    of_step = changes.get("steps", {})
+    steps = [_step(entry, told, changes, of_step, f"{where}: step {entry['name']!r}") for entry in entries]
     names = [step.name for step in steps]
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"{where}: its steps need names of their own")
-    _only(of_step, set(names), f"{where}: budget.{budget}.steps")
-    trained = {step.name for step in steps if step.kind == "train"}
-    _only(changes.get("use", {}), trained, f"{where}: budget.{budget}.use")
+    _check_keys(of_step, dict.fromkeys(names, dict), f"{place}.steps")
+    trained = [step.name for step in steps if step.kind == "train"]
+    _check_keys(changes.get("use", {}), dict.fromkeys(trained, str), f"{place}.use")
     _check_named(steps, where)
     recipe = Recipe(
         name,
@@ -191,15 +221,13 @@ def parse_recipe(name: str, text: str, budget: str, only: Sequence[str] = ()) ->
         changes.get("estimate", "not estimated"),
         data,
         steps,
-        tuple(changes.get("seeds", (0, 1, 2))),
+        tuple(seeds),
         changes.get("use", {}),
     )
     return recipe.only(only or changes.get("only", ("*",)))
 
 
-def _expanded(
-    entries: Sequence[Mapping[str, Any]], pairs: Mapping[str, Mapping[str, Any]], where: str
-) -> list[Mapping[str, Any]]:
+def _expanded(entries: Sequence[Mapping[str, Any]], pairs: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The steps, those with `each` written once for each of their pairs."""
     found: list[Mapping[str, Any]] = []
     for of_pairs, group in itertools.groupby(entries, key=lambda entry: bool(entry.get("each"))):
@@ -244,10 +272,9 @@ def _step(
     of_step: Mapping[str, Any],
     where: str,
 ) -> Step:
-    _only(entry, _STEP, where)
     kinds = [kind for kind in KINDS if kind in entry]
-    if len(kinds) != 1 or "name" not in entry:
-        raise ConfigError(f"{where}: needs a name and one of {', '.join(KINDS)}")
+    if len(kinds) != 1:
+        raise ConfigError(f"{where}: needs one of {', '.join(KINDS)}")
     (kind,) = kinds
     settings = {**told.get(kind, {}), **entry[kind], **changes.get(kind, {}), **of_step.get(entry["name"], {})}
     metric = entry.get("metric", "errors")
@@ -255,6 +282,15 @@ def _step(
         raise ConfigError(f"{where}: unknown metric {metric!r}", tip=nearest(metric, METRICS))
     paper = entry.get("paper")
     label = entry.get("label", entry["name"] if kind != "dump" and paper is not None else "")
+    if isinstance(paper, str):
+        raise ConfigError(f"{where}: paper = {paper!r} names a number of a pair, and the step has no `each`")
+    if label and (kind == "dump" or (kind == "train" and "eval_data" not in settings)):
+        raise ConfigError(
+            f"{where}: a row of the table needs a number, and a {kind} step without evaluation has none",
+            tip="give eval_data, or leave the label and the paper's number out",
+        )
+    if metric == "class_errors" and "class" not in entry:
+        raise ConfigError(f"{where}: metric class_errors is of one class", tip="add class = NAME")
     return Step(
         entry["name"],
         kind,
@@ -282,7 +318,21 @@ def _check_named(steps: Sequence[Step], where: str) -> None:
         before[step.name] = step
 
 
-def _only(table: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}", tip=nearest(key, known))
+def _check_keys(table: Any, known: Mapping[str, Any], where: str, needed: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless it is a table of known keys, each of its type."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: must be a table, found {table!r}")
+    _check_known(table, known, where)
+    for key in needed:
+        if key not in table:
+            raise ConfigError(f"{where}: has no {key!r}")
+    for key, value in table.items():
+        kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ConfigError(f"{where}: {key} cannot be {value!r}", tip=f"give {_KINDS[kinds[0]]}")
+
+
+def _check_known(names: Iterable[str], known: Collection[str], where: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown key {name!r}", tip=nearest(str(name), known))

@@ -271,6 +271,8 @@ def _check(config: TrainConfig) -> None:
     for name in ("batch_size", "accumulate", "views_per_visit", "eval_every"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"--seed {config.seed}: must be between 0 and 4294967295")
     if config.checkpoint_every is not None and config.checkpoint_every < 1:
         raise ConfigError(f"--checkpoint-every {config.checkpoint_every}: must be at least 1")
     if config.clip_norm is not None and not config.clip_norm > 0:

@@ -243,13 +243,34 @@ def test_a_fitted_bias_is_of_the_held_out_data_and_of_the_twin(pieces: Path) -> 
         ({"bias": ("cat",)}, ConfigError, r"--bias 'cat' is not CLASS=NUMBER"),
         ({"bias": ("cat=high",)}, ConfigError, r"--bias 'cat=high' is not CLASS=NUMBER"),
         ({"bias": ("cow=1",)}, DataError, r"cow"),
+        ({"bias": ("cat=1", "2=3")}, ConfigError, r"--bias names class 'cat' twice"),
         ({"fit_bias": ("cat",)}, ConfigError, r"--fit-bias needs --bias-data"),
+        ({"bias_data": "digits"}, ConfigError, r"--bias-data and --bias-model need --fit-bias"),
+        ({"fit_bias": ("0-6",), "bias_data": "{points}"}, ConfigError, r"same number for all classes changes nothing"),
+        ({"fit_bias": ("cat",), "bias_data": "{points}", "bias": ("2=1",)}, ConfigError, r"both name class 'cat'"),
         ({"fit_bias": ("cat",), "bias_data": "digits"}, ClassMismatchError, r"class"),
     ],
 )
 def test_biases_that_cannot_be(pieces: Path, settings: Any, error: type[Exception], message: str) -> None:
+    if "bias_data" in settings:
+        settings = settings | {"bias_data": settings["bias_data"].format(points=f"{pieces}:points")}
     with pytest.raises(error, match=message):
         measured(f"{pieces}:net", f"{pieces}:points", **settings)
+
+
+def test_a_bias_that_is_given_counts_when_another_is_fitted(pieces: Path) -> None:
+    held_out = f"{pieces}:points?seed=9&count=400"
+    held = open_transfer_set(held_out)
+    result = measured(f"{pieces}:net", f"{pieces}:points", bias=("gnu=3",), fit_bias=("bee",), bias_data=held_out)
+
+    def errors(shift: float) -> int:
+        logits = logits_of(pieces, held)
+        logits[:, 6] += 3
+        logits[:, 1] += shift
+        return int((logits.argmax(axis=1) != held.labels)[held.labels >= 0].sum())
+
+    assert result.bias["gnu"] == 3.0
+    assert errors(result.bias["bee"]) == min(errors(shift) for shift in np.linspace(-8, 8, 801)) < errors(0.0)
 
 
 def test_logits_that_are_not_finite_are_refused(pieces: Path) -> None:
@@ -266,6 +287,7 @@ def test_a_cache_in_the_place_of_a_model(pieces: Path, cache: Path, combine: str
     found = measured(str(cache), f"{pieces}:points", combine=combine, bias=("cat=0.25",) if combine != "vote" else ())
     members = np.stack([logits_of(pieces, data, seed=seed) for seed in (1, 2, 3)])
     if combine == "vote":
+        assert found.nll is None is found.calibration_error
         votes = np.stack([(members.argmax(axis=2) == c).sum(axis=0) for c in range(7)], axis=1)
         predicted = votes.argmax(axis=1)  # of equal ones the smaller class
     else:
@@ -291,7 +313,9 @@ def test_some_samples_of_a_cache_in_another_order(pieces: Path, cache: Path) -> 
     ("flags", "message"),
     [
         (["--policy", "to_rgb"], r"--policy is of models; .* is a cache"),
-        (["--fit-bias", "cat"], r"--fit-bias is of models"),
+        (["--fit-bias", "cat", "--bias-data", "digits"], r"--fit-bias is of models"),
+        (["--combine", "vote", "--bias", "cat=1"], r"--bias is of models; votes have no logits"),
+        (["--batch-size", "0"], r"--batch-size 0: must be at least 1"),
         (["--data", "digits"], "class"),
     ],
 )

@@ -139,18 +139,20 @@ ALLOWED: dict[str, set[str]] = {
     "subset": {"errors", "cache", "data", "targets"},
     "recipe": {"errors"},
     "chart": set(),
-    "reproduce": {
+    "outcomes": {
         *LEAVES,
         PACKAGE,
-        "chart",
         "config",
         "data",
         "dump",
         "evaluate",
         "models",
         "recipe",
+        "stages",
+        "targets",
         "train",
     },
+    "reproduce": {*LEAVES, "chart", "data", "outcomes", "recipe"},
     "demo": {*LEAVES, PACKAGE, "config", "data", "dump", "evaluate", "targets", "train"},
     "cli": {
         *LEAVES,

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from softcache import reproduce, train
+import softcache
+from softcache import evaluate, reproduce, train
 from softcache.bias import best_shift
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, DataError
+from softcache.errors import ConfigError, DataError, ModelError, SoftcacheError
 from softcache.recipe import BUDGETS, Step, parse_recipe, read_recipe, recipe_names
 from softcache.stages import parse_stages
 
@@ -58,6 +59,11 @@ train = {epochs = 1}
 steps = {student = {lr = 0.5}}
 seeds = [7]
 """
+
+DATA = {
+    "train": "synthetic:images?classes=4&size=8&channels=1&count=64",
+    "test": "synthetic:images?classes=4&size=8&channels=1&count=32&split=test",
+}
 
 
 @pytest.fixture
@@ -106,6 +112,9 @@ def test_a_step_for_each_pair() -> None:
     text = """
 title = "t"
 source = "s"
+[words]
+more = ",x=1"
+lr = 0.3
 [pair.big-small]
 teacher = "mlp?hidden=9"
 lr = 0.1
@@ -118,13 +127,18 @@ name = "{pair}-teacher"
 label = "{teacher} alone"
 each = true
 paper = "alone"
-train = {student = "softcache:{teacher}", lr = "{lr}", loss = ["ce:weight={lr}"]}
+train = {student = "softcache:{teacher}", eval_data = "x", lr = "{lr}", loss = ["ce:weight={lr}{more}"]}
 [budget.smoke]
 pairs = ["other"]
 """
     one, other = parse_recipe("r", text, "paper").steps
     assert (one.name, one.label, one.paper) == ("big-small-teacher", "mlp?hidden=9 alone", 5.5)
-    assert one.settings == {"student": "softcache:mlp?hidden=9", "lr": 0.1, "loss": ["ce:weight=0.1"]}
+    assert one.settings == {
+        "student": "softcache:mlp?hidden=9",
+        "eval_data": "x",
+        "lr": 0.1,
+        "loss": ["ce:weight=0.1,x=1"],
+    }
     assert (other.name, other.paper) == ("other-teacher", None)
     assert [step.name for step in parse_recipe("r", text, "smoke").steps] == ["other-teacher"]
 
@@ -139,6 +153,19 @@ pairs = ["other"]
         ('name = "cache"', 'name = "teacher"', "its steps need names of their own"),
         ("steps = {student", "steps = {students", "unknown key 'students'"),
         ("[data]", "[data", "not TOML"),
+        ('title = "a table"\n', "", "has no 'title'"),
+        ("paper = 3", 'paper = "three"', "'three' names a number of a pair, and the step has no `each`"),
+        ("paper = 3", "paper = [3]", r"paper cannot be \[3\]"),
+        ("tolerance = 1", "tolerance = true", "tolerance cannot be True"),
+        ("seeds = [7]", "seeds = [true]", "seeds are whole numbers"),
+        ("seeds = [7]", "seeds = 7", "seeds cannot be 7"),
+        ("seeds = [7]", 'pairs = ["x"]', "unknown key 'x'"),
+        ("seeds = false", "each = true", "for each pair, and there is none"),
+        ("seeds = false", 'each = ["x"]', "unknown key 'x'"),
+        ('eval_data = "test"\n', "", "a train step without evaluation has none"),
+        ('name = "cache"', 'name = "cache"\nlabel = "x"', "a dump step without evaluation has none"),
+        ('class = "2"\n', "", "add class = NAME"),
+        ('train = {student = "softcache:mlp?hidden=16"}', "train = 5", "train cannot be 5"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(old: str, new: str, message: str) -> None:
@@ -222,7 +249,8 @@ def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Pa
     more = reproduce.run("small", seeds=[0, 1, 2], out=tmp_path / "new", quiet=True)
     assert (more.done, more.reused) == (2, 6)
     kept = json.loads((more.folder / "table.json").read_text())
-    assert kept["torch"] == torch.__version__ and kept["device"].startswith(("cpu", "cuda")) and kept["data"]["train"]
+    (made,) = kept["made"]
+    assert made["torch"] == torch.__version__ and made["device"].startswith(("cpu", "cuda")) and kept["data"]["train"]
     assert kept["seeds"] == [0, 1, 2] and [row["label"] for row in kept["rows"]] == ["the teacher", "student", "biased"]
     assert "student" in more.text() and "paper" in more.text()
 
@@ -262,7 +290,7 @@ def test_other_data_of_the_same_name_is_another_run(tmp_path: Path) -> None:
     changed = reproduce.run("small", budget="short", data=[other], out=tmp_path, quiet=True)
     assert (changed.done, changed.reused) == (4, 0)
     assert [row.verdict for row in changed.rows] == ["", "", ""] and "(short schedule)" in changed.text()
-    with pytest.raises(ConfigError, match=r"--data 'trian=digits': the recipe has no 'trian'\n.*'train'"):
+    with pytest.raises(ConfigError, match=r"--data 'trian=digits': the recipe has no data 'trian'\n.*'train'"):
         reproduce.run("small", data=["trian=digits"], out=tmp_path)
 
 
@@ -284,6 +312,166 @@ def test_the_verdict_is_on_the_mean_with_the_tolerance_on_the_worse_side(
     assert reproduce.verdict(step, values, "paper") == verdict
     assert reproduce.verdict(step, values, "short") == ""
     assert reproduce.verdict(replace(step, paper=None), values, "paper") == ""
+
+
+def with_changes(monkeypatch: pytest.MonkeyPatch, *changes: tuple[str, str]) -> None:
+    text = SMALL
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    monkeypatch.setattr(reproduce, "read_recipe", lambda name, budget, only=(): parse_recipe(name, text, budget, only))
+
+
+def test_every_number_is_that_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_changes(monkeypatch, ("epochs = 2", "epochs = 8\nlr = 0.5"))
+    done = reproduce.run("small", seeds=[3, 5], out=tmp_path, quiet=True)
+    teacher, student, biased = done.rows
+    for place, seed in enumerate((3, 5)):
+        (run,) = done.folder.glob(f"student-{seed}-*/")
+        assert json.loads((run / "run.json").read_text())["config"]["seed"] == seed
+        epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert student.values[place] == epochs[-1]["eval_errors"]
+        assert student.best[place] == min(epoch["eval_errors"] for epoch in epochs)
+        config = EvalConfig(data=DATA["test"], bias=("2=1.5",), threads=1, device="cpu")
+        assert biased.values[place] == evaluate.run(str(run), config, quiet=True).class_errors["2"][0]
+    (run,) = done.folder.glob("teacher-*/")
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert teacher.seconds == pytest.approx(sum(epoch["seconds"] for epoch in epochs)) and teacher.seconds > 0
+    assert student.best != student.values or teacher.best != teacher.values  # or the two were never told apart
+    assert len(teacher.values) == 1 and len(student.values) == 2
+    assert student.seconds > 0
+
+
+def test_another_metric_of_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_changes(monkeypatch)
+    first = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    with_changes(monkeypatch, ("paper = 3\n", 'paper = 3\nmetric = "top1"\n'), ('class = "2"', 'class = "1"'))
+    second = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    assert (second.done, second.reused) == (0, 4)
+    assert second.rows[1].values[0] == pytest.approx(100 - 100 * first.rows[1].values[0] / 32)
+    (run,) = second.folder.glob("student-0-*/")
+    config = EvalConfig(data=DATA["test"], bias=("2=1.5",), threads=1, device="cpu")
+    assert second.rows[2].values == [evaluate.run(str(run), config, quiet=True).class_errors["1"][0]]
+    assert second.rows[2].metric == "errors on 1"
+    with_changes(monkeypatch, ('class = "2"', 'class = "two"'))
+    with pytest.raises(DataError, match="no class 'two'"):
+        reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "done"),
+    [
+        pytest.param(('bias = ["2=1.5"]', 'bias = ["2=1"]'), 1, id="bias"),
+        pytest.param(("temperature=2", "temperature=3"), 2, id="loss"),
+        pytest.param(('hidden=16"', 'hidden=17"'), 4, id="teacher"),
+        pytest.param(("count=32", "count=31"), 3, id="eval-data"),
+    ],
+)
+def test_what_a_change_makes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], done: int
+) -> None:
+    with_changes(monkeypatch)
+    reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    with_changes(monkeypatch, change)
+    again = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    assert (again.done, again.reused) == (done, 4 - done)
+
+
+def test_a_renamed_teacher_is_another_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_changes(monkeypatch)
+    reproduce.run("small", seeds=[0], only=["cache"], out=tmp_path, quiet=True)
+    with_changes(monkeypatch, ('name = "teacher"', 'name = "boss"'), ('teacher = ["teacher"]', 'teacher = ["boss"]'))
+    done = reproduce.run("small", seeds=[0], only=["cache"], out=tmp_path, quiet=True)
+    members = {softcache.open(path).members for path in done.folder.glob("cache-*/")}
+    assert members == {("teacher",), ("boss",)}
+
+
+def test_data_that_changed_and_data_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "one/points.tsv"
+    source.parent.mkdir()
+    source.write_text("".join(f"word{i % 4} and{i}\t{i % 4}\n" for i in range(40)))
+    changes = [
+        ('train = "synthetic:images?classes=4&size=8&channels=1&count=64"', 'train = "tsv:{root}/points.tsv"'),
+        ('test = "synthetic:images?classes=4&size=8&channels=1&count=32&split=test"', 'test = "tsv:{root}/points.tsv"'),
+        ("softcache:mlp?hidden=8", "softcache:textcnn?width=4"),
+        ('train = {student = "softcache:mlp?hidden=16"}', "train = {}"),
+    ]
+    with_changes(monkeypatch, *changes)
+
+    def again() -> tuple[int, int]:
+        (path,) = tmp_path.glob("*/points.tsv")
+        root = str(path.parent)
+        done = reproduce.run("small", only=["teacher"], data_root=root, out=tmp_path / "out", quiet=True)
+        return done.done, done.reused
+
+    assert again() == (1, 0)
+    source.parent.rename(tmp_path / "two")
+    assert again() == (0, 1)
+    with (tmp_path / "two/points.tsv").open("a") as file:
+        file.write("word1 more\t1\n")
+    assert again() == (1, 0)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "spoiled",
+    ["", "{}", '{"of": 1, "outcome": {}}', "[]", "LAST", "OTHER", "STUDENT"],
+    ids=lambda text: text or "empty",
+)
+def test_a_note_that_is_not_whole_is_not_believed(tmp_path: Path, spoiled: str) -> None:
+    first = reproduce.run("small", seeds=[0], only=["teacher"], out=tmp_path, quiet=True)
+    (note,) = first.folder.glob("*.result.json")
+    (run,) = first.folder.glob("teacher-*/")
+    kept = json.loads(note.read_text())
+    if spoiled == "STUDENT":
+        shutil.rmtree(run)
+        run.mkdir()
+    elif spoiled in ("LAST", "OTHER"):
+        changed = {"LAST": {"outcome": {**kept["outcome"], "last": "abc"}}, "OTHER": {"of": "0" * 64}}[spoiled]
+        note.write_text(json.dumps({**kept, **changed}))
+    else:
+        note.write_text(spoiled)
+    again = reproduce.run("small", seeds=[0], only=["teacher"], out=tmp_path, quiet=True)
+    assert (again.done, again.reused) == (1, 0)
+    assert again.rows[0].values == first.rows[0].values
+    assert json.loads(note.read_text())["of"] == kept["of"]
+
+
+def test_root_device_and_models_of_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_changes(monkeypatch, ("seeds = [7]", 'seeds = [7]\nuse = {teacher = "softcache:mlp?hidden=8@STUDENT"}'))
+    with pytest.raises(ModelError, match="there are no weights STUDENT"):
+        reproduce.run("small", budget="short", out=tmp_path, quiet=True)
+    with_changes(monkeypatch, ('train = "synthetic', 'train = "{root}:synthetic'))
+    with pytest.raises(SoftcacheError, match="here:synthetic"):
+        reproduce.run("small", data_root="here", out=tmp_path, quiet=True)
+    with_changes(monkeypatch)
+    with pytest.raises(ConfigError, match="unknown device 'tpu0'"):
+        reproduce.run("small", device="tpu0", out=tmp_path, quiet=True)
+
+
+@pytest.mark.usefixtures("small")
+def test_seeds_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--seeds 1,1: a seed is given twice"):
+        reproduce.run("small", seeds=[1, 1], out=tmp_path, quiet=True)
+    with pytest.raises(ConfigError, match=r"--seed 99999999999: must be between 0 and"):
+        reproduce.run("small", seeds=[99999999999], out=tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('loss = ["kd:temperature=2"]', 'loss = ["kd:temprature=2"]'), "temprature"),
+        (("epochs = 2", "epoch = 2"), "'epochs'"),
+        (("bias = [", "bais = ["), "'bias'"),
+    ],
+)
+def test_mistakes_in_settings_are_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], message: str
+) -> None:
+    with_changes(monkeypatch, change)
+    with pytest.raises(SoftcacheError, match=message):
+        reproduce.run("small", out=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("small")
@@ -316,7 +504,7 @@ def test_a_model_in_the_place_of_a_step(tmp_path: Path) -> None:
     third = reproduce.run("small", seeds=[0], models=[untaught], out=tmp_path / "other", quiet=True)
     assert third.rows[0].values == own.rows[1].values
     assert (third.done, third.reused) == (2, 2)  # the same weights as those copied: its cache has the same id
-    with pytest.raises(ConfigError, match=r"--use 'cache=x': the recipe has no 'cache'"):
+    with pytest.raises(ConfigError, match=r"--use 'cache=x': the recipe has no training step 'cache'"):
         reproduce.run("small", models=["cache=x"], out=tmp_path)
 
 
