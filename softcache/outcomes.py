@@ -29,6 +29,7 @@ from softcache.models import split_weights
 from softcache.recipe import DATA, REFERENCES, Recipe, Step
 from softcache.stages import parse_stages
 from softcache.targets import is_cache
+from softcache.targets import open as open_cache
 
 RESULT = "result.json"
 OWN = "."  # in the note of a step: its own folder
@@ -253,6 +254,8 @@ def _given(model: str, settings: Mapping[str, Any]) -> Outcome:
 
 
 def _dumped(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
+    if is_cache(folder):  # finished, and then stopped before it was noted
+        return Outcome(str(folder), open_cache(folder).id)
     result = dump.run(resolve(DumpConfig, flags={**settings, "out": str(folder)}).config, quiet=quiet)
     assert result.manifest is not None
     return Outcome(str(folder), result.manifest.id)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,13 @@ def claim_folder(config: TrainConfig) -> Path:
     if (out / RUN).is_file():
         before = _read_run(out)["config"]
         now = json.loads(json.dumps(_comparable(config)))
-        changed = [key for key in now if now[key] != before.get(key)]
+        usual = json.loads(json.dumps({f.name: f.default for f in fields(config) if f.default is not MISSING}))
+        then = {key: before.get(key, usual.get(key)) for key in now}  # an older run did not know every setting
+        if then["cache"] and now["cache"]:
+            then["cache"] = now["cache"]  # it may have moved: the run holds its id
+        changed = [key for key in now if now[key] != then[key]]
         if changed:
-            listing = "; ".join(f"{key} was {before.get(key)!r}, is now {now[key]!r}" for key in changed[:6])
+            listing = "; ".join(f"{key} was {then[key]!r}, is now {now[key]!r}" for key in changed[:6])
             raise TrainingError(
                 f"{out}: holds a run with other settings: {listing}",
                 tip="choose another --out; the same settings resume the run",

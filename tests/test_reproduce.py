@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import softcache
-from softcache import evaluate, reproduce, train
+from softcache import evaluate, outcomes, reproduce, train
 from softcache.bias import best_shift
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
@@ -435,6 +435,17 @@ def test_a_note_that_is_not_whole_is_not_believed(tmp_path: Path, spoiled: str) 
     assert (again.done, again.reused) == (1, 0)
     assert again.rows[0].values == first.rows[0].values
     assert json.loads(note.read_text())["of"] == kept["of"]
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_finished_but_not_noted_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    for note in first.folder.glob("*.result.json"):
+        note.unlink()
+    monkeypatch.setattr(train, "save_progress", lambda *_: pytest.fail("it learns again"))
+    monkeypatch.setattr(outcomes.dump, "run", lambda *_, **__: pytest.fail("it dumps again"))
+    again = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    assert [row.values for row in again.rows] == [row.values for row in first.rows]
 
 
 def test_root_device_and_models_of_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -616,6 +618,29 @@ def test_another_run_in_the_folder(world: World, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="cache was None"):
         world.train(tmp_path / "run", cache="one")
     assert (tmp_path / "run" / STUDENT).read_bytes() == before
+
+
+def test_a_run_goes_on_where_its_cache_moved_and_not_with_another(world: World, tmp_path: Path) -> None:
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    config = world.config(tmp_path / "run", cache="one")
+    assert config.cache is not None
+    shutil.copytree(config.cache, moved)
+    shutil.copytree(world.path / "three", other)
+    first = train.run(config, quiet=True)
+    again = train.run(replace(config, cache=str(moved)), quiet=True)
+    assert again.metrics == first.metrics
+    with pytest.raises(SoftcacheError, match="0 manifests match"):
+        train.run(replace(config, cache=str(other)), quiet=True)
+
+
+def test_a_run_of_an_older_version_knows_fewer_settings(world: World, tmp_path: Path) -> None:
+    first = world.train(tmp_path / "run")
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    del about["config"]["eval_every"]
+    (tmp_path / "run/run.json").write_text(json.dumps(about))
+    assert world.train(tmp_path / "run").metrics == first.metrics
+    with pytest.raises(TrainingError, match="eval_every was 1, is now 2"):
+        world.train(tmp_path / "run", eval_every=2)
 
 
 def test_other_files_in_the_folder(world: World, tmp_path: Path) -> None:
