@@ -25,7 +25,12 @@ class Row(Protocol):
 
 
 def draw_rows(title: str, rows: Sequence[Row], place: Path) -> None:
-    """Write a PNG with one panel for each metric; needs matplotlib."""
+    """Write a PNG; needs matplotlib."""
+    figure_of(title, rows).savefig(place)
+
+
+def figure_of(title: str, rows: Sequence[Row]) -> Any:
+    """A matplotlib figure with one panel for each metric, the first row on top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,7 +45,7 @@ def draw_rows(title: str, rows: Sequence[Row], place: Path) -> None:
     for axis, (metric, group) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, metric, group)
     axes[0].legend(fontsize=7, loc="best")
-    figure.savefig(place)
+    return figure
 
 
 def _draw_panel(axis: Any, metric: str, rows: Sequence[Row]) -> None:

@@ -193,6 +193,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     reproduce.add_argument("--device", metavar="DEVICE", help="for every step (default: a GPU where there is one)")
     reproduce.add_argument("--out", default="reproduced", metavar="DIR", help="for runs, caches and the table")
+    reproduce.add_argument("--download", action="store_true", help="let torchvision download what is not in DIR")
     reproduce.add_argument("--quiet", action="store_true", help="no progress")
     reproduce.add_argument("--json", action="store_true", help="the table for machines")
     losses = _verb(verbs, "losses", _losses)
@@ -413,6 +414,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         only=arguments.only,
         device=arguments.device,
         out=Path(arguments.out),
+        download=arguments.download,
         quiet=arguments.quiet,
     )
     print(json.dumps(done.to_json()) if arguments.json else done.text())

@@ -257,7 +257,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     _check(config)
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())
-    if is_cache(model_text):
+    if is_cache(model_text, finished=False):
         return _run_cache(model_text, transfer_set, config)
     joined = None
     if config.cache is not None:

@@ -68,6 +68,7 @@ class Bench:
         specs: name -> data spec.
         models: training step -> a model in its place.
         device: for every step; None: as the recipe says, or as it is found.
+        download: of torchvision's data sets that are not there.
         outcomes: so far, by step and seed (None: of a step that is done once).
         data: data spec -> identity.
     """
@@ -78,13 +79,14 @@ class Bench:
     models: Mapping[str, str]
     device: str | None
     quiet: bool
+    download: bool = False
     outcomes: dict[tuple[str, int | None], Outcome] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
 
     def data_identity(self, spec: str) -> str:
         """Of what a data spec names, looked at once."""
         if spec not in self.data:
-            self.data[spec] = _data_identity(spec)
+            self.data[spec] = _data_identity(spec, download=self.download)
         return self.data[spec]
 
     def outcome(self, name: str, seed: int | None) -> Outcome | None:
@@ -149,6 +151,8 @@ def _settings(step: Step, seed: int | None, bench: Bench) -> dict[str, Any]:
         settings.setdefault("seed", 0 if seed is None else seed)
     if bench.device is not None:
         settings["device"] = bench.device
+    if bench.download:
+        settings["download"] = True
     return settings
 
 
@@ -167,7 +171,7 @@ def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: 
         inputs.append([key, *own, name if found is None else found.identity])
     parts = {
         "kind": step.kind,
-        "settings": {k: v for k, v in settings.items() if k not in (*REFERENCES, *DATA, "device")},
+        "settings": {k: v for k, v in settings.items() if k not in (*REFERENCES, *DATA, "device", "download")},
         "data": {key: bench.data_identity(settings[key]) for key in DATA if key in settings},
         "inputs": inputs,
         "model": None if model is None else _model_identity(model),
@@ -175,9 +179,9 @@ def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _data_identity(spec: str) -> str:
+def _data_identity(spec: str, *, download: bool) -> str:
     """sha256 of a transfer set's samples, labels and classes, and of what some of its samples hold."""
-    data = open_transfer_set(spec)
+    data = open_transfer_set(spec, download=download)
     spread = np.unique(np.linspace(0, len(data) - 1, SPREAD).astype(int)).tolist() if len(data) else []
     hasher = hashlib.sha256("\n".join([str(len(data)), *data.keys, *data.class_names]).encode())
     hasher.update(np.ascontiguousarray(data.labels).tobytes())
@@ -244,7 +248,7 @@ def _given(model: str, settings: Mapping[str, Any]) -> Outcome:
     """A model in the place of the one that the step would train."""
     if "eval_data" not in settings:
         return Outcome(model, _model_identity(model))
-    own = {key: settings[key] for key in ("device", "threads", "autocast") if key in settings}
+    own = {key: settings[key] for key in ("device", "threads", "autocast", "download") if key in settings}
     if not Path(model).is_dir():  # a run knows how its images were seen
         steps = Policy.parse(settings.get("policy", ()), 0).for_evaluation().steps
         own["policy"] = [str(one) for one in steps]

@@ -117,6 +117,7 @@ def run(
     only: Sequence[str] = (),
     device: str | None = None,
     out: Path = Path("reproduced"),
+    download: bool = False,
     quiet: bool = False,
 ) -> Reproduced:
     """Work through a recipe; whatever of it is in `out` already is reused.
@@ -131,6 +132,7 @@ def run(
         only: patterns of steps' names: these, and what they build on; all of them if empty.
         device: for every step.
         out: a folder for the runs, caches and the table (text, JSON, and a picture where matplotlib is).
+        download: torchvision's data sets that are not in `data_root`.
 
     Raises:
         SoftcacheError: as the steps raise them, with the step's name; mistakes in settings before the first step.
@@ -148,7 +150,7 @@ def run(
         with _Naming(step, recipe):
             check_settings(step)
     folder = out / recipe.name / budget
-    bench = Bench(recipe, folder, specs, use, device, quiet)
+    bench = Bench(recipe, folder, specs, use, device, quiet, download)
     for number, step in enumerate(recipe.steps, start=1):
         for seed in chosen if step.seeded else (None,):
             if not quiet:

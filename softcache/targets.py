@@ -24,7 +24,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.plan import FeatureInfo, MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
-from softcache.cache.schema import MANIFEST
+from softcache.cache.schema import MANIFEST, WORK
 from softcache.codecs import Codec, codec_constants, restore_codec
 from softcache.codecs.features import FeatureCodec
 from softcache.data.identity import pixel_digest, sample_ids
@@ -523,9 +523,9 @@ class Joined(Dataset[Any]):
         return self.cache.gather(self.rows[index].astype(np.int64), views, members=members, features=features)
 
 
-def is_cache(path: str | os.PathLike[str]) -> bool:
-    """Whether a finished dump is there."""
-    return os.path.isfile(os.path.join(path, MANIFEST))
+def is_cache(path: str | os.PathLike[str], *, finished: bool = True) -> bool:
+    """Whether a dump is there; with `finished=False` also one that is still to be finished, which `open` refuses."""
+    return os.path.isfile(os.path.join(path, MANIFEST)) or (not finished and os.path.isdir(os.path.join(path, WORK)))
 
 
 def open(

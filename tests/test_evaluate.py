@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,19 @@ def test_what_a_cache_cannot_be_asked(
     assert cli.main(argv) == 2
 
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_unfinished_dump_is_told_as_such(
+    pieces: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(cache, broken)
+    (broken / "manifest.json").unlink()
+    (broken / "dump").mkdir(exist_ok=True)
+    assert cli.main(["eval", str(broken), "--data", f"{pieces}:points"]) == 2
+    message = capsys.readouterr().err
+    assert "manifest" in message or "unfinished" in message
+    assert "student.safetensors" not in message
 
 
 def test_eval_of_a_cache_from_the_command_line(pieces: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

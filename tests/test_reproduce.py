@@ -16,6 +16,7 @@ from PIL import Image
 import softcache
 from softcache import evaluate, outcomes, reproduce, train
 from softcache.bias import best_shift
+from softcache.chart import figure_of
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
@@ -461,6 +462,23 @@ def test_root_device_and_models_of_a_budget(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("small")
+def test_download_is_passed_on_and_makes_no_other_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def opened(spec: str, **settings: Any) -> Any:
+        asked.append(settings.pop("download"))
+        return open_transfer_set(spec, **settings)
+
+    for module in (outcomes, train, outcomes.dump, evaluate):
+        if hasattr(module, "open_transfer_set"):
+            monkeypatch.setattr(module, "open_transfer_set", opened)
+    first = reproduce.run("small", seeds=[0], download=True, out=tmp_path, quiet=True)
+    assert set(asked) == {True}
+    again = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    assert (again.done, again.reused) == (0, first.done) and asked[-1] is False
+
+
+@pytest.mark.usefixtures("small")
 def test_seeds_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--seeds 1,1: a seed is given twice"):
         reproduce.run("small", seeds=[1, 1], out=tmp_path, quiet=True)
@@ -536,6 +554,27 @@ def test_the_table_as_text_json_and_picture(tmp_path: Path, capsys: pytest.Captu
         picture.load()
         assert picture.width > 600 and len(np.unique(np.asarray(picture.convert("L")))) > 10
     assert "1/4  train teacher" in capsys.readouterr().err
+
+
+def test_the_picture_shows_every_seed_the_mean_and_the_papers_number_in_its_row() -> None:
+    def row(label: str, metric: str, paper: float | None, *values: float) -> reproduce.Row:
+        return reproduce.Row(label, metric, paper, values, values, "", 1.0)
+
+    rows = [
+        row("teacher", "errors", 10.0, 12.0),
+        row("  student", "errors", None, 20.0, 30.0),
+        row("two", "top1", 70.0, 60.0),
+        row("three", "errors", 40.0, 50.0, 52.0),
+    ]
+    figure = figure_of("a title", rows)
+    errors, top1 = figure.axes
+    ours, means, paper = (collection.get_offsets().tolist() for collection in errors.collections)
+    assert ours == [[12, 0], [20, 1], [30, 1], [50, 2], [52, 2]]
+    assert means == [[12, 0], [25, 1], [51, 2]] and paper == [[10, 0], [40, 2]]
+    assert [text.get_text() for text in errors.get_yticklabels()] == ["teacher", "student", "three"]
+    assert errors.yaxis_inverted() and "top1" in top1.get_xlabel()
+    labels = [collection.get_label() for collection in errors.collections]
+    assert labels == ["ours, each seed", "ours, mean", "paper"]
 
 
 @pytest.mark.usefixtures("small")
