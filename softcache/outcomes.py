@@ -196,7 +196,9 @@ def _model_identity(model: str) -> str:
 
 
 def _weights(text: str) -> Path:
-    """The file behind a path of weights, or of a run folder."""
+    """The file behind a path of weights, a run folder, or a folder of transformers'."""
+    if text.startswith("hf:"):
+        return Path(text.removeprefix("hf:").partition("?")[0]) / "model.safetensors"
     path = Path(text)
     return path / train.STUDENT if path.is_dir() else path
 

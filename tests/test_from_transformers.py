@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 import softcache
-from softcache import cli
+from softcache import cli, reproduce
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import ConfigError, DataError, MissingExtraError, ModelError, SoftcacheError
 from softcache.graphs import Batch, trace
@@ -355,6 +355,36 @@ def test_students_learn_from_its_cache(here: Path, codec: str, features: list[st
     ]
     assert cli.main(simkd) == 0
     assert loaded("again", class_names=("0", "1", "2")).graft is not None
+
+
+def test_the_recipe_of_sst2_with_one_as_the_teacher(here: Path) -> None:
+    data = [
+        f"{name}=synthetic:texts?classes=3&count=48&split={split}"
+        for name, split in (("train", "train"), ("test", "test"))
+    ]
+
+    def again() -> reproduce.Reproduced:
+        return reproduce.run(
+            "sst2",
+            budget="smoke",
+            data=data,
+            models=["teacher=hf:bert?max_tokens=9"],
+            only=["cnn-features"],
+            out=here,
+            quiet=True,
+        )
+
+    done = again()
+    (path,) = done.folder.glob("cache-*/")
+    cache = softcache.open(path)
+    assert cache.members == ("teacher",) and cache.member("teacher").model.startswith(
+        "hf:BertForSequenceClassification"
+    )
+    assert (done.done, done.reused) == (3, 0) and (again().done, again().reused) == (0, 3)
+    state = load_file("bert/model.safetensors")
+    state["classifier.weight"] += 1
+    save_file(state, "bert/model.safetensors", metadata={"format": "pt"})
+    assert again().done == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ as a student
