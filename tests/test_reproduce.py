@@ -291,6 +291,9 @@ def test_other_data_of_the_same_name_is_another_run(tmp_path: Path) -> None:
     changed = reproduce.run("small", budget="short", data=[other], out=tmp_path, quiet=True)
     assert (changed.done, changed.reused) == (4, 0)
     assert [row.verdict for row in changed.rows] == ["", "", ""] and "(short schedule)" in changed.text()
+    assert [row.paper for row in changed.rows] == [None, 3, 1]
+    smoke = reproduce.run("small", budget="smoke", seeds=[7], out=tmp_path, quiet=True)
+    assert [row.paper for row in smoke.rows] == [None, None, None] and "(smoke schedule)" in smoke.text()
     with pytest.raises(ConfigError, match=r"--data 'trian=digits': the recipe has no data 'trian'\n.*'train'"):
         reproduce.run("small", data=["trian=digits"], out=tmp_path)
 
