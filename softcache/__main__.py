@@ -7,9 +7,8 @@ from softcache.cli import main
 
 if __name__ == "__main__":
     code = main()
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # under torchrun: everything is written, and torch's threads may abort a teardown
+    # under torchrun: everything is written by now, and torch's threads may abort a teardown
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -24,7 +24,7 @@ from softcache.data.loading import Partners, ViewedSet, load_batches, to_device
 from softcache.data.selection import class_indices, class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ClassMismatchError, ConfigError, ModelError, first_offenders
+from softcache.errors import ClassMismatchError, ConfigError, ModelError
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
 from softcache.report import percent, table
@@ -313,11 +313,7 @@ def _load(
         input_shape=item_shape(item),
         device=str(pick_device(config.device)),
     )
-    if model.untrained:
-        raise ModelError(
-            f"{model_text!r}: its weights hold no {first_offenders(model.untrained, len(model.untrained))}",
-            tip="train it (softcache train --student ...), and evaluate the run folder",
-        )
+    model.check_trained(repr(model_text))
     return model
 
 

@@ -29,7 +29,7 @@ from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, load_batches, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ClassMismatchError, ConfigError, ExportError, first_offenders, require_extra
+from softcache.errors import ClassMismatchError, ConfigError, ExportError, require_extra
 from softcache.evaluate import Evaluation, Sums, item_shape, run_policy
 from softcache.graphs import (
     PACKAGES,
@@ -136,11 +136,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     shape = item_shape(three[0])
     about = {"num_classes": transfer_set.num_classes, "class_names": transfer_set.class_names, "input_shape": shape}
     model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
-    if model.untrained:
-        raise ConfigError(
-            f"{model_text!r}: its weights hold no {first_offenders(model.untrained, len(model.untrained))}",
-            tip="train it (softcache train --student ...), and export the run folder",
-        )
+    model.check_trained(repr(model_text))
     batch = Batch.of(model, three, four)
     with torch.no_grad():
         logits = model(batch.example)  # what does not run at all says so in its own words

@@ -43,7 +43,7 @@ _TOP = {
     "title": str, "source": str, "about": str, "data": dict, "train": dict, "dump": dict, "eval": dict, "words": dict,
     "pair": dict, "step": list, "budget": dict,
 }  # fmt: skip
-_KINDS = {str: "a string", dict: "a table", list: "a list", bool: "true or false", int: "a number"}
+_TYPE_NAMES = {str: "a string", dict: "a table", list: "a list", bool: "true or false", int: "a number"}
 _STEP = {
     "name": str, "label": str, "each": (bool, list), "seeds": bool, "paper": (int, float, str), "tolerance": (int, float),
     "metric": str, "class": str, "train": dict, "dump": dict, "eval": dict,
@@ -184,24 +184,19 @@ def parse_recipe(name: str, text: str, budget: str, only: Sequence[str] = ()) ->
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{where}: not TOML: {exc}") from None
     _check_keys(told, _TOP, where, needed=("title", "source", "step"))
-    budgets = told.get("budget", {})
+    budgets, place = told.get("budget", {}), f"{where}: budget.{budget}"
     _check_keys(budgets, dict.fromkeys(BUDGETS, dict), f"{where}: budget")
-    changes, place = budgets.get(budget, {}), f"{where}: budget.{budget}"
+    changes = budgets.get(budget, {})
     _check_keys(changes, _BUDGET, place)
     data = {**told.get("data", {}), **changes.get("data", {})}
     _check_keys(data, dict.fromkeys(data, str), f"{where}: data")
     seeds = changes.get("seeds", [0, 1, 2])
     if not seeds or not all(type(seed) is int for seed in seeds):
         raise ConfigError(f"{place}: seeds are whole numbers, found {seeds!r}")
-    pairs = told.get("pair", {})
-    _check_known(changes.get("pairs", ()), pairs, f"{place}: pairs")
-    pairs = {key: {**told.get("words", {}), **pairs[key]} for key in changes.get("pairs", pairs)}
-    for entry in told["step"]:
-        _check_keys(entry, _STEP, f"{where}: step {entry.get('name')!r}", needed=("name",))
-        if isinstance(entry.get("each"), list):
-            _check_known(entry["each"], told.get("pair", {}), f"{where}: step {entry['name']!r}: each")
-        if entry.get("each") and not pairs:
-            raise ConfigError(f"{where}: step {entry['name']!r} is for each pair, and there is none")
+    all_pairs = told.get("pair", {})
+    _check_known(changes.get("pairs", ()), all_pairs, f"{place}: pairs")
+    pairs = {key: {**told.get("words", {}), **all_pairs[key]} for key in changes.get("pairs", all_pairs)}
+    _check_entries(told["step"], all_pairs, where)
     entries = _expanded(told["step"], pairs)
     of_step = changes.get("steps", {})
     steps = [_step(entry, told, changes, of_step, f"{where}: step {entry['name']!r}") for entry in entries]
@@ -225,6 +220,17 @@ def parse_recipe(name: str, text: str, budget: str, only: Sequence[str] = ()) ->
         changes.get("use", {}),
     )
     return recipe.only(only or changes.get("only", ("*",)))
+
+
+def _check_entries(entries: Sequence[Any], pairs: Mapping[str, Any], where: str) -> None:
+    """What the steps say, before they are written for each pair."""
+    for entry in entries:
+        own = f"{where}: step {entry.get('name')!r}" if isinstance(entry, dict) else where
+        _check_keys(entry, _STEP, own, needed=("name",))
+        if isinstance(entry.get("each"), list):
+            _check_known(entry["each"], pairs, f"{own}: each")
+        if entry.get("each") and not pairs:
+            raise ConfigError(f"{own} is for each pair, and there is none")
 
 
 def _expanded(entries: Sequence[Mapping[str, Any]], pairs: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -329,7 +335,7 @@ def _check_keys(table: Any, known: Mapping[str, Any], where: str, needed: Sequen
     for key, value in table.items():
         kinds = known[key] if isinstance(known[key], tuple) else (known[key],)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{where}: {key} cannot be {value!r}", tip=f"give {_KINDS[kinds[0]]}")
+            raise ConfigError(f"{where}: {key} cannot be {value!r}", tip=f"give {_TYPE_NAMES[kinds[0]]}")
 
 
 def _check_known(names: Iterable[str], known: Collection[str], where: str) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,7 +148,7 @@ def run(
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"--seeds {','.join(map(str, chosen))}: a seed is given twice", tip="give different ones")
     for step in recipe.steps:
-        with _Naming(step, recipe):
+        with _naming(step, recipe):
             check_settings(step)
     folder = out / recipe.name / budget
     bench = Bench(recipe, folder, specs, use, device, quiet, download)
@@ -156,7 +157,7 @@ def run(
             if not quiet:
                 said = "" if seed is None else f", seed {seed}"
                 print(f"{number}/{len(recipe.steps)}  {step.kind} {step.name}{said}", file=sys.stderr, flush=True)
-            with _Naming(step, recipe):
+            with _naming(step, recipe):
                 bench.outcomes[step.name, seed] = outcome_of(step, seed, bench)
     return _finished(bench, chosen)
 
@@ -170,17 +171,14 @@ def listing() -> str:
     return table(["recipe", "table", "smoke", "short", "paper"], rows, words=True)
 
 
-class _Naming:
+@contextmanager
+def _naming(step: Step, recipe: Recipe) -> Iterator[None]:
     """What is raised while it is entered tells the step."""
-
-    def __init__(self, step: Step, recipe: Recipe) -> None:
-        self.text = f"in step {step.name!r} of recipe {recipe.name!r}"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _kind: Any, exc: BaseException | None, _traceback: Any) -> None:
-        if isinstance(exc, Exception):
-            exc.add_note(self.text)
+    try:
+        yield
+    except Exception as exc:
+        exc.add_note(f"in step {step.name!r} of recipe {recipe.name!r}")
+        raise
 
 
 def _finished(bench: Bench, seeds: Sequence[int]) -> Reproduced:

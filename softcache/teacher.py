@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from softcache.data.loading import to_device
 from softcache.data.selection import class_order
-from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, first_offenders, nearest
+from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
 from softcache.features import FeatureSpec, parse_features
 from softcache.models import Model, build, fingerprint, load_model
 from softcache.models import split_weights as split_model
@@ -375,12 +375,7 @@ def open_teacher(
         model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
         declared, output, portable = model.declared_classes, model.output, model.spec
         network, collate = model, model.input.collate
-        if model.untrained:
-            raise ModelError(
-                f"teacher {text!r}: its weights hold no {first_offenders(model.untrained, len(model.untrained))}, which "
-                "would be random numbers, and its logits with them",
-                tip="name a model that was trained to classify, or train this one as a student and name the run folder",
-            )
+        model.check_trained(f"teacher {text!r}")
     elif weights:
         raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
     else:

@@ -624,6 +624,12 @@ def test_the_command_line_refuses(
     assert not Path("out.safetensors").exists()
 
 
+def test_random_classifiers_are_not_evaluated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lose(here / "bert", "classifier.weight")
+    assert cli.main(["eval", "hf:bert", "--data", "tsv:texts.tsv", "--threads", "1"]) == 2
+    assert "its weights hold no classifier.weight, which would be random numbers" in capsys.readouterr().err
+
+
 def test_items_are_strings(made: Path) -> None:
     with pytest.raises(DataError, match="a text model takes strings, found int"):
         loaded(f"hf:{made}").input.collate(["a", 1])
@@ -652,14 +658,18 @@ def test_a_configuration_cannot_fetch_code(bert: Path) -> None:
 
 
 def test_a_folder_needs_no_network(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("the network was used")
+    asked = []
+
+    def refuse(*arguments: Any, **_: Any) -> Any:
+        asked.append(arguments)
+        raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     loaded(f"hf:{made}")
+    assert asked == []
 
 
 def test_it_is_silent_and_leaves_no_setting_behind(

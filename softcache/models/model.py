@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softcache.errors import ModelError
+from softcache.errors import ModelError, first_offenders
 from softcache.models.inputs import Input
 from softcache.models.projector import Graft
 
@@ -50,6 +50,15 @@ class Model(nn.Module):
     def declared_classes(self) -> tuple[str, ...] | None:
         """Those of the weights, or those that the network itself names; None where neither does."""
         return self.class_names or getattr(self.net, "class_names", None)
+
+    def check_trained(self, what: str) -> None:
+        """Raise ModelError where some of its tensors are random; `what` it is called in the message."""
+        if self.untrained:
+            raise ModelError(
+                f"{what}: its weights hold no {first_offenders(self.untrained, len(self.untrained))}, which "
+                "would be random numbers, and its logits with them",
+                tip="name a model that was trained to classify, or train this one as a student and name the run folder",
+            )
 
     def forward(self, batch: Any) -> Tensor:
         """(B, C), from what `input.collate` returned, already on the network's device."""
