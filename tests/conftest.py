@@ -96,6 +96,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # everything here is tiny
 
 
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)  # whichever tests ran before, and in whichever worker
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's .py file: a data set and teachers, see TOY."""
