@@ -401,7 +401,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from softcache import reproduce
     from softcache.spec import convert
 
-    if arguments.recipe == "LIST":
+    if arguments.recipe.upper() == "LIST":
         print(reproduce.listing())
         return 0
     done = reproduce.run(

@@ -24,7 +24,7 @@ from softcache.data.loading import Partners, ViewedSet, load_batches, to_device
 from softcache.data.selection import class_indices, class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ClassMismatchError, ConfigError, ModelError
+from softcache.errors import ConfigError, ModelError
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
 from softcache.report import percent, table
@@ -242,11 +242,7 @@ class Sums:
 
 def check_same_classes(one: TransferSet, other: TransferSet) -> None:
     """Raise ClassMismatchError unless both sets have the same classes in the same order."""
-    try:
-        check_classes(one, other.class_names)
-    except ClassMismatchError as exc:
-        exc.add_note(f"comparing {one.name} with {other.name}")
-        raise
+    check_classes(one, other.class_names, owner=other.name)
 
 
 def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:

@@ -130,9 +130,10 @@ def run(
         data: `NAME=SPEC`, other sources of the recipe's data.
         models: `STEP=MODEL`, models in the place of what steps would train.
         seeds: of the students; the recipe's own if empty.
-        only: patterns of steps' names: these, and what they build on; all of them if empty.
+        only: patterns of steps' names: these, and what they build on; all of them if empty. Their table is `table.only`,
+            so that it leaves that of the whole recipe alone.
         device: for every step.
-        out: a folder for the runs, caches and the table (text, JSON, and a picture where matplotlib is).
+        out: a folder for the runs, caches and `table` (.txt, .json, and .png where matplotlib is).
         download: torchvision's data sets that are not in `data_root`.
 
     Raises:
@@ -159,7 +160,7 @@ def run(
                 print(f"{number}/{len(recipe.steps)}  {step.kind} {step.name}{said}", file=sys.stderr, flush=True)
             with _naming(step, recipe):
                 bench.outcomes[step.name, seed] = outcome_of(step, seed, bench)
-    return _finished(bench, chosen)
+    return _finished(bench, chosen, "table.only" if only else "table")
 
 
 def listing() -> str:
@@ -181,8 +182,8 @@ def _naming(step: Step, recipe: Recipe) -> Iterator[None]:
         raise
 
 
-def _finished(bench: Bench, seeds: Sequence[int]) -> Reproduced:
-    """The table, written as text, JSON and picture."""
+def _finished(bench: Bench, seeds: Sequence[int], stem: str) -> Reproduced:
+    """The table, written as text, JSON and picture under this name."""
     recipe, folder, outcomes = bench.recipe, bench.out, list(bench.outcomes.values())
     made = list({json.dumps(one.made, sort_keys=True): one.made for one in outcomes if one.made}.values())
     rows = [_row(step, bench, seeds) for step in recipe.steps if step.label]
@@ -190,10 +191,10 @@ def _finished(bench: Bench, seeds: Sequence[int]) -> Reproduced:
     done = Reproduced(
         recipe, rows, seeds, bench.specs, folder, reused, len(outcomes) - reused, use=bench.models, made=made
     )
-    (folder / "table.json").write_text(json.dumps(done.to_json(), indent=1) + "\n")
-    (folder / "table.txt").write_text(done.text() + "\n")
+    (folder / f"{stem}.json").write_text(json.dumps(done.to_json(), indent=1) + "\n")
+    (folder / f"{stem}.txt").write_text(done.text() + "\n")
     if rows and find_spec("matplotlib") is not None:
-        draw_rows(f"{recipe.title}, {recipe.budget} budget", rows, folder / "table.png")
+        draw_rows(f"{recipe.title}, {recipe.budget} budget", rows, folder / f"{stem}.png")
     elif rows and not bench.quiet:
         print("no picture: it takes `pip install 'softcache[demo]'`", file=sys.stderr)
     return done

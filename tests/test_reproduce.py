@@ -17,6 +17,7 @@ import softcache
 from softcache import evaluate, outcomes, reproduce, train
 from softcache.bias import best_shift
 from softcache.chart import figure_of
+from softcache.cli import main
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
@@ -506,13 +507,30 @@ def test_mistakes_in_settings_are_told_before_the_first_step(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_list_shows_every_recipe_and_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("LIST", "list"):
+        assert main(["reproduce", word]) == 0
+        head, _line, *lines = capsys.readouterr().out.splitlines()
+        assert head.split()[:2] == ["recipe", "table"] and head.split()[2:] == list(BUDGETS)
+        text = " ".join(lines)
+        for name in recipe_names():
+            assert f"{name} " in text
+        (digits,) = [line for line in lines if line.startswith("digits ")]
+        assert read_recipe("digits", "smoke").estimate in digits
+
+
 @pytest.mark.usefixtures("small")
 def test_only_some_steps_and_what_they_build_on(tmp_path: Path) -> None:
     first = reproduce.run("small", seeds=[0], only=["cach?"], out=tmp_path, quiet=True)
     assert (first.done, first.reused, [row.label for row in first.rows]) == (2, 0, ["the teacher"])
     assert "the teacher" in first.text() and "none of its rows" in replace(first, rows=()).text()
+    assert "the teacher" in (first.folder / "table.only.txt").read_text()
     rest = reproduce.run("small", seeds=[0], only=["bi*"], out=tmp_path, quiet=True)
     assert (rest.done, rest.reused, [row.label for row in rest.rows]) == (2, 2, ["the teacher", "student", "biased"])
+    whole = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True).text()
+    part = reproduce.run("small", seeds=[0], only=["teacher"], out=tmp_path, quiet=True)
+    assert (part.folder / "table.txt").read_text() == whole + "\n"
+    assert (part.folder / "table.only.txt").read_text() == part.text() + "\n"
     with pytest.raises(ConfigError, match=r"--only cachet: no step of small at this budget has such a name\n.*'cache'"):
         reproduce.run("small", only=["cachet"], out=tmp_path)
 

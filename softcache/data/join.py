@@ -110,29 +110,29 @@ def dataset_digest(dataset: Any, index: int, kind: str = "item") -> bytes | None
     return dataset.load(index)[1] if gives else None
 
 
-def check_classes(dataset: Any, class_names: Sequence[str]) -> None:
-    """Raise ClassMismatchError unless the data set, and every part of it, has the cache's classes in the cache's order."""
+def check_classes(dataset: Any, class_names: Sequence[str], owner: str = "the cache") -> None:
+    """Raise ClassMismatchError unless the data set, and every part of it, has its owner's classes in the same order."""
     if isinstance(dataset, Subset):
-        return check_classes(dataset.dataset, class_names)
+        return check_classes(dataset.dataset, class_names, owner)
     if isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
-            check_classes(part, class_names)
+            check_classes(part, class_names, owner)
         return None
     found = _dataset_classes(dataset)
     count = getattr(dataset, "num_classes", None) if found is None else len(found)
     if isinstance(count, int) and count != len(class_names):
         raise ClassMismatchError(
-            f"the data set has {count} classes, the cache {len(class_names)}",
-            tip="use the data set that was dumped; --keep-labels chooses samples and leaves the class list whole",
+            f"the data set has {count} classes, {owner} {len(class_names)}",
+            tip="use data with one class list; --keep-labels chooses samples and leaves the class list whole",
         )
     if found is None or found == tuple(class_names):
         return None
     where = next(i for i, (one, other) in enumerate(zip(found, class_names, strict=True)) if one != other)
     same = sorted(found) == sorted(class_names)
     raise ClassMismatchError(
-        f"the data set's class {where} is {found[where]!r}, the cache's is {class_names[where]!r}: "
+        f"the data set's class {where} is {found[where]!r}, {owner}'s is {class_names[where]!r}: "
         + ("the same classes in another order" if same else "another class list"),
-        tip="the logits of one class would teach another; use the class list the cache was made with",
+        tip="the logits of one class would teach another; use one class list, in one order",
     )
 
 
