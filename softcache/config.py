@@ -63,7 +63,9 @@ class MachineOptions:
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", metavar="DEVICE")
     threads: int | None = option(None, "CPU threads of torch (default: all cores this process may use)", metavar="N")
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
-    autocast: str = option("none", "compute in a half type where that is safe", choices=AUTOCAST)
+    autocast: str = option(
+        "none", "compute in a half type where that is safe; when training, evaluate so too", choices=AUTOCAST
+    )
 
 
 CODEC_HELP = (
