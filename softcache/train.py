@@ -28,6 +28,7 @@ import softcache
 from softcache.checkpoint import Trained, read_progress, restore, save_progress
 from softcache.config import TrainConfig
 from softcache.data.loading import epoch_order, load_batches, to_device
+from softcache.data.selection import class_order
 from softcache.errors import ConfigError, MissingExtraError, TrainingError
 from softcache.evaluate import Evaluation, evaluate, item_shape
 from softcache.learner import Learner, build_objectives, freeze_for, make_optimizer, over_ranks
@@ -35,7 +36,7 @@ from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.material import Material, open_material, views_of, visits
 from softcache.models import Model, build_vocabulary, load_model, load_weights, save_student
-from softcache.models.initialise import Initialised, initialise
+from softcache.models.initialise import Initialised, initialise, reorder_classes
 from softcache.objective import Given, Objective
 from softcache.pairing import Student, StudentTaps
 from softcache.parts import Sizes
@@ -101,11 +102,14 @@ def _train(
         input_shape=item_shape(item),
         vocabulary=build_vocabulary(transfer_set.load(i)[0] for i in range(count)) if isinstance(item, str) else None,
     )
+    sample = model.input.collate([item, item])
+    outputs = _data_order(model, transfer_set.class_names)
+    if outputs is not None:
+        reorder_classes(model, outputs, transfer_set.class_names, sample)
     initialised = initialise(model, config.init_from, config.init_map) if config.init_from else None
     labels = torch.from_numpy(transfer_set.labels)
     single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
     sizes = Sizes(count, transfer_set.num_classes, single, config.seed)
-    sample = model.input.collate([item, item])
     objectives, student = build_objectives(stages, model, sample, material.teacher, sizes, ranks)
     fixed = [name for name, parameter in model.net.named_parameters() if not parameter.requires_grad]
     if config.sync_bn:
@@ -133,7 +137,8 @@ def _train(
             learner = Learner(model, objective, taps, autocast=autocast)
             learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, stage.config.epochs), last])
 
-    data = data_fingerprint(material.sample_ids, transfer_set.labels, tuple(getattr(model.input, "vocabulary", ())))
+    words = getattr(model.input, "vocabulary", None) or (getattr(model.input, "definition", ""),)
+    data = data_fingerprint(material.sample_ids, transfer_set.labels, words)
     check_same_data(out, data)
     progress, saved = read_progress(out, ranks)
     metrics, evaluation = progress.metrics, None
@@ -297,6 +302,13 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("--init-map needs --init-from", tip="--init-from MODEL@WEIGHTS, or a run folder")
     if config.tensorboard:
         _summary_writer()
+
+
+def _data_order(model: Model, class_names: Sequence[str]) -> list[int] | None:
+    """The student's outputs in the data's order, where it knows the same classes in another; None: as they are."""
+    declared = model.declared_classes
+    known = declared is not None and set(declared) == set(class_names)
+    return class_order(model.spec, declared, class_names) if known else None
 
 
 def _check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:

@@ -418,6 +418,17 @@ def test_a_trained_one_stands_for_itself(here: Path, capsys: pytest.CaptureFixtu
         assert torch.equal(net.eval()(**batch).logits, logits_of(after, texts))
 
 
+def test_a_run_does_not_go_on_with_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["train", "--data", "tsv:texts.tsv", "--out", "run", "--student", "hf:bert", "--epochs", "1", *QUIET]
+    assert cli.main(run) == 0
+    shutil.rmtree(here / "bert")
+    words = [*WORDS[:5], *reversed(WORDS[5:])]
+    save(here / "bert", BertForSequenceClassification(bert_config()), tokenizer(words=words))
+    capsys.readouterr()
+    assert cli.main(run) == 2
+    assert "this run began with other samples, labels or another vocabulary" in capsys.readouterr().err
+
+
 def test_a_new_classifier_is_for_a_student(bert: Path, tmp_path: Path) -> None:
     lose(bert, "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias")
     lost = ("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")

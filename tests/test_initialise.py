@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from softcache.errors import ConfigError, ModelError
-from softcache.models import Initialised, Model, initialise, load_model, save_student
-from softcache.models.initialise import init_from, parse_layer_map
+from softcache.models import Initialised, Model, final_linear, initialise, load_model, save_student
+from softcache.models.initialise import init_from, parse_layer_map, reorder_classes
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -32,6 +33,18 @@ def mlp(width: int = 4, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> Mo
     torch.manual_seed(seed)
     spec = f"softcache:mlp?hidden={width},{width}"
     return load_model(spec, num_classes=len(classes), class_names=classes, input_shape=(2, 3))
+
+
+def images(model: Model, count: int) -> Any:
+    draw = np.random.default_rng(0)
+    return model.input.collate([draw.integers(0, 256, (2, 3), dtype=np.uint8) for _ in range(count)])
+
+
+class Swap(nn.Module):
+    """Two classes change places behind the last linear layer."""
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, [0, 2, 1]]
 
 
 def saved(model: Model, folder: Path) -> str:
@@ -182,6 +195,26 @@ def test_a_head_of_the_same_number_of_other_classes_is_left(tmp_path: Path) -> N
     assert torch.equal(head.weight, before)
     asked = initialise(student, run, ["4=4"])  # by name: on purpose
     assert "4.weight" in asked.copied and not torch.equal(head.weight, before)
+
+
+def test_a_classifier_is_brought_into_another_order() -> None:
+    model = mlp(classes=("ant", "bee", "cat", "dog"))
+    batch = images(model, 5)
+    with torch.no_grad():
+        nn.init.normal_(final_linear(model.net).bias)  # type: ignore[union-attr, arg-type]
+        before = model.eval()(batch)
+    model.train()
+    reorder_classes(model, [2, 0, 3, 1], ("cat", "ant", "dog", "bee"), batch)
+    assert model.training and model.declared_classes == ("cat", "ant", "dog", "bee")
+    torch.testing.assert_close(model.eval()(batch), before[:, [2, 0, 3, 1]])
+
+
+def test_a_network_whose_classifier_is_no_linear_layer_keeps_its_order() -> None:
+    for head in ([nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 3, 1), nn.Flatten()], [nn.Linear(6, 3), Swap()]):
+        model = mlp()
+        model.net = nn.Sequential(nn.Flatten(), *head)
+        with pytest.raises(ModelError, match=r"knows the data's classes in another order, and ends in no nn.Linear"):
+            reorder_classes(model, [1, 0, 2], ("bee", "ant", "cat"), images(model, 4))
 
 
 def test_torchvision_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

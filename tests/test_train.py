@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import softcache
-from softcache import cli, dump, train
-from softcache.config import DumpConfig, TrainConfig
+from softcache import cli, dump, evaluate, train
+from softcache.config import DumpConfig, EvalConfig, TrainConfig
 from softcache.data import steps
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import (
@@ -74,6 +74,13 @@ def three_classes():
 def turned():
     data = Toy("none", 90)
     data.class_names = CLASSES[::-1]
+    return data
+
+
+def mirrored():
+    data = Toy("all", 90)
+    data.class_names = CLASSES[::-1]
+    data.labels = 3 - data.labels
     return data
 
 
@@ -261,6 +268,18 @@ def test_a_run_folder_is_a_teacher_and_a_start(digits: Path, tmp_path: Path) -> 
         live = model(model.input.collate(items))
     stored = joined.gather_samples(np.arange(50), np.ones(50, np.int64)).logits()
     assert bool(((stored - live).abs() <= 2e-3 * live.abs().amax(dim=1, keepdim=True)).all())  # float16
+
+
+@pytest.mark.parametrize("start", ["softcache:mlp?hidden=8@{}", "{}"])
+def test_a_start_that_knows_the_classes_in_another_order(world: World, tmp_path: Path, start: str) -> None:
+    first = world.train(tmp_path / "first", eval_data=world.spec("toy"), epochs=20)
+    assert first.evaluation is not None and first.evaluation.top1 is not None and first.evaluation.top1 > 0.5
+    data, student = world.spec("mirrored"), start.format(tmp_path / "first")
+    more = world.train(tmp_path / "more", data=data, eval_data=data, student=student, epochs=1, lr=1e-9)
+    assert more.metrics[0]["eval_errors"] == first.evaluation.errors
+    for name in ("toy", "mirrored"):
+        config = EvalConfig(data=world.spec(name), threads=1, device="cpu")
+        assert evaluate.run(str(tmp_path / "more"), config, quiet=True).errors == first.evaluation.errors
 
 
 # ---- the run folder -------------------------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softcache.errors import ConfigError, first_offenders, nearest
+from softcache.errors import ConfigError, ModelError, first_offenders, nearest
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import TokenizerInput
 from softcache.models.inputs import TextInput
@@ -139,6 +140,36 @@ def init_from(net: nn.Module, source: Mapping[str, Tensor], layer_map: Mapping[s
             own[name].copy_(source[other])
     used = set(copied.values())
     return Initialised(where, tuple(copied), left, tuple(name for name in source if name not in used))
+
+
+def reorder_classes(model: Model, order: Sequence[int], class_names: Sequence[str], batch: Any) -> None:
+    """Bring the rows of a classifier that has learned the data's classes in another order into the data's.
+
+    Args:
+        model: changed in place; on the CPU.
+        order: the output that becomes the first, the second, and so on.
+        class_names: in the new order.
+        batch: a collated one, on which the logits before and after are compared.
+
+    Raises:
+        ModelError: the model ends in no nn.Linear whose rows are its classes.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        before = model(batch)
+        linear = final_linear(model.net, len(order))
+        for tensor in () if linear is None else (linear.weight, linear.bias):
+            if tensor is not None:
+                tensor.copy_(tensor[list(order)])
+        fits = torch.allclose(model(batch), before[:, list(order)], rtol=1e-3, atol=1e-5)
+    model.train(was_training)
+    if not fits:
+        raise ModelError(
+            f"{model.spec} knows the data's classes in another order, and ends in no nn.Linear whose rows could be exchanged",
+            tip="give the data set the model's class order, or begin without its classifier: --init-from",
+        )
+    model.class_names = tuple(class_names)
 
 
 def parse_layer_map(entries: Sequence[str]) -> dict[str, str]:
