@@ -220,9 +220,10 @@ def test_a_fitted_bias_is_of_the_held_out_data_and_of_the_twin(pieces: Path) -> 
     data, held_out = f"{pieces}:points", f"{pieces}:points?seed=9&count=400"
     held = open_transfer_set(held_out)
     model, twin = f"{pieces}:net?seed=4", f"{pieces}:net?seed=5"
+    live = {seed: logits_of(pieces, held, seed=seed) for seed in (4, 5)}
 
     def errors(shift: float, seed: int) -> int:
-        logits = logits_of(pieces, held, seed=seed)
+        logits = live[seed].copy()
         logits[:, [1, 3]] += shift
         known = held.labels >= 0
         return int((logits.argmax(axis=1) != held.labels)[known].sum())
@@ -267,9 +268,10 @@ def test_a_bias_that_is_given_counts_when_another_is_fitted(pieces: Path) -> Non
     held_out = f"{pieces}:points?seed=9&count=400"
     held = open_transfer_set(held_out)
     result = measured(f"{pieces}:net", f"{pieces}:points", bias=("gnu=3",), fit_bias=("bee",), bias_data=held_out)
+    live = logits_of(pieces, held)
 
     def errors(shift: float) -> int:
-        logits = logits_of(pieces, held)
+        logits = live.copy()
         logits[:, 6] += 3
         logits[:, 1] += shift
         return int((logits.argmax(axis=1) != held.labels)[held.labels >= 0].sum())
