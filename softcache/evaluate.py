@@ -165,9 +165,9 @@ def evaluate_cache(
         logits = joined.gather_samples(index, np.zeros_like(index)).combined(combine, temperature=1.0)
         sums.add_labels(logits + added, torch.from_numpy(transfer_set.labels[index]))
     result = _result(sums, transfer_set, started, 1.0, bias)
-    return (
-        replace(result, nll=None, calibration_error=None) if combine == "vote" else result
-    )  # a vote has no likelihood
+    if combine == "vote":  # which has no likelihood
+        return replace(result, nll=None, calibration_error=None)
+    return result
 
 
 def _result(
@@ -331,12 +331,11 @@ def _how(config: EvalConfig) -> dict[str, Any]:
 def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig) -> Evaluation:
     """A cache in the place of a model."""
     told = {"--cache": config.cache, "--policy": config.policy, "--fit-bias": config.fit_bias}
-    if config.combine == "vote":
-        told["--bias"] = config.bias
     for flag, given in told.items():
         if given:
-            what = "votes have no logits" if flag == "--bias" else f"{path} is a cache"
-            raise ConfigError(f"{flag} is of models; {what}", tip="leave it out, or name a model")
+            raise ConfigError(f"{flag} is of models; {path} is a cache", tip="leave it out, or name a model")
+    if config.bias and config.combine == "vote":
+        raise ConfigError("--bias is of models; votes have no logits", tip="leave it out, or name a model")
     joined = open_cache(path, allow_code=config.allow_code).join(transfer_set)
     bias = parse_bias(config.bias, transfer_set.class_names)
     return evaluate_cache(joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias)

@@ -137,8 +137,7 @@ def _train(
             learner = Learner(model, objective, taps, autocast=autocast)
             learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, stage.config.epochs), last])
 
-    words = getattr(model.input, "vocabulary", None) or (getattr(model.input, "definition", ""),)
-    data = data_fingerprint(material.sample_ids, transfer_set.labels, words)
+    data = data_fingerprint(material.sample_ids, transfer_set.labels, getattr(model.input, "vocabulary", ()))
     check_same_data(out, data)
     progress, saved = read_progress(out, ranks)
     metrics, evaluation = progress.metrics, None

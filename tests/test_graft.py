@@ -99,10 +99,8 @@ def test_projector_averages_before_it_convolves() -> None:
 
 
 def test_projector_reaches_negative_features() -> None:
-    for shape in (
-        (32, 3, 3),
-        (32,),
-    ):  # wide: a projector of a few units may start without a negative weight that counts
+    # wide: a projector of a few units may start without a negative weight that counts
+    for shape in ((32, 3, 3), (32,)):
         projector = Projector(shape, shape)
         assert projector(torch.rand(8, *shape)).min() < 0 < projector(torch.rand(8, *shape)).max()
 

@@ -70,6 +70,11 @@ class TokenizerInput:
                 tip=f"{special} of them are the tokenizer's special tokens; give more, or leave max_tokens out",
             )
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """What it reads texts with, as of every text model; here the definition, in one piece."""
+        return (self.definition,)
+
     @cached_property
     def _tokenizer(self) -> Any:
         from tokenizers import Tokenizer
