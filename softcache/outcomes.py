@@ -190,17 +190,18 @@ def _data_identity(spec: str, *, download: bool) -> str:
 
 
 def _model_identity(model: str) -> str:
-    """Of what it is called, and of the weights where they are in a file."""
-    named = [model, *(_digest(path) for path in map(_weights, split_weights(model)) if path.is_file())]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    """Of what it is called, and of the files that it is read from, where it names some."""
+    files = [path for text in split_weights(model) for path in _model_files(text) if path.is_file()]
+    return hashlib.sha256(json.dumps([model, *map(_digest, files)]).encode()).hexdigest()
 
 
-def _weights(text: str) -> Path:
-    """The file behind a path of weights, a run folder, or a folder of transformers'."""
+def _model_files(text: str) -> list[Path]:
+    """A file of weights, that of a run folder, or all of a folder of transformers', whose tokenizer counts too."""
     if text.startswith("hf:"):
-        return Path(text.removeprefix("hf:").partition("?")[0]) / "model.safetensors"
+        folder = Path(text.removeprefix("hf:").partition("?")[0])
+        return sorted(folder.iterdir()) if folder.is_dir() else []
     path = Path(text)
-    return path / train.STUDENT if path.is_dir() else path
+    return [path / train.STUDENT if path.is_dir() else path]
 
 
 def _digest(path: Path) -> str:

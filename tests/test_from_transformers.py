@@ -385,6 +385,8 @@ def test_the_recipe_of_sst2_with_one_as_the_teacher(here: Path) -> None:
     state["classifier.weight"] += 1
     save_file(state, "bert/model.safetensors", metadata={"format": "pt"})
     assert again().done == 3
+    tokenizer(words=[*WORDS[:5], *reversed(WORDS[5:])]).save_pretrained("bert")
+    assert again().done == 3
 
 
 # ------------------------------------------------------------------------------------------------------------ as a student
