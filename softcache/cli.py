@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from softcache import __version__
 from softcache.config import DumpConfig, EvalConfig, ExportConfig, PlanConfig, TrainConfig, flag_of, resolve
 from softcache.errors import ConfigError, SoftcacheError, printable
+from softcache.version import __version__
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
 
@@ -317,7 +317,7 @@ def _with_config(
     resolved = resolve(kind, file=arguments.config, sets=arguments.set, flags=flags)
     if not arguments.print_config:
         return handler(resolved.config, arguments)
-    from softcache.report import table
+    from softcache.report.tables import table
 
     rows = [[name, str(getattr(resolved.config, name)), origin] for name, origin in resolved.origins.items()]
     print(table(["setting", "value", "from"], rows))
@@ -325,8 +325,8 @@ def _with_config(
 
 
 def _dump(config: DumpConfig, arguments: argparse.Namespace) -> int:
-    from softcache import dump
-    from softcache.report import size
+    from softcache.dump import flow as dump
+    from softcache.report.tables import size
 
     if config.list_modules:
         print(dump.list_modules(config))
@@ -345,7 +345,7 @@ def _dump(config: DumpConfig, arguments: argparse.Namespace) -> int:
 
 
 def _plan(config: PlanConfig, arguments: argparse.Namespace) -> int:
-    from softcache import plan
+    from softcache.dump import forecast as plan
 
     forecast = plan.run(config)
     print(json.dumps(forecast.to_json()) if arguments.json else forecast.text())
@@ -354,8 +354,8 @@ def _plan(config: PlanConfig, arguments: argparse.Namespace) -> int:
 
 def _train(config: TrainConfig, arguments: argparse.Namespace) -> int:
     from softcache import train
-    from softcache.evaluate import summary
-    from softcache.report import table
+    from softcache.evaluate.measure import summary
+    from softcache.report.tables import table
 
     result = train.run(config, quiet=arguments.quiet)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first talks
@@ -377,20 +377,20 @@ def _train(config: TrainConfig, arguments: argparse.Namespace) -> int:
 
 
 def _eval(config: EvalConfig, arguments: argparse.Namespace) -> int:
-    from softcache import evaluate
+    from softcache.evaluate import measure
 
-    result = evaluate.run(arguments.model, config, quiet=arguments.quiet)
+    result = measure.run(arguments.model, config, quiet=arguments.quiet)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
-        print(evaluate.summary(f"{arguments.model} on {config.data}", result))
+        print(measure.summary(f"{arguments.model} on {config.data}", result))
         if config.per_class:
-            print("\n" + evaluate.class_table(result))
+            print("\n" + measure.class_table(result))
     return 0
 
 
 def _export(config: ExportConfig, arguments: argparse.Namespace) -> int:
-    from softcache import export
+    from softcache.students import export
 
     result = export.run(arguments.model, config, quiet=arguments.quiet or arguments.json)
     print(json.dumps(result.to_json()) if arguments.json else result.text())
@@ -398,7 +398,7 @@ def _export(config: ExportConfig, arguments: argparse.Namespace) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from softcache import reproduce
+    from softcache.reproduce import flow as reproduce
     from softcache.spec import convert
 
     if arguments.recipe.upper() == "LIST":
@@ -422,7 +422,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _losses(arguments: argparse.Namespace) -> int:
-    from softcache import catalogue
+    from softcache.commands import losses as catalogue
 
     if arguments.json:
         print(json.dumps(catalogue.to_json(arguments.name)))
@@ -432,7 +432,7 @@ def _losses(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from softcache import inspect
+    from softcache.check import inspect
 
     path = Path(arguments.cache)
     if arguments.sample is not None:
@@ -445,15 +445,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _views(arguments: argparse.Namespace) -> int:
-    from softcache import picture
+    from softcache.check import view_picture
 
     path, out = Path(arguments.cache), Path(arguments.out)
-    print(picture.draw_views(path, arguments.sample, out, data=arguments.data, allow_code=arguments.allow_code))
+    print(view_picture.draw_views(path, arguments.sample, out, data=arguments.data, allow_code=arguments.allow_code))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from softcache import verify
+    from softcache.check import verify
 
     path = Path(arguments.cache)
     verdict = verify.run(
@@ -469,7 +469,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from softcache import repair
+    from softcache.check import repair
 
     means = repair.Means(
         source=Path(arguments.source) if arguments.source else None,
@@ -485,8 +485,8 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 
 def _subset(arguments: argparse.Namespace) -> int:
-    from softcache import subset
-    from softcache.report import size
+    from softcache.report.tables import size
+    from softcache.share import subset
     from softcache.spec import convert
 
     def listed(flag: str, given: list[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 from softcache import dump, train
 from softcache.config import DumpConfig, TrainConfig
 from softcache.errors import require_extra
-from softcache.report import table
+from softcache.report.tables import table
 
 TRAIN_DATA, TEST_DATA = "digits", "digits?split=test"
 TEACHER = "softcache:cnn?width=32"
@@ -144,7 +144,7 @@ def _draw(path: Path, cache_path: Path, arms: Sequence[Arm]) -> None:
     from matplotlib.figure import Figure
 
     from softcache.data.transfer_set import open_transfer_set
-    from softcache.targets import open as open_cache
+    from softcache.targets.cache import open as open_cache
 
     cache, digits = open_cache(cache_path), open_transfer_set(TRAIN_DATA)
     joined = cache.join(digits)

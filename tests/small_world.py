@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from softcache import dump, train
+from softcache import dump
 from softcache.config import DumpConfig, TrainConfig
-from softcache.train import TrainResult
+from softcache.train import flow as train
+from softcache.train.flow import TrainResult
 
 PIECES = '''
 import os

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 import softcache
 from softcache import dump
 from softcache.config import DumpConfig
-from softcache.report import table
+from softcache.report.tables import table
 
 HERE = Path(__file__).name
 TURN = 4  # batches a reader reads before it is the next one's turn

@@ -34,11 +34,11 @@ from softcache.codecs.records import read_field
 from softcache.data.loading import ViewedSet, to_device
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
+from softcache.dump.choose_codec import CANDIDATES
 from softcache.errors import CodecFitError, CodecRangeError, SoftcacheError
 from softcache.models import final_linear, load_model
-from softcache.report import table
+from softcache.report.tables import table
 from softcache.spec import split_term
-from softcache.survey import CANDIDATES
 
 BATCH = 256
 SHOWN = (*CANDIDATES, "lowrank:max_kl=0.001,at_temperature=1")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from softcache.report import size, table
+from softcache.report.tables import size, table
 
 HERE = Path(__file__)
 POLICY = "crop_flip:padding=1"
@@ -71,8 +71,9 @@ def private_bytes() -> int:
 
 def step(name: str, arguments: argparse.Namespace, samples: int, cache: str) -> None:
     """One step in this process; prints its figures as JSON."""
-    from softcache import dump, plan, train
+    from softcache import dump, train
     from softcache.config import DumpConfig, PlanConfig, TrainConfig
+    from softcache.dump import forecast as plan
 
     data = f"{HERE}:images?samples={samples}&classes={arguments.classes}"
     shared: dict[str, Any] = {

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from softcache.losses.logits import kd
 from softcache.losses.many_classes import LIMIT, chunked_kd
 from softcache.machine import pick_device
-from softcache.report import table
+from softcache.report.tables import table
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | None = None) -> int:

@@ -34,10 +34,10 @@ from softcache.losses import ce, kd, make_term
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device
 from softcache.models import Model, load_model, save_student
-from softcache.objective import Given, Labels, Objective
-from softcache.report import table
-from softcache.targets import Cache, Targets
-from softcache.terms import CachedTeacher
+from softcache.report.tables import table
+from softcache.targets.cache import Cache, Targets
+from softcache.train.objective import Given, Labels, Objective
+from softcache.train.terms import CachedTeacher
 
 CODECS = "float16 float32 int8 headtail topk lowrank linear_head linear_head:dtype=int8"
 

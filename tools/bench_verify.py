@@ -28,10 +28,10 @@ from bench_cache import make_cache
 from torch import nn
 
 import softcache
-from softcache import verify
+from softcache.check import verify
 from softcache.data.join import batches
 from softcache.losses import kd
-from softcache.report import table
+from softcache.report.tables import table
 
 BATCH = 256
 HASHED = 256 * 2**20  # bytes, for the speed of one core

@@ -27,13 +27,13 @@ from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.evaluate import evaluate
-from softcache.learner import make_optimizer
+from softcache.dump.teacher import open_teacher
+from softcache.evaluate.measure import evaluate
 from softcache.losses import kd
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import load_model
-from softcache.report import table
-from softcache.teacher import open_teacher
+from softcache.report.tables import table
+from softcache.train.learner import make_optimizer
 
 POLICY = ("shift:pixels=3", "rotate:degrees=15")
 TEMPERATURE = 4.0

@@ -41,15 +41,14 @@ from typing import Any
 
 import numpy as np
 
-from softcache.cache import files
+from softcache.cache.dump_folder import read_journals, work_folder
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.reader import CacheReader
 from softcache.cache.samples import build_table
 from softcache.cache.schema import ArraySpec, Layout, Span
 from softcache.cache.statistics import MemberStatistics
-from softcache.cache.work import read_journals, work_folder
-from softcache.cache.writer import CacheWriter, Part, Setup
+from softcache.cache.write.writer import CacheWriter, Part, Setup
 from softcache.errors import (
     CacheError,
     DamagedCacheError,
@@ -59,7 +58,8 @@ from softcache.errors import (
     SoftcacheError,
     UnfinishedCacheError,
 )
-from softcache.report import table
+from softcache.files import durable as files
+from softcache.report.tables import table
 
 ROWS, CLASSES = 600, ("ant", "bee", "cat", "dog")
 FIRST = Layout(num_rows=ROWS, num_views=2, shard_rows=512, shard_views=2)
@@ -210,7 +210,7 @@ OnCall = Callable[[int, str, Callable[..., Any], tuple[Any, ...]], Any]
 
 
 class Layer:
-    """Stands in for `os` in softcache.cache.files: numbers every call that may change a disk, and has `on_call` make it."""
+    """Stands in for `os` in softcache.files.durable: numbers every call that may change a disk, and has `on_call` make it."""
 
     def __init__(self, on_call: OnCall) -> None:
         self.on_call, self.count = on_call, 0

@@ -31,12 +31,12 @@ import numpy as np
 from hostile_cache import dumps, header_end, lookup3, make_honest, read_everything, read_stored, same
 
 import softcache
-from softcache import verify
+from softcache.cache.file_entry import StoredFile
+from softcache.cache.hdf5_check import Limits, structure_faults
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.reader import CacheReader, MappedFile
 from softcache.cache.schema import BLOCK_BYTES
-from softcache.cache.stored import StoredFile
-from softcache.cache.structure import Limits, structure_faults
+from softcache.check import verify
 from softcache.errors import SoftcacheError
 
 HANG_S = 1.0

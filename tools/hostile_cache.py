@@ -30,15 +30,15 @@ import h5py
 import numpy as np
 
 import softcache
-from softcache import verify
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.plan import FeatureInfo, MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.reader import CacheReader
 from softcache.cache.samples import build_table
 from softcache.cache.schema import BLOCK_BYTES, ArraySpec, Layout, Span
-from softcache.cache.shard import write_shard
 from softcache.cache.statistics import MemberStatistics
-from softcache.cache.writer import CacheWriter, Setup
+from softcache.cache.write.shard import write_shard
+from softcache.cache.write.writer import CacheWriter, Setup
+from softcache.check import verify
 from softcache.errors import SoftcacheError
 
 ROWS, VIEWS, CLASSES = 300, 2, ("ant", "bee", "cat", "dog", "eel", "fox")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softcache.features import REDUCTIONS
+from softcache.features.spec import REDUCTIONS
 from softcache.losses import LOSSES, VECTORS, Loss
 
 BATCH, CLASSES, WIDTH, MAP = 6, 5, 4, (3, 4, 4)

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 import softcache
-from softcache import dump, subset
+from softcache import dump
 from softcache.cache.schema import FORMAT_VERSION
 from softcache.config import DumpConfig
+from softcache.share import subset
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 PIECES = GOLDEN / "pieces.py"

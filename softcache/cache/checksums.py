@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from softcache.cache.file_entry import StoredFile
 from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX
-from softcache.cache.stored import StoredFile
 
 CheckBlocks = Literal["first", "always", "never"]  # when a gather looks at the checksums of the blocks it touches
 CHECK_BLOCKS = ("first", "always", "never")

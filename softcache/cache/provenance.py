@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from softcache.cache.opening import read_inside
+from softcache.cache.dump_folder import work_folder
+from softcache.cache.open_file import read_inside
 from softcache.cache.schema import PROVENANCE
-from softcache.cache.work import work_folder
 from softcache.errors import DamagedCacheError
 
 MAX_BYTES = 2**20

@@ -22,13 +22,13 @@ from softcache.cache.checksums import (
     damage_of,
     read_sums,
 )
+from softcache.cache.file_entry import StoredArray, StoredFile
 from softcache.cache.manifest import Manifest, read_manifest
-from softcache.cache.mapping import BackToBack, Piece, fits_back_to_back
-from softcache.cache.opening import open_checked
+from softcache.cache.memory_map import BackToBack, Piece, fits_back_to_back
+from softcache.cache.open_file import open_checked
 from softcache.cache.plan import Plan
 from softcache.cache.samples import SampleTable, table_from_arrays
 from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX, Layout, dense_shard_path, member_shard_path, view_shard_path
-from softcache.cache.stored import StoredArray, StoredFile
 from softcache.errors import CacheError, DamagedCacheError, first_offenders
 
 ReadMode = Literal["mmap", "pread"]

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from torch import Tensor
 
-from softcache.data.parameters import Range
 from softcache.data.philox import Draws
-from softcache.data.steps import rotated
+from softcache.data.step_parameters import Range
+from softcache.data.view_steps import rotated
 from softcache.errors import DataError
 
 Strength = Annotated[float, Range(0, 10)]

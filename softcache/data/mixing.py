@@ -12,9 +12,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from softcache.data.parameters import Range
 from softcache.data.philox import Draws
-from softcache.data.steps import UNIT
+from softcache.data.step_parameters import Range
+from softcache.data.view_steps import UNIT
 
 LEVELS = 4096  # steps of a mixing share
 Alpha = Annotated[float, Range(0.01, 100)]

@@ -16,10 +16,10 @@ from softcache.cache.plan import ViewInfo
 from softcache.data.color import color_jitter, randaugment
 from softcache.data.images import describe, like, to_tensor
 from softcache.data.mixing import cutmix, draw_partner, mixup
-from softcache.data.parameters import read_parameters
 from softcache.data.philox import Draws, step_key
-from softcache.data.seeded import seeded
-from softcache.data.steps import (
+from softcache.data.seeded_transform import seeded
+from softcache.data.step_parameters import read_parameters
+from softcache.data.view_steps import (
     center_crop,
     crop_flip,
     erase,

@@ -24,7 +24,7 @@ from softcache.losses.labelled import ce, dkd, mixed_ce, shifted_kd, tf_virtual,
 from softcache.losses.logits import bce, hard, jsd, kd, kd_lower_bound, mse_logits, reverse_kl, soft_ce
 from softcache.losses.many_classes import chunked_kd
 from softcache.losses.relations import cc, pkt, rkd_angle, rkd_distance, sp
-from softcache.losses.review import ReviewKd
+from softcache.losses.review_kd import ReviewKd
 from softcache.losses.schedules import Moment, Schedule
 from softcache.spec import convert
 

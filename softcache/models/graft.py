@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, SoftcacheError, nearest
+from softcache.features.taps import eval_mode, head_of
 from softcache.models.model import Model
 from softcache.models.projector import Graft, Projector
-from softcache.taps import eval_mode, head_of
 
 
 def graft(

@@ -1,0 +1,84 @@
+"""The folder of a dump under way: its plan, and the journals of its parts. Nothing here is needed once it is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softcache.cache.canonical import canonical_json
+from softcache.cache.file_entry import StoredFile
+from softcache.cache.open_file import read_inside
+from softcache.cache.plan import Plan
+from softcache.cache.schema import WORK
+from softcache.cache.strict_json import JOURNALED, MAX_BYTES, PLANNED, read_shape
+from softcache.errors import DamagedCacheError
+from softcache.files.durable import explained
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a dump fixed before its first row.
+
+    Attributes:
+        plan: of the whole cache as it will be; its last round is the one being written.
+        base: id of the manifest that is extended; None for a new cache.
+        files: written with the plan: samples, probe, constants of new members.
+    """
+
+    plan: Plan
+    base: str | None
+    files: Sequence[StoredFile]
+
+    def to_bytes(self) -> bytes:
+        files = [file.to_json() for file in self.files]
+        return canonical_json({"plan": self.plan.to_json(), "base": self.base, "files": files})
+
+
+def work_folder(path: Path, round_number: int) -> Path:
+    """Where the round keeps plan, journals and locks: `dump/`, and `dump/extend-N/` for the N-th extension."""
+    return path / WORK if round_number == 0 else path / WORK / f"extend-{round_number}"
+
+
+def read_planned(work: Path) -> Planned | None:
+    """The plan of a round; None when it has not been made yet."""
+    file, data = work / PLAN, _read(work, PLAN)
+    if data is None:
+        return None
+    try:
+        entry = read_shape(data, PLANNED)
+        return Planned(
+            Plan.from_json(entry["plan"]), entry["base"], tuple(StoredFile.from_json(f) for f in entry["files"])
+        )
+    except ValueError as exc:
+        raise DamagedCacheError(f"{file}: is damaged ({exc})", tip="start again with another --out") from None
+
+
+def _read(work: Path, name: str) -> bytes | None:
+    """A file of the folder; None when it is not there."""
+    with explained("read", work / name):
+        try:
+            return read_inside(work, name, MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def read_journals(work: Path) -> dict[int, list[dict[str, Any]]]:
+    """Span number -> its different journal entries, over all parts: one, unless a span was written twice.
+
+    A line torn by a crash is skipped: its span is done again.
+    """
+    entries: dict[int, list[dict[str, Any]]] = {}
+    for journal in sorted(work.glob("part-*.jsonl")):
+        for line in (_read(work, journal.name) or b"").split(b"\n"):
+            try:
+                entry = read_shape(line, JOURNALED)
+            except ValueError:
+                continue
+            known = entries.setdefault(entry["span"], [])
+            if entry not in known:
+                known.append(entry)
+    return entries

@@ -1,0 +1,1 @@
+"""How the files of a cache are written; reading needs none of it."""

@@ -1,0 +1,452 @@
+"""The dump's side of a cache: plan first, then shards with a journal, the manifest last.
+
+What the manifest does not name does not exist. A process killed at any moment loses at most the spans it was writing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from softcache.cache.canonical import canonical_json, differences
+from softcache.cache.checksums import sha256_of
+from softcache.cache.dump_folder import PLAN, Planned, read_journals, read_planned, work_folder
+from softcache.cache.file_entry import StoredFile
+from softcache.cache.manifest import Manifest, read_manifest
+from softcache.cache.manifest_rules import check_plan
+from softcache.cache.plan import Plan
+from softcache.cache.samples import SampleTable
+from softcache.cache.schema import (
+    CARD,
+    MANIFEST,
+    MANIFESTS,
+    PROBE,
+    PROVENANCE,
+    SAMPLES,
+    WORK,
+    ArraySpec,
+    Span,
+    constants_path,
+    dense_shard_path,
+    member_shard_path,
+    view_shard_path,
+)
+from softcache.cache.statistics import MemberStatistics
+from softcache.cache.strict_json import JOURNALED, PLANNED, read_shape
+from softcache.cache.write.shard import ShardWriter, write_shard
+from softcache.errors import CacheError, DiskSpaceError, DumpError, LockedError, PlanMismatchError, SoftcacheError
+from softcache.files import durable
+from softcache.files.durable import OpenFile
+from softcache.files.locks import holder_of, release_lock, sign, take_lock, waiting_lock
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of how many processes this one is: `index` counts from 1."""
+
+    index: int = 1
+    count: int = 1
+
+    def owns(self, span: int) -> bool:
+        return span % self.count == self.index - 1
+
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is written once, before the first row.
+
+    Attributes:
+        samples: who the samples are.
+        probe: the arrays of probe.h5; empty where the views are not images, and where a cache is extended.
+        constants: member -> arrays that its codec was fitted to and of its final linear layer.
+    """
+
+    samples: SampleTable
+    probe: Mapping[str, np.ndarray] = field(default_factory=dict)
+    constants: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+
+class CacheWriter:
+    """Writes the spans of one part of one round. Use as a context manager: it holds the part's lock.
+
+    Args:
+        path: the cache folder; made when it does not exist.
+        plan: its last round is the one to write; for a new cache without the transfer set's fingerprint, which is filled in.
+        make_setup: called once per round, by whichever process comes first.
+        part: this process.
+        base: the manifest that this round extends; None for a new cache.
+
+    Raises:
+        PlanMismatchError: the round was started with another plan; lists what differs.
+        LockedError: a living process writes the same part.
+        DumpError: the folder holds something that is not ours.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        make_setup: Callable[[], Setup],
+        *,
+        part: Part | None = None,
+        base: Manifest | None = None,
+    ) -> None:
+        self.path, self.part, self.base = path, part or Part(), base
+        round_number = len(plan.rounds) - 1
+        self.work = work_folder(path, round_number)
+        self.tag = f"{round_number}-{self.part}"  # of its temporary files
+        self._refuse_foreign_folder()
+        self._refuse_links()
+        durable.make_folder(self.work)
+        durable.make_folder(path / MANIFESTS)
+        lock: OpenFile | None = None
+        try:
+            with waiting_lock(self.work / "setup.lock"):
+                self._refuse_other_split()
+                lock = self._take_lock(self.work / f"part-{self.part}.lock")
+                sign(lock)
+                self._remove_leftovers(round_number)
+                self.planned, self.samples = self._begin(plan, make_setup)
+        except BaseException:
+            if lock is not None:
+                release_lock(lock)
+            raise
+        self._lock = lock
+        self._journal = self.work / f"part-{self.part}.jsonl"
+        self.bytes_written = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        release_lock(self._lock)
+
+    @property
+    def plan(self) -> Plan:
+        return self.planned.plan
+
+    def _refuse_foreign_folder(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise DumpError(f"{self.path}: is a file", tip="choose another --out")
+        if self.base is not None or not self.path.is_dir() or (self.path / WORK).is_dir():
+            return
+        with durable.explained("listing", self.path):
+            occupied = any(self.path.iterdir())
+        if occupied:
+            raise DumpError(
+                f"{self.path}: holds files that no dump wrote", tip="choose another --out, or empty the folder"
+            )
+
+    def _refuse_links(self) -> None:
+        """A link inside the folder would have us write somewhere else; the folder itself may be reached through one."""
+        for folder in self._folders():
+            if folder != self.path and folder.is_symlink():
+                raise DumpError(
+                    f"{folder}: is a symbolic link; links inside a cache are not followed",
+                    tip="put a folder with its files in its place, or choose another --out",
+                )
+
+    def _refuse_other_split(self) -> None:
+        """A living process that splits the same dump into another number of parts would write the same spans."""
+        for lock in sorted(self.work.glob("part-*.lock")):
+            if not lock.stem.endswith(f"-of-{self.part.count}"):
+                release_lock(self._take_lock(lock))
+
+    def _take_lock(self, path: Path) -> OpenFile:
+        """The lock of a part, or LockedError naming who holds it."""
+        try:
+            return take_lock(path)
+        except BlockingIOError:
+            raise LockedError(
+                f"{self.path}: part {self.part.index} of {self.part.count} is being written by another process: "
+                f"{holder_of(path)}",
+                tip="wait for it, end it, or give this process a part of its own with --part i/n",
+            ) from None
+
+    def _folders(self) -> Iterator[Path]:
+        """Every folder of the cache that a round may write into, those that are there."""
+        yield from (self.path, self.path / WORK, self.work, self.path / MANIFESTS, self.path / "views")
+        members = self.path / "members"
+        yield members
+        if members.is_dir():
+            yield from (folder for folder in sorted(members.iterdir()) if folder.is_dir())
+
+    def _remove_leftovers(self, round_number: int) -> None:
+        """What killed processes left unfinished: of this part, and of parts of another split, none of which lives."""
+        for folder in filter(Path.is_dir, self._folders()):
+            for file in folder.glob(f"*.tmp-{round_number}-*"):
+                if file.name.endswith(f".tmp-{self.tag}") or not file.name.endswith(f"-of-{self.part.count}"):
+                    durable.remove(file)
+
+    def _begin(self, plan: Plan, make_setup: Callable[[], Setup]) -> tuple[Planned, SampleTable]:
+        found = read_planned(self.work)
+        if found is None:
+            setup = make_setup()
+            plan = replace(plan, samples=replace(plan.samples, fingerprint=setup.samples.fingerprint()))
+            check_plan(plan)
+            planned = Planned(plan, self.base.id if self.base else None, self._write_setup(setup))
+            data = planned.to_bytes()
+            read_shape(data, PLANNED)  # what no reader would take is found before the first row is paid for
+            durable.write_whole(self.work / PLAN, data, tag=self.tag)
+            return planned, setup.samples
+        wanted = replace(plan, samples=replace(plan.samples, fingerprint=found.plan.samples.fingerprint))
+        changed = list(differences(*(json.loads(canonical_json(p.to_json())) for p in (wanted, found.plan))))
+        if found.base != (self.base.id if self.base else None):
+            changed.append(("the cache it extends", self.base.id[:12] if self.base else None, (found.base or "")[:12]))
+        if changed:
+            listing = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, new, old in changed[:6])
+            raise PlanMismatchError(
+                f"{self.path}: was started with another plan: {listing}",
+                tip="repeat the command it was started with to resume it, or "
+                + (f"delete {self.work} to give it up" if self.base else "choose another --out"),
+            )
+        # imported here: the reader is the other side of the format, and only a resume needs it
+        from softcache.cache.reader import read_samples
+
+        stored = [*found.files, *(self.base.files if self.base else ())]
+        return found, read_samples(self.path, stored, found.plan)
+
+    def _write_setup(self, setup: Setup) -> list[StoredFile]:
+        written = []
+        if self.base is None:
+            arrays = setup.samples.arrays()
+            written.append(self._write_file(SAMPLES, arrays, kind="samples"))
+            if setup.probe:
+                written.append(self._write_file(PROBE, setup.probe, kind="probe"))
+        for member, constants in setup.constants.items():
+            if constants:
+                written.append(self._write_file(constants_path(member), constants, kind="constants", member=member))
+        return written
+
+    def _write_file(self, relative: str, arrays: Mapping[str, np.ndarray], **about: Any) -> StoredFile:
+        return write_shard(self.path / relative, arrays, relative_path=relative, tag=self.tag, **about)
+
+    def constants(self, member: str) -> dict[str, np.ndarray]:
+        """What was fitted for a member, as it lies on disk: the same for every part and every resume."""
+        from softcache.cache.reader import read_constants
+
+        stored = [*(self.base.files if self.base else ()), *self.planned.files]
+        return read_constants(self.path, stored, member)
+
+    def finished_spans(self) -> dict[int, dict[str, Any]]:
+        """Journal entries of every span whose files are there, over all parts."""
+        finished = {}
+        for index, entries in read_journals(self.work).items():
+            there = [e for e in entries if self._belongs(index, e)]
+            there = [e for e in there if all(_has_size(self.path / f["path"], int(f["bytes"])) for f in e["files"])]
+            if len(there) > 1:  # written twice, with other bytes: the entry that fits the files is the one that holds
+                there = [e for e in there if all(_has_sha256(self.path / f["path"], f["sha256"]) for f in e["files"])]
+            if there:
+                finished[index] = there[-1]
+        return finished
+
+    def _belongs(self, index: int, entry: Mapping[str, Any]) -> bool:
+        """Whether a journal's entry names the files of its span, and nothing else."""
+        one = self.plan.rounds[-1]
+        wanted = {member_shard_path(member, index) for member in one.members}
+        wanted |= {view_shard_path(index)} if one.new_views else set()
+        found = {file["path"] for file in entry["files"]}
+        return wanted <= found <= wanted | {dense_shard_path(member, index) for member in one.members}
+
+    def my_spans(self) -> list[Span]:
+        """The spans of this part that are still to be written."""
+        done, layout = self.finished_spans(), self.plan.rounds[-1].layout
+        return [span for span in layout.spans() if self.part.owns(span.index) and span.index not in done]
+
+    def span(self, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> AbstractContextManager[SpanWriter]:
+        """Write one span: `with writer.span(span, {member: data sets}) as out: out.append(...)`; committed at the end."""
+        return written_span(self, span, member_arrays, self._note)
+
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        """A span is finished: one line in the journal."""
+        line = canonical_json(entry)
+        read_shape(line, JOURNALED)
+        durable.append_line(self._journal, line)
+        self.bytes_written += sum(file["bytes"] for file in entry["files"])
+
+    def commit(self, card: Callable[[Manifest], str], provenance: Mapping[str, Any]) -> Manifest | None:
+        """Write the manifest if every span of every part is journaled; None when some are missing.
+
+        It becomes the newest unless the cache was extended since.
+
+        The manifest is a function of plan, base and journals alone: whoever commits, its bytes are the same.
+        """
+        done, layout = self.finished_spans(), self.plan.rounds[-1].layout
+        if any(span.index not in done for span in layout.spans()):
+            return None
+        stored = [*(self.base.files if self.base else ()), *self.planned.files]
+        for span in layout.spans():
+            stored += [StoredFile.from_json(file) for file in done[span.index]["files"]]
+        data = Manifest(self.plan, stored).to_bytes()
+        manifest = Manifest.from_bytes(data, self.path / MANIFEST)
+        self._sync_folders(stored)
+        told = self.path / PROVENANCE if self.base is None else self.work / PROVENANCE
+        if not told.exists():
+            durable.write_whole(told, json.dumps(dict(provenance), indent=1).encode(), tag=self.tag)
+        durable.write_whole(self.path / MANIFESTS / f"{manifest.id}.json", data, tag=self.tag)
+        with waiting_lock(self.path / WORK / "commit.lock"):
+            if not self._was_extended():
+                durable.write_whole(self.path / CARD, card(manifest).encode("utf-8"), tag=self.tag)
+                durable.write_whole(self.path / MANIFEST, data, tag=self.tag)
+        return manifest
+
+    def _sync_folders(self, stored: Sequence[StoredFile]) -> None:
+        """A process that died between making a folder and syncing its parent left that to us."""
+        folders = {self.path}
+        for file in stored:
+            folders |= {self.path / folder for folder in Path(file.path).parents}
+        for folder in sorted(folders):
+            durable.sync_folder(folder)
+        with suppress(SoftcacheError):  # the folder around the cache may be somebody else's, not ours to open
+            durable.sync_folder(self.path.parent)
+
+    def _was_extended(self) -> bool:
+        """Whether a later round is there already: its manifest stays the newest."""
+        try:
+            return len(read_manifest(self.path).plan.rounds) > len(self.plan.rounds)
+        except CacheError:  # none yet, or a damaged one
+            return False
+
+
+class SpanTarget(Protocol):
+    """What writes spans: a new round, or a repair."""
+
+    @property
+    def path(self) -> Path:
+        """The folder that the files go into."""
+
+    @property
+    def tag(self) -> str:
+        """Of temporary files."""
+
+    @property
+    def plan(self) -> Plan:
+        """Its last round is the one that is written."""
+
+    @property
+    def bytes_written(self) -> int:
+        """So far."""
+
+
+class SpanWriter:
+    """The open shards of one span: one per member, and one with the pixel digests where its views are new.
+
+    Records that a codec keeps dense are gathered here and written beside the shard when it is finished.
+    """
+
+    def __init__(self, writer: SpanTarget, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> None:
+        self.span_info, self._writer = span, writer
+        self._statistics = {name: MemberStatistics() for name in member_arrays}
+        self._shards: dict[str | None, ShardWriter] = {}
+        self._dense: dict[str, list[np.ndarray]] = {}
+        planned = sum(spec.nbytes + spec.checksums.nbytes for specs in member_arrays.values() for spec in specs)
+        free = durable.free_bytes(writer.path)
+        if free < planned:
+            raise DiskSpaceError(
+                f"{writer.path}: the next shards need {planned / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
+                tip="free some space and run the same command again: finished shards are kept",
+            )
+        try:
+            if writer.plan.rounds[-1].new_views:
+                pixels = [ArraySpec("pixel_digests", "<u4", (span.views, span.rows))]
+                self._open(None, view_shard_path(span.index), "views", pixels)
+            for name, specs in member_arrays.items():
+                self._open(name, member_shard_path(name, span.index), "member", specs)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open(self, member: str | None, relative: str, kind: str, specs: Sequence[ArraySpec]) -> None:
+        self._shards[member] = ShardWriter(self._writer.path / relative, specs, kind=kind, tag=self._writer.tag)
+
+    def append(self, member: str | None, arrays: Mapping[str, Any], statistics: MemberStatistics | None = None) -> None:
+        """Append records in view-major order: (n, ...) per data set. `member=None` is the table of pixel digests."""
+        for name, rows in arrays.items():
+            self._shards[member].append(name, rows)
+        if member is not None and statistics is not None:
+            self._statistics[member] += statistics
+
+    def append_dense(self, member: str, rows: np.ndarray) -> int:
+        """Keep (n, C) float16 rows; returns the number of the first one, counted from 1 within the span."""
+        kept = self._dense.setdefault(member, [])
+        first = sum(map(len, kept)) + 1
+        kept.append(rows)
+        return first
+
+    def append_dense_of(self, member: str, rows: np.ndarray, records: np.ndarray, at: np.ndarray, offset: int) -> None:
+        """Keep (n, C) float16 rows, and write each one's number into byte `offset` on of its record, `records[at]`."""
+        first = self.append_dense(member, rows)
+        numbers = np.arange(first, first + len(at), dtype="<u4")
+        records[at, offset : offset + 4] = numbers.view(np.uint8).reshape(len(at), 4)
+
+    def finish(self) -> dict[str, Any]:
+        """Close, check and name every shard; returns the journal entry."""
+        span, stored = self.span_info, []
+        place = {"rows": (span.row_start, span.row_stop), "views": (span.view_start, span.view_stop)}
+        for member, shard in self._shards.items():
+            if member is None:
+                stored.append(shard.finish(relative_path=view_shard_path(span.index), **place))
+                continue
+            relative = member_shard_path(member, span.index)
+            stored.append(
+                shard.finish(relative_path=relative, member=member, statistics=self._statistics[member], **place)
+            )
+            if member in self._dense:
+                relative = dense_shard_path(member, span.index)
+                rows = {"logits": np.concatenate(self._dense[member])}
+                stored.append(
+                    write_shard(
+                        self._writer.path / relative,
+                        rows,
+                        kind="dense",
+                        relative_path=relative,
+                        tag=self._writer.tag,
+                        member=member,
+                        **place,
+                    )
+                )
+        return {"span": span.index, "files": [file.to_json() for file in stored]}
+
+    def discard(self) -> None:
+        for shard in self._shards.values():
+            shard.discard()
+
+
+@contextmanager
+def written_span(
+    target: SpanTarget,
+    span: Span,
+    member_arrays: Mapping[str, Sequence[ArraySpec]],
+    finished: Callable[[Mapping[str, Any]], None],
+) -> Iterator[SpanWriter]:
+    """The open shards of a span; at the end they get their names, and `finished` their journal entry."""
+    out = SpanWriter(target, span, member_arrays)
+    try:
+        yield out
+        entry = out.finish()
+    except BaseException:
+        out.discard()
+        raise
+    finished(entry)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    with durable.explained("stat", path):
+        try:
+            return path.stat().st_size == size
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
+def _has_sha256(path: Path, digest: str) -> bool:
+    with durable.explained("read", path), path.open("rb") as handle:
+        return sha256_of(handle.fileno()) == digest

@@ -1,0 +1,1 @@
+"""Whole? Verify a cache, mend it, look into it."""

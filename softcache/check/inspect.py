@@ -1,0 +1,171 @@
+"""softcache inspect: what made this cache, from what, how big, and what one sample's soft target looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softcache.cache.card import codec_text, record_bytes
+from softcache.cache.plan import Plan
+from softcache.cache.provenance import read_provenance
+from softcache.cache.statistics import MemberStatistics
+from softcache.data.identity import sample_id
+from softcache.errors import ConfigError, MissingSampleError, nearest
+from softcache.report.tables import bar, percent, size, table
+from softcache.targets.cache import Cache
+from softcache.targets.cache import open as open_cache
+
+TEMPERATURES = (1.0, 2.0, 4.0, 20.0)
+SHOWN_CLASSES = 8
+SHOWN_DIVERGENCES = ("1", "4")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Everything the manifest says, for machines."""
+    manifest = open_cache(path).manifest
+    return {
+        "id": manifest.id,
+        "bytes": manifest.nbytes,
+        "files": len(manifest.files),
+        **manifest.plan.to_json(),
+        "statistics": {
+            name: {
+                "accuracy": s.accuracy,
+                "entropy": s.entropy,
+                "max_eps": s.max_eps,
+                "records": s.records,
+                "dense": s.dense,
+                "agreement": s.agreement,
+                "kl": {t: {"mean": s.mean_kl(t), "worst": d.worst} for t, d in s.kl.items()},
+                "feature_errors": dict(s.feature_errors),
+            }
+            for name, s in manifest.statistics.items()
+        },
+    }
+
+
+def report(path: Path) -> str:
+    """The same for people."""
+    cache = open_cache(path)
+    plan, manifest = cache.manifest.plan, cache.manifest
+    names = list(cache.class_names)
+    facts = [
+        ("id", manifest.id),
+        ("transfer set", f"{plan.samples.source}, {plan.samples.count:,} samples"),
+        ("classes", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"),
+        ("views", f"{plan.views.count} of {cache.policy}, root seed {plan.views.root_seed}"),
+        ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
+        *_rounds(plan),
+        *([("licence", plan.license)] if plan.license is not None else []),
+        *([("taken out of", plan.parent.id)] if plan.parent is not None else []),
+        ("made with", ", ".join(f"{k} {v}" for k, v in plan.made_with.items())),
+    ]
+    made = read_provenance(Path(path))
+    if {"finished", "host"} <= made.keys():
+        facts.append(("made", f"{made['finished']} on {made['host']}"))
+    members = []
+    for member in plan.members:
+        s = manifest.statistics[member.name]
+        members.append(
+            [
+                member.name,
+                member.model,
+                member.output,
+                codec_text(member.codec),
+                f"{record_bytes(manifest, member.name):.1f}",
+                f"{s.max_eps:.3g}" if cache.codecs[member.name].bounded else "none",
+                *(_divergence(s, t) for t in SHOWN_DIVERGENCES),
+                percent(s.accuracy),
+                f"{s.entropy:.4f}",
+                member.fingerprint[:12],
+            ]
+        )
+    divergences = [f"KL at T={t}, mean / worst" for t in SHOWN_DIVERGENCES]
+    header = ["member", "model", "output", "codec", "bytes a record", "max eps", *divergences]
+    header += ["top-1", "entropy (nats)", "weights"]
+    width = max(len(name) for name, _ in facts)
+    lines = [*(f"{name:<{width}}  {value}" for name, value in facts), "", table(header, members)]
+    for name, s in manifest.statistics.items():
+        if s.dense:
+            lines.append(f"  {s.dense:,} of {s.records:,} records of {name} are kept dense, counted in")
+    features = [
+        [m.name, f.name, f.stored, f.dtype, " + ".join(map(str, f.shapes)), f"{error:.2g}"]
+        for m in plan.members
+        for f in m.features
+        for error in [manifest.statistics[m.name].feature_errors.get(f.name, 0.0)]
+    ]
+    if features:
+        lines += ["", table(["member", "feature", "stored as", "dtype", "output", "worst L2 error"], features)]
+    return "\n".join(lines)
+
+
+def _rounds(plan: Plan) -> list[tuple[str, str]]:
+    """A line for the dump, and one for each that extended it."""
+    lines = []
+    for number, one in enumerate(plan.rounds):
+        layout, stop = one.layout, one.layout.first_view + one.layout.num_views
+        what = f"views {layout.first_view} to {stop - 1} of {', '.join(one.members)}"
+        parts = f"{len(layout)} parts of {layout.shard_rows:,} rows x {layout.shard_views} views"
+        lines.append(
+            (
+                "extended by" if number else "rows",
+                f"{what}; {parts}" + ("" if number else f", {plan.samples.order} order"),
+            )
+        )
+    return lines
+
+
+def _divergence(s: MemberStatistics, temperature: str) -> str:
+    if temperature not in s.kl:
+        return "not measured"
+    return f"{s.mean_kl(temperature):.2g} / {s.kl[temperature].worst:.2g}"
+
+
+def sample_report(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> str:
+    """One sample's soft target at several temperatures, as bars; one block per member, then the ensemble's."""
+    cache = open_cache(path)
+    if not 0 <= view < cache.num_views:
+        raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
+    row = row_of(cache, key)
+    rows, views = np.array([row]), np.array([view])
+    targets = cache.gather(rows, views)
+    samples = cache.samples
+    label = samples.labels_of(rows)[0]
+    truth = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
+    named = ", ".join(cache.class_names[i] for i in truth) or "none"
+    lines = [f"{samples.key(row)}: row {row}, view {view}, id {int(samples.ids[row]):016x}, label {named}"]
+    served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in cache.codecs.values())]
+    blocks = {member: [targets.log_probs(member, t) for t in served] for member in cache.members}
+    if len(cache.members) > 1 and all(codec.complete for codec in cache.codecs.values()):
+        combined = [targets.combined(combine, temperature=t) / t for t in served]
+        blocks[f"ensemble ({combine})"] = [logits.log_softmax(dim=1) for logits in combined]
+    for title, log_probs in blocks.items():
+        tables = {t: row[0].double().exp().numpy() for t, row in zip(served, log_probs, strict=True)}
+        order = np.argsort(-tables[1.0], kind="stable")[:SHOWN_CLASSES]
+        width = max(len(cache.class_names[i]) for i in order)
+        lines += ["", title, " " * (width + 4) + "".join(f"{f'T={t:g}':<22}" for t in served)]
+        for i in order:
+            mark = "*" if int(i) in truth else " "
+            cells = [f"{100 * tables[t][i]:6.2f} % {bar(float(tables[t][i]), 12):<12}" for t in served]
+            lines.append(f"{mark} {cache.class_names[i]:<{width}}  " + " ".join(cells).rstrip())
+        if len(cache.class_names) > SHOWN_CLASSES:
+            lines.append(f"  ... {len(cache.class_names) - SHOWN_CLASSES} more classes")
+    return "\n".join(lines)
+
+
+def row_of(cache: Cache, key: str) -> int:
+    """The row of a key, or of an id in hex."""
+    samples = cache.samples
+    wanted = {sample_id(key)} | ({int(key, 16)} if len(key) == 16 and _is_hex(key) else set())
+    for candidate in wanted:
+        where = np.flatnonzero(samples.ids == np.uint64(candidate))
+        if where.size:
+            return int(where[0])
+    some = [samples.key(row) for row in range(min(len(samples), 2000))]
+    raise MissingSampleError(f"{cache.reader.path}: no sample {key!r}", tip=nearest(key, some)[:200])
+
+
+def _is_hex(text: str) -> bool:
+    return all(c in "0123456789abcdef" for c in text)

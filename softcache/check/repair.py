@@ -1,0 +1,262 @@
+"""softcache repair: make damaged files again, from the teacher or from another copy, and prove that they are the same bytes.
+
+Nothing is guessed: a file takes its place only when its sha256 is the one that the manifest has named since the dump.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from softcache.cache.card import card
+from softcache.cache.manifest import Manifest, known_ids, read_manifest
+from softcache.cache.open_file import read_inside
+from softcache.cache.plan import Plan
+from softcache.cache.provenance import provenance_path, read_provenance
+from softcache.cache.reader import CacheReader, read_samples
+from softcache.cache.samples import first_order
+from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, PROBE, SAMPLES, constants_path
+from softcache.cache.strict_json import MAX_BYTES
+from softcache.cache.write.rewriter import Rewriter
+from softcache.check.replay import allowed_spec
+from softcache.check.verify import damaged_files
+from softcache.config import DumpConfig
+from softcache.data.drift import make_probe
+from softcache.data.loading import Partners, ViewedSet
+from softcache.data.transfer_set import TransferSet
+from softcache.data.views import Policy
+from softcache.dump.choose_codec import Prober, storage_of
+from softcache.dump.flow import PixelCheck, make_samples, open_samples, open_teachers, renderer, write_spans
+from softcache.dump.job import order_of
+from softcache.dump.progress import DumpProgress
+from softcache.dump.teacher import Teacher
+from softcache.errors import CacheError, ConfigError, DamagedCacheError, ModelError, SoftcacheError
+from softcache.files import durable
+from softcache.machine import pick_device, pick_workers
+
+
+@dataclass
+class Repaired:
+    """What a repair did.
+
+    Attributes:
+        mended: files that are again what the manifest says.
+        left: files that are not, each with the reason.
+    """
+
+    path: str
+    mended: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.left else 0
+
+    def text(self) -> str:
+        if not self.mended and not self.left:
+            return f"{self.path}: nothing is damaged"
+        lines = [f"{self.path}: {len(self.mended)} files mended, {len(self.left)} left"]
+        lines += [f"  mended  {name}: the same bytes as at the dump" for name in self.mended]
+        lines += [f"  left    {name}: {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a repair may use beside the cache.
+
+    Attributes:
+        source: another copy of the cache.
+        data, teachers: the transfer set and the teachers; None and () take those that the dump was given, from provenance.json.
+        device, workers: as in a dump.
+        allow_code: run code that the cache names: transforms of its views, factories of its data and teachers.
+    """
+
+    source: Path | None = None
+    data: str | None = None
+    teachers: Sequence[str] = ()
+    device: str = "auto"
+    workers: int | None = None
+    allow_code: bool = False
+
+
+def run(path: Path, means: Means, *, quiet: bool = False) -> Repaired:
+    """Mend a cache.
+
+    Raises:
+        CacheError: it, or the other copy, is no cache, or no manifest of it is left.
+    """
+    result = Repaired(str(path))
+    if means.source is not None and not means.source.is_dir():
+        raise CacheError(
+            f"--from {means.source}: there is no such folder", tip="give the folder of another copy of the cache"
+        )
+    manifest = restore_manifest(path, result, means.source)
+    damaged = [file.path for file in damaged_files(path, manifest, quiet=quiet)]
+    if not damaged:
+        return result
+    with Rewriter(path, manifest, damaged) as out:
+        if means.source is not None:
+            left = [name for name in damaged if not out.copy(means.source, name)]
+            result.left |= dict.fromkeys(left, f"is not whole in {means.source} either")
+        else:
+            why = _make_again(path, manifest, out, means, damaged, quiet=quiet)
+            result.left |= {name: why for name in damaged if name not in out.mended}
+        made_with = ", ".join(f"{k} {v}" for k, v in manifest.plan.made_with.items())
+        result.left |= dict.fromkeys(out.differing, f"came out as other bytes; it was made with {made_with}")
+        result.mended += out.mended
+    return result
+
+
+def _make_again(
+    path: Path, manifest: Manifest, out: Rewriter, means: Means, damaged: Sequence[str], *, quiet: bool
+) -> str:
+    """Round by round; returns why the rest could not be done."""
+    if manifest.plan.parent is not None:
+        parent = manifest.plan.parent.id[:12]
+        return f"was taken out of the cache {parent}: run that `softcache subset` again, or give --from another copy"
+    try:
+        for number in range(len(manifest.plan.rounds)):
+            if out.concerns(number):
+                _mend_round(path, manifest, number, out, means, damaged, quiet=quiet)
+    except SoftcacheError as exc:
+        return f"{exc.message}; {exc.tip}"
+    return "was not written by any dump of this cache"
+
+
+def restore_manifest(path: Path, result: Repaired, source: Path | None = None) -> Manifest:
+    """The cache's manifest; mended where it can be, from its own immutable copy or from another copy of the cache."""
+    try:
+        manifest = read_manifest(path)
+    except DamagedCacheError:
+        candidates = [one for folder in (path, source) if folder is not None for one in _whole_manifests(folder)]
+        if not candidates:
+            raise
+        manifest = max(candidates, key=lambda one: len(one.plan.rounds))
+        durable.write_whole(path / MANIFEST, manifest.to_bytes(), tag="repair")
+        result.mended.append(MANIFEST)
+    kept = f"{MANIFESTS}/{manifest.id}.json"
+    if not _has_sha256(path, kept, manifest.id):
+        durable.make_folder(path / MANIFESTS)
+        durable.write_whole(path / kept, manifest.to_bytes(), tag="repair")
+        result.mended.append(kept)
+    if not (path / CARD).is_file():
+        durable.write_whole(path / CARD, card(manifest).encode(), tag="repair")
+    return manifest
+
+
+def _has_sha256(path: Path, relative: str, digest: str) -> bool:
+    try:
+        return sha256(read_inside(path, relative, MAX_BYTES)).hexdigest() == digest
+    except (FileNotFoundError, DamagedCacheError):
+        return False
+
+
+def _whole_manifests(folder: Path) -> list[Manifest]:
+    """Those of manifests/ that are what their names say."""
+    found = []
+    for one in known_ids(folder):
+        try:
+            found.append(read_manifest(folder, id=one))
+        except CacheError:
+            continue
+    return found
+
+
+def _mend_round(
+    path: Path, manifest: Manifest, number: int, out: Rewriter, means: Means, damaged: Sequence[str], *, quiet: bool
+) -> None:
+    """Everything damaged that one dump wrote, in the order in which one thing needs another."""
+    plan, one = manifest.plan, manifest.plan.rounds[number]
+    config = _config_of(path, manifest, number, means)
+    torch.set_num_threads(int(one.made_with["threads"]))
+    transfer_set, ids = open_samples(config)
+    if number == 0 and SAMPLES in damaged:
+        order = first_order(plan.samples.count, plan.samples.order, int(plan.samples.order_seed))
+        table = make_samples(transfer_set, ids, order, store_keys=plan.samples.has_keys, workers=0, quiet=quiet)
+        out.write(SAMPLES, table.arrays())
+    out.samples = read_samples(path, manifest.files, plan)
+    order = order_of(out.samples, transfer_set)
+    viewed = ViewedSet(
+        transfer_set,
+        Policy.of_cache(plan.views, allow_code=means.allow_code),
+        (),
+        partners=Partners(transfer_set, order),
+    )
+    if number == 0 and PROBE in damaged:
+        render = renderer(viewed, order)
+        out.write(PROBE, make_probe(render, plan.samples.count, one.layout.num_views))
+    spans = out.spans_of(number)
+    unfitted = {m for m in one.members if constants_path(m) in damaged and _first_round(plan, m) == number}
+    names = unfitted.union(*map(out.members_of, spans))
+    prober = Prober(viewed, order, config.batch_size)
+    storages = {}
+    for text in config.teacher if names and not means.teachers else ():
+        allowed_spec(text, allow_code=means.allow_code)
+    for teacher in _teachers_of(manifest, names, config, prober, transfer_set):
+        constants = None if teacher.name in unfitted else CacheReader(path).constants(teacher.name)
+        storage = storage_of(plan.member(teacher.name), teacher, constants, prober)
+        if teacher.name in unfitted:
+            out.write(constants_path(teacher.name), storage.constants())
+        storages[teacher] = storage
+    clock = DumpProgress(out, sum(span.rows * span.views for span in spans), quiet=quiet or not spans)
+    pixels = None if one.new_views else PixelCheck(CacheReader(path), order, viewed)
+    for span in spans:
+        chosen = [teacher for teacher in storages if teacher.name in out.members_of(span)]
+        kept = {teacher.name: storages[teacher] for teacher in chosen}
+        workers = pick_workers(means.workers, pick_device(config.device))
+        write_spans(out, [span], viewed, order, chosen, kept, config.batch_size, workers, clock, pixels)
+    clock.close()
+
+
+def _first_round(plan: Plan, member: str) -> int:
+    """The round that fitted a member's codec and wrote its constants."""
+    return next(number for number, one in enumerate(plan.rounds) if member in one.members)
+
+
+def _config_of(path: Path, manifest: Manifest, number: int, means: Means) -> DumpConfig:
+    """The settings of the dump that wrote a round: what the manifest fixes, then what was asked, then provenance.json."""
+    made_with = manifest.plan.rounds[number].made_with
+    told = read_provenance(path, number).get("command", {})
+    data = means.data or allowed_spec(told.get("data"), allow_code=means.allow_code)
+    if data is None:
+        raise ConfigError(
+            f"{provenance_path(path, number)} does not say which data this cache was made from",
+            tip="give --data, and --teacher for each teacher",
+        )
+    return DumpConfig(
+        out=str(path),
+        data=data,
+        keep_labels=tuple(told.get("keep_labels", ())),
+        drop_labels=tuple(told.get("drop_labels", ())),
+        samples=told.get("samples"),
+        teacher=tuple(means.teachers) or tuple(told.get("teacher", ())),
+        device=means.device,
+        batch_size=int(made_with["batch_size"]),
+        threads=int(made_with["threads"]),
+        autocast=str(made_with["autocast"]),
+    )
+
+
+def _teachers_of(
+    manifest: Manifest, names: set[str], config: DumpConfig, prober: Prober, transfer_set: TransferSet
+) -> list[Teacher]:
+    """The teachers of these members, found by their fingerprints; ModelError when one is not at hand."""
+    if not names:
+        return []
+    teachers = {t.fingerprint: t for t in open_teachers(config, prober, transfer_set, pick_device(config.device))}
+    found = []
+    for name in sorted(names):
+        member = manifest.plan.member(name)
+        if member.fingerprint not in teachers:
+            raise ModelError(
+                f"the teacher of member {name!r} ({member.model}) is not among the ones given",
+                tip="give it with --teacher as it was at the dump, or --from another copy of the cache",
+            )
+        teachers[member.fingerprint].name = name
+        found.append(teachers[member.fingerprint])
+    return found

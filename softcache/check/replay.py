@@ -1,0 +1,101 @@
+"""Rendering a cache's views again, for a picture or a check, outside of any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softcache.cache.provenance import told_data
+from softcache.data.identity import sample_ids
+from softcache.data.join import find_ids
+from softcache.data.loading import Partners, Rendered, ViewedSet
+from softcache.data.transfer_set import open_transfer_set
+from softcache.errors import ConfigError, DataError
+from softcache.spec import parse_spec
+from softcache.targets.cache import open as open_cache
+
+
+class Replay:
+    """A cache and the transfer set that it was made from.
+
+    Args:
+        path: the cache.
+        data: the transfer set; None: the one the dump was given, from provenance.json.
+        allow_code: run code that the cache names: transforms of its views, a factory of its data.
+
+    Raises:
+        ConfigError: it is not known which data set that was, or it is code that may not be called.
+    """
+
+    def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False) -> None:
+        self.cache = open_cache(path, allow_code=allow_code)
+        self.transfer_set = open_transfer_set(data or _data_of(path, allow_code=allow_code))
+        self._index_of_row = find_ids(sample_ids(self.transfer_set.keys), self.cache.samples.ids)
+        partners = Partners(self.transfer_set, self._index_of_row)
+        self._viewed = ViewedSet(self.transfer_set, self.cache.policy, (), partners=partners)
+
+    def rendered(self, row: int, view: int) -> Rendered | None:
+        """One view of the sample in that row; None where the transfer set does not hold it, or what it is mixed with."""
+        index, policy = int(self._index_of_row[row]), self.cache.policy
+        if index < 0:
+            return None
+        if policy.mixing is not None:
+            partner = policy.partner(int(self.cache.samples.ids[row]), view, len(self.cache))
+            if self._index_of_row[partner] < 0:
+                return None
+        return self._viewed.render_view(index, view)
+
+    def check(self, count: int) -> str:
+        """Render `count` records, spread over rows and views; returns a sentence that tells how they compare.
+
+        Raises:
+            DriftError: they are not what the teacher saw.
+            DataError: the transfer set holds none of them.
+        """
+        cache = self.cache
+        total = len(cache) * cache.num_views
+        records = np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
+        views, rows = np.divmod(records, len(cache))
+        found = [self._item(row, view) for row, view in zip(rows.tolist(), views.tolist(), strict=True)]
+        there = np.array([item is not None for item in found])
+        if not there.any():
+            raise DataError(
+                f"{self.transfer_set.name}: none of {len(found)} views can be rendered, their samples are not in it",
+                tip="give --data as it was when the cache was made",
+            )
+        items = [item for item in found if item is not None]
+        drift = cache.check_pixels(items, rows[there], views[there], self._item)
+        missing = (
+            "" if there.all() else f"; {int((~there).sum())} more need samples that {self.transfer_set.name} lacks"
+        )
+        if drift is None:
+            return f"replay: {len(items)} views render bit for bit as the teacher saw them{missing}"
+        return f"replay: {drift}: a decoder's rounding{missing}"
+
+    def _item(self, row: int, view: int) -> Any:
+        rendered = self.rendered(row, view)
+        return None if rendered is None else rendered.item
+
+
+def allowed_spec(text: Any, *, allow_code: bool) -> str | None:
+    """A spec that provenance.json tells, None where it tells none; ConfigError where it is code that may not be called."""
+    if not isinstance(text, str):
+        return None
+    if parse_spec(text).is_factory and not allow_code:
+        raise ConfigError(
+            f"the cache says that it was made with {text}, which is code",
+            tip="if you know that code and trust it: give it yourself (--data, --teacher), or add --allow-code",
+        )
+    return text
+
+
+def _data_of(path: Path, *, allow_code: bool) -> str:
+    """The data set that the dump was given."""
+    data = allowed_spec(told_data(path), allow_code=allow_code)
+    if data is None:
+        raise ConfigError(
+            f"{path}: does not say which data set it was made from", tip="add --data DATA: views are rendered anew"
+        )
+    return data

@@ -1,0 +1,203 @@
+"""softcache verify: is this cache whole? Quick: names and sizes. Full: every byte, and the HDF5 structure around the data."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from softcache.cache.checksums import Damage, bad_blocks, damage_of, sha256_of
+from softcache.cache.file_entry import StoredFile
+from softcache.cache.hdf5_check import structure_faults
+from softcache.cache.manifest import Manifest, known_ids, read_manifest
+from softcache.cache.open_file import open_checked, read_inside
+from softcache.cache.reader import read_samples
+from softcache.cache.schema import CRC_SUFFIX, MANIFESTS, SAMPLES
+from softcache.cache.strict_json import MAX_BYTES
+from softcache.errors import DamagedCacheError, DriftError, UnfinishedCacheError, first_offenders
+
+WHOLE, DAMAGED, UNFINISHED = 0, 1, 3
+
+
+@dataclass
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        state: "whole", "damaged" or "unfinished".
+        faults: one sentence each, naming file, data set, block, rows and samples.
+        files, nbytes: how many files the manifest names, and their bytes.
+        id: of the manifest.
+        notes: what else there is to say of a whole cache.
+        damaged: the files that are not as the manifest says.
+        damage: the blocks of them that are known to be wrong.
+    """
+
+    path: str
+    state: str
+    faults: list[str] = field(default_factory=list)
+    files: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    id: str = ""
+    notes: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return {"whole": WHOLE, "damaged": DAMAGED, "unfinished": UNFINISHED}[self.state]
+
+    def text(self) -> str:
+        if self.state == "whole":
+            head = f"{self.path}: whole; {self.files} files, {self.nbytes / 1e6:,.1f} MB in {self.seconds:.2f} s, id {self.id}"
+            return "\n".join([head, *(f"  {note}" for note in self.notes)])
+        lines = [f"{self.path}: {self.state}", *(f"  {fault}" for fault in self.faults)]
+        if self.state == "damaged":
+            lines.append(f"  next: softcache repair {self.path} makes what is damaged again; or copy it again")
+        return "\n".join(lines)
+
+
+def run(
+    path: Path,
+    *,
+    full: bool,
+    quiet: bool = False,
+    replay: int = 0,
+    data: str | None = None,
+    allow_code: bool = False,
+) -> Verdict:
+    """Check a cache. A folder that is no cache at all raises CacheError; damage is a verdict, not an exception.
+
+    Args:
+        full: every byte against its sha256, and the structure too.
+        replay: how many records to render again; their pixels must be what the teacher saw.
+        data: the transfer set for that; None: the one the dump was given.
+        allow_code: run code that the cache names, for that.
+    """
+    started = time.monotonic()
+    try:
+        manifest = read_manifest(path)
+    except UnfinishedCacheError as exc:
+        return Verdict(str(path), "unfinished", [exc.message])
+    except DamagedCacheError as exc:
+        return Verdict(str(path), "damaged", [exc.message])
+    verdict = Verdict(str(path), "whole", files=len(manifest.files), nbytes=manifest.nbytes, id=manifest.id)
+    verdict.faults += _copy_faults(path)
+    for file, found in _checked(path, manifest, full=full, quiet=quiet):
+        verdict.damaged.append(file.path)
+        verdict.faults += [f"{file.path}: {_told(path, manifest, one)}" for one in found]
+        verdict.damage += [one for one in found if isinstance(one, Damage)]
+    if full and not verdict.faults:
+        verdict.faults += _sample_faults(path, manifest)
+    if replay and not verdict.faults:
+        # imported here: only a replay needs torch and the data set
+        from softcache.check.replay import Replay
+
+        try:
+            verdict.notes.append(Replay(path, data, allow_code=allow_code).check(replay))
+        except DriftError as exc:
+            verdict.faults.append(f"replay: {exc.message}; {exc.tip}")
+    if verdict.faults:
+        verdict.state = "damaged"
+    verdict.seconds = time.monotonic() - started
+    return verdict
+
+
+def damaged_files(path: Path, manifest: Manifest, *, quiet: bool = False) -> list[StoredFile]:
+    """The files whose bytes are not the manifest's."""
+    return [file for file, _ in _checked(path, manifest, full=True, quiet=quiet)]
+
+
+def _copy_faults(path: Path) -> Iterator[str]:
+    """Every manifest that the cache has had must be what its name says."""
+    for one in known_ids(path):
+        try:
+            found = sha256(read_inside(path, f"{MANIFESTS}/{one}.json", MAX_BYTES)).hexdigest()
+        except DamagedCacheError as exc:
+            yield exc.message
+            continue
+        if found != one:
+            yield f"{MANIFESTS}/{one}.json: has sha256 {found}"
+
+
+def _sample_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+    """What the table of samples says against itself or the manifest: every id once, and the fingerprint."""
+    try:
+        table = read_samples(path, manifest.files, manifest.plan)
+    except DamagedCacheError as exc:
+        yield exc.message
+        return
+    if table.has_duplicates():
+        yield f"{SAMPLES}: a sample id stands there twice"
+    elif table.fingerprint() != manifest.plan.samples.fingerprint:
+        yield f"{SAMPLES}: its samples have another fingerprint than the manifest's"
+
+
+Found = str | Damage
+
+
+def _checked(
+    path: Path, manifest: Manifest, *, full: bool, quiet: bool
+) -> Iterator[tuple[StoredFile, Sequence[Found]]]:
+    """(file, what is wrong with it) of every file that is not as the manifest says."""
+    whole = []
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashing lets other threads run
+        tqdm(
+            total=manifest.nbytes if full else 0,
+            desc="verify",
+            unit="B",
+            unit_scale=True,
+            disable=quiet or not full or None,
+            leave=False,
+        ) as bar,
+    ):
+        for file, found in zip(
+            manifest.files, pool.map(lambda one: _file_faults(path, one, full), manifest.files), strict=True
+        ):
+            bar.update(file.nbytes)
+            if found:
+                yield file, found
+            else:
+                whole.append(file)
+    if full:  # HDF5 is opened where every byte is known to be the writer's
+        for file, faults in structure_faults(path, whole):
+            if faults:
+                yield file, faults
+
+
+def _file_faults(path: Path, file: StoredFile, full: bool) -> Sequence[Found]:
+    try:
+        fd = open_checked(path, file)
+    except DamagedCacheError as exc:
+        return [exc.message.removeprefix(f"{path / file.path}: ")]
+    try:
+        found = sha256_of(fd) if full else file.sha256
+        if found == file.sha256:
+            return []
+        # the checksums say where: they need no look while the whole file's hash is right
+        names = [name for name in file.arrays if not name.endswith(CRC_SUFFIX)]
+        damage = [damage_of(file, name, block) for name in names for block in bad_blocks(fd, file, name)]
+        return [*damage, f"sha256 is {found}, the manifest says {file.sha256}"]
+    finally:
+        os.close(fd)
+
+
+def _told(path: Path, manifest: Manifest, found: Found) -> str:
+    """A fault as a sentence; samples are named where samples.h5 can still tell them."""
+    if isinstance(found, str) or found.rows is None:
+        return str(found)
+    try:
+        samples: Any = read_samples(path, manifest.files, manifest.plan)
+    except DamagedCacheError:
+        return str(found)
+    keys = (samples.key(row) for row in range(*found.rows))
+    return f"{found}; samples {first_offenders(keys, found.rows[1] - found.rows[0])}"

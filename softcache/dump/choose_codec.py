@@ -1,0 +1,314 @@
+"""What codecs cost and keep on a teacher's own rows, and which one a dump takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.cache.plan import MemberInfo
+from softcache.codecs import Codec, Probe, make_codec
+from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
+from softcache.config import StorageOptions, flag_of
+from softcache.data.loading import ViewedSet
+from softcache.dump.features_for import features_for
+from softcache.dump.job import Job
+from softcache.dump.layout import (
+    Arrays,
+    Promise,
+    Storage,
+    asked_codec,
+    constants_bytes,
+    needs_fit,
+    promise_of,
+    restore,
+    stored_features,
+)
+from softcache.dump.teacher import Teacher
+from softcache.errors import CodecFitError, CodecRangeError, ConfigError, TeacherError, first_offenders, nearest
+
+DEFAULT_CODEC = "float16"
+CHECKED_SAMPLES = 64  # of the first batch, which is run twice
+FITTED_ROWS = 2048  # on which codecs are fitted
+MEASURED_ROWS = 1024  # others, on which they are compared
+PROBE_NUMBERS = 2**26  # logits held at once: fewer rows where there are many classes
+HEADROOM = 2.0  # a codec is picked when its worst record on the probe is this far below the promise
+
+CANDIDATES = (
+    "float32",
+    "float16",
+    "int8",
+    "headtail:k=8,bits=8",
+    "headtail:k=16,bits=6",
+    "headtail:k=16,bits=4",
+    "lowrank",
+    "linear_head:dtype=float16",
+    "linear_head:dtype=int8",
+    "topk:k=10",
+    "topk:k=100",
+)
+
+
+class Prober:
+    """Runs teachers on some of the rows, at view 0: what codecs are fitted on and compared by, whatever is dumped later."""
+
+    def __init__(self, viewed: ViewedSet, order: np.ndarray, batch_size: int) -> None:
+        self._viewed, self._order, self._batch_size = viewed, order, batch_size
+        self._rows: dict[tuple[str, int, int], Probe] = {}
+
+    def items(self, start: int, count: int) -> list[Any]:
+        """Rendered samples of rows [start, start + count), fewer at the end."""
+        return [self._viewed.render(int(i), 0) for i in self._order[start : start + count]]
+
+    def first_batch(self, teacher: Teacher) -> Any:
+        """The collated inputs of the first rows."""
+        return teacher.collate(self.items(0, CHECKED_SAMPLES))
+
+    def fitting_rows(self, teacher: Teacher) -> Probe:
+        """What a codec is fitted on."""
+        return self._run(teacher, 0, _at_most(FITTED_ROWS, teacher.num_classes))
+
+    def measuring_rows(self, teacher: Teacher) -> Probe:
+        """Rows behind those of the fit, where there are enough; else the same."""
+        start, count = _at_most(FITTED_ROWS, teacher.num_classes), _at_most(MEASURED_ROWS, teacher.num_classes)
+        start = min(start, max(0, len(self._order) - count))
+        return self._run(teacher, start, count)
+
+    def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
+        key = (teacher.name, start, count)
+        if key not in self._rows:
+            head = teacher.find_head(self.first_batch(teacher))
+            before, teacher.head = teacher.head, head
+            logits, inputs = [], []
+            for begin in range(start, min(start + count, len(self._order)), self._batch_size):
+                size = min(self._batch_size, start + count - begin)
+                output = teacher(teacher.collate(self.items(begin, size)))
+                self._check_finite(teacher, output.logits, begin)
+                logits.append(output.logits.cpu())
+                if output.head_input is not None:
+                    inputs.append(output.head_input.cpu())
+            teacher.head = before
+            weight, bias = teacher.head_constants(head) if head is not None else (None, None)
+            if weight is not None and bias is None:
+                bias = torch.zeros(len(weight))
+            self._rows[key] = Probe(torch.cat(logits), torch.cat(inputs) if inputs else None, weight, bias)
+        return self._rows[key]
+
+    def _check_finite(self, teacher: Teacher, logits: torch.Tensor, begin: int) -> None:
+        bad = (~logits.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            keys = self._viewed.transfer_set.keys
+            named = first_offenders((keys[int(self._order[begin + i])] for i in bad), len(bad))
+            raise TeacherError(
+                f"teacher {teacher.name!r} gave logits that are not finite for {len(bad)} samples of this batch: {named}",
+                tip="look at these samples; under autocast fp16 try --autocast bf16 or none",
+            )
+
+
+def _at_most(rows: int, num_classes: int) -> int:
+    return min(rows, max(256, PROBE_NUMBERS // num_classes))
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """One codec on one teacher's rows.
+
+    Attributes:
+        codec: as `--codec` takes it.
+        arrays: of one record, its bound included: data set -> (dtype, shape).
+        constants: what stands once for all records, likewise.
+        record_bytes: of a record with its bound, dense rows counted in.
+        seconds: to encode and check one record.
+        mean_kl, worst_kl: temperature -> nats; a temperature that the codec does not serve is left out.
+        agreement: share of records whose largest class is kept.
+        dense: share of records that are kept dense.
+        refused: why it cannot be used; the rest is then empty.
+    """
+
+    codec: str
+    arrays: Arrays = field(default_factory=dict)
+    constants: Arrays = field(default_factory=dict)
+    record_bytes: float = 0.0
+    seconds: float = 0.0
+    mean_kl: Mapping[float, float] = field(default_factory=dict)
+    worst_kl: Mapping[float, float] = field(default_factory=dict)
+    agreement: float = 0.0
+    dense: float = 0.0
+    refused: str = ""
+
+
+def candidates(num_classes: int) -> list[str]:
+    """The codecs worth comparing: none whose head would be the whole row."""
+    heads = {text: asked_codec(text, num_classes, None) for text in CANDIDATES if text.startswith(("headtail", "topk"))}
+    return [text for text in CANDIDATES if text not in heads or getattr(heads[text], "k", 0) < num_classes]
+
+
+def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise | None) -> Surveyed:
+    """Fit a codec on some rows of a teacher and measure it on others."""
+    num_classes = teacher.num_classes
+    try:
+        codec = asked_codec(text, num_classes, promise)
+        codec = codec.fit(prober.fitting_rows(teacher)) if needs_fit(codec) else codec
+        given = prober.measuring_rows(teacher)
+        begin = time.perf_counter()
+        coded = codec.encode(given.logits, given.head_input)
+        decoded = codec.decode(coded) if codec.complete else None
+        if codec.bounded and decoded is not None:
+            eps = round_up_to_half(eps_of(codec, given.logits, coded, decoded))
+            if not bool(eps.isfinite().all()):
+                raise CodecRangeError(f"codec {codec.name!r} cannot hold these logits: they are too large")
+        seconds = (time.perf_counter() - begin) / len(given.logits)
+    except (CodecFitError, CodecRangeError, ConfigError) as exc:
+        return Surveyed(text, refused=exc.message)
+    dense = len(coded["dense_at"]) / len(given.logits) if "dense_at" in coded else 0.0
+    grid = Storage(codec, promise=promise if promise and codec.serves(promise.temperature) else None).grid
+    kl = {t: kl_at(codec, given.logits, coded, decoded, t) for t in grid}
+    best = given.logits.argmax(dim=1)
+    agreed = 1.0 if decoded is None else float((decoded.argmax(dim=1) == best).double().mean())
+    storage = Storage(codec)
+    return Surveyed(
+        text,
+        storage.arrays(),
+        {name: (array.dtype.newbyteorder("<").str, array.shape) for name, array in storage.constants().items()},
+        storage.record_bytes + dense * 2 * num_classes,
+        seconds,
+        {t: float(rows.mean()) for t, rows in kl.items()},
+        {t: float(rows.max()) for t, rows in kl.items()},
+        agreed,
+        dense,
+    )
+
+
+def pick_codec(teachers: Sequence[Teacher], prober: Prober, promise: Promise, records: int) -> str:
+    """The codec that keeps every class and, with headroom, the promise on the probed rows of every teacher in the least space.
+
+    Args:
+        records: of one teacher; constants are stored once for all of them.
+    """
+    best: tuple[float, str] | None = None
+    for text in candidates(teachers[0].num_classes):
+        found = [survey_codec(text, teacher, prober, promise) for teacher in teachers]
+        if all(keeps(one, promise) for one in found):
+            size = sum(records * one.record_bytes + constants_bytes(one.constants) for one in found)
+            best = min(best, (size, text)) if best is not None else (size, text)
+    if best is None:
+        raise CodecFitError(f"no codec keeps {promise} on these teachers", tip="raise --max-kl, or use --codec float32")
+    return best[1]
+
+
+def keeps(found: Surveyed, promise: Promise) -> bool:
+    """Whether a surveyed codec may be picked for a promise; one that keeps failing rows dense needs no headroom."""
+    if found.refused or found.codec.startswith("topk") or promise.temperature not in found.worst_kl:
+        return False
+    headroom = 1.0 if found.codec.startswith("lowrank") else HEADROOM
+    return found.worst_kl[promise.temperature] * headroom <= promise.max_kl
+
+
+def choose_storages(
+    config: StorageOptions, job: Job, teachers: Sequence[Teacher], prober: Prober, out: Path | None
+) -> dict[str, Storage]:
+    """Member -> how it is stored: as the cache or an interrupted dump has it, as --codec says, or as --max-kl picks.
+
+    The teachers' taps are set to what their storage needs.
+    """
+    num_classes = teachers[0].num_classes
+    known = {teacher.name: job.known_member(teacher.name) for teacher in teachers}
+    if job.base is not None and job.new_views:
+        for name in ("codec", "max_kl", "features", "for_"):
+            if getattr(config, name) not in (None, ()):
+                raise ConfigError(f"{flag_of(name)} cannot be given with more views: the cache's members keep theirs")
+        return {t.name: _as_before(job, t, prober, out) for t in teachers}
+    promise = promise_of(config, multi_label=teachers[0].multi_label)
+    text = config.codec
+    if text is None and not all(known.values()):
+        records = len(job.order) * job.views
+        text = pick_codec(teachers, prober, promise, records) if promise is not None else DEFAULT_CODEC
+    storages = {}
+    for teacher in teachers:
+        before, wanted = known[teacher.name], asked_codec(text, num_classes, promise) if text is not None else None
+        if before is not None and (wanted is None or _same(before.codec, wanted)):
+            assert out is not None
+            codec = restore(before, num_classes, job.known_constants(out, teacher.name))
+        else:
+            assert wanted is not None
+            codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
+        _check_served(codec, promise)
+        texts = _asked_of(config.features, teacher, known)
+        named = {str(spec) for spec in teacher.parse_features(texts)} if texts else set()
+        needed = features_for(config.for_, teacher, prober.first_batch(teacher), codec)
+        texts += [text for text in needed if text not in named]
+        storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober)
+    return storages
+
+
+def _as_before(job: Job, teacher: Teacher, prober: Prober, out: Path | None) -> Storage:
+    """How the cache stores a member already: its codec, its features and its promise hold for more views too."""
+    before = job.known_member(teacher.name)
+    assert before is not None
+    assert out is not None
+    return storage_of(before, teacher, job.known_constants(out, teacher.name), prober)
+
+
+def storage_of(
+    member: MemberInfo, teacher: Teacher, constants: Mapping[str, np.ndarray] | None, prober: Prober
+) -> Storage:
+    """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None."""
+    if constants is not None:
+        codec = restore(member, teacher.num_classes, constants)
+    else:
+        codec = make_codec(member.codec["name"], member.codec["parameters"], teacher.num_classes)
+        codec = codec.fit(prober.fitting_rows(teacher))
+    promise = None if member.promise is None else Promise.from_json(member.promise)
+    dtype = member.features[0].dtype if member.features else "float16"
+    return _tapped(teacher, codec, [feature.name for feature in member.features], dtype, promise, prober)
+
+
+def _tapped(
+    teacher: Teacher, codec: Codec, texts: Sequence[str], dtype: str, promise: Promise | None, prober: Prober
+) -> Storage:
+    """The storage, with the teacher's taps set to what it needs."""
+    batch = prober.first_batch(teacher)
+    features = stored_features(teacher, texts, dtype, batch)
+    head = teacher.find_head(batch) if features or codec.needs_head else None
+    teacher.features = tuple(feature.spec for feature in features)
+    teacher.head = head if codec.needs_head else None
+    return Storage(codec, features, promise, _head_arrays(teacher, head) if features else {})
+
+
+def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> list[str]:
+    """The features asked of one member: all that name none, and those written `member=layer:reduction`."""
+    asked = []
+    for text in (part.strip() for whole in texts for part in whole.split(",")):
+        member, equals, feature = text.partition("=")
+        if equals and member not in names:
+            raise ConfigError(f"--features {text!r}: no member is called {member!r}", tip=nearest(member, names))
+        if not equals or member == teacher.name:
+            asked.append(feature if equals else text)
+    return asked
+
+
+def _check_served(codec: Codec, promise: Promise | None) -> None:
+    if promise is not None and not codec.serves(promise.temperature):
+        lowest, highest = codec.temperatures or (0.0, 0.0)
+        raise ConfigError(
+            f"--at-temperature {promise.temperature:g}: codec {codec.name!r} serves temperatures from {lowest:g} to "
+            f"{highest:g}",
+            tip="promise it at one of these, or use a codec that keeps every class",
+        )
+
+
+def _same(before: Mapping[str, Any], wanted: Codec) -> bool:
+    return before["name"] == wanted.name and dict(before["parameters"]) == wanted.parameters
+
+
+def _head_arrays(teacher: Teacher, head: torch.nn.Linear | None) -> dict[str, np.ndarray]:
+    if head is None or teacher.head is not None:  # linear_head keeps the layer itself
+        return {}
+    weight, bias = teacher.head_constants(head)
+    arrays = {"head_weight": weight.numpy()}
+    return arrays if bias is None else {**arrays, "head_bias": bias.numpy()}

@@ -1,0 +1,225 @@
+"""One batch of one member: teacher, codec and measurements on the device, then the copy to the host and the last checks.
+
+The two halves are apart so that the device computes the next batch while the host writes this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softcache.cache.samples import SampleTable
+from softcache.cache.statistics import Divergence, MemberStatistics
+from softcache.codecs import Codec
+from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
+from softcache.dump.layout import Storage
+from softcache.dump.teacher import Teacher
+from softcache.errors import CodecFitError, CodecRangeError, TeacherError, first_offenders
+
+MEASURED_ROWS = 32  # of each batch, on which the divergence over the grid of temperatures is measured
+
+
+@dataclass
+class Encoded:
+    """One member's encoded batch on its way to the host."""
+
+    member: str
+    storage: Storage
+    arrays: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]  # dense, dense_at; empty for most codecs
+    measured: Mapping[str, Tensor]
+    floored: int
+    samples: SampleTable
+    rows: np.ndarray
+    ready: Any = field(default=None)
+
+    def append_to(self, out: Any) -> None:
+        """Check what only the host can see cheaply, and write. Errors name the first samples."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        host = {name: value.numpy() for name, value in self.arrays.items()}
+        measured = {name: value.numpy() for name, value in self.measured.items()}
+        self._check(host, measured)
+        if "dense_at" in self.dense:
+            _number_dense_rows(out, self.member, self.storage.codec, host["records"], self.dense)
+        out.append(self.member, host, self._statistics(host, measured))
+
+    def _check(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> None:
+        codec, promise = self.storage.codec, self.storage.promise
+        if not measured["finite"].all():
+            raise TeacherError(
+                f"teacher {self.member!r} gave logits that are not finite for "
+                + self._named(~measured["finite"].astype(bool)),
+                tip="look at these samples; under autocast fp16 try --autocast bf16 or none",
+            )
+        if "eps" in host and not np.isfinite(host["eps"]).all():
+            raise CodecRangeError(
+                f"codec {codec.name!r} cannot hold the logits of teacher {self.member!r}, they are too large, for "
+                + self._named(~np.isfinite(host["eps"])),
+                tip="use --codec float32",
+            )
+        for feature in self.storage.features:
+            error = host[feature.error_name]
+            if not np.isfinite(error).all():
+                raise TeacherError(
+                    f"feature {feature.name!r} of teacher {self.member!r} is not finite, or too large to be stored, for "
+                    + self._named(~np.isfinite(error)),
+                    tip="look at these samples; --feature-dtype float16 holds up to 65504",
+                )
+        if promise is not None:
+            broken = measured["promised_kl"] > promise.max_kl
+            if broken.any():
+                worst = float(measured["promised_kl"].max())
+                raise CodecFitError(
+                    f"codec {codec.name!r} does not keep {promise}: KL {worst:.3g} for " + self._named(broken),
+                    tip="use --codec lowrank, which keeps such rows dense, or headtail or float16; finished shards stay, but "
+                    "another codec needs another --out",
+                )
+
+    def _named(self, where: np.ndarray) -> str:
+        return _named(where, self.samples, self.rows)
+
+    def _statistics(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> MemberStatistics:
+        correct, labelled, entropy, agreed = measured["sums"].tolist()
+        kl = measured["kl"]  # (grid, measured rows); empty for multi-label targets
+        return MemberStatistics(
+            records=len(self.rows),
+            labelled=int(labelled),
+            correct=int(correct),
+            entropy_sum=entropy,
+            max_eps=float(host["eps"].max(initial=0.0)) if "eps" in host else 0.0,
+            floored=self.floored,
+            dense=len(self.dense["dense_at"]) if self.dense else 0,
+            measured=kl.shape[1],
+            agreed=int(agreed),
+            kl={
+                f"{t:g}": Divergence(float(r.sum()), float(r.max())) for t, r in zip(self.storage.grid, kl, strict=True)
+            }
+            if kl.size
+            else {},
+            feature_errors={f.name: float(host[f.error_name].max()) for f in self.storage.features},
+        )
+
+
+def encode(
+    teacher: Teacher, storage: Storage, inputs: Any, labels: np.ndarray, samples: SampleTable, rows: np.ndarray
+) -> Encoded:
+    """Teacher, codec and measurements, on the teacher's device; the result is on its way to the host when this returns."""
+    try:
+        output = teacher(inputs)
+        if len(output.logits) != len(rows):
+            raise TeacherError(
+                f"teacher {teacher.name!r} gave {len(output.logits)} rows for {len(rows)} samples",
+                tip="one row of logits per sample, in their order",
+            )
+    except TeacherError as exc:
+        exc.add_note(f"in the batch of {_listed(samples, rows, len(rows))}")
+        raise
+    finite = output.logits.isfinite().all(dim=1)
+    logits = torch.where(finite[:, None], output.logits, 0.0)
+    codec = storage.codec
+    head_input = None if output.head_input is None else torch.where(finite[:, None], output.head_input, 0.0)
+    coded = _encoded(codec.encode, (logits, head_input), f"teacher {teacher.name!r}", samples, rows)
+    arrays = {name: coded[name] for name in codec.arrays}
+    decoded = codec.decode(coded) if codec.complete else None
+    if decoded is not None and codec.bounded:
+        eps = eps_of(codec, logits, coded, decoded)
+        arrays["eps"] = round_up_to_half(eps + output.rounding if teacher.rounds else eps)
+    for feature in storage.features:
+        values = output.features[feature.name]
+        what = f"feature {feature.name!r} of teacher {teacher.name!r}"
+        stored = _encoded(feature.codec.encode, (values,), what, samples, rows)
+        arrays |= {feature.prefix + name: value for name, value in stored.items()}
+        error = feature.codec.error(values, feature.codec.decode(stored))
+        arrays[feature.error_name] = round_up_to_half(error.float())
+    measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}
+    measured["kl"] = _divergences(storage, logits, coded, decoded, single=labels.ndim == 1)
+    if storage.promise is not None:
+        measured["promised_kl"] = kl_at(codec, logits, coded, decoded, storage.promise.temperature)
+    dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}
+    ready = None
+    if logits.is_cuda:
+        arrays, dense, measured = ({n: _to_pinned(v) for n, v in part.items()} for part in (arrays, dense, measured))
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(logits.device))
+    return Encoded(teacher.name, storage, arrays, dense, measured, output.floored, samples, rows, ready)
+
+
+def _encoded(
+    encode: Callable[..., dict[str, Tensor]],
+    values: Sequence[Tensor | None],
+    what: str,
+    samples: SampleTable,
+    rows: np.ndarray,
+) -> dict[str, Tensor]:
+    """encode(*values); the error for numbers that it cannot hold names the samples that have them."""
+
+    def holds(i: int) -> bool:
+        try:
+            encode(*(value if value is None else value[i : i + 1] for value in values))
+        except CodecRangeError:
+            return False
+        return True
+
+    try:
+        return encode(*values)
+    except CodecRangeError as exc:
+        bad = np.array([not holds(i) for i in range(len(rows))])
+        raise CodecRangeError(f"{what}: {exc.message}, for {_named(bad, samples, rows)}", tip=exc.tip) from None
+
+
+def _named(where: np.ndarray, samples: SampleTable, rows: np.ndarray) -> str:
+    """How many samples of the batch, and the keys of the first ones."""
+    bad = np.flatnonzero(where)
+    return f"{len(bad)} samples of this batch: " + _listed(samples, rows[bad], len(bad))
+
+
+def _listed(samples: SampleTable, rows: np.ndarray, count: int) -> str:
+    return first_offenders((samples.key(int(row)) for row in rows), count)
+
+
+def _divergences(
+    storage: Storage, logits: Tensor, coded: Mapping[str, Tensor], decoded: Tensor | None, *, single: bool
+) -> Tensor:
+    """(grid, n) KL of the first rows of the batch; (0, 0) for multi-label targets."""
+    if not single:
+        return logits.new_zeros(0, 0)
+    count = MEASURED_ROWS
+    few = {name: value[:count] for name, value in coded.items() if name not in ("dense", "dense_at")}
+    shown = None if decoded is None else decoded[:count]
+    return torch.stack([kl_at(storage.codec, logits[:count], few, shown, t) for t in storage.grid])
+
+
+def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray) -> Tensor:
+    """(4,) float64: correct, labelled, sum of entropies; and of the measured rows, those whose largest class is kept."""
+    log_p = logits.log_softmax(dim=1)  # float32: a mean over many rows needs no more
+    entropy = -(log_p.exp() * log_p).nansum(dim=1, dtype=torch.float64).sum()
+    largest = logits.argmax(dim=1)
+    if labels.ndim == 1:
+        truth = torch.from_numpy(labels.astype(np.int64)).to(logits.device)
+        correct, labelled = (largest == truth).sum(), (truth >= 0).sum()
+        few = largest[:MEASURED_ROWS]
+        agreed = few >= 0 if decoded is None else few == decoded[:MEASURED_ROWS].argmax(dim=1)
+    else:
+        correct = labelled = torch.zeros((), device=logits.device)
+        agreed = torch.zeros(1, device=logits.device)
+    return torch.stack([correct.double(), labelled.double(), entropy, agreed.sum().double()])
+
+
+def _number_dense_rows(out: Any, member: str, codec: Codec, records: np.ndarray, dense: Mapping[str, Tensor]) -> None:
+    """Hand the dense rows over, and write each one's number into its record."""
+    at = dense["dense_at"].numpy()
+    if not len(at):
+        return
+    (place,) = (f for f in codec.fields if f.name == "dense")
+    out.append_dense_of(member, dense["dense"].numpy(), records, at, place.offset)
+
+
+def _to_pinned(value: Tensor) -> Tensor:
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return host.copy_(value, non_blocking=True)

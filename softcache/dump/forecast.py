@@ -1,0 +1,320 @@
+"""softcache plan: what a dump would cost and keep, before it is paid for. Measured on some of the samples.
+
+Sizes are computed from the layout, fidelity is measured on rows that the codecs were not fitted on, and the time is
+extrapolated from small dumps of the same command into a temporary folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from softcache.cache.schema import ArraySpec, Layout, plan_layout
+from softcache.cache.write.shard import file_bytes
+from softcache.codecs.fidelity import GRID
+from softcache.config import DumpConfig, PlanConfig
+from softcache.data.drift import make_probe
+from softcache.data.loading import Partners, ViewedSet
+from softcache.data.transfer_set import TransferSet
+from softcache.dump import flow as dump
+from softcache.dump.choose_codec import Prober, Surveyed, candidates, choose_storages, survey_codec
+from softcache.dump.job import Job, new_job
+from softcache.dump.layout import Arrays, Promise, Storage, asked_codec, constants_bytes, promise_of
+from softcache.dump.teacher import Teacher
+from softcache.errors import CodecFitError
+from softcache.machine import pick_device, pick_threads
+from softcache.report.tables import percent, size, table
+
+TRIAL_SECONDS = 6.0  # how long the larger trial dump should take
+FEWEST_ROWS, MOST_ROWS = 512, 16384
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a dump takes: seconds to begin and to end, per sample read, and per view written."""
+
+    fixed: float
+    per_sample: float
+    per_view: float
+
+    def seconds(self, samples: int, views: int) -> float:
+        return self.fixed + samples * (self.per_sample + views * self.per_view)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One codec of the plan, over all members.
+
+    Attributes:
+        found: member -> what was measured.
+        nbytes: of the whole cache.
+        seconds: of the whole dump.
+    """
+
+    codec: str
+    found: Mapping[str, Surveyed]
+    nbytes: int
+    seconds: float
+
+    @property
+    def refused(self) -> str:
+        return next((one.refused for one in self.found.values() if one.refused), "")
+
+    def worst(self, temperature: float) -> float | None:
+        """The worst KL of a record of any member; None where the codec does not serve the temperature."""
+        values = [one.worst_kl.get(temperature) for one in self.found.values()]
+        return None if self.refused or None in values else max(v for v in values if v is not None)
+
+    def mean(self, temperature: float) -> float | None:
+        """The largest mean KL of a member."""
+        values = [one.mean_kl.get(temperature) for one in self.found.values()]
+        return None if self.refused or None in values else max(v for v in values if v is not None)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `softcache plan` found.
+
+    Attributes:
+        samples, views, members, classes: what is to be dumped.
+        choices: the codecs compared, the chosen one among them.
+        chosen: the codec that this command would dump with.
+        promise: what --max-kl asks for.
+        features: member -> feature -> bytes of a record.
+    """
+
+    samples: int
+    views: int
+    members: int
+    classes: int
+    choices: Sequence[Choice]
+    chosen: str
+    promise: Promise | None
+    features: Mapping[str, Mapping[str, int]]
+
+    @property
+    def choice(self) -> Choice:
+        return next(one for one in self.choices if one.codec == self.chosen)
+
+    def text(self) -> str:
+        """The table for people."""
+        grid = [*GRID, *([self.promise.temperature] if self.promise and self.promise.temperature not in GRID else [])]
+        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", *(f"KL T={t:g}" for t in grid), "top-1 kept"]
+        rows = [self._row(one, grid) for one in self.choices if not one.refused]
+        refused = [f"  {one.codec}: {one.refused}" for one in self.choices if one.refused]
+        chosen = self.choice
+        lines = [
+            f"{self.samples:,} samples x {self.views} views x {self.members} members, {self.classes:,} classes; "
+            "KL in nats, mean / worst record",
+            "",
+            table(header, rows),
+        ]
+        for member, kept in self.features.items():
+            lines += [
+                f"  feature {name} of {member}: {nbytes:,} bytes a record, counted in" for name, nbytes in kept.items()
+            ]
+        if refused:
+            lines += ["", "not for this teacher:", *refused]
+        lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
+        if self.promise is not None:
+            worst = chosen.worst(self.promise.temperature)
+            shown = "dense where it fails" if chosen.codec.startswith("lowrank") else f"worst {worst:.2g}"
+            lines[-1] += f"; {self.promise}: {shown}, checked again on every record while dumping"
+        return "\n".join(lines)
+
+    def _row(self, one: Choice, grid: Sequence[float]) -> list[str]:
+        largest = max(found.record_bytes for found in one.found.values())
+        cells = [">" if one.codec == self.chosen else "", one.codec, f"{largest:,.1f}", size(one.nbytes)]
+        cells += [_duration(one.seconds), f"{one.nbytes / 1e6 / max(1e-9, one.seconds):.1f}"]
+        for t in grid:
+            mean, worst = one.mean(t), one.worst(t)
+            cells.append("-" if mean is None or worst is None else f"{mean:.1e} / {worst:.1e}")
+        return [*cells, percent(min(found.agreement for found in one.found.values()))]
+
+    def to_json(self) -> dict[str, object]:
+        """The same for machines."""
+        return {
+            "samples": self.samples,
+            "views": self.views,
+            "members": self.members,
+            "classes": self.classes,
+            "chosen": self.chosen,
+            "features": {member: dict(kept) for member, kept in self.features.items()},
+            "codecs": {
+                one.codec: {"refused": one.refused}
+                if one.refused
+                else {
+                    "bytes": one.nbytes,
+                    "seconds": one.seconds,
+                    "record_bytes": max(found.record_bytes for found in one.found.values()),
+                    "agreement": min(found.agreement for found in one.found.values()),
+                    "kl": {f"{t:g}": {"mean": one.mean(t), "worst": one.worst(t)} for t in GRID},
+                }
+                for one in self.choices
+            },
+        }
+
+
+def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
+    """Measure codecs on the teachers' own rows, and small dumps for the time; nothing is kept.
+
+    Raises:
+        SoftcacheError: and its children, as the dump would raise them.
+    """
+    torch.set_num_threads(pick_threads(config.threads))
+    begin = time.monotonic()
+    _open(config)
+    middle = time.monotonic()
+    transfer_set, job, viewed, prober, teachers = _open(config)
+    once = max(0.0, 2 * middle - begin - time.monotonic())  # what a process loads the first time, as a dump's will
+    promise = promise_of(config, multi_label=transfer_set.multi_label)
+    storages = choose_storages(config, job, teachers, prober, None)
+    chosen = storages[teachers[0].name].codec.text
+    # as a dump would write them, so that the chosen one is not there twice
+    classes = transfer_set.num_classes
+    texts = list(dict.fromkeys([*(asked_codec(t, classes, promise).text for t in candidates(classes)), chosen]))
+    surveyed = {text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in texts}
+    tried = chosen
+    try:
+        rates = _rates(config, transfer_set, job, tried)
+    except CodecFitError:  # it suits the whole set, and not the few samples of a trial
+        tried = "float32"
+        rates = _rates(config, transfer_set, job, tried)
+    rates, probe_bytes = replace(rates, fixed=rates.fixed + once), _probe_bytes(viewed, job)
+    heads = {t.name: _head_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
+    features = {name: {f.name: f.nbytes for f in s.features} for name, s in storages.items() if s.features}
+    base = sum(one.seconds for one in surveyed[tried].values())
+    choices = []
+    for text, found in surveyed.items():
+        if any(one.refused for one in found.values()):
+            choices.append(Choice(text, found, 0, 0.0))
+            continue
+        per_view = rates.per_view + sum(one.seconds for one in found.values()) - base
+        seconds = replace(rates, per_view=max(0.0, per_view)).seconds(len(transfer_set), job.views)
+        kept = {} if asked_codec(text, classes, promise).needs_head else heads  # linear_head has the layer itself
+        nbytes = probe_bytes + _cache_bytes(config, transfer_set, job, found, storages, kept)
+        choices.append(Choice(text, found, nbytes, seconds))
+    choices.sort(key=lambda one: (bool(one.refused), -one.nbytes))
+    return Forecast(
+        len(transfer_set), job.views, len(teachers), transfer_set.num_classes, choices, chosen, promise, features
+    )
+
+
+def _open(config: PlanConfig) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
+    """What a dump opens before its first row."""
+    transfer_set, _ = dump.open_samples(config)
+    job = new_job(config, transfer_set)
+    viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
+    prober = Prober(viewed, job.order, config.batch_size)
+    teachers = dump.open_teachers(config, prober, transfer_set, pick_device(config.device))
+    return transfer_set, job, viewed, prober, teachers
+
+
+def _cache_bytes(
+    config: PlanConfig,
+    transfer_set: TransferSet,
+    job: Job,
+    found: Mapping[str, Surveyed],
+    storages: Mapping[str, Storage],
+    heads: Mapping[str, Arrays],
+) -> int:
+    """Of all files together, to the byte but for rows that a codec keeps dense."""
+    count, classes = len(transfer_set), transfer_set.num_classes
+    records = {name: {**one.arrays, **_feature_arrays(storages[name])} for name, one in found.items()}
+    largest = max(sum(ArraySpec("", d, s).nbytes for d, s in arrays.values()) for arrays in records.values())
+    layout = plan_layout(count, job.views, len(found), largest, shard_rows=config.shard_rows)
+    labels = ArraySpec("labels", "|u1", (count, -(-classes // 8))) if transfer_set.multi_label else None
+    samples = [
+        ArraySpec("ids", "<u8", (count,)),
+        labels or ArraySpec("labels", "<i4", (count,)),
+        ArraySpec("digests", "|u1", (count, 16)),
+    ]
+    if not config.no_keys:
+        key_bytes = sum(len(key.encode()) for key in transfer_set.keys)
+        samples += [ArraySpec("key_bytes", "|u1", (key_bytes,)), ArraySpec("key_offsets", "<u8", (count + 1,))]
+    total = file_bytes(samples)
+    for name, arrays in records.items():
+        total += _parts_bytes(layout, arrays)
+        total += _dense_bytes(layout, found[name].dense, classes)
+        total += constants_bytes({**found[name].constants, **heads.get(name, {})})
+    return total + _parts_bytes(layout, {"pixel_digests": ("<u4", ())})
+
+
+def _head_arrays(teacher: Teacher, prober: Prober) -> Arrays:
+    """Of the final linear layer, which is kept beside features."""
+    head = teacher.find_head(prober.first_batch(teacher))
+    if head is None:
+        return {}
+    weight, bias = teacher.head_constants(head)
+    arrays: Arrays = {"head_weight": ("<f4", tuple(weight.shape))}
+    return arrays if bias is None else {**arrays, "head_bias": ("<f4", tuple(bias.shape))}
+
+
+def _feature_arrays(storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: spec for feature in storage.features for name, spec in feature.arrays().items()}
+
+
+def _parts_bytes(layout: Layout, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Of one member's parts; parts of one shape are of one size."""
+    sizes: dict[tuple[int, int], int] = {}
+    total = 0
+    for span in layout.spans():
+        shape = (span.views, span.rows)
+        if shape not in sizes:
+            sizes[shape] = file_bytes([ArraySpec(n, d, (*shape, *tail)) for n, (d, tail) in arrays.items()])
+        total += sizes[shape]
+    return total
+
+
+def _dense_bytes(layout: Layout, share: float, classes: int) -> int:
+    """Of the rows that one member's codec will keep dense, if they are as many in every part as on the probe."""
+    counts = Counter(round(share * span.rows * span.views) for span in layout.spans())
+    return sum(n * file_bytes([ArraySpec("logits", "<f2", (rows, classes))]) for rows, n in counts.items() if rows)
+
+
+def _probe_bytes(viewed: ViewedSet, job: Job) -> int:
+    probe = make_probe(lambda row, view: viewed.render(int(job.order[row]), view), len(job.order), job.views)
+    return file_bytes([ArraySpec(n, a.dtype.newbyteorder("<").str, a.shape) for n, a in probe.items()]) if probe else 0
+
+
+def _rates(config: PlanConfig, transfer_set: TransferSet, job: Job, codec: str) -> Rates:
+    """From small dumps of this command: a first one to see how long it takes, two of different size, one of two views."""
+    count = len(transfer_set)
+    with tempfile.TemporaryDirectory(prefix="softcache-plan-") as folder:
+
+        def trial(rows: int, views: int) -> tuple[float, float]:
+            """Seconds of a dump of so many rows and views: those before its first view, and those of one view."""
+            number = len(list(Path(folder).iterdir()))
+            keys = Path(folder) / f"keys-{number}.txt"
+            chosen = np.linspace(0, count - 1, min(rows, count)).astype(np.int64)
+            keys.write_text("".join(f"{transfer_set.keys[int(i)]}\n" for i in chosen), encoding="utf-8")
+            values = {f.name: getattr(config, f.name) for f in fields(PlanConfig)}
+            values |= {"samples": str(keys), "codec": codec, "views": views, "max_kl": None}
+            done = dump.run(DumpConfig(**values, out=str(Path(folder) / f"cache-{number}")), quiet=True)
+            per_view = 1 / done.samples_per_s
+            return max(0.0, done.seconds - len(chosen) * views * per_view), per_view
+
+        few, views = min(count, FEWEST_ROWS), min(2, job.views)
+        trial(few, views)  # the first one also pays for what every process loads once
+        before, per_view = trial(few, views)
+        taken = before + few * views * per_view
+        rows = min(count, MOST_ROWS, max(2 * few, int(few * TRIAL_SECONDS / max(taken, 0.01))))
+        if rows <= few:  # the whole set was tried
+            return Rates(before, 0.0, per_view)
+        before_more, per_view = trial(rows, views)
+        per_sample = max(0.0, (before_more - before) / (rows - few))
+        return Rates(max(0.0, before - few * per_sample), per_sample, per_view)
+
+
+def _duration(seconds: float) -> str:
+    """As people say it."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,202 @@
+"""How a member's records are stored: its codec, its features, and what was promised of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from softcache.cache.plan import FeatureInfo, MemberInfo
+from softcache.cache.schema import ArraySpec, Span
+from softcache.cache.write.shard import file_bytes
+from softcache.codecs import Codec, codec_constants, make_codec, restore_codec
+from softcache.codecs.features import FeatureCodec
+from softcache.codecs.fidelity import grid_of
+from softcache.config import StorageOptions
+from softcache.dump.teacher import Teacher
+from softcache.errors import ConfigError
+from softcache.features.spec import FeatureSpec
+from softcache.features.taps import shapes_of
+from softcache.spec import split_term
+
+
+@dataclass(frozen=True)
+class Promise:
+    """KL(given || stored) of every record at `temperature` is at most `max_kl` nats."""
+
+    max_kl: float
+    temperature: float
+
+    def __str__(self) -> str:
+        return f"KL <= {self.max_kl:g} at T={self.temperature:g}"
+
+    def to_json(self) -> dict[str, str]:
+        return {"max_kl": repr(self.max_kl), "at_temperature": repr(self.temperature)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, str]) -> Promise:
+        return cls(float(entry["max_kl"]), float(entry["at_temperature"]))
+
+
+Arrays = dict[str, tuple[str, tuple[int, ...]]]  # data set -> (NumPy dtype string, shape of one record)
+
+
+def record_bytes(arrays: Arrays) -> int:
+    """Bytes of one record."""
+    return sum(ArraySpec("", dtype, tail).nbytes for dtype, tail in arrays.values())
+
+
+def constants_bytes(constants: Arrays) -> int:
+    """How long the file of a member's constants is; 0 where there are none."""
+    return file_bytes([ArraySpec(name, dtype, shape) for name, (dtype, shape) in constants.items()]) if constants else 0
+
+
+@dataclass(frozen=True)
+class StoredFeature:
+    """One feature of a member: what it is, the shapes of the tapped outputs, how it is stored, the prefix of its data sets."""
+
+    spec: FeatureSpec
+    shapes: tuple[tuple[int, ...], ...]
+    codec: FeatureCodec
+    prefix: str
+
+    @property
+    def name(self) -> str:
+        return str(self.spec)
+
+    @property
+    def error_name(self) -> str:
+        return f"{self.prefix}_error"
+
+    def arrays(self) -> Arrays:
+        """Data set -> (dtype, shape of one record); the last one is the record's relative L2 error."""
+        stored = {self.prefix + name: spec for name, spec in self.codec.arrays.items()}
+        return {**stored, self.error_name: ("<f2", ())}
+
+    @property
+    def nbytes(self) -> int:
+        """Of one record."""
+        return record_bytes(self.arrays())
+
+    def info(self) -> FeatureInfo:
+        names = tuple(self.prefix + name for name in self.codec.arrays)
+        return FeatureInfo(self.name, self.codec.form, names, self.codec.dtype, self.shapes)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one member's records are stored.
+
+    Attributes:
+        head: weight and bias of the teacher's final linear layer, kept beside features.
+    """
+
+    codec: Codec
+    features: Sequence[StoredFeature] = ()
+    promise: Promise | None = None
+    head: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def arrays(self) -> Arrays:
+        """Data set -> (dtype, shape of one record): the codec's, the bound of each record, and the features'."""
+        arrays = dict(self.codec.arrays)
+        if self.codec.bounded:
+            arrays["eps"] = ("<f2", ())
+        for feature in self.features:
+            arrays |= feature.arrays()
+        return arrays
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The temperatures at which fidelity is measured: the codec's, and the promise's."""
+        return tuple(sorted({*grid_of(self.codec), *([self.promise.temperature] if self.promise else [])}))
+
+    def array_specs(self, span: Span) -> list[ArraySpec]:
+        """The data sets of one part."""
+        return [ArraySpec(name, dtype, (span.views, span.rows, *tail)) for name, (dtype, tail) in self.arrays().items()]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record, without rows that a codec keeps dense."""
+        return record_bytes(self.arrays())
+
+    @property
+    def codec_bytes(self) -> int:
+        """Of these, the logits' with their bound."""
+        return self.record_bytes - sum(feature.nbytes for feature in self.features)
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """What stands once for all records: the codec's constants, and the final linear layer beside features."""
+        return {**{f"codec_{name}": value.numpy() for name, value in self.codec.constants.items()}, **self.head}
+
+    def with_constants(self, constants: Mapping[str, np.ndarray]) -> Storage:
+        """The same with the constants that lie on disk: equal for every part and every resume."""
+        return replace(self, codec=self.codec.with_constants(codec_constants(constants)))
+
+
+def promise_of(config: StorageOptions, *, multi_label: bool) -> Promise | None:
+    """The promise that the flags make; ConfigError for one that cannot be kept or checked."""
+    if config.max_kl is None:
+        return None
+    if not (0 < config.max_kl < inf and 0 < config.at_temperature < inf):
+        raise ConfigError(
+            f"--max-kl {config.max_kl:g} --at-temperature {config.at_temperature:g}: both must be numbers > 0"
+        )
+    if multi_label:
+        raise ConfigError(
+            "--max-kl promises a divergence between softmax targets; this set has several labels per sample",
+            tip="choose a codec with --codec; its eps bounds every logit",
+        )
+    return Promise(float(config.max_kl), float(config.at_temperature))  # a NumPy number writes itself otherwise
+
+
+def asked_codec(text: str, num_classes: int, promise: Promise | None) -> Codec:
+    """The codec that `name:key=value,...` names, not fitted; lowrank takes the promise as its own."""
+    name, parameters = split_term(text, "--codec")
+    if name == "lowrank" and promise is not None:
+        parameters = {"max_kl": str(promise.max_kl), "at_temperature": str(promise.temperature), **parameters}
+    return make_codec(name, parameters, num_classes)
+
+
+def needs_fit(codec: Codec) -> bool:
+    """Whether it has constants that are found on a probe."""
+    return type(codec).fit is not Codec.fit
+
+
+def restore(member: MemberInfo, num_classes: int, constants: Mapping[str, np.ndarray]) -> Codec:
+    """A member's codec as an earlier dump fixed it."""
+    return restore_codec(member.codec["name"], member.codec["parameters"], num_classes, codec_constants(constants))
+
+
+def stored_features(teacher: Teacher, texts: Sequence[str], dtype: str, batch: Any) -> list[StoredFeature]:
+    """How the features that `--features` names are stored, from the shapes that one collated batch gives."""
+    specs = teacher.parse_features(texts) if texts else ()
+    modules = teacher.list_modules(batch) if specs else []
+    made = []
+    for number, spec in enumerate(specs):
+        shapes = shapes_of(spec, modules)
+        codec = FeatureCodec(dtype, spec.stored(*shapes), spec.record_shape(*shapes))
+        made.append(StoredFeature(spec, shapes, codec, f"feature{number}"))
+    return made
+
+
+def member_info(teacher: Teacher, storage: Storage) -> MemberInfo:
+    """What the manifest says of a member."""
+    codec = storage.codec
+    return MemberInfo(
+        name=teacher.name,
+        model=teacher.model_spec,
+        fingerprint=teacher.fingerprint or "",
+        output=teacher.output,
+        compute_dtype=teacher.compute_dtype,
+        class_order=teacher.class_order,
+        codec={
+            "name": codec.name,
+            "parameters": codec.parameters,
+            "fields": [field.to_json() for field in codec.fields],
+        },
+        features=tuple(feature.info() for feature in storage.features),
+        promise=None if storage.promise is None else storage.promise.to_json(),
+    )

@@ -1,0 +1,435 @@
+"""A teacher: anything that maps a batch to logits, frozen and checked, with its classes in the transfer set's order."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from softcache.data.loading import to_device
+from softcache.data.selection import class_order
+from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
+from softcache.features.spec import FeatureSpec, parse_features
+from softcache.features.taps import HeadTap, ModuleShape, Taps, head_feature, head_of, list_modules, stages_of
+from softcache.models import Model, build, fingerprint, load_model
+from softcache.models import split_weights as split_model
+from softcache.spec import parse_spec
+
+OUTPUTS = ("logits", "log_probs", "probs")
+PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
+HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of a last layer in a half type
+
+
+@dataclass
+class TeacherOutput:
+    """One batch of logits, (B, C) float32 in the cache's class order.
+
+    Attributes:
+        rounding: (B,) bound on what the last layer's own dtype may have cost, 0 for float32.
+        floored: how many probabilities of exactly zero were raised to the floor.
+        head_input: (B, D) float32 input of the final linear layer, where it is tapped.
+        features: feature -> (B, ...) in the form that is stored, where tapped.
+    """
+
+    logits: Tensor
+    rounding: Tensor
+    floored: int
+    head_input: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Teacher:
+    """One member of the ensemble.
+
+    Attributes:
+        name: of the member.
+        wanted_name: the same before a number was added to tell it from others; `is_named` where the user chose it.
+        model_spec: portable spec string.
+        collate: items -> batch, for the loader's workers.
+        output: what the teacher gives: "logits", "log_probs" or "probs".
+        fingerprint: sha256 of weights and preprocessing; None until the first batch for a teacher without weights.
+        class_order: permutation that brings its outputs into the cache's order; None when they stand so already.
+        compute_dtype: of the last layer; known after the first batch.
+        has_weights: False for one of our models, or torchvision's, that was named without any.
+        features: what is tapped at each call.
+        head: the final linear layer, where its input is tapped at each call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model_spec: str,
+        network: Any,
+        collate: Callable[[Sequence[Any]], Any],
+        *,
+        output: str,
+        num_classes: int,
+        multi_label: bool = False,
+        class_order: Sequence[int] | None = None,
+        device: str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if output not in OUTPUTS:
+            raise ConfigError(f"teacher {name!r}: unknown output {output!r}", tip=nearest(output, OUTPUTS))
+        self.name, self.model_spec, self.network, self.collate = name, model_spec, network, collate
+        self.wanted_name, self.is_named = name, False
+        self.output, self.num_classes, self.multi_label = output, num_classes, multi_label
+        self.class_order, self.device, self.autocast = class_order, torch.device(device), autocast
+        self.compute_dtype = "float32"
+        self.fingerprint: str | None = None
+        self.has_weights = True
+        self.features: tuple[FeatureSpec, ...] = ()
+        self.head: nn.Linear | None = None
+        self._first_batch: tuple[Any, Tensor] | None = None
+        if isinstance(network, nn.Module):
+            network.eval().requires_grad_(False).to(self.device)
+            described = f"{model_spec} {output} {network.input.describe() if isinstance(network, Model) else ''}"
+            self.fingerprint = hashlib.sha256(f"{fingerprint(network)} {described}".encode()).hexdigest()
+            self._buffers = {n: b.clone() for n, b in network.named_buffers()}
+
+    @torch.inference_mode()
+    def __call__(self, batch: Any) -> TeacherOutput:
+        """The teacher's logits of one collated batch.
+
+        Raises:
+            TeacherError: a result of another shape, or a fault inside the teacher.
+        """
+        with self._faults_explained(batch):
+            raw, head_input, features = self._run_tapped(batch)
+        if not isinstance(raw, Tensor):
+            raw = torch.as_tensor(np.asarray(raw))
+        raw = raw.to(self.device)
+        if raw.ndim != 2 or raw.shape[1] != self.num_classes:
+            raise TeacherError(
+                f"teacher {self.name!r} gave a result of shape {tuple(raw.shape)}; "
+                f"the transfer set has {self.num_classes} classes, so (batch, {self.num_classes}) is needed",
+                tip="use a teacher trained for these classes, or the data set it was trained on",
+            )
+        self.compute_dtype = str(raw.dtype).removeprefix("torch.")
+        relative = HALF_ROUNDING.get(raw.dtype, 0.0)
+        if relative and self.output != "logits":
+            raise TeacherError(
+                f"teacher {self.name!r} gave {self.output} in {self.compute_dtype}: small probabilities are lost in it",
+                tip="let it return logits, or take its softmax in float32",
+            )
+        # a class's log-odds need 1 - p as well, so log-probabilities of several labels go through the probabilities
+        through_probs = self.output == "probs" or (self.output == "log_probs" and self.multi_label)
+        values = raw.double() if raw.dtype == torch.float64 or through_probs else raw.float()
+        floored = 0
+        if through_probs:
+            values, floored = self._log(values if self.output == "probs" else values.exp())
+        if self.class_order is not None:
+            values = values[:, torch.tensor(self.class_order, device=values.device)]
+        logits = values.float()
+        return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored, head_input, features)
+
+    @contextmanager
+    def _faults_explained(self, batch: Any) -> Iterator[None]:
+        """Whatever goes wrong in somebody else's code is told with the place where it did."""
+        try:
+            yield
+        except SoftcacheError:
+            raise
+        except Exception as exc:
+            if _is_out_of_memory(exc):
+                count = _count(batch)
+                raise TeacherError(
+                    f"teacher {self.name!r} ran out of memory at batch size {count}",
+                    tip=f"try --batch-size {max(1, count // 2)} in a new --out: the batch size is part of the plan",
+                ) from exc
+            last = traceback.extract_tb(exc.__traceback__)[-1]
+            raise TeacherError(
+                f"teacher {self.name!r} failed: {type(exc).__name__}: {exc} ({Path(last.filename).name}, line {last.lineno})",
+                tip="it is called with what its collate makes of the items, in eval mode and without gradients",
+            ) from exc
+
+    def _run_tapped(self, batch: Any) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
+        with ExitStack() as stack:
+            taps = stack.enter_context(Taps(self._net, self.features)) if self.features else None
+            head = stack.enter_context(HeadTap(self.head)) if self.head is not None else None
+            raw = self._run(batch)
+            return raw, head.value() if head is not None else None, taps.values() if taps is not None else {}
+
+    @property
+    def _net(self) -> nn.Module:
+        """The network whose modules have the names that users know."""
+        if not isinstance(self.network, nn.Module):
+            raise ModelError(
+                f"teacher {self.name!r} is no torch module: it has no layers to look at",
+                tip="features and linear_head need a torch module",
+            )
+        return self.network.net if isinstance(self.network, Model) else self.network
+
+    def parse_features(self, texts: Sequence[str]) -> tuple[FeatureSpec, ...]:
+        """`layer3:pool`, ... as features of this teacher; ConfigError with near names for an unknown module."""
+        return parse_features(texts, (name for name, _ in self._net.named_modules()))
+
+    def list_modules(self, batch: Any) -> list[ModuleShape]:
+        """Its modules with their output shapes on one collated batch."""
+        return list_modules(self._net, self._prepared(batch))
+
+    def stages(self, batch: Any) -> list[str]:
+        """The modules that end its stages, early to late: the last to give a map of each size."""
+        return [module.name for module in stages_of(self._net, self._prepared(batch))]
+
+    def head_feature(self, batch: Any, *, of_map: bool = False) -> FeatureSpec | None:
+        """The layer and reduction that give the input of the final linear layer, of a map only if asked; None: none does."""
+        head = self.find_head(batch)
+        return None if head is None else head_feature(self._net, self._prepared(batch), head, of_map=of_map)
+
+    def _prepared(self, batch: Any) -> Any:
+        """A collated batch as the network with the known module names takes it."""
+        inputs = to_device(batch, self.device)
+        return self.network.input.prepare(inputs) if isinstance(self.network, Model) else inputs
+
+    def find_head(self, batch: Any) -> nn.Linear | None:
+        """The linear layer whose output is the logits; None where there is none, or where it gives no logits."""
+        if not isinstance(self.network, nn.Module) or self.output != "logits":
+            return None
+        return head_of(self.network, to_device(batch, self.device))
+
+    def head_constants(self, head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """(C, D) float32 weight and (C,) bias of the final layer, on the CPU, classes in the cache's order."""
+        weight = head.weight.detach().float().cpu()
+        bias = None if head.bias is None else head.bias.detach().float().cpu()
+        if self.class_order is not None:
+            order = torch.tensor(self.class_order)
+            weight, bias = weight[order], None if bias is None else bias[order]
+        return weight.contiguous(), bias
+
+    def _run(self, batch: Any) -> Any:
+        if not isinstance(self.network, nn.Module):
+            return self.network(batch)
+        inputs = to_device(batch, self.device)
+        if self.autocast is None:
+            return self.network(inputs)
+        with torch.autocast(self.device.type, dtype=self.autocast), _last_layer_in_float32(self.network):
+            return self.network(inputs)
+
+    def _log(self, probabilities: Tensor) -> tuple[Tensor, int]:
+        if bool((probabilities < 0).any()) or bool((probabilities > 1 + 1e-6).any()):
+            raise TeacherError(
+                f"teacher {self.name!r}: output={self.output}, but probabilities outside [0, 1] came out"
+            )
+        held = probabilities.clamp(PROBABILITY_FLOOR, 1.0)
+        floored = int((probabilities < PROBABILITY_FLOOR).sum())
+        if not self.multi_label:
+            return held.log(), floored
+        below = (1 - probabilities).clamp(PROBABILITY_FLOOR, 1.0)
+        return held.log() - below.log(), floored + int((1 - probabilities < PROBABILITY_FLOOR).sum())
+
+    def check_first_batch(self, batch: Any) -> None:
+        """Run one batch twice and look at it hard, before anything is written.
+
+        Raises:
+            TeacherError: train mode, changed buffers, another output the second time, or probabilities declared as logits.
+        """
+        first, second = self(batch).logits, self(batch).logits
+        self._check_frozen()
+        if self.fingerprint is None:
+            self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()
+        self._check_same(first, second, "gave two outputs for one batch")
+        self._first_batch = batch, first
+        if self.output == "logits" and len(first) and not self.multi_label:
+            self._refuse_probabilities(first)
+
+    def _refuse_probabilities(self, values: Tensor) -> None:
+        sums = values.sum(dim=1)
+        if bool((values >= 0).all()) and bool((sums - 1).abs().amax() < 1e-3):
+            raise TeacherError(
+                f"teacher {self.name!r} was declared to give logits, but its rows are probabilities (they sum to one)",
+                tip="declare it: add output=probs to the teacher's spec",
+            )
+        if float(values.logsumexp(dim=1).abs().amax()) < 1e-3:
+            raise TeacherError(
+                f"teacher {self.name!r} was declared to give logits, but its rows are log-probabilities",
+                tip="declare it: add output=log_probs to the teacher's spec, or drop its last log_softmax",
+            )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its last layer computed in a half type, which counts into eps."""
+        return self.compute_dtype in ("float16", "bfloat16")
+
+    def check_at_end(self) -> None:
+        """After the last batch: TeacherError for a teacher that learned, or changed its mind, during the dump."""
+        self._check_frozen()
+        if self._first_batch is not None:
+            batch, before = self._first_batch
+            self._check_same(before, self(batch).logits, "gave another output for the first batch than before the dump")
+
+    def _check_same(self, before: Tensor, now: Tensor, what: str) -> None:
+        scale = max(1.0, float(before.abs().amax())) if before.numel() else 1.0
+        tolerance = 0.0 if self.device.type == "cpu" else 1e-4 * scale
+        difference = float((before - now).abs().amax()) if before.numel() else 0.0
+        if difference > tolerance:
+            raise TeacherError(
+                f"teacher {self.name!r} {what}, up to {difference:.3g} apart",
+                tip="switch off dropout and sampling in the teacher; its logits must be a function of the input",
+            )
+
+    def _check_frozen(self) -> None:
+        """Every module in eval mode, every buffer (BatchNorm statistics) as it was."""
+        if not isinstance(self.network, nn.Module):
+            return
+        if any(module.training for module in self.network.modules()):
+            raise TeacherError(
+                f"teacher {self.name!r} has modules in train mode: dropout and BatchNorm would make its logits random",
+                tip="do not call train() in the module's forward",
+            )
+        for name, before in self._buffers.items():
+            if not torch.allclose(before, self.network.get_buffer(name), rtol=0, atol=0, equal_nan=True):
+                raise TeacherError(
+                    f"teacher {self.name!r} changed its buffer {name!r} while it ran",
+                    tip="run it in eval mode; a teacher must not learn during a dump",
+                )
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    """Also of a CPU, for which torch has no error of its own."""
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(exc)
+
+
+def _count(batch: Any) -> int:
+    """How many samples a collated batch holds: the length of its first array."""
+    while isinstance(batch, Mapping | tuple):
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return len(batch)
+
+
+class _last_layer_in_float32:
+    """Within autocast, the final nn.Linear computes in float32: its rounding would cost more than any codec."""
+
+    def __init__(self, network: nn.Module) -> None:
+        layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
+        self._layer = layers[-1] if layers else None
+
+    def __enter__(self) -> None:
+        if self._layer is None:
+            return
+        layer, forward = self._layer, self._layer.forward
+
+        def in_float32(inputs: Tensor) -> Tensor:
+            with torch.autocast(inputs.device.type, enabled=False):
+                return forward(inputs.float())
+
+        layer.forward = in_float32  # type: ignore[method-assign,assignment]
+
+    def __exit__(self, *_: object) -> None:
+        if self._layer is not None:
+            del self._layer.__dict__["forward"]
+
+
+@dataclass(frozen=True)
+class ArrayCollate:
+    """Items of a scikit-learn style teacher: (B, features) NumPy float32, every item flattened."""
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        if items and isinstance(items[0], str):
+            return list(items)
+        return np.stack([np.asarray(item, dtype=np.float32).ravel() for item in items])
+
+
+def open_teacher(
+    text: str,
+    *,
+    taken: Sequence[str],
+    num_classes: int,
+    class_names: Sequence[str],
+    multi_label: bool,
+    input_shape: tuple[int, ...] | None,
+    device: str,
+    autocast: torch.dtype | None,
+) -> Teacher:
+    """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
+
+    The parameters `name=` (of the member) and `output=` (logits, log_probs, probs) belong to the teacher, the rest to the model.
+
+    Args:
+        taken: member names that are in use already.
+
+    Raises:
+        ModelError: it cannot be built, has other classes, or gives something else.
+    """
+    head, weights = split_model(text)
+    spec = parse_spec(head)
+    bare = parse_spec(spec.without("name", "output").text)
+    is_run = Path(bare.text).exists()  # a run folder, or its student.safetensors
+    chosen_name = spec.parameters.get("name")
+    wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
+    name = member_name(wanted_name, taken)
+    shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
+    made: Any = None
+    if bare.is_factory and not is_run:
+        made = build(bare, **shape)
+    if made is None or isinstance(made, nn.Module):
+        model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
+        declared, output, portable = model.declared_classes, model.output, model.spec
+        network, collate = model, model.input.collate
+        model.check_trained(f"teacher {text!r}")
+    elif weights:
+        raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
+    else:
+        network, collate, output, declared = _estimator(made, text, num_classes)
+        portable = bare.portable()
+    output = spec.parameters.get("output", output)
+    teacher = Teacher(
+        name,
+        portable,
+        network,
+        collate,
+        output=output,
+        num_classes=num_classes,
+        multi_label=multi_label,
+        class_order=class_order(f"teacher {name!r}", declared, class_names),
+        device=device,
+        autocast=autocast,
+    )
+    teacher.wanted_name, teacher.is_named = wanted_name, bool(chosen_name)
+    teacher.has_weights = bool(
+        is_run or bare.is_factory or weights or bare.scheme == "hf" or "weights" in bare.parameters
+    )
+    return teacher
+
+
+def _estimator(made: Any, text: str, num_classes: int) -> tuple[Any, Any, str, tuple[str, ...] | None]:
+    """(callable, collate, output kind, class names) of a scikit-learn estimator or any other callable."""
+    collate = getattr(made, "collate", None) or ArrayCollate()
+    declared = getattr(made, "class_names", None)
+    output = getattr(made, "output", None)
+    found = getattr(made, "classes_", None)
+    if found is not None and declared is None:
+        kinds = np.asarray(found)
+        if kinds.dtype.kind in "iu":
+            if sorted(kinds.tolist()) != list(range(num_classes)):
+                raise ModelError(f"{text!r} was fitted on the classes {kinds.tolist()}, the data has {num_classes}")
+        else:
+            declared = tuple(map(str, kinds))
+    for method, kind in (("predict_proba", "probs"), ("decision_function", "logits")):
+        if not callable(made) and hasattr(made, method) and output in (None, kind):
+            return getattr(made, method), collate, kind, declared
+    if not callable(made):
+        raise ModelError(
+            f"{text!r} returned {type(made).__name__}, which neither is callable nor has predict_proba or decision_function",
+            tip="return a torch module, a fitted classifier, or a function from a batch to (batch, classes)",
+        )
+    return made, collate, output or "logits", declared
+
+
+def member_name(wanted: str, taken: Sequence[str]) -> str:
+    """A valid member name that is not taken yet: lower case, `-2`, `-3`, ... appended where needed."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", wanted.lower()).strip("-_")[:56] or "teacher"
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}-{number}"
+    return unique

@@ -1,0 +1,1 @@
+"""What a layer gives: named reductions, and the hooks that read them."""

@@ -1,0 +1,1 @@
+"""The one file layer and the locks: nothing else opens, writes, renames or removes."""

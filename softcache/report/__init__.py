@@ -1,0 +1,1 @@
+"""Tables and charts out of plain numbers."""

@@ -1,0 +1,284 @@
+"""What one step of a recipe gave: done now, or found where it was done before.
+
+A step's folder is named by its identity: what is done with which settings, on which data, from what other steps gave. So what
+is there is reused, what was interrupted goes on, what was deleted is made again, and all of it may be moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache import dump
+from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
+from softcache.data.transfer_set import open_transfer_set
+from softcache.data.views import Policy
+from softcache.errors import ConfigError
+from softcache.evaluate import measure
+from softcache.machine import describe_device, pick_device
+from softcache.models import split_weights
+from softcache.reproduce.recipe import DATA, REFERENCES, Recipe, Step
+from softcache.targets.cache import is_cache
+from softcache.targets.cache import open as open_cache
+from softcache.train import flow as train
+from softcache.train.stages import parse_stages
+from softcache.version import __version__
+
+RESULT = "result.json"
+OWN = "."  # in the note of a step: its own folder
+SPREAD = 16  # samples whose contents are looked at, to know data again
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gave for one seed.
+
+    Attributes:
+        folder: of the run or the cache; or a model that was given in its place.
+        identity: of what it holds, for the steps that build on it.
+        last, best: "errors", "top1" (percent) and "class_errors" (class -> errors) after the last epoch, and where top1 was
+            best; empty for a dump.
+        seconds: that it took when it was done; of a training run, that of its epochs.
+        made: when, with what and on what device.
+        reused: it was there already.
+    """
+
+    folder: str
+    identity: str
+    last: Mapping[str, Any] = field(default_factory=dict)
+    best: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    made: Mapping[str, str] = field(default_factory=dict)
+    reused: bool = False
+
+
+@dataclass
+class Bench:
+    """Where a recipe is worked through.
+
+    Attributes:
+        out: holds a folder for each step and seed.
+        specs: name -> data spec.
+        models: training step -> a model in its place.
+        device: for every step; None: as the recipe says, or as it is found.
+        download: of torchvision's data sets that are not there.
+        outcomes: so far, by step and seed (None: of a step that is done once).
+        data: data spec -> identity.
+    """
+
+    recipe: Recipe
+    out: Path
+    specs: Mapping[str, str]
+    models: Mapping[str, str]
+    device: str | None
+    quiet: bool
+    download: bool = False
+    outcomes: dict[tuple[str, int | None], Outcome] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+
+    def data_identity(self, spec: str) -> str:
+        """Of what a data spec names, looked at once."""
+        if spec not in self.data:
+            self.data[spec] = _data_identity(spec, download=self.download)
+        return self.data[spec]
+
+    def outcome(self, name: str, seed: int | None) -> Outcome | None:
+        """Of an earlier step: for the same seed, or its only one; None for what is no step."""
+        return self.outcomes.get((name, seed), self.outcomes.get((name, None)))
+
+
+def check_settings(step: Step) -> None:
+    """Raise ConfigError or LossError for settings that the verb would refuse, before anything is done."""
+    settings = {key: value for key, value in step.settings.items() if key not in ("run", "bias_model")}
+    if step.kind == "eval":
+        resolve(EvalConfig, flags=settings)
+    elif step.kind == "dump":
+        resolve(DumpConfig, flags={**settings, "out": "."})
+    else:
+        parse_stages(resolve(TrainConfig, flags={**settings, "out": "."}).config)
+    Policy.parse(settings.get("policy", ()), 0)
+
+
+def outcome_of(step: Step, seed: int | None, bench: Bench) -> Outcome:
+    """Do a step for one seed, or find what it gave before.
+
+    Raises:
+        SoftcacheError: as the verb raises it.
+    """
+    settings = _settings(step, seed, bench)
+    model = bench.models.get(step.name)
+    identity = _identity(step, seed, settings, model, bench)
+    folder = bench.out / f"{step.name}{'' if seed is None else f'-{seed}'}-{identity[:8]}"
+    before = _noted(folder, identity, step)
+    if before is not None:
+        return before
+    started = time.monotonic()
+    if model is not None:
+        outcome = _given(model, settings)
+    elif step.kind == "train":
+        outcome = _trained(settings, folder, bench.quiet)
+    elif step.kind == "dump":
+        outcome = _dumped(settings, folder, bench.quiet)
+    else:
+        outcome = _evaluated(settings)
+    device = describe_device(pick_device(settings.get("device", "auto")))
+    made = {"date": date.today().isoformat(), "softcache": __version__, "torch": torch.__version__}
+    outcome = replace(outcome, seconds=outcome.seconds or time.monotonic() - started, made={**made, "device": device})
+    _note(folder, identity, outcome)
+    return outcome
+
+
+def _settings(step: Step, seed: int | None, bench: Bench) -> dict[str, Any]:
+    """Of the verb, with the names of data and steps replaced by what they stand for."""
+    settings = dict(step.settings)
+    for key in DATA:
+        if key in settings:
+            settings[key] = bench.specs.get(settings[key], settings[key])
+    for key, name in step.named():
+        found = bench.outcome(name, seed)
+        if found is not None and key == "teacher":
+            settings[key] = [_as_member(found.folder, name) if one == name else one for one in settings[key]]
+        elif found is not None:
+            settings[key] = found.folder
+    if step.kind == "train":
+        settings.setdefault("seed", 0 if seed is None else seed)
+    if bench.device is not None:
+        settings["device"] = bench.device
+    if bench.download:
+        settings["download"] = True
+    return settings
+
+
+def _as_member(model: str, name: str) -> str:
+    """The model as a teacher of this name."""
+    head, weights = split_weights(model)
+    return f"{head}{'&' if '?' in head else '?'}name={name}" + (f"@{weights}" if weights else "")
+
+
+def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: str | None, bench: Bench) -> str:
+    """sha256 of all that its result depends on; not of where data, runs and caches lie, nor of the device."""
+    inputs = []
+    for key, name in step.named():
+        found = bench.outcome(name, seed)
+        own = [name] if key == "teacher" else []  # it becomes the member's
+        inputs.append([key, *own, name if found is None else found.identity])
+    parts = {
+        "kind": step.kind,
+        "settings": {k: v for k, v in settings.items() if k not in (*REFERENCES, *DATA, "device", "download")},
+        "data": {key: bench.data_identity(settings[key]) for key in DATA if key in settings},
+        "inputs": inputs,
+        "model": None if model is None else _model_identity(model),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _data_identity(spec: str, *, download: bool) -> str:
+    """sha256 of a transfer set's samples, labels and classes, and of what some of its samples hold."""
+    data = open_transfer_set(spec, download=download)
+    spread = np.unique(np.linspace(0, len(data) - 1, SPREAD).astype(int)).tolist() if len(data) else []
+    hasher = hashlib.sha256("\n".join([str(len(data)), *data.keys, *data.class_names]).encode())
+    hasher.update(np.ascontiguousarray(data.labels).tobytes())
+    hasher.update(b"".join(data.load(index)[1] for index in spread))
+    return hasher.hexdigest()
+
+
+def _model_identity(model: str) -> str:
+    """Of what it is called, and of the files that it is read from, where it names some."""
+    files = [path for text in split_weights(model) for path in _model_files(text) if path.is_file()]
+    return hashlib.sha256(json.dumps([model, *map(_digest, files)]).encode()).hexdigest()
+
+
+def _model_files(text: str) -> list[Path]:
+    """A file of weights, that of a run folder, or all of a folder of transformers', whose tokenizer counts too."""
+    if text.startswith("hf:"):
+        folder = Path(text.removeprefix("hf:").partition("?")[0])
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    path = Path(text)
+    return [path / train.STUDENT if path.is_dir() else path]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _place(folder: Path) -> Path:
+    """Where a step's outcome is noted: beside its folder, which belongs to the run or the cache."""
+    return folder.with_name(f"{folder.name}.{RESULT}")
+
+
+def _note(folder: Path, identity: str, outcome: Outcome) -> None:
+    place = _place(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    noted = replace(outcome, folder=OWN if outcome.folder == str(folder) else outcome.folder)
+    place.write_text(json.dumps({"of": identity, "outcome": asdict(noted)}) + "\n")
+
+
+def _noted(folder: Path, identity: str, step: Step) -> Outcome | None:
+    """What a finished step gave; None where it is not there, or not whole."""
+    try:
+        kept = json.loads(_place(folder).read_text())
+        outcome = Outcome(**{**kept["outcome"], "reused": True})
+        whole = kept["of"] == identity and all(isinstance(one, dict) for one in (outcome.last, outcome.best))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if outcome.folder != OWN:
+        return outcome if whole else None
+    there = is_cache(folder) if step.kind == "dump" else (folder / train.STUDENT).is_file()
+    return replace(outcome, folder=str(folder)) if whole and there else None
+
+
+def _trained(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
+    result = train.run(resolve(TrainConfig, flags={**settings, "out": str(folder)}).config, quiet=quiet)
+    student = _digest(folder / train.STUDENT)
+    seconds = sum(row["seconds"] for row in result.metrics)  # of an interrupted run, all of its parts
+    if result.evaluation is None:
+        return Outcome(str(folder), student, seconds=seconds)
+    last = _scores(result.evaluation)
+    measured = [row for row in result.metrics if row.get("eval_top1") is not None]
+    best = max(measured, key=lambda row: row["eval_top1"])
+    at_best = {**last, "errors": best["eval_errors"], "top1": 100 * best["eval_top1"]}
+    return Outcome(str(folder), student, last, at_best, seconds)
+
+
+def _given(model: str, settings: Mapping[str, Any]) -> Outcome:
+    """A model in the place of the one that the step would train."""
+    if "eval_data" not in settings:
+        return Outcome(model, _model_identity(model))
+    own = {key: settings[key] for key in ("device", "threads", "autocast", "download") if key in settings}
+    if not Path(model).is_dir():  # a run knows how its images were seen
+        steps = Policy.parse(settings.get("policy", ()), 0).for_evaluation().steps
+        own["policy"] = [str(one) for one in steps]
+    config = resolve(EvalConfig, flags={"data": settings["eval_data"], **own}).config
+    scores = _scores(measure.run(model, config, quiet=True))
+    return Outcome(model, _model_identity(model), scores, scores)
+
+
+def _dumped(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
+    if is_cache(folder):  # finished, and then stopped before it was noted
+        return Outcome(str(folder), open_cache(folder).id)
+    result = dump.run(resolve(DumpConfig, flags={**settings, "out": str(folder)}).config, quiet=quiet)
+    assert result.manifest is not None
+    return Outcome(str(folder), result.manifest.id)
+
+
+def _evaluated(settings: Mapping[str, Any]) -> Outcome:
+    own = {key: value for key, value in settings.items() if key != "run"}
+    scores = _scores(measure.run(settings["run"], resolve(EvalConfig, flags=own).config, quiet=True))
+    return Outcome("", hashlib.sha256(json.dumps(scores).encode()).hexdigest(), scores, scores)
+
+
+def _scores(evaluation: measure.Evaluation) -> dict[str, Any]:
+    if evaluation.top1 is None or evaluation.errors is None:
+        raise ConfigError("the data has no labels, so that nothing can be counted", tip="evaluate on data with labels")
+    by_class = {name: errors for name, (errors, _) in evaluation.class_errors.items()}
+    return {"errors": evaluation.errors, "top1": 100 * evaluation.top1, "class_errors": by_class}

@@ -1,0 +1,1 @@
+"""A cache for others: smaller ones out of it."""

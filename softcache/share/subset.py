@@ -1,0 +1,362 @@
+"""softcache subset: some samples, views and members of a cache as a smaller cache of its own. Read it top to bottom.
+
+Records are copied as they are stored: nothing is rendered, no teacher and no data set is needed, and every target is the
+parent's bit for bit. Only what is known of the parts is measured anew, from the stored rows.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softcache.cache.card import card
+from softcache.cache.dump_folder import read_planned, work_folder
+from softcache.cache.manifest import Manifest, known_ids
+from softcache.cache.plan import Parent, Plan, Round
+from softcache.cache.provenance import told_data
+from softcache.cache.samples import SampleTable
+from softcache.cache.schema import CRC_SUFFIX, FORMAT_VERSION, ArraySpec, Span, plan_layout
+from softcache.cache.statistics import MemberStatistics
+from softcache.cache.write.writer import CacheWriter, Setup, SpanWriter
+from softcache.data.identity import sample_ids
+from softcache.data.join import find_ids
+from softcache.data.selection import of_classes, read_keys
+from softcache.errors import CacheError, ConfigError, DataError, DumpError, first_offenders, nearest
+from softcache.targets.cache import Cache, Targets
+from softcache.targets.cache import open as open_cache
+
+BATCH_ROWS, BATCH_LOGITS = 1024, 1 << 22  # what is held in memory at once; sums of statistics depend on it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a cache is wanted; what is left empty is wanted whole.
+
+    Attributes:
+        views: `A-B`, both included, or one number.
+        members: names.
+        keep_labels, drop_labels: classes by name, index or range of indices, as for `train` and `eval`.
+        samples: a text file of keys, or of ids in hex, one a line.
+    """
+
+    views: str | None = None
+    members: Sequence[str] = ()
+    keep_labels: Sequence[str] = ()
+    drop_labels: Sequence[str] = ()
+    samples: Path | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The same, found in the cache.
+
+    Attributes:
+        rows: (n,) int64 rows of the parent, ascending: the order of the child's.
+        first_view, views: the parent's views [first_view, first_view + views).
+        members: names, in the parent's order.
+    """
+
+    rows: np.ndarray
+    first_view: int
+    views: int
+    members: Sequence[str]
+
+
+def run(
+    path: Path, out: Path, choice: Choice, *, id: str | None = None, license: str | None = None, quiet: bool = False
+) -> Manifest:
+    """Write the chosen part of the cache in `path` to `out`; goes on with a subset that was interrupted.
+
+    Args:
+        id: of the parent's manifest; None: the newest, or the one that an interrupted subset began with.
+        license: of the child; None: the parent's.
+
+    Raises:
+        SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
+    """
+    started = time.monotonic()
+    _refuse_same_folder(path, out)
+    cache = open_cache(path, id=id or _begun_with(path, out))
+    chosen = choose(cache, choice)
+    plan = make_plan(cache, chosen, license)
+    setup = Setup(
+        cut_samples(cache.samples, chosen.rows),
+        cut_probe(cache.reader.probe(), chosen),
+        {name: cache.reader.constants(name) for name in chosen.members},
+    )
+    with CacheWriter(out, plan, lambda: setup) as writer, _one_thread():
+        spans = writer.my_spans()
+        finished = len(plan.rounds[0].layout) - len(spans)
+        if finished and spans and not quiet:
+            print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
+        total = sum(span.rows * span.views for span in spans)
+        with tqdm(total=total, unit="view", unit_scale=True, desc=f"subset {out}", disable=quiet or None) as bar:
+            for span in spans:
+                _write_span(writer, span, cache, chosen, bar)
+        manifest = writer.commit(card, _provenance(path, choice, started, total))
+    if manifest is None:
+        raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
+    return manifest
+
+
+def choose(cache: Cache, choice: Choice) -> Chosen:
+    """What the choice means in this cache.
+
+    Raises:
+        ConfigError: views that are not there; samples chosen under a policy that mixes.
+        CacheError: a member that is not there.
+        DataError: a class or a key that is not there, or no sample left.
+    """
+    for name in choice.members:
+        if name not in cache.members:
+            raise CacheError(f"{cache.reader.path}: no member {name!r}", tip=nearest(name, cache.members))
+    members = [name for name in cache.members if name in choice.members or not choice.members]
+    first, views = _views(choice.views, cache.num_views)
+    rows = _rows(cache, choice)
+    if len(rows) < len(cache) and cache.policy.mixing is not None:
+        raise ConfigError(
+            f"{cache.reader.path}: its views are mixed ({cache.policy}) with partners drawn from the whole sample table, so "
+            "samples cannot be left out of the cache",
+            tip="choose them in training: train --cache on the whole cache with --keep-labels, --drop-labels or --samples; "
+            "views and members can be chosen here",
+        )
+    return Chosen(rows, first, views, members)
+
+
+def _views(text: str | None, count: int) -> tuple[int, int]:
+    """(first, how many) of `A-B` or `A`."""
+    if text is None:
+        return 0, count
+    ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+    if not first <= last < count:
+        raise ConfigError(
+            f"--views {text}: is no range of this cache's views, 0 to {count - 1}",
+            tip="write one contiguous range, both ends included, such as 0-9; or one view, such as 3",
+        )
+    return first, last - first + 1
+
+
+def _rows(cache: Cache, choice: Choice) -> np.ndarray:
+    """(n,) int64 rows, ascending."""
+    table = cache.samples
+    wanted = np.ones(len(table), dtype=bool)
+    if choice.samples is not None:
+        wanted &= _listed(table, choice.samples)
+    if choice.keep_labels or choice.drop_labels:
+        labels = table.labels_of(np.arange(len(table)))
+        if choice.keep_labels:
+            wanted &= of_classes(labels, cache.class_names, choice.keep_labels)
+        if choice.drop_labels:
+            wanted &= ~of_classes(labels, cache.class_names, choice.drop_labels)
+    if not wanted.any():
+        raise DataError(
+            f"{cache.reader.path}: none of its {len(table)} samples is selected",
+            tip="loosen --keep-labels, --drop-labels or --samples",
+        )
+    return np.flatnonzero(wanted)
+
+
+def _listed(table: SampleTable, path: Path) -> np.ndarray:
+    """(N,) bool: the rows whose keys, or ids in hex, the file lists."""
+    keys = read_keys(path)
+    rows = find_ids(table.ids, sample_ids(keys))
+    by_id = [place for place in np.flatnonzero(rows < 0) if re.fullmatch("[0-9a-f]{16}", keys[place])]
+    rows[by_id] = find_ids(table.ids, np.array([int(keys[place], 16) for place in by_id], np.uint64))
+    unknown = [keys[place] for place in np.flatnonzero(rows < 0)]
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} of {len(keys)} keys are not in the cache: {first_offenders(unknown, len(unknown))}",
+            tip=f"write one key per line, as in {table.key(0)!r}",
+        )
+    listed = np.zeros(len(table), dtype=bool)
+    listed[rows] = True
+    return listed
+
+
+def make_plan(cache: Cache, chosen: Chosen, license: str | None) -> Plan:
+    """The child's plan: the parent's, cut, in one round. The writer adds the samples' fingerprint."""
+    parent = cache.manifest.plan
+    layout = plan_layout(
+        len(chosen.rows),
+        chosen.views,
+        len(chosen.members),
+        max(sum(spec.nbytes for spec in _array_specs(cache, name, 1, 1)) for name in chosen.members),
+    )
+    whole = len(chosen.rows) == len(cache)
+    return replace(
+        parent,
+        format=FORMAT_VERSION,
+        samples=replace(
+            parent.samples, count=len(chosen.rows), order=parent.samples.order if whole else "selected", fingerprint=""
+        ),
+        views=replace(parent.views, count=chosen.views, first=parent.views.first + chosen.first_view),
+        members=tuple(member for member in parent.members if member.name in chosen.members),
+        rounds=(Round(layout, tuple(chosen.members), True, parent.made_with),),
+        license=parent.license if license is None else license,
+        parent=Parent(cache.id, {name: _measured(cache.manifest, name) for name in chosen.members}),
+    )
+
+
+def _measured(manifest: Manifest, member: str) -> MemberStatistics:
+    """What was measured when the member was dumped: in this cache, or in the one that this was taken out of."""
+    own, before = manifest.statistics[member], manifest.plan.parent
+    return own if own.measured or before is None else before.statistics.get(member, own)
+
+
+def _array_specs(cache: Cache, member: str, views: int, rows: int) -> list[ArraySpec]:
+    """A member's data sets in a part of this many views and rows."""
+    first = next(cache.manifest.files_of("member", member))
+    return [
+        ArraySpec(name, stored.dtype, (views, rows, *stored.shape[2:]))
+        for name, stored in first.arrays.items()
+        if not name.endswith(CRC_SUFFIX)
+    ]
+
+
+def cut_samples(table: SampleTable, rows: np.ndarray) -> SampleTable:
+    """The table of these rows, in their order."""
+    key_bytes, offsets = table.key_bytes, table.key_offsets
+    if table.has_keys:
+        starts, stops = offsets[:-1][rows], offsets[1:][rows]
+        keys = np.ascontiguousarray(key_bytes).data
+        joined = b"".join(keys[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True))
+        key_bytes = np.frombuffer(joined, np.uint8)
+        offsets = np.concatenate([np.zeros(1, "<u8"), np.cumsum(stops - starts, dtype="<u8")])
+    return replace(
+        table,
+        ids=table.ids[rows],
+        labels=table.labels[rows],
+        digests=table.digests[rows],
+        key_bytes=key_bytes,
+        key_offsets=offsets,
+    )
+
+
+def cut_probe(probe: dict[str, np.ndarray], chosen: Chosen) -> dict[str, np.ndarray]:
+    """The probe's records whose rows and views are chosen, numbered as in the child; empty where there are none."""
+    if not probe:
+        return {}
+    rows = find_ids(chosen.rows.astype(np.uint64), probe["rows"])
+    views = probe["views"].astype(np.int64) - chosen.first_view
+    kept = np.flatnonzero((rows >= 0) & (views >= 0) & (views < chosen.views))
+    if not kept.size:
+        return {}
+    ends = np.cumsum([0, *probe["shapes"].clip(min=1).prod(axis=1, dtype=np.int64)])
+    return {
+        "rows": rows[kept].astype(np.uint64),
+        "views": views[kept].astype(np.uint32),
+        "shapes": probe["shapes"][kept],
+        "pixels": np.concatenate([probe["pixels"][ends[i] : ends[i + 1]] for i in kept]),
+    }
+
+
+def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, bar: Any) -> None:
+    """Every record of a part, in the parent's own order of rows."""
+    specs = {name: _array_specs(cache, name, span.views, span.rows) for name in chosen.members}
+    batch = max(1, min(BATCH_ROWS, BATCH_LOGITS // cache.num_classes))
+    with writer.span(span, specs) as out:
+        for view in range(span.view_start, span.view_stop):
+            for start in range(span.row_start, span.row_stop, batch):
+                rows = chosen.rows[start : min(start + batch, span.row_stop)]
+                views = np.full(len(rows), chosen.first_view + view)
+                out.append(None, {"pixel_digests": cache.reader.gather(None, "pixel_digests", rows, views)})
+                for name in chosen.members:
+                    _copy(out, name, cache, rows, views)
+                bar.update(len(rows))
+
+
+def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: np.ndarray) -> None:
+    """One member's records of some rows, as they are stored."""
+    targets = cache.gather(rows, views, members=[member])
+    coded = targets.arrays[member]
+    stored = {
+        name: coded[name].numpy() if name in coded else cache.reader.gather(member, name, rows, views)
+        for name in cache.reader.array_kinds(member)
+    }
+    statistics = _statistics(cache, member, targets, stored)
+    if "dense" in coded:
+        # counted anew within the child's part; `stored` is a copy of the parent's bytes
+        (place,) = (field for field in cache.codecs[member].fields if field.name == "dense")
+        dense, at = coded["dense"].numpy(), coded["dense_at"].numpy()
+        out.append_dense_of(member, dense, stored["records"], at, place.offset)
+    out.append(member, stored, statistics)
+
+
+def _statistics(cache: Cache, member: str, targets: Targets, stored: dict[str, np.ndarray]) -> MemberStatistics:
+    """What the stored records tell of themselves. How far they are from what the teacher gave, they do not know."""
+    samples, codec, rows = cache.samples, cache.codecs[member], targets.rows
+    labels = np.full(len(rows), -1) if samples.multi_label else samples.labels_of(rows)
+    if codec.complete:
+        largest = targets.logits(member).argmax(dim=1)
+    else:
+        largest = codec.head(targets.arrays[member])[0][:, 0]
+    return MemberStatistics(
+        records=len(rows),
+        labelled=int((labels >= 0).sum()),
+        correct=int((largest.numpy() == labels).sum()),
+        entropy_sum=float(_entropies(targets.log_probs(member, 1.0)).sum()),
+        max_eps=float(stored["eps"].max()) if "eps" in stored else 0.0,
+        dense=len(targets.arrays[member].get("dense", ())),
+        feature_errors={
+            feature.name: float(stored[f"feature{number}_error"].max())
+            for number, feature in enumerate(cache.member(member).features)
+        },
+    )
+
+
+def _entropies(log_probs: Tensor) -> np.ndarray:
+    """(B,) float64 entropy of each row, in nats."""
+    log_p = log_probs.double()
+    return (-(log_p.exp() * log_p).nansum(dim=1)).numpy()  # a class of probability 0 adds nothing
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last bits of a sum may depend on the number of threads, and those of the manifest must not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refuse_same_folder(path: Path, out: Path) -> None:
+    parent, child = path.resolve(), out.resolve()
+    if child.is_relative_to(parent):
+        raise ConfigError(
+            f"{out}: lies in the cache itself, which is never changed", tip="choose another folder for OUT"
+        )
+
+
+def _begun_with(path: Path, out: Path) -> str | None:
+    """The id that an interrupted subset in `out` took its records from, where this cache has it."""
+    planned = read_planned(work_folder(out, 0)) if out.is_dir() else None
+    before = planned.plan.parent if planned else None
+    return before.id if before and before.id in known_ids(path) else None
+
+
+def _provenance(path: Path, choice: Choice, started: float, records: int) -> dict[str, Any]:
+    seconds = time.monotonic() - started
+    command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(choice).items()}
+    return {
+        "command": {"cache": str(path), **command, "data": told_data(path)},
+        "host": platform.node(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 3),
+        "views_per_s": round(records / max(1e-9, seconds), 1),
+        "python": platform.python_version(),
+    }

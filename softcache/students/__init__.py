@@ -1,0 +1,1 @@
+"""Students for other programs: exported and verified."""

@@ -1,0 +1,374 @@
+"""softcache export: a model as one file for other programs, which gets its name when it has been seen to answer alike.
+
+What is exported takes the batch as the model's own collate makes it, and normalises it. The new file is loaded as a stranger
+would, run over an evaluation set beside the model, and thrown away where the two differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softcache.config import ExportConfig
+from softcache.data.join import batches
+from softcache.data.loading import ViewedSet, load_batches, to_device
+from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.data.views import Policy
+from softcache.errors import ClassMismatchError, ConfigError, ExportError, require_extra
+from softcache.evaluate.measure import Evaluation, Sums, item_shape, run_policy
+from softcache.machine import pick_device, pick_threads, pick_workers
+from softcache.models import (
+    METADATA_KEY,
+    Model,
+    describe_model,
+    load_model,
+    read_metadata,
+    read_saved,
+    save_student,
+    split_weights,
+)
+from softcache.report.tables import percent, size, table
+from softcache.spec import parse_spec
+from softcache.students.traced_program import (
+    PACKAGES,
+    Batch,
+    Forward,
+    TensorFact,
+    dtype_name,
+    open_onnx,
+    open_program,
+    reason_of,
+    trace,
+    write_onnx,
+    write_program,
+)
+from softcache.train.run_folder import CONFIG
+from softcache.version import __version__
+
+SUFFIXES = {"safetensors": ".safetensors", "program": ".pt2", "onnx": ".onnx"}
+ABSOLUTE, RELATIVE = 1e-3, 1e-3  # |difference| of a logit at most this much, and this share of it
+EXPORT_KEY = "softcache_export"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export and how it was verified.
+
+    Attributes:
+        path, format, nbytes: the file.
+        data: the evaluation set.
+        inputs, output: what the exported model takes and gives.
+        before, after: the model and the file, over the evaluation set.
+        agreement: share of samples whose largest class is the same.
+        changed: how many have another one; all of them near-ties within the bound.
+        max_difference: largest |difference| of a logit.
+    """
+
+    path: Path
+    format: str
+    nbytes: int
+    data: str
+    inputs: tuple[TensorFact, ...]
+    output: TensorFact
+    before: Evaluation
+    after: Evaluation
+    agreement: float
+    changed: int
+    max_difference: float
+
+    def text(self) -> str:
+        """For people."""
+        after = dict(self.after.rows())
+        rows = [(name, value, after[name]) for name, value in self.before.rows()]
+        return "\n".join(
+            [
+                f"{self.path}: {self.format}, {size(self.nbytes)}; verified on {self.data}",
+                *(f"takes {fact.text()}" for fact in self.inputs),
+                f"gives {self.output.text()}",
+                "",
+                table(["", "model", "exported"], rows),
+                "",
+                f"the same top-1 for {percent(self.agreement)} of the samples ({self.changed} changed); largest |logit "
+                f"difference| {self.max_difference:.3g}, allowed {ABSOLUTE:g} + {RELATIVE:g} |logit|",
+            ]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        facts = asdict(self)
+        return {**facts, "path": str(self.path), "allowed": {"absolute": ABSOLUTE, "relative": RELATIVE}}
+
+
+def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Exported:
+    """Write a model to one file, verified on an evaluation set.
+
+    Args:
+        model_text: a run folder, or MODEL@WEIGHTS.
+
+    Raises:
+        ExportError: the model cannot be traced, or the file does not answer as the model does; no file is left.
+        SoftcacheError: other children, for what cannot be opened.
+    """
+    _refuse_untrained(model_text)
+    out = _target(model_text, config)
+    for package in PACKAGES if config.to == "onnx" else ():
+        require_extra(package, "onnx", "export to ONNX")
+    data = config.data or _data_of_run(model_text)
+    device, threads = pick_device(config.device), pick_threads(config.threads)
+    torch.set_num_threads(threads)
+    transfer_set = _of_its_classes(open_transfer_set(data, download=config.download), model_text)
+    policy = Policy.parse(config.policy, 0) if config.policy else run_policy(model_text).for_evaluation()
+    viewed = ViewedSet(transfer_set, policy, ())
+    three, four = ([viewed.render(i, 0) for i in _spread(len(transfer_set), n)] for n in (3, 4))
+    shape = item_shape(three[0])
+    about = {"num_classes": transfer_set.num_classes, "class_names": transfer_set.class_names, "input_shape": shape}
+    model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
+    model.check_trained(repr(model_text))
+    batch = Batch.of(model, three, four)
+    with torch.no_grad():
+        logits = model(batch.example)  # what does not run at all says so in its own words
+    output = TensorFact(model.output, dtype_name(logits.dtype), ("batch", *logits.shape[1:]), "one number per class")
+    metadata = _metadata(model, model_text, config.to, batch.facts, output)
+
+    aside = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    try:
+        aside.touch()  # a folder that cannot be written is found out before the work
+        if config.to == "safetensors":
+            save_student(model, aside, metadata=metadata)
+            fresh = load_model(_text_of_copy(model_text, aside), **about, device=str(device)).eval()  # type: ignore[arg-type]
+            exported: Forward = lambda inputs: fresh(to_device(inputs, device))  # noqa: E731
+        else:
+            program = trace(model, batch, model_text)
+            if config.to == "program":
+                write_program(program, metadata, aside)
+                exported = open_program(aside, device)
+            else:
+                write_onnx(program, batch, output, metadata, aside, model_text)
+                exported = open_onnx(aside, threads)
+        found = _compare(
+            model.to(device),
+            exported,
+            transfer_set,
+            policy,
+            device=device,
+            batch_size=config.batch_size,
+            workers=pick_workers(config.workers, device),
+            where=str(out),
+            quiet=quiet,
+        )
+        nbytes = aside.stat().st_size
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+    return Exported(out, config.to, nbytes, data, batch.facts, output, *found)
+
+
+def _metadata(
+    model: Model, model_text: str, format: str, inputs: Sequence[TensorFact], output: TensorFact
+) -> dict[str, str]:
+    """What goes with each file: what is known of the weights, and how the exported model is called."""
+    weights = Path(_weights_of(model_text))
+    known = read_metadata(weights) if weights.is_dir() or weights.suffix == ".safetensors" else {}
+    carried = {key: value for key, value in known.items() if key.startswith("softcache")}
+    call = {
+        "format": format,
+        "softcache": __version__,
+        "torch": torch.__version__,
+        "inputs": [asdict(fact) for fact in inputs],
+        "output": asdict(output),
+    }
+    return {**carried, METADATA_KEY: json.dumps(describe_model(model)), EXPORT_KEY: json.dumps(call)}
+
+
+# --------------------------------------------------------------------------------------------------------------- verifying
+
+
+@torch.inference_mode()
+def _compare(
+    model: Model,
+    exported: Forward,
+    transfer_set: TransferSet,
+    policy: Policy,
+    *,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    where: str,
+    quiet: bool,
+) -> tuple[Evaluation, Evaluation, float, int, float]:
+    """Model and file over every sample: two evaluations, agreement, how many top-1 changed, the largest difference.
+
+    The first batch is one sample, so that the file is seen to take batches of other sizes than it was traced with.
+
+    Raises:
+        ExportError: a logit differs by more than the bound. A top-1 that changes within it is a near-tie.
+    """
+    count, order = len(transfer_set), np.arange(len(transfer_set))
+    before, after = Sums(transfer_set.num_classes), Sums(transfer_set.num_classes)
+    seconds = [0.0, 0.0]
+    changed, largest = 0, 0.0
+    viewed = ViewedSet(transfer_set, policy, [model.input.collate])
+    pairs = chain(batches(order[:1], 0, 1), batches(order[1:], 0, batch_size))
+    loaded = load_batches(viewed, pairs, workers=workers, pin_memory=False)
+    steps = 1 + -(-(count - 1) // batch_size)
+    with _exact_float32():
+        for batch in tqdm(loaded, total=steps, desc="verify", disable=quiet or None, leave=False, file=sys.stderr):
+            outputs = []
+            for place, forward in enumerate((lambda x: model(to_device(x, device)), exported)):
+                started = time.monotonic()
+                try:
+                    outputs.append(forward(batch.inputs[0]).float().cpu())
+                except Exception as exc:
+                    if place == 0:
+                        raise
+                    raise ExportError(
+                        f"{where}: the file cannot take a batch of {len(batch.index)}: {reason_of(exc)}",
+                        tip="the network fixes a size that its batches do not have; --to safetensors exports weights alone",
+                    ) from None
+                seconds[place] += time.monotonic() - started
+            reference, found = outputs
+            difference = _differences(reference, found, [transfer_set.keys[i] for i in batch.index], where)
+            labels = torch.from_numpy(transfer_set.labels[batch.index])
+            before.add_labels(reference, labels)
+            after.add_labels(found, labels)
+            largest = max(largest, float(difference.max()))
+            changed += int((reference.argmax(dim=1) != found.argmax(dim=1)).sum())
+    evaluations = (s.result(count, t, 1.0) for s, t in zip((before, after), seconds, strict=True))
+    return (*evaluations, 1 - changed / count, changed, largest)  # type: ignore[return-value]
+
+
+def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: str) -> Tensor:
+    """(B, C) float64 |found - reference|; ExportError where it is over the bound."""
+    if reference.shape != found.shape:
+        raise ExportError(
+            f"{where}: gives {tuple(found.shape)} where the model gives {tuple(reference.shape)}",
+            tip="the network fixes the size of a batch; --to safetensors exports weights alone",
+        )
+    reference, found = reference.double(), found.double()
+    difference = torch.where(reference == found, 0.0, (found - reference).abs())  # equal infinities do not differ
+    over = ~(difference <= ABSOLUTE + RELATIVE * reference.abs())  # so that NaN is over it
+    if over.any():
+        row, column = over.nonzero()[0].tolist()
+        raise ExportError(
+            f"{where}: class {column} of sample {keys[row]} is {found[row, column]:.6g} where the model gives "
+            f"{reference[row, column]:.6g}; allowed is a difference of {ABSOLUTE:g} + {RELATIVE:g} |logit|",
+            tip="does the network depend on something else than its input? nothing was written",
+        )
+    return difference
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """A GPU's convolutions without TF32, whose rounding is as large as the bound."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+# ------------------------------------------------------------------------------------------------------- names and places
+
+
+def _target(model_text: str, config: ExportConfig) -> Path:
+    """Where the file goes; refused where something is, or with another ending than programs look for."""
+    suffix, folder = SUFFIXES[config.to], _folder_of(model_text)
+    if config.out is None and folder is None:
+        raise ConfigError("--out is missing", tip=f"{model_text} is no run folder: name a file, --out FILE{suffix}")
+    out = Path(config.out) if config.out is not None else Path(str(folder)) / f"export{suffix}"
+    if out.suffix != suffix:
+        raise ConfigError(
+            f"--out {out}: a file of --to {config.to} ends in {suffix}", tip=f"--out {out.with_suffix(suffix)}"
+        )
+    if out.exists():
+        raise ConfigError(f"{out}: is there already", tip="remove it, or choose another --out")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: there is no folder {out.parent}", tip="make it, or choose another --out")
+    return out
+
+
+def _data_of_run(model_text: str) -> str:
+    """The evaluation set of a run's config.toml."""
+    folder = _folder_of(model_text)
+    file = folder / CONFIG if folder is not None else None
+    if file is None or not file.is_file():
+        raise ConfigError(
+            f"{model_text}: says nothing of an evaluation set",
+            tip="--data DATA: every export is verified by running it on one",
+        )
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8")).get("eval_data")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{file}: not TOML: {exc}", tip="name the evaluation set: --data DATA") from None
+    if not isinstance(data, str):
+        raise ConfigError(
+            f"{model_text}: was trained without --eval-data",
+            tip="--data DATA: every export is verified by running it on an evaluation set",
+        )
+    return data
+
+
+def _of_its_classes(transfer_set: TransferSet, model_text: str) -> TransferSet:
+    """The evaluation set under the class list of a saved student, which may be a part of the set's.
+
+    Raises:
+        ClassMismatchError: another class list, or the same in another order.
+    """
+    weights = _weights_of(model_text)
+    saved = read_saved(weights) if Path(weights).exists() else None
+    names, found = saved.class_names if saved is not None else (), transfer_set.class_names
+    if not names or names == found:
+        return transfer_set
+    if tuple(name for name in found if name in names) == names:  # trained with --classes
+        return transfer_set.with_classes(names)
+    where = next((i for i, (a, b) in enumerate(zip(found, names, strict=False)) if a != b), min(len(found), len(names)))
+    there, here = ("nothing" if where >= len(n) else repr(n[where]) for n in (found, names))
+    raise ClassMismatchError(
+        f"class {where} is {there} in {transfer_set.name}, {here} for {model_text}",
+        tip="verify on data of the classes that the model was trained for, in their order",
+    )
+
+
+def _refuse_untrained(model_text: str) -> None:
+    if os.path.exists(model_text) or split_weights(model_text)[1]:
+        return
+    spec = parse_spec(model_text)
+    if spec.scheme in ("softcache", "timm", "torchvision") and "weights" not in spec.parameters:
+        raise ConfigError(f"{model_text!r} has no weights", tip=f"name them: {model_text}@WEIGHTS, or a run folder")
+
+
+def _weights_of(model_text: str) -> str:
+    """The path part of a model text; it need not exist."""
+    return model_text if os.path.exists(model_text) else split_weights(model_text)[1] or model_text
+
+
+def _folder_of(model_text: str) -> Path | None:
+    """The run folder behind a model text, if there is one."""
+    path = Path(_weights_of(model_text))
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return folder if path.exists() and folder.is_dir() else None
+
+
+def _text_of_copy(model_text: str, path: Path) -> str:
+    """The model text for a copy of the weights: a student says itself what it is, unless a factory of the user builds it."""
+    head = "" if os.path.exists(model_text) else split_weights(model_text)[0]
+    return f"{head}@{path}" if head and parse_spec(head).is_factory else str(path)
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """That many positions, spread over the set; some again where it has fewer."""
+    return [i * count // wanted for i in range(wanted)]

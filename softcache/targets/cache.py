@@ -1,0 +1,552 @@
+"""softcache.open(path) -> Cache: join, gather, decode. The public door for any training loop.
+
+joined = softcache.open("caches/a").join(train_set)
+for (images, labels), records in DataLoader(joined, batch_size=128, shuffle=True):
+    teacher_logits = joined.gather(records).logits()
+    loss = 0.9 * kd(student(images), teacher_logits, temperature=4) + 0.1 * ce(student(images), labels)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from softcache.cache.checksums import CheckBlocks
+from softcache.cache.manifest import Manifest
+from softcache.cache.plan import FeatureInfo, MemberInfo
+from softcache.cache.reader import CacheReader, ReadMode
+from softcache.cache.samples import SampleTable
+from softcache.cache.schema import MANIFEST, WORK
+from softcache.codecs import Codec, codec_constants, restore_codec
+from softcache.codecs.features import FeatureCodec
+from softcache.data.drift import Drift, Render, check_drift
+from softcache.data.identity import pixel_digest, sample_ids
+from softcache.data.join import ContentCheck, JoinBy, dataset_keys, find_ids, item_of, join, replace_item
+from softcache.data.loading import Partners
+from softcache.data.philox import Draws, step_key
+from softcache.data.views import Policy
+from softcache.errors import CacheError, DataError, nearest
+from softcache.features.spec import FeatureSpec, parse_features
+from softcache.targets.ensemble import KEEPS_LEVEL, combine
+
+__all__ = ["Cache", "Joined", "Targets", "open"]
+
+
+@dataclass(frozen=True)
+class CachedFeature:
+    """One stored feature of a member: where its values lie, and how they become what a loss sees."""
+
+    spec: FeatureSpec
+    codec: FeatureCodec
+    arrays: Mapping[str, str]  # suffix of the codec -> data set
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, info: FeatureInfo) -> CachedFeature:
+        """As the manifest describes it."""
+        layers, _, _ = info.name.rpartition(":")
+        (spec,) = parse_features([info.name], layers.split("+"))
+        shapes = tuple(tuple(int(n) for n in shape) for shape in info.shapes)
+        if len(shapes) != len(spec.layers):
+            raise CacheError(f"feature {info.name!r} has {len(shapes)} shapes for {len(spec.layers)} layers")
+        spec.check(*shapes)
+        if info.stored != spec.stored(*shapes):
+            raise CacheError(f"feature {info.name!r} is stored as {info.stored!r}, should be {spec.stored(*shapes)!r}")
+        codec = FeatureCodec(info.dtype, info.stored, spec.record_shape(*shapes))
+        if len(codec.arrays) != len(info.arrays):
+            raise CacheError(
+                f"feature {info.name!r} has {len(info.arrays)} data sets, {info.dtype} takes {len(codec.arrays)}"
+            )
+        return cls(spec, codec, dict(zip(codec.arrays, info.arrays, strict=True)), shapes)
+
+    def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """(B, ...) float32."""
+        stored = {suffix: arrays[name] for suffix, name in self.arrays.items()}
+        return self.spec.read(self.codec.decode(stored), *self.shapes)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The stored targets of one batch, still encoded; decoded on whatever device they are moved to.
+
+    Attributes:
+        rows, views: (B,) int64 place of each record in the cache.
+        arrays: member -> data set -> (B, ...) stored values.
+        codecs: member -> codec.
+        samples: the cache's sample table, read only when labels or ids are asked for.
+        features: (member, feature) -> how it is decoded; its stored values are among the member's arrays.
+    """
+
+    rows: np.ndarray
+    views: np.ndarray
+    samples: SampleTable
+    arrays: Mapping[str, Mapping[str, Tensor]]
+    codecs: Mapping[str, Codec]
+    features: Mapping[tuple[str, str], CachedFeature] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Targets:
+        """The same targets with the stored values on another device."""
+        moved = {
+            member: {name: value.to(device, non_blocking=non_blocking) for name, value in arrays.items()}
+            for member, arrays in self.arrays.items()
+        }
+        return replace(self, arrays=moved)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(self.arrays)
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,) int64 class index or -1, or (B, C) bool, on the CPU; as the cache holds them."""
+        return torch.from_numpy(self.samples.labels_of(self.rows))
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(B,) uint64."""
+        return self.samples.ids[self.rows]
+
+    def logits(self, member: str | None = None) -> Tensor:
+        """(B, C) float32 logits of one member (default: the only one).
+
+        Raises:
+            CacheError: no such member, or several and none named.
+        """
+        if member is None:
+            if len(self.arrays) > 1:
+                raise CacheError(
+                    f"this cache has {len(self.arrays)} members: {', '.join(self.arrays)}",
+                    tip="name one: logits(member), or combine them: combined(rule)",
+                )
+            member = next(iter(self.arrays))
+        if member not in self.arrays:
+            raise CacheError(f"no member {member!r}", tip=nearest(member, self.arrays))
+        return self.codecs[member].decode(self.arrays[member])
+
+    def feature(self, name: str, member: str | None = None) -> Tensor:
+        """(B, ...) float32 feature as a loss sees it: reduced as its name says.
+
+        Args:
+            name: `layer:reduction`, as it was dumped and asked for.
+            member: default: the only one that has it.
+
+        Raises:
+            CacheError: it was not gathered, or several members have it.
+        """
+        found = [key for key in self.features if key[1] == name and member in (None, key[0])]
+        if len(found) != 1:
+            known = [feature for _, feature in self.features]
+            raise CacheError(
+                f"{len(found)} members have the feature {name!r} in this batch",
+                tip=(nearest(name, known) if known else "ask for features when gathering: gather(..., features=[...])")
+                if not found
+                else f"name the member: {', '.join(one for one, _ in found)}",
+            )
+        return self.features[found[0]].decode(self.arrays[found[0][0]])
+
+    def head_input(self, member: str) -> Tensor:
+        """(B, D) float32 input of a member's final linear layer, where its codec keeps that: linear_head."""
+        return self.codecs[member].head_input(self.arrays[member])
+
+    def rows_between(self, first: int, last: int) -> Targets:
+        """The targets of rows [first, last) of this batch."""
+        arrays = {}
+        for member, stored in self.arrays.items():
+            part = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
+            if "dense" in stored:
+                inside = (stored["dense_at"] >= first) & (stored["dense_at"] < last)
+                if bool(inside.any()):
+                    part |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - first}
+            arrays[member] = part
+        return replace(self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays)
+
+    def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What a codec that keeps some classes has of them: ids (B, k), logits (B, k), log-sum-exp of the rest at T (B,)."""
+        codec, arrays = self.codecs[member], self.arrays[member]
+        return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
+
+    def log_probs(self, member: str, temperature: float) -> Tensor:
+        """(B, C) float32 logarithm of one member's soft target at a temperature.
+
+        A codec that keeps only some classes spreads the rest's probability evenly.
+        """
+        codec, arrays = self.codecs[member], self.arrays[member]
+        if not codec.complete:
+            return codec.spread(arrays, temperature)
+        return (codec.decode(arrays) / temperature).log_softmax(dim=1)
+
+    def combined(
+        self,
+        rule: str = "mean_logits",
+        *,
+        weights: Mapping[str, float] | None = None,
+        temperature: float = 1.0,
+        link: str = "softmax",
+        draw_seed: int = 0,
+    ) -> Tensor:
+        """(B, C) float32 logits of the ensemble: softmax(result / T) is its soft target at T.
+
+        Args:
+            rule: one of COMBINE_RULES, see `softcache.ensemble.combine`.
+            weights: member -> weight, for the members to use; None = all, equally.
+            temperature: of the loss that asks.
+            link: "softmax", or "sigmoid" for multi-label targets.
+            draw_seed: of the rule "draw", which picks a member per sample and view.
+        """
+        chosen = self.members if weights is None else tuple(weights)
+        logits = [self.logits(member) for member in chosen]
+        if len(logits) == 1 and rule in KEEPS_LEVEL:
+            return logits[0]
+        draws = self._draws(draw_seed) if rule == "draw" else None
+        return combine(
+            logits,
+            rule,
+            weights=None if weights is None else [weights[member] for member in chosen],
+            temperature=temperature,
+            link=link,
+            draws=draws,
+        )
+
+    def _draws(self, seed: int) -> Tensor:
+        """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone."""
+        key = step_key("member", 0)
+        pairs = zip(self.sample_ids.tolist(), self.views.tolist(), strict=True)
+        return torch.tensor([Draws(seed, key, sample, view).uniform() for sample, view in pairs], dtype=torch.float64)
+
+
+class Cache:
+    """A committed cache, opened for reading. Pickles by path and id; nothing is written into the folder."""
+
+    def __init__(self, reader: CacheReader, *, allow_code: bool = False) -> None:
+        self.reader, self.allow_code = reader, allow_code
+        members = self.manifest.plan.members
+        self.codecs = {member.name: self._codec(member) for member in members}
+        self.features = {m.name: {f.name: self._feature(m, f) for f in m.features} for m in members}
+
+    def _codec(self, member: MemberInfo) -> Codec:
+        constants = codec_constants(self.reader.constants(member.name))
+        codec = restore_codec(member.codec["name"], member.codec["parameters"], self.num_classes, constants)
+        if codec.constants.keys() != constants.keys():
+            raise CacheError(
+                f"{self.reader.path}: member {member.name!r} has the constants {sorted(constants)}, codec {codec.text} takes "
+                f"{sorted(codec.constants)}",
+                tip="the cache was not written by softcache, or was changed; copy it again",
+            )
+        described = (dict(member.codec["parameters"]), list(member.codec["fields"]))
+        if (codec.parameters, [field.to_json() for field in codec.fields]) != described:
+            raise CacheError(
+                f"{self.reader.path}: the records of member {member.name!r} are laid out otherwise than {codec.text} has them",
+                tip="install the softcache that wrote the cache, or dump again",
+            )
+        bound: dict[str, tuple[str, tuple[int, ...]]] = {"eps": ("<f2", ())} if codec.bounded else {}
+        self._check_arrays(member.name, {**codec.arrays, **bound}, f"codec {codec.text}")
+        return codec
+
+    def _feature(self, member: MemberInfo, info: FeatureInfo) -> CachedFeature:
+        feature = CachedFeature.of(info)
+        wanted = {name: feature.codec.arrays[suffix] for suffix, name in feature.arrays.items()}
+        self._check_arrays(member.name, wanted, f"feature {info.name!r}")
+        return feature
+
+    def _check_arrays(self, member: str, wanted: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
+        """The data sets of a member's parts must be of the kind that decoding takes."""
+        found = self.reader.array_kinds(member)
+        for name, kind in wanted.items():
+            if found.get(name) != kind:
+                raise CacheError(
+                    f"{self.reader.path}: {what} of member {member!r} needs the data set {name!r} as {kind}, "
+                    f"the manifest names {found.get(name)}",
+                    tip="the cache was not written by softcache, or was changed; copy it again",
+                )
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.reader.manifest
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.manifest.plan.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.plan.class_names)
+
+    @property
+    def num_views(self) -> int:
+        return self.manifest.plan.views.count
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.manifest.plan.members)
+
+    def member(self, name: str) -> MemberInfo:
+        for member in self.manifest.plan.members:
+            if member.name == name:
+                return member
+        raise CacheError(f"{self.reader.path}: no member {name!r}", tip=nearest(name, self.members))
+
+    @property
+    def samples(self) -> SampleTable:
+        return self.reader.samples
+
+    @property
+    def policy(self) -> Policy:
+        """The view policy that the teacher's inputs were rendered with."""
+        return Policy.of_cache(self.manifest.plan.views, allow_code=self.allow_code)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """(N,) int64 row of each sample key, -1 where the cache does not hold it."""
+        return find_ids(self.samples.ids, sample_ids(keys))
+
+    def gather(
+        self,
+        rows: np.ndarray,
+        views: np.ndarray,
+        *,
+        members: Sequence[str] | None = None,
+        features: Sequence[str] = (),
+    ) -> Targets:
+        """The targets of B (row, view) pairs.
+
+        Args:
+            rows, views: (B,) integers.
+            members: which members to read; None = all.
+            features: which features to read as well, of every one of these members that has them.
+
+        Raises:
+            IndexError: a row or view outside the cache.
+            CacheError: no such member, or none of them has a feature.
+        """
+        names = self.members if members is None else members
+        arrays = {}
+        for member in names:
+            if member not in self.codecs:
+                raise CacheError(f"{self.reader.path}: no member {member!r}", tip=nearest(member, self.members))
+            arrays[member] = self._gather(member, rows, views)
+        codecs = {name: self.codecs[name] for name in names}
+        found = {(m, f): self.features[m][f] for m in names for f in features if f in self.features[m]}
+        for feature in features:
+            if not any(feature == name for _, name in found):
+                known = [name for member in names for name in self.features[member]]
+                raise CacheError(
+                    f"{self.reader.path}: no feature {feature!r}",
+                    tip=nearest(feature, known) if known else "dump again with --features",
+                )
+        for (member, _), cached in found.items():
+            for name in cached.arrays.values():
+                arrays[member][name] = torch.from_numpy(self.reader.gather(member, name, rows, views))
+        return Targets(rows, views, self.samples, arrays, codecs, found)
+
+    def head(self, member: str) -> tuple[Tensor, Tensor | None] | None:
+        """(C, D) weight and (C,) bias of a member's final linear layer; None where the cache does not keep it."""
+        stored = self.reader.constants(member)
+        for prefix in ("head_", "codec_") if self.codecs[member].needs_head else ("head_",):
+            if f"{prefix}weight" in stored:
+                bias = stored.get(f"{prefix}bias")
+                shapes = [array.shape[:1] for array in (stored[f"{prefix}weight"], bias) if array is not None]
+                if stored[f"{prefix}weight"].ndim != 2 or set(shapes) != {(self.num_classes,)}:
+                    raise CacheError(
+                        f"{self.reader.path}: the stored layer of member {member!r} is not one of its classes"
+                    )
+                return torch.tensor(stored[f"{prefix}weight"]), None if bias is None else torch.tensor(bias)
+        return None
+
+    def _gather(self, member: str, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
+        """What decoding takes of one member; the bounds are read only when asked for."""
+        codec = self.codecs[member]
+        found = {name: self.reader.gather(member, name, rows, views) for name in codec.arrays}
+        for part_of in codec.fields:
+            if part_of.name == "dense":
+                part = found["records"][:, part_of.offset : part_of.offset + 4]
+                numbers = np.ascontiguousarray(part).view("<u4")[:, 0]
+                at = np.flatnonzero(numbers)
+                if at.size:
+                    found["dense"] = self.reader.dense(member, rows[at], views[at], numbers[at])
+                    found["dense_at"] = at
+        return {name: torch.from_numpy(value) for name, value in found.items()}
+
+    def eps(self, member: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """(B,) float32 bound on |stored - given| over the logits of each record; CacheError where its codec has none."""
+        if not self.codecs[member].bounded:
+            raise CacheError(f"codec {self.codecs[member].name!r} of member {member!r} has no bound on single logits")
+        return self.reader.gather(member, "eps", rows, views).astype(np.float32)
+
+    def join(
+        self,
+        dataset: Any,
+        *,
+        keys: Sequence[str] | None = None,
+        by: JoinBy = "key",
+        labels: Literal["cache", "dataset"] = "cache",
+        check_content: ContentCheck | None = None,
+        whole: Any = None,
+    ) -> Joined:
+        """The data set with each sample's place in this cache; see `softcache.data.join.join` for arguments and errors.
+
+        Args:
+            whole: under a policy that mixes, where partners are found; None: the data set itself, or what it was selected from.
+        """
+        rows, changed = join(
+            self.samples,
+            dataset,
+            self.class_names,
+            keys=keys,
+            by=by,
+            labels=labels,
+            check_content=check_content,
+            digest_kind=self.manifest.plan.samples.digest_kind,
+        )
+        return Joined(self, dataset, rows, labels_changed=changed, whole=whole)
+
+    def check_pixels(
+        self, items: Sequence[Any], rows: np.ndarray, views: np.ndarray, render: Render, *, on_drift: str = "error"
+    ) -> Drift | None:
+        """Compare rendered items with what the teacher saw; see `softcache.drift.check_drift` for the verdict and errors.
+
+        Args:
+            items: B rendered views.
+            rows, views: (B,) their places in the cache.
+            render: (row, view) -> the rendered item, None where the sample is not at hand; for the probe.
+        """
+        digests = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
+        return check_drift(self.reader, rows, views, digests, render, on_drift=on_drift)
+
+    def __getstate__(self) -> tuple[CacheReader, bool]:
+        return self.reader, self.allow_code
+
+    def __setstate__(self, state: tuple[CacheReader, bool]) -> None:
+        self.__init__(state[0], allow_code=state[1])  # type: ignore[misc]
+
+
+class Joined(Dataset[Any]):
+    """A data set whose samples know their place in a cache: joined[i] -> (sample, record).
+
+    `record` is view * num_rows + row, one integer that a DataLoader collates by itself; `gather(records)` turns a batch of
+    them into Targets. The sample is what the data set gives, its item rendered as the cache's view. Where views are mixed,
+    joined[i] is (sample, record, partner row, share): the row of the sample it is mixed with, and the weight of its own label.
+
+    Attributes:
+        rows: (N,) row of the cache for each sample.
+        view: the view index that items are rendered at.
+        labels_changed: samples whose label differs from the cache's (allowed by labels="dataset").
+    """
+
+    def __init__(
+        self, cache: Cache, dataset: Any, rows: np.ndarray, *, view: int = 0, labels_changed: int = 0, whole: Any = None
+    ) -> None:
+        self.cache, self.dataset, self.rows, self.view = cache, dataset, rows, view
+        self.labels_changed = labels_changed
+        self.whole = getattr(dataset, "whole", dataset) if whole is None else whole
+        self._policy = cache.policy
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        row, sample, policy = int(self.rows[index]), self.dataset[index], self._policy
+        record = self.view * len(self.cache) + row
+        if not policy.steps:
+            return sample, record
+        sample_id = int(self.cache.samples.ids[row])
+        if policy.mixing is None:
+            return replace_item(sample, lambda item: policy.render(item, sample_id, self.view)), record
+        partner = policy.partner(sample_id, self.view, len(self.cache))
+        other = policy.render(self._item(partner), int(self.cache.samples.ids[partner]), self.view)
+        share = 1.0
+
+        def mix(item: Any) -> Any:
+            nonlocal share
+            mixed, share = policy.mix(policy.render(item, sample_id, self.view), other, sample_id, self.view)
+            return mixed
+
+        return replace_item(sample, mix), record, partner, share
+
+    def _item(self, row: int) -> Any:
+        """The item of any row of the cache, out of the whole data set."""
+        index = int(self.partners.index_of_row[row])
+        if index < 0:
+            raise DataError(
+                f"{self.cache.samples.key(row)}: views are mixed with this sample, and the data set does not hold it",
+                tip="give the whole data set: join(subset, whole=data_set)",
+            )
+        return item_of(self.whole[index])
+
+    @cached_property
+    def partners(self) -> Partners:
+        """Where each row of the cache stands in the whole data set."""
+        count = len(self.cache)
+        if self.whole is self.dataset:
+            return Partners.of(self.whole, self.rows, count, self.cache.samples.ids)
+        return Partners(self.whole, find_ids(sample_ids(dataset_keys(self.whole)), self.cache.samples.ids))
+
+    def for_view(self, view: int) -> Joined:
+        """The same join, its items rendered at another view: one per epoch, `epoch % cache.num_views`."""
+        if not 0 <= view < self.cache.num_views:
+            raise IndexError(f"view {view} is outside 0..{self.cache.num_views - 1}")
+        return Joined(
+            self.cache, self.dataset, self.rows, view=view, labels_changed=self.labels_changed, whole=self.whole
+        )
+
+    def gather(
+        self, records: Tensor | np.ndarray, *, members: Sequence[str] | None = None, features: Sequence[str] = ()
+    ) -> Targets:
+        """The targets of a batch of records, in the batch's order; arguments as `Cache.gather`."""
+        if isinstance(records, Tensor):
+            records = records.cpu().numpy()
+        views, rows = np.divmod(np.asarray(records, dtype=np.int64), len(self.cache))
+        return self.cache.gather(rows, views, members=members, features=features)
+
+    def gather_samples(
+        self,
+        index: np.ndarray,
+        views: np.ndarray,
+        *,
+        members: Sequence[str] | None = None,
+        features: Sequence[str] = (),
+    ) -> Targets:
+        """The targets of samples given by their position in the data set, at the given views."""
+        return self.cache.gather(self.rows[index].astype(np.int64), views, members=members, features=features)
+
+
+def is_cache(path: str | os.PathLike[str], *, finished: bool = True) -> bool:
+    """Whether a dump is there; with `finished=False` also one that is still to be finished, which `open` refuses."""
+    return os.path.isfile(os.path.join(path, MANIFEST)) or (not finished and os.path.isdir(os.path.join(path, WORK)))
+
+
+def open(
+    path: str | os.PathLike[str],
+    *,
+    id: str | None = None,
+    mode: ReadMode = "mmap",
+    check_blocks: CheckBlocks = "first",
+    allow_code: bool = False,
+) -> Cache:
+    """Open a cache for reading.
+
+    Args:
+        path: the folder that `softcache dump` wrote; read-only mounts work.
+        id: pin a manifest by its id (a unique prefix is enough); None = the newest.
+        mode: "mmap", or "pread" for network file systems.
+        check_blocks: when the checksum of each block of 64 KiB that a gather touches is looked at: when it is "first" touched,
+            "always", or "never".
+        allow_code: a view may be made by a transform that the cache names, and rendering it then calls that code of yours.
+
+    Raises:
+        CacheError: not a cache; UnfinishedCacheError: a dump under way; DamagedCacheError: files that do not fit the manifest.
+    """
+    return Cache(CacheReader(path, id=id, mode=mode, check_blocks=check_blocks), allow_code=allow_code)

@@ -1,0 +1,302 @@
+"""What a student learns from: the samples as it will see them, and the place of each in the cache. All checks are done here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softcache.config import TrainConfig
+from softcache.data.identity import sample_ids
+from softcache.data.join import SPREAD
+from softcache.data.loading import LoadedBatch, Pair, Partners, ViewedSet, load_batches, map_tensors, to_device
+from softcache.data.selection import class_indices
+from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.data.views import Policy
+from softcache.errors import CacheError, ConfigError
+from softcache.evaluate.measure import check_same_classes
+from softcache.losses import LossTerm
+from softcache.targets.cache import Cache, Joined, Targets
+from softcache.targets.cache import open as open_cache
+from softcache.train.objective import Given, Labels
+from softcache.train.ranks import Ranks
+from softcache.train.run_folder import pinned_cache
+from softcache.train.terms import CachedTeacher, check_labels, check_mixed, check_term, parse_members
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of a run.
+
+    Attributes:
+        transfer_set: its labels and classes are the student's.
+        eval_set: the same of the evaluation data; None without.
+        policy: what the student sees.
+        joined: each sample's place in the cache; None without a cache.
+        teacher: the cache's members as one teacher; None likewise.
+        partners: what mixed views are mixed with.
+        ids: (N,) uint64 sample ids in the cache; None without one: those of the keys.
+        labelled: how many samples have a label.
+        drift: how the views differ from what the teacher saw, by a rounding; None where they do not.
+    """
+
+    transfer_set: TransferSet
+    eval_set: TransferSet | None
+    policy: Policy
+    joined: Joined | None
+    teacher: CachedTeacher | None
+    partners: Partners
+    ids: np.ndarray | None
+    labelled: int
+    drift: str | None
+
+    @property
+    def cache(self) -> Cache | None:
+        return None if self.joined is None else self.joined.cache
+
+    def viewed(self, collates: Sequence[Any] = ()) -> ViewedSet:
+        """The samples rendered by the policy, for loader workers."""
+        return ViewedSet(self.transfer_set, self.policy, collates, partners=self.partners, ids=self.ids)
+
+    def few(self, collate: Any, view: int) -> LoadedBatch:
+        """Two samples as training loads them, or the only one."""
+        pairs = [(index, view) for index in range(min(2, len(self.transfer_set)))]
+        return next(load_batches(self.viewed([collate]), [pairs]))
+
+    @cached_property
+    def sample_ids(self) -> np.ndarray:
+        """(N,) uint64."""
+        return sample_ids(self.transfer_set.keys) if self.ids is None else self.ids
+
+    def batch(self, loaded: LoadedBatch, config: TrainConfig, features: Sequence[str], device: torch.device) -> Batch:
+        """What a worker loaded, on the device, with its labels and its targets.
+
+        Args:
+            features: to read of the cache.
+        """
+        return Batch(
+            to_device(loaded.inputs[0], device),
+            self._labels(loaded, device),
+            self._targets(loaded, config, features, device),
+            torch.from_numpy(loaded.index).to(device),
+            torch.from_numpy(self.sample_ids[loaded.index].view(np.int64)).to(device),
+            config.views_per_visit,
+        )
+
+    def _labels(self, batch: LoadedBatch, device: torch.device) -> Labels:
+        """The hard labels of a batch, and of its partners where views are mixed."""
+
+        def on_device(labels: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(labels).to(device)
+            return tensor if tensor.ndim == 2 else tensor.long()
+
+        own = on_device(self.transfer_set.labels[batch.index])
+        if batch.partner_rows is None or batch.shares is None:
+            return Labels(own)
+        others = self.partners.transfer_set.labels[self.partners.index_of_row[batch.partner_rows]]
+        return Labels(own, on_device(others), torch.from_numpy(batch.shares).to(device))
+
+    def _targets(
+        self, batch: LoadedBatch, config: TrainConfig, features: Sequence[str], device: torch.device
+    ) -> Targets | None:
+        """The stored targets of a batch, on the device, still encoded; None without a cache."""
+        if self.joined is None or self.teacher is None:
+            return None
+        views = batch.views
+        if config.augment:  # the student's own views; the targets stay with the cache's
+            pinned = config.view is not None
+            views = np.full_like(views, config.view) if pinned else views % self.joined.cache.num_views
+        chosen = self.joined.gather_samples(batch.index, views, members=self.teacher.members, features=features)
+        return chosen.to(device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows of a global batch.
+
+    Attributes:
+        inputs: as collated.
+        labels, targets, samples, sample_ids: see `Given`.
+        views: rows of one sample.
+    """
+
+    inputs: Any
+    labels: Labels
+    targets: Targets | None
+    samples: Tensor
+    sample_ids: Tensor
+    views: int = 1
+
+    def parts(
+        self, count: int, wanted: int, step: int, ranks: Ranks, *, over_labels: bool
+    ) -> Iterator[tuple[Any, Given]]:
+        """Inputs and what the terms are given, in at most `wanted` parts, as many on every rank.
+
+        Args:
+            count: samples of the global batch.
+            step: number of the optimiser step.
+            over_labels: some term is a mean over labelled samples, so that the labels of all ranks have to be counted.
+        """
+        shares = ranks.shares(count)
+        number = min(wanted, *shares)
+        if number == 1 and ranks.size == 1:
+            yield self.inputs, Given(self.labels, self.targets, self.samples, self.sample_ids, step)
+            return
+        total_labels = ranks.total(self.labels.weight) if over_labels else None
+        edges = [_edges(share, number, self.views) for share in shares]
+        rows = count * self.views
+        for part in range(number):
+            counts = tuple(one[part + 1] - one[part] for one in edges)
+            own = slice(edges[ranks.rank][part], edges[ranks.rank][part + 1])
+            labels = self._labels(own)
+            factors: dict[str, float | Tensor] = {
+                "samples": counts[ranks.rank] * ranks.size / rows,
+                "batch": sum(counts) / rows,
+            }
+            if total_labels is not None:
+                factors["labels"] = labels.weight * ranks.size / total_labels.clamp(min=1e-12)
+            targets = None if self.targets is None else self.targets.rows_between(own.start, own.stop)
+            inputs = self.inputs if number == 1 else map_tensors(self.inputs, partial(self._rows, own))
+            yield inputs, Given(labels, targets, self.samples[own], self.sample_ids[own], step, counts, factors)
+
+    def _labels(self, own: slice) -> Labels:
+        if self.labels.partners is None or self.labels.shares is None:
+            return Labels(self.labels.own[own])
+        return Labels(self.labels.own[own], self.labels.partners[own], self.labels.shares[own])
+
+    def _rows(self, own: slice, tensor: Tensor) -> Tensor:
+        if len(tensor) != len(self.samples):
+            raise ConfigError(
+                f"the student's inputs are {tuple(tensor.shape)} for {len(self.samples)} samples: they cannot be divided",
+                tip="leave --accumulate out, or give the student a collate whose tensors begin with the batch",
+            )
+        return tensor[own]
+
+
+def _edges(share: int, parts: int, views: int) -> list[int]:
+    """Where each of the parts of a rank's rows begins, and where the last one ends; samples stay whole."""
+    sizes = [len(part) for part in np.array_split(np.empty(share), parts)]
+    return [0, *(np.cumsum(sizes) * views).tolist()]
+
+
+def open_material(config: TrainConfig, terms: Sequence[LossTerm], out: Path) -> Material:
+    """Open data and cache, join them, and refuse whatever does not fit the terms.
+
+    Raises:
+        SoftcacheError: and its children, each with what to do.
+    """
+    transfer_set = open_transfer_set(config.data, **config.selection())
+    eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
+    if eval_set is not None:
+        check_same_classes(eval_set, transfer_set)
+    cache = _open_cache(config, out)
+    joined = _join(cache, transfer_set, config) if cache is not None else None
+    chosen = tuple(class_indices(transfer_set.class_names, config.classes)) if config.classes else None
+    weights = parse_members(config.members)
+    teacher = None if cache is None else CachedTeacher(cache, config.combine, weights, config.seed, chosen)
+    for term in terms if teacher is not None else ():
+        check_term(teacher, term)  # type: ignore[arg-type]
+    policy = _policy(config, cache)
+    if policy.mixing is not None:
+        check_mixed(terms, str(policy))
+    partners = joined.partners if joined else Partners(transfer_set.whole, np.arange(len(transfer_set.whole)))
+    ids = joined.cache.samples.ids[joined.rows] if joined is not None else None
+    drift = None
+    if joined is not None and not config.augment:
+        drift = _check_views(
+            joined, ViewedSet(transfer_set, joined.cache.policy, (), partners=partners, ids=ids), config
+        )
+    if config.classes:
+        transfer_set = transfer_set.with_classes(config.classes)
+        eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
+        partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
+    multi_label = transfer_set.multi_label
+    labelled = len(transfer_set) if multi_label else int((transfer_set.labels >= 0).sum())
+    check_labels(terms, labelled=labelled, multi_label=multi_label, name=transfer_set.name)
+    return Material(transfer_set, eval_set, policy, joined, teacher, partners, ids, labelled, drift)
+
+
+def visits(
+    order: np.ndarray, views: Sequence[int], batch_size: int, ranks: Ranks, *, start: int = 0
+) -> Iterator[list[Pair]]:
+    """This rank's (index, view) pairs of each batch, from batch number `start` on: every view of a sample side by side."""
+    for first in range(start * batch_size, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        yield [(index, view) for index in batch[ranks.own(len(batch))].tolist() for view in views]
+
+
+def views_of(epoch: int, cache: Cache | None, config: TrainConfig) -> list[int]:
+    """The student's views in an epoch: with a cache e mod V, or the pinned one; of the student's own a fresh one."""
+    if cache is not None and config.view is not None and not config.augment:
+        return [config.view]
+    taken = range(epoch * config.views_per_visit, (epoch + 1) * config.views_per_visit)
+    return [view if cache is None or config.augment else view % cache.num_views for view in taken]
+
+
+def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
+    """The cache to learn from; a run that is resumed stays with the manifest it began with."""
+    if config.cache is None:
+        return None
+    before = pinned_cache(out)
+    try:
+        cache = open_cache(
+            config.cache,
+            id=before or config.cache_id,
+            mode=config.read,  # type: ignore[arg-type]
+            check_blocks=config.check_blocks,  # type: ignore[arg-type]
+            allow_code=config.allow_code,
+        )
+    except CacheError as exc:
+        if before is not None:
+            exc.add_note(f"{out} began with cache {before}; another one needs another --out")
+        raise
+    if config.view is not None and not 0 <= config.view < cache.num_views:
+        raise ConfigError(f"--view {config.view}: the cache has views 0 to {cache.num_views - 1}")
+    if config.views_per_visit > cache.num_views and not config.augment:
+        raise ConfigError(
+            f"--views-per-visit {config.views_per_visit}: of each sample the cache has {cache.num_views}",
+            tip="dump more: softcache dump --extend --views N",
+        )
+    return cache
+
+
+def _join(cache: Cache, transfer_set: TransferSet, config: TrainConfig) -> Joined:
+    return cache.join(
+        transfer_set,
+        by=config.join,  # type: ignore[arg-type]
+        labels=config.labels,  # type: ignore[arg-type]
+        check_content=config.check_content,  # type: ignore[arg-type]
+    )
+
+
+def _policy(config: TrainConfig, cache: Cache | None) -> Policy:
+    """What the student sees: the cache's own views, at its own size if asked; or others, which the targets do not fit."""
+    if cache is None or config.augment:
+        return Policy.parse(config.augment or config.policy, config.view_seed)
+    return cache.policy if config.size is None else cache.policy.at_size(config.size)
+
+
+def _check_views(joined: Joined, viewed: ViewedSet, config: TrainConfig) -> str | None:
+    """Some records, spread over samples and views, must render to the pixels the teacher saw; a rounding is told once."""
+    cache, count = joined.cache, len(joined)
+    index_of_row = Partners.of(viewed.transfer_set, joined.rows, len(cache)).index_of_row
+
+    def render(row: int, view: int) -> Any:
+        index = int(index_of_row[row])
+        return None if index < 0 else viewed.render(index, view)
+
+    index = np.unique(np.linspace(0, count - 1, min(SPREAD, count)).astype(np.int64))
+    views = np.arange(len(index), dtype=np.int64) % cache.num_views
+    items = [viewed.render(int(i), int(v)) for i, v in zip(index, views, strict=True)]
+    drift = cache.check_pixels(items, joined.rows[index].astype(np.int64), views, render, on_drift=config.on_drift)
+    if drift is None:
+        return None
+    print(f"softcache: warning: {drift}; the run records it", file=sys.stderr)
+    return str(drift)

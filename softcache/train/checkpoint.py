@@ -1,0 +1,151 @@
+"""Save and resume a training run exactly: weights, optimiser, position, metrics and every random state."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from softcache.errors import TrainingError
+from softcache.train.ranks import Ranks
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage: counted from 0.
+        epoch: of the stage, the next to be done or to be gone on with.
+        step: of the epoch, the next to be done.
+        sums: running sums of the epoch's values on this rank.
+        metrics: one row per finished epoch, over all stages.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Everything whose state a run carries from step to step.
+
+    Attributes:
+        net: of the student.
+        parts: what the terms of all stages learn or remember.
+        optimizer: of the current stage.
+        scaler: of gradients in half precision.
+        average: of the student's weights, where one is kept.
+    """
+
+    net: nn.Module
+    parts: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: nn.Module | None = None
+
+    def named(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def read_progress(out: Path, ranks: Ranks) -> tuple[Progress, dict[str, Any]]:
+    """Where to go on, and the states to put back by `restore`; the beginning, and none, where there is no checkpoint.
+
+    Raises:
+        TrainingError: the checkpoint cannot be read, or is of another number of processes.
+    """
+    path = out / CHECKPOINT
+    if not path.is_file():
+        return Progress(), {}
+    state = _load(path)
+    try:
+        if len(state["random"]) != ranks.size:
+            raise TrainingError(
+                f"{path}: was saved by {len(state['random'])} processes, these are {ranks.size}",
+                tip="resume with as many: their random states belong to the run",
+            )
+        position = state.pop("progress")
+        sums = position.pop("sums")[ranks.rank]
+        return Progress(sums=sums, **position), state
+    except (LookupError, TypeError) as exc:
+        raise TrainingError(
+            f"{path}: is no checkpoint of this version ({exc!r})", tip="delete it to start again"
+        ) from None
+
+
+def restore(out: Path, trained: Trained, state: dict[str, Any], ranks: Ranks) -> None:
+    """Put back what `save_progress` saved, and every random state; TrainingError where it does not fit."""
+    path = out / CHECKPOINT
+    try:
+        for name, value in trained.named().items():
+            value.load_state_dict(state[name])
+        _restore_random_states(state["random"][ranks.rank])
+    except (RuntimeError, ValueError, LookupError, TypeError) as exc:
+        raise TrainingError(f"{path}: does not fit this student: {exc}", tip="choose another --out") from None
+
+
+def save_progress(out: Path, trained: Trained, progress: Progress, ranks: Ranks) -> None:
+    """The run as it stands; called by all ranks, written by the first. After a crash there is the old file or the new one."""
+    sums = {name: value.cpu() for name, value in progress.sums.items()}
+    every_sums, every_random = ranks.everyone(sums), ranks.everyone(random_states())
+    if not ranks.first:
+        return
+    state = {name: value.state_dict() for name, value in trained.named().items()}
+    state |= {"progress": {**vars(progress), "sums": every_sums}, "random": every_random}
+    path = out / CHECKPOINT
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint: data only, never code."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, ValueError, TypeError) as exc:
+        # torch's own message for a file that is not plain data proposes to load it with code and all
+        reason = "" if isinstance(exc, pickle.UnpicklingError) else f": {exc}"
+        raise TrainingError(
+            f"{path}: cannot be read as a checkpoint ({type(exc).__name__}{reason})",
+            tip="delete it to start the run again",
+        ) from None
+    if not isinstance(state, dict):
+        raise TrainingError(f"{path}: is no checkpoint", tip="delete it to start the run again")
+    return state
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's, NumPy's and Python's global generators, as plain data."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(words), gauss],
+    }
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))

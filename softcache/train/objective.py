@@ -1,0 +1,211 @@
+"""What a student is asked to do: weighted loss terms, against hard labels or against the stored outputs of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softcache.errors import LossError
+from softcache.losses import HEAD, LossTerm
+from softcache.losses.schedules import Moment, Schedule
+from softcache.targets.cache import Targets
+from softcache.targets.ensemble import KEEPS_LEVEL
+from softcache.train.pairs import Pair
+from softcache.train.ranks import Ranks
+from softcache.train.term_modules import Parts
+from softcache.train.terms import CachedTeacher, named_terms
+
+MANY_CLASSES = 32768  # from here on whole float32 copies of the batch's logits are avoided
+HEAD_INPUTS = ("head_ids", "head_logits", "tail_logsumexp")  # in the order in which targets give them
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The hard labels of one batch, on the device.
+
+    Attributes:
+        own: (B,) int64 class index or -1, or (B, C) bool.
+        partners: the same of the samples that the views are mixed with; None for views that are not mixed.
+        shares: (B,) float32 weight of the own label; None likewise.
+    """
+
+    own: Tensor
+    partners: Tensor | None = None
+    shares: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """() float64 labelled weight of the batch: what a mean over labels divides by."""
+        if self.own.ndim == 2:
+            return torch.tensor(float(len(self.own)), dtype=torch.float64, device=self.own.device)
+        if self.partners is None or self.shares is None:
+            return (self.own >= 0).sum(dtype=torch.float64)
+        shares = self.shares.double()
+        return (shares * (self.own >= 0) + (1 - shares) * (self.partners >= 0)).sum()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the terms are given of one batch, or of a part of it, beside the student's outputs.
+
+    Attributes:
+        labels: of the rows.
+        targets: of the cache, None without one.
+        samples: (B,) int64 positions in the transfer set; for losses with a memory of them.
+        sample_ids: (B,) int64, the bits of the uint64 ids; likewise.
+        step: number of the optimiser step, over all stages.
+        counts: rows of this part on each rank.
+        factors: what the mean over a rank's own rows is multiplied with, so that the mean over ranks, summed over parts, is the
+            mean over the global batch: by the kind of mean (Loss.over). Empty: 1.
+    """
+
+    labels: Labels
+    targets: Targets | None = None
+    samples: Tensor | None = None
+    sample_ids: Tensor | None = None
+    step: int = 0
+    counts: tuple[int, ...] = ()
+    factors: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """The weighted terms of one stage.
+
+    Args:
+        terms: what to learn.
+        parts: what each term has of its own; stages may share them. None: made here, for losses on logits and labels.
+        teacher: of a run with a cache.
+        ranks: who computes the rest of the batch.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[LossTerm],
+        parts: Sequence[Parts] | None = None,
+        teacher: CachedTeacher | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        super().__init__()
+        self.terms = dict(named_terms(terms))
+        self.parts = nn.ModuleList([Parts(term, teacher=teacher) for term in terms] if parts is None else parts)
+        self.teacher, self.ranks = teacher, ranks or Ranks()
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [pair for part in self.parts for pair in part.pairs]  # type: ignore[union-attr]
+
+    @property
+    def over_labels(self) -> bool:
+        """Some term is a mean over the labelled samples."""
+        return any(term.loss.over == "labels" for term in self.terms.values())
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Features to read of the cache."""
+        return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored != HEAD))
+
+    def forward(
+        self, student_logits: Tensor, outputs: Mapping[str, Tensor], given: Given, moment: Moment
+    ) -> dict[str, Tensor]:
+        """Term -> () unweighted value on this rank's rows; the mean over ranks is the value on the global batch."""
+        batch = _Batch(student_logits, given, self.teacher)
+        values = {}
+        for (name, term), parts in zip(self.terms.items(), self.parts, strict=True):
+            assert isinstance(parts, Parts)
+            settings = term.settings_at(moment)
+            calls = parts.calls(outputs, given.targets)
+            found = [self._value(term, settings, core, features, batch) for core, features in calls]
+            value = found[0] if len(found) == 1 else torch.stack(found).sum()
+            factor = given.factors[term.loss.over] if given.factors else 1.0
+            values[name] = value if isinstance(factor, float) and factor == 1.0 else value * factor
+        return values
+
+    def total(self, values: Mapping[str, Tensor], moment: Moment) -> Tensor:
+        """The weighted sum of the terms."""
+        return torch.stack([term.weight.at(moment) * values[name] for name, term in self.terms.items()]).sum()
+
+    def scalars(self, moment: Moment) -> dict[str, float]:
+        """What changes over the stage, by `term.setting`."""
+        found = {}
+        for name, term in self.terms.items():
+            for key, value in {"weight": term.weight, **term.settings}.items():
+                if isinstance(value, Schedule) and not value.is_constant:
+                    found[f"{name}.{key}"] = value.at(moment)
+        return found
+
+    def _value(
+        self,
+        term: LossTerm,
+        settings: Mapping[str, Any],
+        core: Callable[..., Tensor],
+        features: Mapping[str, Any],
+        batch: _Batch,
+    ) -> Tensor:
+        """One call of a loss, with the inputs that it names."""
+        loss, given = term.loss, batch.given
+        if loss.many_classes is not None and self._has_many_classes(term, settings):
+            return loss.many_classes(batch.student_logits, batch.teacher_rows, settings["temperature"])
+        if loss.mixed is not None and given.labels.partners is not None:
+            labels = {
+                "labels": given.labels.own,
+                "partner_labels": given.labels.partners,
+                "shares": given.labels.shares,
+            }
+            return loss.mixed(batch.student_logits, **labels, **settings)
+        inputs = {
+            name: features[name] if name in features else batch.find(name, term, settings) for name in loss.inputs
+        }
+        if loss.over == "batch" and self.ranks.size > 1:
+            inputs = {name: self._of_all_ranks(name, value, given) for name, value in inputs.items()}
+        changing = {key: value for key, value in settings.items() if key not in loss.fixed}
+        try:
+            return core(**inputs, **changing)
+        except ValueError as exc:
+            raise LossError(f"loss {term.name!r}: {exc}") from exc
+
+    def _of_all_ranks(self, name: str, value: Any, given: Given) -> Any:
+        if name in ("step", "classifier_weight", "classifier_bias"):
+            return value
+        if isinstance(value, list):
+            return [self.ranks.gather(one, given.counts) for one in value]
+        return self.ranks.gather(value, given.counts)
+
+    def _has_many_classes(self, term: LossTerm, settings: Mapping[str, Any]) -> bool:
+        assert self.teacher is not None
+        plain = all(value == term.loss.defaults[key] for key, value in settings.items() if key != "temperature")
+        return plain and self.teacher.cache.num_classes >= MANY_CLASSES and self.teacher.combine in KEEPS_LEVEL
+
+
+class _Batch:
+    """The inputs of losses on one batch, by the names of INPUTS; the teacher's logits are combined once for each temperature."""
+
+    def __init__(self, student_logits: Tensor, given: Given, teacher: CachedTeacher | None) -> None:
+        self.student_logits, self.given, self._teacher = student_logits, given, teacher
+        self._logits: dict[tuple[float, str], Tensor] = {}
+
+    def find(self, name: str, term: LossTerm, settings: Mapping[str, Any]) -> Any:
+        """One input that is no feature."""
+        if name == "student_logits":
+            return self.student_logits
+        if name == "labels":
+            return self.given.labels.own
+        if name in ("samples", "sample_ids", "step"):
+            return getattr(self.given, name)
+        assert self.given.targets is not None and self._teacher is not None
+        temperature = settings.get("temperature", 1.0)
+        if name in HEAD_INPUTS:
+            return self.given.targets.head(self._teacher.members[0], temperature)[HEAD_INPUTS.index(name)]
+        assert name == "teacher_logits", name
+        asked = (temperature, term.loss.link)
+        if asked not in self._logits:
+            self._logits[asked] = self._teacher.logits(self.given.targets, temperature, term.loss.link)
+        return self._logits[asked]
+
+    def teacher_rows(self, first: int, last: int) -> Tensor:
+        """(last - first, C) logits of some rows, decoded when they are asked for."""
+        assert self.given.targets is not None and self._teacher is not None
+        return self._teacher.logits(self.given.targets.rows_between(first, last), 1.0)

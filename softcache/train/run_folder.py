@@ -1,0 +1,169 @@
+"""The run folder: who may use it, what the run is, and the file that repeats it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.config import TrainConfig, to_toml
+from softcache.errors import LockedError, TrainingError
+from softcache.files.locks import release_lock, take_lock
+from softcache.train.stages import Stage
+from softcache.version import __version__
+
+STUDENT, RUN, CONFIG = "student.safetensors", "run.json", "config.toml"
+METRICS_JSONL, METRICS_CSV, LOCK = "metrics.jsonl", "metrics.csv", "lock"
+BEST, TENSORBOARD = "best.safetensors", "tensorboard"
+
+# settings that may differ between a run and its resume: they do not belong to what is computed
+FREE_TO_CHANGE = (
+    "out",
+    "workers",
+    "threads",
+    "device",
+    "checkpoint_every",
+    "download",
+    "read",
+    "check_content",
+    "on_drift",
+    "tensorboard",
+)
+
+
+def claim_folder(config: TrainConfig) -> Path:
+    """The run folder, refused when it holds another run or foreign files."""
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out}: is a file", tip="choose another --out")
+    if (out / RUN).is_file():
+        before = _read_run(out)["config"]
+        now = json.loads(json.dumps(_comparable(config)))
+        usual = json.loads(json.dumps({f.name: f.default for f in fields(config) if f.default is not MISSING}))
+        then = {key: before.get(key, usual.get(key)) for key in now}  # an older run did not know every setting
+        if then["cache"] and now["cache"]:
+            then["cache"] = now["cache"]  # it may have moved: the run holds its id
+        changed = [key for key in now if now[key] != then[key]]
+        if changed:
+            listing = "; ".join(f"{key} was {then[key]!r}, is now {now[key]!r}" for key in changed[:6])
+            raise TrainingError(
+                f"{out}: holds a run with other settings: {listing}",
+                tip="choose another --out; the same settings resume the run",
+            )
+    elif out.is_dir() and any(path.name not in (LOCK, f"{RUN}.tmp") for path in out.iterdir()):
+        raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
+    return out
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; a folder in which nothing came to be is removed again.
+
+    Raises:
+        LockedError: another process trains here.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        fd = take_lock(out / LOCK)
+    except BlockingIOError:
+        raise LockedError(
+            f"{out}: another process is training in this folder", tip="wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        if not any(out.iterdir()):
+            out.rmdir()
+        release_lock(fd)
+
+
+def _read_run(out: Path) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = json.loads((out / RUN).read_text())
+        about["config"], about["cache"], about["data"]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise TrainingError(f"{out / RUN}: is damaged ({exc!r})", tip="choose another --out") from None
+    return about
+
+
+def check_same_data(out: Path, data: str) -> None:
+    """Raise TrainingError when the run in this folder began with other samples, labels or another vocabulary."""
+    if (out / RUN).is_file() and _read_run(out)["data"] != data:
+        raise TrainingError(
+            f"{out}: this run began with other samples, labels or another vocabulary",
+            tip="restore the data set, or choose another --out",
+        )
+
+
+def data_fingerprint(ids: np.ndarray, labels: np.ndarray, vocabulary: Sequence[str]) -> str:
+    """sha256 over what a resumed run must find again: (N,) sample ids, labels, and a text model's vocabulary, in order."""
+    hasher = hashlib.sha256(np.ascontiguousarray(ids).tobytes())
+    hasher.update(np.ascontiguousarray(labels).tobytes())
+    hasher.update("\n".join(vocabulary).encode("utf-8"))
+    return hasher.hexdigest()
+
+
+def pinned_cache(out: Path) -> str | None:
+    """The id of the cache that the run in this folder began with; None for a new run, or one without a cache."""
+    return _read_run(out)["cache"] if (out / RUN).is_file() else None
+
+
+def _comparable(config: TrainConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE_TO_CHANGE}
+
+
+def describe_run(
+    out: Path,
+    config: TrainConfig,
+    stages: Sequence[Stage],
+    facts: Mapping[str, Any],
+) -> None:
+    """run.json and config.toml: what this run is, and the file that repeats it.
+
+    Args:
+        facts: "cache" (its id or None), "data" (its fingerprint), and whatever else is worth keeping.
+    """
+    about = {
+        "config": _comparable(config),
+        **facts,
+        "stages": [stage.describe() for stage in stages],
+        "softcache": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+    }
+    _write_aside(out / RUN, json.dumps(about, indent=1) + "\n")
+    _write_aside(out / CONFIG, to_toml(config))
+
+
+def write_metrics(out: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """metrics.jsonl and metrics.csv: one row per epoch."""
+    _write_aside(out / METRICS_JSONL, "".join(json.dumps(row) + "\n" for row in metrics))
+    text = io.StringIO(newline="")
+    columns = dict.fromkeys(name for row in metrics for name in row)  # stages have terms of their own
+    writer = csv.DictWriter(text, fieldnames=list(columns))
+    writer.writeheader()
+    writer.writerows(metrics)
+    _write_aside(out / METRICS_CSV, text.getvalue())
+
+
+def _write_aside(path: Path, text: str) -> None:
+    """After a kill there is the old file or the new one, never a part of it."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(text.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,127 @@
+"""The stages of a run: each with its own terms, learning rate and frozen parts, one after the other."""
+
+from __future__ import annotations
+
+import fnmatch
+import typing
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+from softcache.config import TrainConfig, coerce, parse_settings
+from softcache.errors import ConfigError, nearest
+from softcache.losses import LossTerm
+from softcache.losses.schedules import Moment, Schedule
+from softcache.train.terms import parse_terms
+
+SETTINGS = (
+    "epochs", "loss", "lr", "schedule", "optimizer", "momentum", "nesterov", "weight_decay", "freeze", "patience",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        config: the run's, with what this stage changes.
+        terms: what is learned in it.
+        factor: of the learning rate.
+    """
+
+    config: TrainConfig
+    terms: tuple[LossTerm, ...]
+    factor: Schedule
+
+    def describe(self) -> dict[str, Any]:
+        """As a run records it."""
+        settings = {name: getattr(self.config, name) for name in SETTINGS if name != "loss"}
+        return {**settings, "losses": [term.describe() for term in self.terms]}
+
+    def rate(self, moment: Moment) -> float:
+        """The learning rate of a step."""
+        return self.config.lr * self.factor.at(moment)
+
+
+def parse_stages(config: TrainConfig) -> list[Stage]:
+    """The stages that a run names, or the run as one stage.
+
+    Raises:
+        ConfigError: an unknown setting, one that belongs to the whole run, or an impossible value.
+        LossError: a term that cannot be.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    choices = {f.name: f.metadata["choices"] for f in fields(TrainConfig)}
+    stages = []
+    for number, text in enumerate(config.stage or ("",), start=1):
+        where = f"--stage {number}" if config.stage else "--"
+        changes: dict[str, Any] = {}
+        for key, values in parse_settings(text, where).items():
+            if key not in SETTINGS:
+                whole = key in hints
+                raise ConfigError(
+                    f"{where}: {key!r} " + ("belongs to the whole run" if whole else "is no setting of a stage"),
+                    tip=f"give --{key.replace('_', '-')} once, beside --stage" if whole else nearest(key, SETTINGS),
+                )
+            if key != "loss" and len(values) > 1 and typing.get_origin(hints[key]) is not tuple:
+                raise ConfigError(f"{where}: {key} is given twice", tip="keep one of them")
+            value = tuple(values) if key == "loss" else ",".join(values)
+            changes[key] = value if key == "loss" else coerce(value, hints[key], f"{where}: {key}")
+            if choices[key] and value not in choices[key]:
+                raise ConfigError(f"{where}: {key} cannot be {value!r}", tip=nearest(str(value), choices[key]))
+        own = replace(config, stage=(), **changes)
+        _check(own, where)
+        terms = tuple(parse_terms(own.loss, has_cache=config.cache is not None))
+        factor = Schedule.parse(own.schedule, f"{where}: schedule" if config.stage else "--schedule")
+        if factor.bounds[0] < 0:
+            raise ConfigError(f"{where}: schedule {own.schedule!r} makes the learning rate negative")
+        stages.append(Stage(own, terms, factor))
+    return stages
+
+
+def freeze(net: nn.Module, patterns: Sequence[str], fixed: Collection[str] = ()) -> None:
+    """Switch gradients off for the parameters that the patterns name and those that are fixed for good, on for the others.
+
+    A module of which every parameter is frozen is to stay in eval mode while training (see `train_mode`), so that BatchNorm
+    learns nothing either.
+
+    Raises:
+        ConfigError: a pattern that names nothing.
+    """
+    names = [name for name, _ in net.named_parameters()]
+    frozen = set(fixed)
+    for pattern in patterns:
+        named = [name for name in names if name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)]
+        if not named:
+            layers = [name for name, module in net.named_modules() if name and any(True for _ in module.parameters())]
+            raise ConfigError(f"--freeze {pattern}: the student has no parameters there", tip=nearest(pattern, layers))
+        frozen |= set(named)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def train_mode(net: nn.Module) -> None:
+    """Train mode, but for modules of which every parameter is frozen."""
+    net.train()
+    for module in net.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def _check(config: TrainConfig, where: str) -> None:
+    prefix = "--" if where == "--" else f"{where}: "
+    if config.epochs < 1:
+        raise ConfigError(f"{prefix}epochs {config.epochs}: must be at least 1")
+    if not 0 < config.lr < float("inf"):
+        raise ConfigError(f"{prefix}lr {config.lr}: must be > 0")
+    for name in ("weight_decay", "momentum"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ConfigError(f"{prefix}{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
+    if config.patience is not None:
+        if config.patience < 1:
+            raise ConfigError(f"{prefix}patience {config.patience}: must be at least 1")
+        if not config.eval_data:
+            raise ConfigError(f"{prefix}patience needs --eval-data", tip="add it, or leave --patience out")

@@ -1,0 +1,189 @@
+"""The loss terms that a run names, and whether its cache and its data can serve them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from softcache.errors import ConfigError, LossError
+from softcache.losses import LossTerm, make_term
+from softcache.spec import split_term
+from softcache.targets.cache import Cache, Targets
+from softcache.targets.ensemble import KEEPS_LEVEL, check_rule
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """A cache's members as the one teacher of a run.
+
+    Attributes:
+        cache: where they are.
+        combine: the rule.
+        weights: member -> weight; None for all equally.
+        draw_seed: of the rule "draw".
+        classes: indices of the classes that the student has; None for all.
+    """
+
+    cache: Cache
+    combine: str = "mean_logits"
+    weights: Mapping[str, float] | None = None
+    draw_seed: int = 0
+    classes: tuple[int, ...] | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.cache.members if self.weights is None else tuple(self.weights)
+
+    def logits(self, targets: Targets, temperature: float, link: str = "softmax") -> Tensor:
+        """(B, C) of the combined members; of the student's classes only, where it has not all."""
+        combined = targets.combined(
+            self.combine, weights=self.weights, temperature=temperature, link=link, draw_seed=self.draw_seed
+        )
+        return combined if self.classes is None else combined[:, list(self.classes)]
+
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """(C, D) weight and (C,) bias of the only member's final linear layer.
+
+        Raises:
+            LossError: several members, or one whose layer is not in the cache.
+        """
+        if len(self.members) != 1:
+            raise LossError(
+                "a loss on the teacher's classifier takes one teacher", tip="choose one with --members NAME"
+            )
+        head = self.cache.head(self.members[0])
+        if head is None:
+            raise LossError(
+                f"the cache does not keep the final linear layer of member {self.members[0]!r}",
+                tip="dump a teacher that ends with an nn.Linear which gives its logits",
+            )
+        weight, bias = head
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        chosen = slice(None) if self.classes is None else list(self.classes)
+        return weight[chosen], bias[chosen]
+
+
+def named_terms(terms: Sequence[LossTerm]) -> Iterator[tuple[str, LossTerm]]:
+    """Each term with a name of its own: a second `kd` is `kd-2`."""
+    seen: dict[str, int] = {}
+    for term in terms:
+        seen[term.name] = number = seen.get(term.name, 0) + 1
+        yield (term.name if number == 1 else f"{term.name}-{number}"), term
+
+
+def parse_terms(texts: Sequence[str], *, has_cache: bool) -> list[LossTerm]:
+    """`kd:temperature=4,weight=0.9` strings -> checked terms; by default kd at 4 with a cache, ce without."""
+    if not texts:
+        texts = ["kd:temperature=4"] if has_cache else ["ce"]
+    terms = []
+    for text in texts:
+        name, values = split_term(text, "--loss")
+        term = make_term(name, **values)
+        if term.loss.has_teacher and not has_cache:
+            raise LossError(
+                f"loss {name!r} learns from a teacher, and there is no cache",
+                tip="add --cache DIR, or train on hard labels with --loss ce",
+            )
+        terms.append(term)
+    return terms
+
+
+def parse_members(texts: Sequence[str]) -> dict[str, float] | None:
+    """`a=0.7`, `b` -> {member: weight}, 1 where none is given; None for all members equally."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            weights[name] = float(value) if equals else 1.0
+        except ValueError:
+            raise ConfigError(f"--members {text!r}: {value!r} is not a number") from None
+        if not 0 <= weights[name] < float("inf"):
+            raise ConfigError(f"--members {text!r}: a weight must be a number that is not negative")
+    if weights and not sum(weights.values()):
+        raise ConfigError("--members: all weights are zero")
+    return weights or None
+
+
+def check_mixed(terms: Sequence[LossTerm], policy: str) -> None:
+    """Raise LossError for a loss on one hard label when views are mixed with partners."""
+    for term in terms:
+        if term.loss.needs("labels") and term.loss.mixed is None:
+            raise LossError(
+                f"loss {term.name!r} is defined by one hard label, and these views are mixed ({policy})",
+                tip="use ce, which weighs both labels, or losses on the teacher's logits",
+            )
+
+
+def check_labels(terms: Sequence[LossTerm], *, labelled: int, multi_label: bool, name: str) -> None:
+    """Raise LossError for a loss on hard labels when no sample has one, or every sample may have several."""
+    for term in terms:
+        if term.loss.needs("labels") and term.weight.bounds != (0.0, 0.0):
+            if not labelled:
+                raise LossError(
+                    f"loss {term.name!r} needs labels, and no sample of {name} has one",
+                    tip="leave the term out: soft targets need no labels",
+                )
+            if multi_label and not term.loss.multi_label:
+                raise LossError(
+                    f"loss {term.name!r} is defined by one label per sample, and {name} may have several",
+                    tip="use ce or bce, which take each class for itself",
+                )
+
+
+def check_term(teacher: CachedTeacher, term: LossTerm) -> None:
+    """Raise LossError when the logits in a cache cannot serve a loss term under a combination rule."""
+    check_rule(teacher.combine)
+    cache, rule, loss = teacher.cache, teacher.combine, term.loss
+    on_logits, on_head = loss.needs("teacher_logits"), loss.needs("head_ids")
+    for name in teacher.members:
+        info = cache.member(name)  # an unknown member is refused here, whatever the term
+        if not on_logits and not on_head:
+            continue
+        codec = cache.codecs[name]
+        for temperature in (1.0,) if term.temperature is None else term.temperature.bounds:
+            if not codec.serves(temperature):
+                lowest, highest = codec.temperatures or (0.0, 0.0)
+                raise LossError(
+                    f"codec {codec.name!r} of member {name!r} serves temperatures from {lowest:g} to {highest:g}, "
+                    f"{term.name} asks for {temperature:g}",
+                    tip="choose another temperature, or dump with --codec headtail or int8, which keep every class",
+                )
+        if on_logits and not codec.complete:
+            raise LossError(
+                f"loss {term.name!r} needs the logits of every class; codec {codec.name!r} of member {name!r} keeps some",
+                tip="use kd_lower_bound, or dump with --codec headtail or int8, which keep every class",
+            )
+        if on_head and codec.complete:
+            raise LossError(
+                f"loss {term.name!r} is for caches that keep some classes; member {name!r} has them all",
+                tip="use kd, of which it is a lower bound",
+            )
+        if on_head and len(teacher.members) > 1:
+            raise LossError(
+                f"loss {term.name!r} takes one teacher: the members' classes differ", tip="choose one with --members"
+            )
+        has_level = codec.keeps_level and (info.output == "logits" or cache.manifest.plan.samples.multi_label)
+        if loss.needs_level and not has_level:
+            raise LossError(
+                f"loss {term.name!r} needs the level of the logits; member {name!r} gave {info.output}, "
+                "which do not have one",
+                tip="use kd or soft_ce, or dump a teacher that gives logits",
+            )
+    if on_head and teacher.classes is not None:
+        raise LossError(
+            f"loss {term.name!r} takes every class", tip="leave --classes out, or dump with --codec headtail"
+        )
+    if not on_logits or len(teacher.members) == 1:
+        return
+    if loss.needs_level and loss.link == "softmax" and rule not in KEEPS_LEVEL:
+        raise LossError(
+            f"loss {term.name!r} needs the level of the logits, which the rule {rule!r} does not keep",
+            tip=f"combine with one of {', '.join(KEEPS_LEVEL)}, or use kd",
+        )
+    if loss.any_temperature and rule == "mean_probs_at_t":
+        raise LossError(
+            f"loss {term.name!r} finds its own temperature, and the rule {rule!r} combines at a given one",
+            tip=f"combine with one of {', '.join(KEEPS_LEVEL)} or mean_probs",
+        )

@@ -1,0 +1,180 @@
+"""Teachers and data sets that go wrong in the middle of a dump: the samples are named, nothing is lost, the dump goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import softcache
+from softcache import cli
+from softcache.check import verify
+
+USER = '''
+"""Teachers and data that fail when a file named `armed` says how; without it they are sound."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+ARMED = Path(__file__).with_name("armed")
+
+
+def armed():
+    return ARMED.read_text() if ARMED.exists() else ""
+
+
+class Images:
+    class_names = ("ant", "bee", "cat", "dog")
+
+    def __init__(self):
+        self.images = np.random.default_rng(0).integers(0, 256, (600, 4, 4)).astype(np.uint8)
+        self.labels = np.arange(600) % 4
+        self.sample_keys = [f"toy/{i:04d}" for i in range(600)]
+
+    def __len__(self):
+        return 600
+
+    def __getitem__(self, i):
+        if armed() == "data raises" and i == 321:
+            raise OSError("cannot identify image file")
+        if armed() == "data changes" and i == 321:
+            changed = ARMED.with_name("seen").exists()
+            ARMED.with_name("seen").touch()
+            return self.images[i] + np.uint8(changed), self.labels[i]
+        if armed() == "data of another size" and i == 321:
+            return self.images[i][:3], self.labels[i]
+        return self.images[i], self.labels[i]
+
+
+def images():
+    return Images()
+
+
+class Net(nn.Module):
+    """A linear layer over whole numbers; the 12th call and those behind it go wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+        self.layer.weight.data = torch.arange(64.0).reshape(4, 16).remainder(7) / 64
+        self.layer.bias.data.zero_()
+        self.register_buffer("seen", torch.zeros(1))
+        self.calls = 0
+
+    def collate(self, items):
+        return torch.from_numpy(np.stack(items)).flatten(1).float()
+
+    def forward(self, batch):
+        self.calls += 1
+        logits = self.layer(batch)
+        how = armed() if self.calls >= 12 else ""
+        if how == "nan":
+            logits[3, 1] = float("nan")
+        elif how == "fewer columns":
+            logits = logits[:, :3]
+        elif how == "fewer rows":
+            logits = logits[:-1]
+        elif how == "train mode":
+            self.train()
+        elif how == "learns":
+            self.seen += 1
+        elif how == "another output":
+            logits = logits + 1
+        elif how == "raises":
+            raise KeyError("stage7")
+        elif how == "no memory":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: tried 9 bytes")
+        return logits
+
+
+def teacher():
+    return Net()
+'''
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Path:
+    (tmp_path / "user.py").write_text(USER)
+    return tmp_path
+
+
+def dump(user: Path, *more: str) -> int:
+    argv = [
+        "dump",
+        "--data",
+        f"{user}/user.py:images",
+        "--teacher",
+        f"{user}/user.py:teacher",
+        "--out",
+        f"{user}/cache",
+    ]
+    argv += ["--codec", "float32", "--batch-size", "32", "--shard-rows", "256", "--threads", "1", "--quiet", *more]
+    return cli.main(argv)
+
+
+MIDWAY = {
+    "nan": ["not finite for 1 samples of this batch: toy/"],
+    "fewer columns": [r"a result of shape (32, 3)", "in the batch of toy/"],
+    "fewer rows": ["gave 31 rows for 32 samples", "in the batch of toy/"],
+    "train mode": ["has modules in train mode"],
+    "learns": ["seen' while it ran"],
+    "another output": ["gave another output for the first batch than before the dump, up to 1 apart"],
+    "raises": ["teacher 'teacher' failed: KeyError: 'stage7' (user.py, line ", "in the batch of toy/", "and 27 more"],
+    "no memory": ["ran out of memory at batch size 32", "--batch-size 16", "in the batch of toy/"],
+    "data raises": ["sample toy/0321: OSError: cannot identify image file"],
+    "data changes": ["1 samples changed since this dump was started: toy/0321"],
+    "data of another size": ["the model cannot take this batch", "samples of another shape than (4, 4): toy/0321\n"],
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "workers"), [(how, 0) for how in MIDWAY] + [(how, 1) for how in MIDWAY if "data" in how]
+)
+def test_a_fault_in_the_middle_is_named_and_the_dump_goes_on(
+    how: str, workers: int, user: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (user / "armed").write_text(how)
+    assert dump(user, "--workers", str(workers)) == 2
+    said = capsys.readouterr().err
+    for part in MIDWAY[how]:
+        assert part in said, said
+    assert "Traceback" not in said and "tip:" in said
+    assert not (user / "cache/manifest.json").exists()
+    assert not list((user / "cache").rglob("*.tmp-*"))
+    (user / "armed").unlink()
+    if how == "data of another size":  # the set was digested like that: mended, it is another one
+        assert dump(user) == 2
+        assert "1 samples changed since this dump was started: toy/0321" in capsys.readouterr().err
+        return
+    before = {path: path.stat().st_ino for path in (user / "cache/members").rglob("*.h5")}
+    assert dump(user) == 0
+    if how not in ("learns", "train mode", "another output"):  # these are known at the end, when every shard is written
+        assert {path: path.stat().st_ino for path in before} == before
+    assert verify.run(user / "cache", full=True, quiet=True).state == "whole"
+    cache = softcache.open(user / "cache")
+    assert len(cache) == 600 and bool(cache.gather(np.arange(600), np.zeros(600, np.int64)).logits().isfinite().all())
+
+
+def test_an_unreadable_image_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = np.random.default_rng(0)
+    for number in range(12):
+        folder = tmp_path / "images" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(folder / f"{number:02d}.png")
+    (tmp_path / "t.py").write_text("def teacher():\n    return lambda batch: batch[:, :2] * 1.0\n")
+    bad = tmp_path / "images/dog/07.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2])
+    argv = ["dump", "--data", f"imagefolder:{tmp_path}/images", "--teacher", f"{tmp_path}/t.py:teacher", "--quiet"]
+    argv += ["--out", str(tmp_path / "cache"), "--workers", "2", "--threads", "1"]
+    assert cli.main(argv) == 2
+    assert "dog/07.png" in capsys.readouterr().err
+    bad.write_bytes(whole)
+    os.utime(bad)
+    assert cli.main(argv) == 0

@@ -1,0 +1,479 @@
+"""Several processes train one student as one process would: step by step from the same weights, and freely.
+
+A pair of processes, joined over the loopback, runs most cases one after the other; what a step computed is compared with the
+same step of one process. The slow tests start torchrun itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from small_world import Arrays, Outcome, World, joined, relative, trained, weights_of
+
+from softcache import cli
+from softcache.config import TrainConfig
+from softcache.errors import SoftcacheError, TrainingError
+from softcache.evaluate.measure import Evaluation
+from softcache.train import flow as train
+from softcache.train.ranks import joined_ranks
+
+STEPS = 3  # of an epoch: batches of 128, 128 and 45; of the last, one rank takes 23 samples and the other 22
+
+# ------------------------------------------------------------------------------------------------ two processes, many orders
+
+
+def _serve(pipe: Connection, rank: int, port: int) -> None:
+    """In a process of its own: join the other one, then do what is asked until the pipe is closed."""
+    torch.set_num_threads(1)
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(here)
+    with joined_ranks(torch.device("cpu")) as ranks:
+
+        @contextmanager
+        def as_joined(_: torch.device) -> Iterator[Any]:
+            yield ranks
+
+        train.joined_ranks = as_joined
+        while True:
+            try:
+                function, arguments = pipe.recv()
+            except EOFError:
+                return
+            try:
+                pipe.send((True, function(*arguments)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
+
+
+class Pair:
+    """Two processes that are ranks 0 and 1 of a group; calling it has both do the same, and gives what each returned."""
+
+    def __init__(self) -> None:
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["softcache.train", "torchvision", "torch._dynamo"])
+        port, self.pipes, self.processes = free_port(), [], []
+        for rank in range(2):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, port), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        found = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(60), f"rank {rank} does not answer"
+            done, value = pipe.recv()
+            assert done, f"rank {rank}:\n{value}"
+            found.append(value)
+        return found
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+# ------------------------------------------------------------------------------------------------------- what is compared
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The largest relative difference of any step: of a term, of all gradients together, of one tensor's alone."""
+
+    value: float
+    gradient: float
+    tensor: float
+    buffer: float
+    metrics: float
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1e}" for name, value in vars(self).items())
+
+
+def differences(alone: Outcome, both: Sequence[Outcome]) -> Differences:
+    """Two ranks against one process: the mean of their values, and each one's gradients and buffers."""
+    value = gradient = tensor = buffer = 0.0
+    assert len(alone.steps) == len(both[0].steps) == len(both[1].steps)
+    for one, *two in zip(alone.steps, *(rank.steps for rank in both), strict=True):
+        for name, wanted in one.values.items():
+            value = max(value, relative(np.mean([rank.values[name] for rank in two]), wanted))
+        for rank in two:
+            assert rank.gradients.keys() == one.gradients.keys()
+            assert rank.after.keys() == one.after.keys()
+            gradient = max(gradient, relative(joined(rank.gradients), joined(one.gradients)))
+            tensor = max([tensor, *(relative(rank.gradients[name], g) for name, g in one.gradients.items())])
+            buffer = max([buffer, *(relative(rank.after[name], b) for name, b in one.after.items())])
+    return Differences(value, gradient, tensor, buffer, metrics_apart(both[0].metrics, alone.metrics))
+
+
+def metrics_apart(found: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]]) -> float:
+    """The largest relative difference of any term in any epoch."""
+    names = [name for name, v in wanted[0].items() if isinstance(v, float) and name != "seconds"]
+    return max(relative(row[name], own[name]) for row, own in zip(found, wanted, strict=True) for name in names)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = World(tmp_path_factory.mktemp("ranks"))
+    world.cache("plain")
+    return world
+
+
+# ---------------------------------------------------------------------------- each step from the same weights: one against two
+
+RKD = ("rkd_distance:weight=25,layer=late:pool", "rkd_angle:weight=50,layer=late:pool")
+CRD = ("crd:negatives=32,width=16,layer=late:pool",)
+LABELS = ("ce", "dkd", "wsld", "tf_virtual")
+
+CASES = [
+    pytest.param(("kd",), {}, id="kd"),
+    pytest.param(RKD, {}, id="rkd"),
+    pytest.param(("sp:weight=3000",), {}, id="sp"),
+    pytest.param(("dist",), {}, id="dist"),
+    pytest.param(CRD, {"epochs": 2}, id="crd"),
+    pytest.param(LABELS, {}, id="labels-of-some"),
+    pytest.param(("ce", "kd"), {"cache": "mixed"}, id="mixed"),
+    pytest.param(("ctkd",), {}, id="ctkd"),
+    pytest.param(("vid",), {}, id="vid"),
+    pytest.param(("cc:layer=late:pool", "pkt:weight=30000,layer=late:pool"), {}, id="cc-pkt"),
+    pytest.param(("batch_correlation", "class_correlation"), {}, id="mlkd"),
+    pytest.param(("kd", "ce", "rkd_distance:layer=late:pool"), {"views_per_visit": 2}, id="views-per-visit"),
+    pytest.param(("kd", "srrl:layer=late:pool"), {"freeze": ("early", "head.bias")}, id="frozen"),
+    pytest.param(("fitnet:layer=early,student=early",), {}, id="some-alone"),
+]
+# a term, the gradient as a whole and the banks; a tensor of which most cancels out is coarser in float32
+CLOSE, CLOSE_TENSOR = 1e-5, 1e-4
+
+
+def check_close(name: str, found: Differences) -> None:
+    print(f"\n{name}: {found}")
+    assert max(found.value, found.gradient, found.buffer, found.metrics) < CLOSE
+    assert found.tensor < CLOSE_TENSOR
+
+
+def starts_of(outcome: Outcome) -> list[Arrays]:
+    return [step.before for step in outcome.steps]
+
+
+@pytest.mark.parametrize(("losses", "settings"), CASES)
+def test_a_step_of_two_ranks_is_that_of_one_process(
+    world: World, pair: Pair, tmp_path: Path, losses: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    config = world.config(tmp_path / "alone", *losses, **settings)
+    alone = trained(config)
+    both = pair(trained, replace(config, out=str(tmp_path / "two")), starts_of(alone))
+    assert len(alone.steps) == STEPS * config.epochs
+    check_close("+".join(losses), differences(alone, both))
+
+
+def test_labels_so_rare_that_some_ranks_see_none(world: World, pair: Pair, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "alone", "ce", data=world.spec("toy?rare=true"), cache=None)
+    alone = trained(config)
+    both = pair(trained, replace(config, out=str(tmp_path / "two")), starts_of(alone))
+    assert any(0.0 in [rank.steps[i].values["ce"] for rank in both] for i in range(STEPS))
+    check_close("ce on rare labels", differences(alone, both))
+
+
+def test_a_batch_in_parts_is_the_whole_batch_on_one_and_two_ranks(world: World, pair: Pair, tmp_path: Path) -> None:
+    losses = ("kd", "ce", "hint:layer=late:pool", "at", "vid")
+    config = world.config(tmp_path / "whole", *losses)
+    whole = trained(config)
+    parts = replace(config, accumulate=3)
+    one = trained(replace(parts, out=str(tmp_path / "one")), starts_of(whole))
+    check_close("3 parts on one rank", differences(whole, [one, one]))
+    two = pair(trained, replace(parts, out=str(tmp_path / "two")), starts_of(whole))
+    check_close("3 parts on two ranks", differences(whole, two))
+
+
+def test_batch_statistics_are_each_ranks_own(world: World, pair: Pair, tmp_path: Path) -> None:
+    """So the result differs, by as much as is printed."""
+    for losses in (("kd",), ("reviewkd:width=8",)):
+        norm = "true" if losses == ("kd",) else "false"  # reviewkd brings its own
+        config = world.config(tmp_path / f"alone-{norm}", *losses, student=world.spec(f"net?norm={norm}"))
+        alone = trained(config)
+        both = pair(trained, replace(config, out=str(tmp_path / f"two-{norm}")), starts_of(alone))
+        found = differences(alone, both)
+        print(f"\nwith BatchNorm, {losses[0]}: {found}")
+        assert 1e-4 < found.gradient < 1
+        assert found.value < 0.1
+
+
+def seed_after(config: TrainConfig) -> int:
+    train.run(config, quiet=True)
+    return torch.initial_seed()
+
+
+def test_each_rank_has_dropout_of_its_own(world: World, pair: Pair, tmp_path: Path) -> None:
+    config = world.config(tmp_path / "run", "kd", student=world.spec("net?dropout=0.5"), seed=8)
+    first, second = pair(seed_after, config)
+    assert first == 8  # as one process
+    assert second != 8
+
+
+def test_a_stage_begins_with_the_same_statistics_on_every_rank(world: World, pair: Pair, tmp_path: Path) -> None:
+    """Those of the first rank, which are the student's: a frozen BatchNorm normalises with them."""
+    stages = ("loss=kd", "loss=hint:layer=late:pool loss=ce freeze=early,late")
+    config = world.config(tmp_path / "run", student=world.spec("net?norm=true"), stage=stages)
+    first, second = pair(trained, config)
+    assert len(first.steps) == 2 * STEPS
+    for number, (one, two) in enumerate(zip(first.steps, second.steps, strict=True)):
+        means = [step.after["model.net.early.1.running_mean"] for step in (one, two)]
+        assert np.array_equal(*means) == (number >= STEPS)
+
+
+# --------------------------------------------------------------------------------------------------------- 30 steps, freely
+
+
+def outcome_of(config: TrainConfig) -> list[dict[str, Any]]:
+    return train.run(config, quiet=True).metrics
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        pytest.param(("kd",), id="kd"),
+        pytest.param((*RKD, "sp:weight=3000"), id="rkd-sp", marks=pytest.mark.slow),
+        pytest.param(("dist",), id="dist", marks=pytest.mark.slow),
+        pytest.param(CRD, id="crd"),
+    ],
+)
+def test_thirty_steps_of_two_ranks_end_where_one_process_does(
+    world: World, pair: Pair, tmp_path: Path, losses: tuple[str, ...]
+) -> None:
+    config = world.config(tmp_path / "alone", *losses, epochs=30 // STEPS, lr=0.01, schedule="cosine", ema=0.9)
+    alone = outcome_of(config)
+    both, same = pair(outcome_of, replace(config, out=str(tmp_path / "two")))
+    one, two = weights_of(tmp_path / "alone"), weights_of(tmp_path / "two")
+    apart = max(relative(two[name], wanted) for name, wanted in one.items())
+    print(f"\n{'+'.join(losses)}, 30 steps: weights {apart:.1e}, metrics {metrics_apart(both, alone):.1e}")
+    assert apart < 1e-3
+    assert metrics_apart(both, alone) < 1e-3
+    assert metrics_apart(same, both) == 0
+
+
+# ------------------------------------------------------------------------------------------ what the ranks must agree about
+
+
+def with_scores(config: TrainConfig, scores: Sequence[float]) -> tuple[list[dict[str, Any]], int]:
+    """Train, with evaluations that were made up; the metrics, and how often this rank evaluated."""
+    calls = 0
+
+    def evaluate(*_: Any, **__: Any) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        return Evaluation(100, 100, 0.0, top1=scores[min(calls, len(scores)) - 1], nll=1.0)
+
+    with mock.patch.object(train, "evaluate", evaluate):
+        return train.run(config, quiet=True).metrics, calls
+
+
+def test_the_first_rank_evaluates_and_all_stop_and_keep_the_same(world: World, pair: Pair, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"eval_data": world.spec("toy"), "epochs": 9, "patience": 2, "keep": "best"}
+    config = world.config(tmp_path / "run", "kd", **settings)
+    (metrics, calls), (same, none) = pair(with_scores, config, (0.2, 0.5, 0.4, 0.5, 0.9))
+    assert [row["eval_top1"] for row in metrics] == [0.2, 0.5, 0.4, 0.5]
+    assert (calls, none) == (5, 0)  # once more for the student that was kept
+    assert metrics_apart(same, metrics) == 0
+    # the best was the second epoch's: what a run of two epochs ends with
+    pair(outcome_of, replace(config, out=str(tmp_path / "short"), epochs=2, patience=None, keep="last"))
+    kept, wanted = weights_of(tmp_path / "run"), weights_of(tmp_path / "short")
+    assert all(np.array_equal(kept[name], wanted[name]) for name in wanted)
+
+
+def stopped(config: TrainConfig, after: int) -> int:
+    """Train until the checkpoint number `after` has been written, then break off; how many were written."""
+    original, calls = train.save_progress, 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal calls
+        original(*arguments)
+        calls += 1
+        if calls == after:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(train, "save_progress", counted):
+        try:
+            train.run(config, quiet=True)
+        except KeyboardInterrupt:
+            return calls
+    return calls
+
+
+def files_of(out: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The student's bytes, and the metrics without their seconds."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return hashlib.sha256((out / "student.safetensors").read_bytes()).hexdigest(), metrics
+
+
+def resumable(world: World, out: Path) -> TrainConfig:
+    """Everything that could differ after a restart on two ranks: dropout of each its own, BatchNorm, banks, a stage to come."""
+    stages = (f"loss=kd loss={CRD[0]} freeze=early.0", "loss=ce loss=hint:layer=late:pool freeze=late,early")
+    student = world.spec("net?norm=true&dropout=0.3")
+    return world.config(out, student=student, stage=stages, checkpoint_every=1, ema=0.9, accumulate=2)
+
+
+def test_two_ranks_resume_bit_for_bit(world: World, pair: Pair, tmp_path: Path) -> None:
+    config = resumable(world, tmp_path / "alone")
+    pair(outcome_of, config)
+    again = replace(config, out=str(tmp_path / "stopped"))
+    for done in range(2 * STEPS):
+        assert pair(stopped, again, 1) == [1, 1], done
+        with pytest.raises(TrainingError, match="was saved by 2 processes, these are 1") as caught:
+            train.run(again, quiet=True)
+        assert "resume with as many" in caught.value.tip
+    pair(outcome_of, again)
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "alone")
+
+
+def run_refused(config: TrainConfig) -> str:
+    with pytest.raises(SoftcacheError) as caught:
+        train.run(config, quiet=True)
+    return str(caught.value)
+
+
+def test_two_ranks_refuse_what_one_process_began_and_a_batch_too_small(
+    world: World, pair: Pair, tmp_path: Path
+) -> None:
+    config = world.config(tmp_path / "run", "kd", checkpoint_every=1)
+    assert stopped(config, 2) == 2
+    for said in pair(run_refused, config):
+        assert "was saved by 1 processes, these are 2" in said
+    for said in pair(run_refused, replace(config, out=str(tmp_path / "other"), batch_size=100)):
+        assert "the last of 301 samples in batches of 100 are 1, fewer than the 2 processes" in said
+
+
+# ------------------------------------------------------------------------------------------------------ torchrun itself
+
+QUIET = {"OMP_NUM_THREADS": "1"}  # torchrun warns where nobody has said so
+
+
+def argv_of(config: TrainConfig) -> list[str]:
+    """The command line that says the same."""
+    argv = ["train", "--data", config.data, "--student", config.student, "--cache", str(config.cache)]
+    argv += ["--out", config.out, "--epochs", str(config.epochs), "--batch-size", str(config.batch_size)]
+    argv += ["--optimizer", config.optimizer, "--lr", str(config.lr), "--schedule", config.schedule]
+    argv += ["--threads", "1", "--device", "cpu", "--check-content", "none"]
+    argv += [word for loss in config.loss for word in ("--loss", loss)]
+    if config.eval_data:
+        argv += ["--eval-data", config.eval_data]
+    if config.checkpoint_every:
+        argv += ["--checkpoint-every", str(config.checkpoint_every)]
+    return argv
+
+
+def torchrun(argv: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "softcache",
+    ]
+    pipe = subprocess.PIPE
+    environment = os.environ | QUIET | environment
+    return subprocess.Popen([*command, *argv], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.slow
+def test_torchrun_says_nothing_twice_and_ends_where_one_process_does(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = ("kd", "crd:negatives=32,width=16,layer=late:pool", "sp:weight=3000")
+    config = world.config(tmp_path / "two", *losses, epochs=30 // STEPS, lr=0.01, eval_data=world.spec("toy"))
+    ran = torchrun(argv_of(config))
+    out, err = ran.communicate(timeout=120)
+    assert ran.returncode == 0, err
+    assert err == ""
+    assert out.count("eval_top1") == 1
+    assert out.count("next: softcache eval") == 1
+    assert cli.main(argv_of(replace(config, out=str(tmp_path / "alone")))) == 0
+    one, two = weights_of(tmp_path / "alone"), weights_of(tmp_path / "two")
+    apart = max(relative(two[name], wanted) for name, wanted in one.items())
+    rows = [files_of(tmp_path / name)[1] for name in ("two", "alone")]
+    with capsys.disabled():
+        print(f"\ntorchrun, {'+'.join(losses)}, 30 steps: weights {apart:.1e}, metrics {metrics_apart(*rows):.1e}")
+    assert apart < 1e-3
+    assert metrics_apart(*rows) < 1e-3
+
+
+@pytest.mark.slow
+def test_torchrun_warns_of_nothing_where_some_parameters_are_left_alone(world: World, tmp_path: Path) -> None:
+    ran = torchrun([*argv_of(world.config(tmp_path / "run", "fitnet:layer=early,student=early")), "--quiet"])
+    _, err = ran.communicate(timeout=120)
+    assert (ran.returncode, err) == (0, "")
+
+
+@pytest.mark.slow
+def test_torchrun_killed_and_resumed_is_bit_for_bit_the_same(world: World, tmp_path: Path) -> None:
+    student = world.spec("net?norm=true&dropout=0.3")
+    losses = ("kd", *CRD, "reviewkd:width=8")
+    config = world.config(tmp_path / "killed", *losses, student=student, epochs=3, checkpoint_every=1)
+    ran, start = torchrun(argv_of(config), STUDENT_PAUSE_S="0.1"), time.monotonic()
+    while not (tmp_path / "killed/metrics.jsonl").is_file():  # the first epoch
+        assert ran.poll() is None and time.monotonic() - start < 60
+        time.sleep(0.01)
+    time.sleep(0.15)
+    for pid in processes_of(tmp_path / "killed"):
+        os.kill(pid, signal.SIGKILL)
+    ran.communicate()
+    assert not (tmp_path / "killed/student.safetensors").exists()
+    for name in ("killed", "alone"):
+        ran = torchrun(argv_of(replace(config, out=str(tmp_path / name))))
+        _, err = ran.communicate(timeout=120)
+        assert (ran.returncode, err) == (0, "")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "alone")
+
+
+def processes_of(out: Path) -> list[int]:
+    """torchrun and the two that it started, which are in sessions of their own; the folder is in their command lines."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
+        except OSError:
+            continue
+        if str(out).encode() in words:
+            found.append(int(entry.name))
+    return found
