@@ -134,7 +134,7 @@ def encode(
         values = output.features[feature.name]
         what = f"feature {feature.name!r} of teacher {teacher.name!r}"
         stored = _encoded(feature.codec.encode, (values,), what, samples, rows)
-        arrays |= {feature.prefix + name: value for name, value in stored.items()}
+        arrays |= {feature.names[name]: value for name, value in stored.items()}
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
     measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}

@@ -26,7 +26,17 @@ from softcache.data.transfer_set import TransferSet
 from softcache.dump import flow as dump
 from softcache.dump.choose_codec import Prober, Surveyed, candidates, choose_storages, survey_codec
 from softcache.dump.job import Job, new_job
-from softcache.dump.layout import Arrays, Promise, Storage, asked_codec, constants_bytes, promise_of
+from softcache.dump.layout import (
+    Arrays,
+    Promise,
+    Storage,
+    asked_codec,
+    constants_bytes,
+    feature_arrays,
+    promise_of,
+    record_bytes,
+)
+from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError
 from softcache.machine import pick_device, pick_threads
@@ -189,7 +199,11 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
         rates = _rates(config, transfer_set, job, tried)
     rates, probe_bytes = replace(rates, fixed=rates.fixed + once), _probe_bytes(viewed, job)
     heads = {t.name: _head_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
-    features = {name: {f.name: f.nbytes for f in s.features} for name, s in storages.items() if s.features}
+    features = {
+        name: {f.name: record_bytes(feature_arrays(f)) for f in s.features}
+        for name, s in storages.items()
+        if s.features
+    }
     base = sum(one.seconds for one in surveyed[tried].values())
     choices = []
     for text, found in surveyed.items():
@@ -209,7 +223,7 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
 
 def _open(config: PlanConfig) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
     """What a dump opens before its first row."""
-    transfer_set, _ = dump.open_samples(config)
+    transfer_set, _ = open_samples(config)
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
     prober = Prober(viewed, job.order, config.batch_size)
@@ -258,7 +272,7 @@ def _head_arrays(teacher: Teacher, prober: Prober) -> Arrays:
 
 
 def _feature_arrays(storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {name: spec for feature in storage.features for name, spec in feature.arrays().items()}
+    return {name: spec for feature in storage.features for name, spec in feature_arrays(feature).items()}
 
 
 def _parts_bytes(layout: Layout, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:

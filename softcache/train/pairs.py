@@ -24,7 +24,8 @@ from softcache.features.taps import (
 )
 from softcache.losses import HEAD, VECTORS, LossTerm, middle
 from softcache.losses.adapters import fit_map
-from softcache.targets.cache import Cache, Targets
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Cache
 
 SIZED = ("map", "attention", "spatial_gram", "sign")  # reductions whose shape goes by the size of the map
 SEPARATOR = "/"  # between layers: layer=layer1/layer2/layer3

@@ -13,11 +13,11 @@ import torch
 import softcache
 from softcache import cli
 from softcache.check import inspect
+from softcache.codecs.features import StoredFeature
 from softcache.config import DumpConfig
 from softcache.dump import flow as dump
 from softcache.errors import CacheError, CodecRangeError, ConfigError, ModelError, SoftcacheError, TeacherError
 from softcache.spec import load_user_file
-from softcache.targets.cache import CachedFeature
 
 PIECES = '''
 """Data sets of images and of texts, and small teachers whose inner tensors are known: `parts` gives them by module."""
@@ -659,6 +659,6 @@ def test_a_cached_feature_reads_its_own_description(caches: dict[tuple[str, str]
     """The manifest alone says how a feature is decoded: names, forms, shapes and data sets."""
     for cache in caches.values():
         for info in cache.member(model_member(cache)).features:
-            made = CachedFeature.of(info)
+            made = StoredFeature.of(info)
             assert str(made.spec) == info.name and made.codec.form == info.stored and made.codec.dtype == info.dtype
             assert list(made.arrays.values()) == list(info.arrays)

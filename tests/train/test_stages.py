@@ -21,7 +21,8 @@ from softcache.errors import ConfigError, LossError, SoftcacheError
 from softcache.losses.schedules import Moment
 from softcache.models import load_model
 from softcache.train import flow as train
-from softcache.train.stages import freeze, parse_stages, train_mode
+from softcache.train.optimizer import freeze, train_mode
+from softcache.train.stages import parse_stages
 
 
 def config(*stages: str, **settings: Any) -> TrainConfig:

@@ -31,9 +31,10 @@ from softcache.errors import (
 )
 from softcache.evaluate import measure
 from softcache.models import load_model, read_metadata, read_saved
+from softcache.targets.teacher import CachedTeacher
 from softcache.train.flow import TrainResult
 from softcache.train.run_folder import STUDENT
-from softcache.train.terms import CachedTeacher, check_term, parse_members, parse_terms
+from softcache.train.terms import check_term, parse_members, parse_terms
 
 PIECES = """
 import numpy as np
