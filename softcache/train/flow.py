@@ -9,7 +9,7 @@ process computes its share of each batch, and the first one evaluates and writes
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,15 +153,15 @@ def stages_to_do(session: Session) -> Iterator[LiveStage]:
             yield LiveStage(number, stage, objective, whole, trained, learned)
 
 
-def one_epoch(session: Session, live: LiveStage) -> None:
-    """The rest of an epoch, step by step, and what is due at its end."""
+def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str, Tensor]] | None = None) -> None:
+    """The rest of an epoch, step by step (`one_step`, or another in its place), and what is due at its end."""
     prepared, progress = session.prepared, session.progress
     steps, every, started = prepared.steps, prepared.config.checkpoint_every, time.monotonic()
     train_mode(prepared.model.net)
     prepared.term_modules.train()
     with epoch_bar(session, live) as bar:
         for loaded, moment, number in epoch_batches(session, live):
-            for name, value in one_step(prepared, live, loaded, moment, number).items():
+            for name, value in (step or one_step)(prepared, live, loaded, moment, number).items():
                 progress.sums[name] = progress.sums.get(name, 0.0) + value  # stays on the device: no wait for it
             done = moment.step + 1
             if done % 20 == 1 or done == steps:

@@ -369,7 +369,7 @@ MISFITS = {
 @pytest.fixture
 def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training that comes as far as an optimiser fails."""
-    monkeypatch.setattr(train, "make_optimizer", lambda *_: pytest.fail("refused too late"))
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", lambda *_: pytest.fail("refused too late"))
 
 
 @pytest.mark.usefixtures("no_step")

@@ -27,6 +27,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training import run_with
 
 import softcache
 from softcache import dump
@@ -36,6 +37,7 @@ from softcache.models import Model
 from softcache.spec import load_user_file
 from softcache.train import flow as train
 from softcache.train.learner import Learner
+from softcache.train.session import LiveStage, Prepared
 
 BATCH, EPOCHS, COUNT, VIEWS = 8, 2, 78, 2
 STEPS = EPOCHS * 10  # the last batch of an epoch has 6 samples
@@ -431,43 +433,44 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def walk(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
+def walk(world: World, tmp_path: Path) -> Walk:
     """walk(case) -> STEPS steps of `train.run`, each beside the live teacher's."""
 
     def run(case: Case, *, whole: bool = True) -> list[Step]:
         cache = world.cache(case, whole=whole)
         live = Live(world.pieces, case, cache, whole=whole)
         steps: list[Step] = []
-        taken: dict[str, Any] = {}
-        build, forward, make = train.build_objectives, Learner.forward, train.make_optimizer
 
-        def note_parts(*arguments: Any) -> Any:
-            objectives, student = build(*arguments)
-            live.take(arguments[1], objectives[0].parts)
-            return objectives, student
+        def look(prepared: Prepared) -> None:
+            live.take(prepared.model, prepared.objectives[0].term_modules)
 
-        def note_inputs(self: Learner, inputs: Tensor, given: Any, moment: Any) -> Any:
-            live.follow(self.model, self.objective.parts)
-            values = forward(self, inputs, given, moment)
-            taken.update(learner=self, inputs=inputs, loss=self.objective.total(values, moment).item())
+        def step(prepared: Prepared, stage: LiveStage, *rest: Any) -> dict[str, Tensor]:
+            """The cached step, and before the optimiser changes anything the live teacher's on the same inputs."""
+            inputs: list[Tensor] = []
+
+            def before_forward(learner: Learner, arguments: tuple[Any, ...]) -> None:
+                live.follow(learner.model, learner.objective.term_modules)
+                inputs.append(arguments[0])
+
+            def before_step(*_: Any) -> None:
+                loss = live.loss(inputs[-1])
+                loss.backward()
+                cached = flat_gradient(prepared.model), flat_gradient(stage.objective.term_modules)
+                beside = flat_gradient(live.model), flat_gradient(live.parts)
+                compared.append((loss.item(), cached, beside))
+
+            compared: list[Any] = []
+            hooks = [
+                stage.learner.register_forward_pre_hook(before_forward),
+                stage.trained.optimizer.register_step_pre_hook(before_step),
+            ]
+            values = train.one_step(prepared, stage, *rest)
+            for hook in hooks:
+                hook.remove()
+            ((live_loss, cached, beside),) = compared
+            steps.append(Step(values["loss"].item(), live_loss, cached, beside))
             return values
 
-        def compare(*_: Any) -> None:
-            loss = live.loss(taken["inputs"])
-            loss.backward()
-            learner = taken["learner"]
-            cached = flat_gradient(learner.model), flat_gradient(learner.objective.parts)
-            beside = flat_gradient(live.model), flat_gradient(live.parts)
-            steps.append(Step(taken["loss"], loss.item(), cached, beside))
-
-        def make_and_hook(*arguments: Any) -> torch.optim.Optimizer:
-            optimizer = make(*arguments)
-            optimizer.register_step_pre_hook(compare)
-            return optimizer
-
-        monkeypatch.setattr(train, "build_objectives", note_parts)
-        monkeypatch.setattr(Learner, "forward", note_inputs)
-        monkeypatch.setattr(train, "make_optimizer", make_and_hook)
         settings = ",".join((f"weight={WEIGHT}", *case.settings))
         config = TrainConfig(
             data=f"{world.pieces}:images",
@@ -487,7 +490,7 @@ def walk(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
             threads=1,
             **case.run,
         )
-        train.run(config, quiet=True)
+        run_with(config, step=step, look=look)
         assert len(steps) == STEPS
         if live.visited:  # nothing in views that are mixed
             assert live.visited == dict.fromkeys(live.record_of.values(), config.views_per_visit)
