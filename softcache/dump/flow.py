@@ -1,4 +1,4 @@
-"""The dump recipe: teachers x views x transfer set -> cache. Read it top to bottom.
+"""The dump flow: teachers x views x transfer set -> cache. Read it top to bottom.
 
 transfer set -> views -> loader -> every teacher -> codec, on the device -> shards -> manifest
 """

@@ -198,7 +198,7 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
         tried = "float32"
         rates = _rates(config, transfer_set, job, tried)
     rates, probe_bytes = replace(rates, fixed=rates.fixed + once), _probe_bytes(viewed, job)
-    heads = {t.name: _head_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
+    classifiers = {t.name: _classifier_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
     features = {
         name: {f.name: record_bytes(feature_arrays(f)) for f in s.features}
         for name, s in storages.items()
@@ -212,7 +212,9 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
             continue
         per_view = rates.per_view + sum(one.seconds for one in found.values()) - base
         seconds = replace(rates, per_view=max(0.0, per_view)).seconds(len(transfer_set), job.views)
-        kept = {} if asked_codec(text, classes, promise).needs_head else heads  # linear_head has the layer itself
+        kept = (
+            {} if asked_codec(text, classes, promise).needs_classifier else classifiers
+        )  # linear_head has the layer itself
         nbytes = probe_bytes + _cache_bytes(config, transfer_set, job, found, storages, kept)
         choices.append(Choice(text, found, nbytes, seconds))
     choices.sort(key=lambda one: (bool(one.refused), -one.nbytes))
@@ -237,7 +239,7 @@ def _cache_bytes(
     job: Job,
     found: Mapping[str, Surveyed],
     storages: Mapping[str, Storage],
-    heads: Mapping[str, Arrays],
+    classifiers: Mapping[str, Arrays],
 ) -> int:
     """Of all files together, to the byte but for rows that a codec keeps dense."""
     count, classes = len(transfer_set), transfer_set.num_classes
@@ -257,16 +259,16 @@ def _cache_bytes(
     for name, arrays in records.items():
         total += _parts_bytes(layout, arrays)
         total += _dense_bytes(layout, found[name].dense, classes)
-        total += constants_bytes({**found[name].constants, **heads.get(name, {})})
+        total += constants_bytes({**found[name].constants, **classifiers.get(name, {})})
     return total + _parts_bytes(layout, {"pixel_digests": ("<u4", ())})
 
 
-def _head_arrays(teacher: Teacher, prober: Prober) -> Arrays:
+def _classifier_arrays(teacher: Teacher, prober: Prober) -> Arrays:
     """Of the final linear layer, which is kept beside features."""
-    head = teacher.find_head(prober.first_batch(teacher))
-    if head is None:
+    classifier = teacher.find_classifier(prober.first_batch(teacher))
+    if classifier is None:
         return {}
-    weight, bias = teacher.head_constants(head)
+    weight, bias = teacher.classifier_constants(classifier)
     arrays: Arrays = {"head_weight": ("<f4", tuple(weight.shape))}
     return arrays if bias is None else {**arrays, "head_bias": ("<f4", tuple(bias.shape))}
 

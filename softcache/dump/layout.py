@@ -64,13 +64,13 @@ class Storage:
     """How one member's records are stored.
 
     Attributes:
-        head: weight and bias of the teacher's final linear layer, kept beside features.
+        classifier: weight and bias of the teacher's final linear layer, kept beside features.
     """
 
     codec: Codec
     features: Sequence[StoredFeature] = ()
     promise: Promise | None = None
-    head: Mapping[str, np.ndarray] = field(default_factory=dict)
+    classifier: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def arrays(self) -> Arrays:
         """Data set -> (dtype, shape of one record): the codec's, the bound of each record, and the features'."""
@@ -102,7 +102,7 @@ class Storage:
 
     def constants(self) -> dict[str, np.ndarray]:
         """What stands once for all records: the codec's constants, and the final linear layer beside features."""
-        return {**{f"codec_{name}": value.numpy() for name, value in self.codec.constants.items()}, **self.head}
+        return {**{f"codec_{name}": value.numpy() for name, value in self.codec.constants.items()}, **self.classifier}
 
     def with_constants(self, constants: Mapping[str, np.ndarray]) -> Storage:
         """The same with the constants that lie on disk: equal for every part and every resume."""

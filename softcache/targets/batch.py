@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -96,20 +97,25 @@ class Targets:
             )
         return self.features[found[0]].decode(self.arrays[found[0][0]])
 
-    def head_input(self, member: str) -> Tensor:
+    def classifier_input(self, member: str) -> Tensor:
         """(B, D) float32 input of a member's final linear layer, where its codec keeps that: linear_head."""
-        return self.codecs[member].head_input(self.arrays[member])
+        return self.codecs[member].classifier_input(self.arrays[member])
+
+    def head_input(self, member: str) -> Tensor:
+        """As `classifier_input`, by its old name: for one version more."""
+        warnings.warn("Targets.head_input is now Targets.classifier_input", DeprecationWarning, stacklevel=2)
+        return self.classifier_input(member)
 
     def rows_between(self, first: int, last: int) -> Targets:
         """The targets of rows [first, last) of this batch."""
         arrays = {}
         for member, stored in self.arrays.items():
-            part = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
+            own = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
             if "dense" in stored:
                 inside = (stored["dense_at"] >= first) & (stored["dense_at"] < last)
                 if bool(inside.any()):
-                    part |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - first}
-            arrays[member] = part
+                    own |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - first}
+            arrays[member] = own
         return replace(self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays)
 
     def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ for (images, labels), records in DataLoader(joined, batch_size=128, shuffle=True
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -167,9 +168,14 @@ class Cache:
         return Targets(rows, views, self.samples, arrays, codecs, found)
 
     def head(self, member: str) -> tuple[Tensor, Tensor | None] | None:
+        """As `classifier`, by its old name: for one version more."""
+        warnings.warn("Cache.head is now Cache.classifier", DeprecationWarning, stacklevel=2)
+        return self.classifier(member)
+
+    def classifier(self, member: str) -> tuple[Tensor, Tensor | None] | None:
         """(C, D) weight and (C,) bias of a member's final linear layer; None where the cache does not keep it."""
         stored = self.reader.constants(member)
-        for prefix in ("head_", "codec_") if self.codecs[member].needs_head else ("head_",):
+        for prefix in ("head_", "codec_") if self.codecs[member].needs_classifier else ("head_",):
             if f"{prefix}weight" in stored:
                 bias = stored.get(f"{prefix}bias")
                 shapes = [array.shape[:1] for array in (stored[f"{prefix}weight"], bias) if array is not None]
@@ -184,10 +190,10 @@ class Cache:
         """What decoding takes of one member; the bounds are read only when asked for."""
         codec = self.codecs[member]
         found = {name: self.reader.gather(member, name, rows, views) for name in codec.arrays}
-        for part_of in codec.fields:
-            if part_of.name == "dense":
-                part = found["records"][:, part_of.offset : part_of.offset + 4]
-                numbers = np.ascontiguousarray(part).view("<u4")[:, 0]
+        for field in codec.fields:
+            if field.name == "dense":
+                raw = found["records"][:, field.offset : field.offset + 4]
+                numbers = np.ascontiguousarray(raw).view("<u4")[:, 0]
                 at = np.flatnonzero(numbers)
                 if at.size:
                     found["dense"] = self.reader.dense(member, rows[at], views[at], numbers[at])

@@ -51,13 +51,13 @@ class CachedTeacher:
             raise LossError(
                 "a loss on the teacher's classifier takes one teacher", tip="choose one with --members NAME"
             )
-        head = self.cache.head(self.members[0])
-        if head is None:
+        layer = self.cache.classifier(self.members[0])
+        if layer is None:
             raise LossError(
                 f"the cache does not keep the final linear layer of member {self.members[0]!r}",
                 tip="dump a teacher that ends with an nn.Linear which gives its logits",
             )
-        weight, bias = head
+        weight, bias = layer
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         chosen = slice(None) if self.classes is None else list(self.classes)
         return weight[chosen], bias[chosen]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import LossError
-from softcache.losses import HEAD, LossTerm
+from softcache.losses import CLASSIFIER, LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import Model
 from softcache.models.graft import graft
@@ -112,7 +112,7 @@ class Objective(nn.Module):
     @property
     def feature_names(self) -> list[str]:
         """Features to read of the cache."""
-        return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored != HEAD))
+        return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored != CLASSIFIER))
 
     def forward(
         self, student_logits: Tensor, outputs: Mapping[str, Tensor], given: Given, moment: Moment
@@ -269,6 +269,6 @@ def _graft(term: LossTerm, model: Model, student: Student, teacher: CachedTeache
             f"of the teacher {pair.teacher_shape}: a projector goes from a map to a map, or from a vector to a vector",
             tip="student=head puts it in front of the student's final linear layer; dump LAYER:map for a map",
         )
-    layer = student.head_name if pair.student == (HEAD,) else pair.student[0]
+    layer = student.classifier_name if pair.student == (CLASSIFIER,) else pair.student[0]
     projector = Projector(pair.student_shapes[0], pair.teacher_shape)
     graft(model, layer, projector, weight, bias, inputs)

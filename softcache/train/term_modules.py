@@ -74,7 +74,7 @@ class TermModules(nn.Module):
                 raise
             self.adapters.append(adapter)
         self._function = loss.function
-        self._joint = joint = loss.needs("student_levels")
+        self._joint = joint = loss.needs("student_maps")
         self.cores = nn.ModuleList()
         if loss.module is not None:
             each: list[tuple[tuple[int, ...] | None, Pair | None]] = [(None, None)]
@@ -121,7 +121,7 @@ class TermModules(nn.Module):
         student = [self.student_tensor(index, outputs) for index in range(len(self.pairs))]
         teacher = [pair.teacher_tensor(targets) for pair in self.pairs]
         if self._joint:
-            return [(functions[0], {"student_levels": student, "teacher_levels": teacher})]
+            return [(functions[0], {"student_maps": student, "teacher_maps": teacher})]
         classifier = dict(self.named_buffers(recurse=False))
         return [
             (function, {"student_features": own, "teacher_features": other, **classifier})

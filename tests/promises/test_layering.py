@@ -226,6 +226,9 @@ PACKAGES: dict[str, set[str]] = {
 # package -> the only modules that may import it
 DOORS: dict[str, set[str]] = {"h5py": {"softcache.cache.write.shard", "softcache.cache.hdf5_check"}}
 
+# folders whose public names are loaded on first use
+FACES = {PACKAGE, "softcache.dump", "softcache.targets", "softcache.train"}
+
 # module -> rooms, folders and modules that it may not reach by any chain of imports
 NEVER_REACHED: dict[str, set[str]] = {
     "softcache.train.flow": {"softcache.dump", "softcache.cache.write"},
@@ -350,21 +353,16 @@ def circles(sources: Mapping[str, str]) -> list[str]:
         module: {
             one.name
             for one in imports_of(module, sources)
-            if own(one.name) and one.name != module and one.name in sources and not is_face(one.name, sources)
+            if own(one.name) and one.name != module and one.name in sources and one.name not in FACES
         }
         for module in sources
-        if not is_face(module, sources)
+        if module not in FACES
     }
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as exc:
         return exc.args[1]
     return []
-
-
-def is_face(module: str, sources: Mapping[str, str]) -> bool:
-    """Whether a module is a folder's __init__ whose public names are loaded on first use."""
-    return "def __getattr__(" in sources[module] and any(other.startswith(module + ".") for other in sources)
 
 
 # ------------------------------------------------------------------------------------------------------------ as it stands

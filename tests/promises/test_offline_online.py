@@ -166,7 +166,7 @@ REDUCED: dict[str, Callable[..., Tensor]] = {
     "sign": lambda x: (x > 0).to(x.dtype),
     "fsp": fsp,
 }
-STAGES = ("stage1", "stage2", "stage3")
+MAP_ENDS = ("stage1", "stage2", "stage3")
 STORED: dict[str, tuple[str, ...]] = {  # kind of feature -> layers it is dumped of
     "logits": (),
     "head": (),
@@ -174,11 +174,11 @@ STORED: dict[str, tuple[str, ...]] = {  # kind of feature -> layers it is dumped
     "flatten": ("stage3",),
     "cls": ("tokens",),
     "mean_tokens": ("tokens",),
-    "map": STAGES,
-    "attention": STAGES,
+    "map": MAP_ENDS,
+    "attention": MAP_ENDS,
     "gram": ("stage2",),
     "spatial_gram": ("stage1", "stage2"),  # where the map is smaller
-    "sign": STAGES,
+    "sign": MAP_ENDS,
     "fsp": ("stage1+stage2", "stage2+stage3"),
 }
 
@@ -299,8 +299,8 @@ class Live:
             self.visited.update(records)
             known |= self.of_samples([index for index, _ in records])
         pairs = [self.pair(index, part.adapters[index]) for index in range(len(case.layers))]
-        if loss.needs("student_levels"):
-            known |= {"student_levels": [own for own, _ in pairs], "teacher_levels": [theirs for _, theirs in pairs]}
+        if loss.needs("student_maps"):
+            known |= {"student_maps": [own for own, _ in pairs], "teacher_maps": [theirs for _, theirs in pairs]}
             pairs = []
         values: list[Tensor] = []
         for index, (own, theirs) in enumerate(pairs or [(None, None)]):
@@ -575,7 +575,7 @@ FURTHER = {
     "the second member's head": Case("hint", "head", ("member=b",), layers=(("head", "head"),), **BOTH_B),
     "the second member's vector": Case("hint", "pool", ("member=b",), layers=(("stage3", "head"),), **BOTH_B),
     "the second member's attention": Case(
-        "at", "attention", ("member=b",), layers=tuple((stage, stage) for stage in STAGES), **BOTH_B
+        "at", "attention", ("member=b",), layers=tuple((stage, stage) for stage in MAP_ENDS), **BOTH_B
     ),
     "the only member with a vector": Case(
         "crd",
@@ -657,7 +657,11 @@ def test_stored_tensors_are_within_their_stated_error(kind: str, dtype: str, wor
         live.teachers["a"](torch.stack([live.pixels(*pair) for pair in pairs]))
     found = {}  # name -> decoded, live, stated
     if kind == "head":
-        found["head"] = targets.head_input("a"), live.seen["a"]["head"], {"float16": 2**-11, "int8": 2 / 254}[dtype]
+        found["head"] = (
+            targets.classifier_input("a"),
+            live.seen["a"]["head"],
+            {"float16": 2**-11, "int8": 2 / 254}[dtype],
+        )
     for name in names:
         feature = cache.features["a"][name]
         arrays = {suffix: targets.arrays["a"][array] for suffix, array in feature.arrays.items()}

@@ -261,7 +261,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "layers that nothing joins": (
         "--cache {path}/maps --student {pieces}:small --loss at",
         "which layers of the student go with stage1:map, stage2:map",
-        "student=LAYER; its stages are body",
+        "student=LAYER; its maps end at body",
     ),
     "no final linear layer": (
         "--cache {path}/vectors --student {pieces}:student?end=scaled --loss hint",

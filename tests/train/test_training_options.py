@@ -541,7 +541,7 @@ def test_a_student_with_its_teachers_classifier(world: World, tmp_path: Path, pl
     settings: dict[str, Any] = {"optimizer": "adamw", "lr": 0.02, "epochs": 8, "eval_data": world.spec("toy")}
     result = world.train(tmp_path / "run", f"simkd:{placed}", **settings)
     assert result.metrics[-1]["simkd"] < 0.5 * result.metrics[0]["simkd"]
-    weight, bias = softcache.open(world.cache("plain")).head("teacher")  # type: ignore[misc]
+    weight, bias = softcache.open(world.cache("plain")).classifier("teacher")  # type: ignore[misc]
     kept = weights_of(tmp_path / "run")
     (name,) = (name for name, value in kept.items() if value.shape == (5, 16))
     assert np.array_equal(kept[name], weight)
