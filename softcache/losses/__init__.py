@@ -31,10 +31,9 @@ from softcache.spec import convert
 
 __all__ = [
     "CLASSIFIER", "INPUTS", "LOSSES", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at",
-    "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp", "hard", "hint", "ickd",
-    "jsd", "kd",
-    "kd_lower_bound", "make_term", "mixed_ce", "mse_logits", "nst", "pkt", "reverse_kl", "rkd_angle", "rkd_distance",
-    "shifted_kd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
+    "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp",
+    "hard", "hint", "ickd", "jsd", "kd", "kd_lower_bound", "make_term", "mixed_ce", "mse_logits", "nst", "pkt",
+    "reverse_kl", "rkd_angle", "rkd_distance", "shifted_kd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
 ]  # fmt: skip
 
 INPUTS = {
