@@ -42,9 +42,9 @@ SLOW = ("FEATURES", "LOSSES", "TRAINING", "SCALE", "START")  # pages that take m
 
 # what a reader has and the tests have not, and what takes long: (pattern, what stands in its place)
 SUBSTITUTIONS = (
-    (r"torchvision:MNIST\?root=data", "synthetic:images?classes=10&size=28&channels=1&count=64"),
-    (r"&train=true\b", "&split=train"),
-    (r"&train=false\b", "&split=test"),
+    (r"torchvision:MNIST\?root=data", "synthetic:images?size=28"),
+    (r"&train=true\b", "&split=train&channels=1&count=64"),
+    (r"&train=false\b", "&split=test&channels=1&count=64"),
     (r"tsv:\$D/(train|test)\.tsv\.gz\?header=true", r"synthetic:texts?count=80&split=\1"),
     (r"digits\?split=test(?!&)", "digits?split=test&rows=0-49"),
     (r"(?<![\w/.:-])digits(?![\w?/.-])", "digits?rows=0-99"),
