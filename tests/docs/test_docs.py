@@ -53,6 +53,7 @@ SUBSTITUTIONS = (
     (r"hidden=1200,1200", "hidden=16,16"),
     (r"hidden=800,800", "hidden=8,8"),
     (r"softcache:cnn(?!\?)", "softcache:cnn?width=4"),
+    (r"softcache:resnet8\b", "softcache:cnn?width=2"),
     (r"num_workers=\d+", "num_workers=0"),
 )
 TEACHER_AND_CACHE = """
@@ -233,11 +234,15 @@ def run_page(name: str, blocks: Sequence[Block]) -> int:
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to run blocks in; torch's threads are put back afterwards."""
-    threads = torch.get_num_threads()
+    """An empty folder to run blocks in, as from a Python prompt; modules and torch's threads are put back afterwards."""
+    threads, modules = torch.get_num_threads(), set(sys.modules)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     torch.set_num_threads(threads)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize(
