@@ -405,7 +405,7 @@ def test_it_is_the_cheapest(loss: str, world: World, tmp_path: Path) -> None:
 
     def nbytes(**settings: Any) -> int:
         cache = dumped(world, "cnn", tmp_path / f"cache{len(list(tmp_path.iterdir()))}", **settings)
-        arrays = {name for feature in cache.features[cache.members[0]].values() for name in feature.arrays.values()}
+        arrays = {name for feature in cache.features[cache.members[0]].values() for name in feature.names.values()}
         kinds = cache.reader.array_kinds(cache.members[0])
         return sum(np.dtype(kinds[name][0]).itemsize * prod(kinds[name][1]) for name in arrays)
 
@@ -599,7 +599,7 @@ def test_the_list_names_every_loss_once_and_fits_a_terminal(printed: Printed) ->
             assert ("hard labels" in group) == (loss.needs("labels") and not loss.has_features), name
             assert all(key in line for key in loss.defaults), name
             if loss.has_features and loss.layers != CLASSIFIER:
-                assert f"{loss.features[0]}, {loss.layers}" in line  # which reduction of which layers is stored
+                assert f"{loss.features[0]}, {loss.layers.replace('_', ' ')}" in line  # which reduction of which layers is stored
 
 
 @pytest.mark.parametrize("name", LOSSES)

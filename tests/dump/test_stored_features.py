@@ -659,6 +659,6 @@ def test_a_cached_feature_reads_its_own_description(caches: dict[tuple[str, str]
     """The manifest alone says how a feature is decoded: names, forms, shapes and data sets."""
     for cache in caches.values():
         for info in cache.member(model_member(cache)).features:
-            made = StoredFeature.of(info)
+            made = StoredFeature.described(info.name, info.dtype, info.stored, info.arrays, info.shapes)
             assert str(made.spec) == info.name and made.codec.form == info.stored and made.codec.dtype == info.dtype
-            assert list(made.arrays.values()) == list(info.arrays)
+            assert list(made.names.values()) == list(info.arrays)

@@ -664,7 +664,7 @@ def test_stored_tensors_are_within_their_stated_error(kind: str, dtype: str, wor
         )
     for name in names:
         feature = cache.features["a"][name]
-        arrays = {suffix: targets.arrays["a"][array] for suffix, array in feature.arrays.items()}
+        arrays = {suffix: targets.arrays["a"][array] for suffix, array in feature.names.items()}
         stated = cache.manifest.statistics["a"].feature_errors[name]
         found[name] = feature.codec.decode(arrays), stored_form(live, name), stated
     for name, (decoded, given, stated) in found.items():
