@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from softcache.cache.card import card
 from softcache.cache.manifest import Manifest
@@ -41,6 +40,7 @@ from softcache.dump.progress import DumpProgress
 from softcache.dump.teacher import Teacher, open_teacher
 from softcache.errors import ConfigError, DataError, DumpError, ModelError, first_offenders
 from softcache.machine import autocast_dtype, describe_device, pick_device, pick_threads, pick_workers
+from softcache.report.progress import Progress
 from softcache.report.tables import size, table
 from softcache.version import __version__
 
@@ -294,11 +294,11 @@ def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) ->
     viewed = ViewedSet(transfer_set, Policy(), (), digests=True)
     pairs = ([(i, 0) for i in range(start, min(start + 1024, count))] for start in range(0, count, 1024))
     digests = np.empty((count, 16), np.uint8)
-    with tqdm(total=count, unit="sample", desc="reading samples", disable=quiet, leave=False) as bar:
+    with Progress("reading samples", count, unit="sample", quiet=quiet) as progress:
         for batch in load_batches(viewed, pairs, workers=workers):
             assert batch.content_digests is not None
             digests[batch.index] = batch.content_digests
-            bar.update(len(batch.index))
+            progress.add(len(batch.index))
     return digests
 
 

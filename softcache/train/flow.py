@@ -9,7 +9,6 @@ process computes its share of each batch, and the first one evaluates and writes
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,19 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from softcache.config import TrainConfig
 from softcache.data.loading import epoch_order, load_batches, to_device
 from softcache.data.selection import class_order
 from softcache.errors import ConfigError, MissingExtraError, TrainingError
 from softcache.evaluate.measure import Evaluation, evaluate, item_shape
+from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, build_vocabulary, load_model, load_weights, save_student
 from softcache.models.initialise import Initialised, initialise, reorder_classes
+from softcache.report.progress import Progress
 from softcache.train.batches import Material, open_material, views_of, visits
-from softcache.train.checkpoint import Trained, read_progress, restore, save_progress
+from softcache.train.checkpoint import Trained, bytes_of, read_progress, restore, save_progress
 from softcache.train.learner import Learner, build_objectives, freeze_for, make_optimizer, over_ranks
 from softcache.train.objective import Given, Objective
 from softcache.train.pairs import Student, StudentTaps
@@ -142,11 +142,15 @@ def _train(
     progress, saved = read_progress(out, ranks)
     metrics, evaluation = progress.metrics, None
     if ranks.first:
+        require_room(out, bytes_of(model, parts, average, config), "checkpoints and student weights")
         describe_run(out, config, stages, _facts(config, material, data, initialised))
     if ranks.size > 1:
         torch.manual_seed(config.seed + 1_000_003 * ranks.rank)  # dropout of its own on every rank
     board = _board(out, len(metrics)) if config.tensorboard and ranks.first else None
     viewed = material.viewed([model.input.collate])
+    all_steps = steps * sum(stage.config.epochs for stage in stages)
+    begun = steps * len(metrics) + progress.step
+    shown = Progress(f"train {out}", all_steps, unit="step", done=begun, quiet=quiet)
 
     for number, (stage, objective) in enumerate(zip(stages, objectives, strict=True)):
         if number < progress.stage:
@@ -165,7 +169,6 @@ def _train(
         if number > progress.stage:
             progress.stage, progress.epoch, progress.step, progress.sums = number, 0, 0, {}
         optimizer, scaler = trained.optimizer, trained.scaler
-        to_come = sum(later.config.epochs for later in stages[number:])
         with _tapped(student, objective) as taps:
             learner = Learner(model, objective, taps, autocast=autocast, compiled=config.compile)
             shared = over_ranks(learner, ranks, device, to_device(sample, device))
@@ -179,8 +182,7 @@ def _train(
                 pairs = visits(order, views, config.batch_size, ranks, start=first_step)
                 loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
                 started = time.monotonic()
-                bar = _bar(loaded, len(metrics), len(metrics) - epoch + to_come, first_step, steps, quiet)
-                for step, loaded_batch in enumerate(bar, start=first_step):
+                for step, loaded_batch in enumerate(shown.over(loaded), start=first_step):
                     moment = Moment(epoch, step, steps, settings.epochs)
                     for group in optimizer.param_groups:
                         group["lr"] = stage.rate(moment)
@@ -203,7 +205,7 @@ def _train(
 
                     if step % 20 == 0 or step == steps - 1:
                         _check_finite(sums["loss"], len(metrics), step)
-                        bar.set_postfix_str(f"loss {sums['loss'].item() / (step + 1):.4f}")
+                        shown.note(f"epoch {len(metrics) + 1}, loss {sums['loss'].item() / (step + 1):.4f}")
                     if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
                         progress.epoch, progress.step, progress.sums = epoch, step + 1, sums
                         save_progress(out, trained, progress, ranks)
@@ -233,6 +235,7 @@ def _train(
                 if ended:
                     break
 
+    shown.close()
     if config.keep == "best":
         load_weights(kept, str(out / BEST))
     if ranks.first:
@@ -382,16 +385,3 @@ def _check_finite(loss: Tensor, epoch: int, step: int) -> None:
             f"the loss is not finite in epoch {epoch}, step {step}",
             tip="lower --lr, add --clip-norm 1, warm up (--schedule 'warmup(5, cosine)'), or use bf16 instead of fp16",
         )
-
-
-def _bar(loaded: Any, epoch: int, epochs: int, first: int, steps: int, quiet: bool) -> Any:
-    return tqdm(
-        loaded,
-        total=steps,
-        initial=first,
-        desc=f"epoch {epoch + 1}/{epochs}",
-        unit="step",
-        disable=quiet or None,
-        leave=False,
-        file=sys.stderr,
-    )
