@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softcache.config import TrainConfig
 from softcache.errors import TrainingError
 from softcache.train.ranks import Ranks
 
@@ -58,6 +59,17 @@ class Trained:
 
     def named(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def bytes_of(net: nn.Module, parts: nn.Module, average: nn.Module | None, config: TrainConfig) -> int:
+    """What a run needs on the disk at most: a checkpoint beside the next one, and its students."""
+    weights, own, kept = (
+        sum(tensor.nbytes for tensor in [*one.parameters(), *one.buffers()]) if one is not None else 0
+        for one in (net, parts, average)
+    )
+    states = {"sgd": 1 if config.momentum else 0}.get(config.optimizer, 2)  # of the optimiser, per weight
+    checkpoint = (1 + states) * (weights + own) + kept
+    return 2 * checkpoint + weights * (2 if config.keep == "best" else 1)
 
 
 def read_progress(out: Path, ranks: Ranks) -> tuple[Progress, dict[str, Any]]:
