@@ -123,20 +123,35 @@ def make_parser(names: Iterable[str] = VERBS) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in names:
         verb = load_verb(name)
-        _add_flags(verbs.add_parser(name, help=verb.summary, **_words_of(verb)), verb)
+        _add_flags(verbs.add_parser(name, help=verb.summary, **_words_of(name, verb)), verb)
     return parser
 
 
 def verb_parser(name: str) -> argparse.ArgumentParser:
     """The parser of one verb alone."""
-    parser = _Parser(prog=f"softcache {name}", **_words_of(load_verb(name)))
-    _add_flags(parser, load_verb(name))
+    verb = load_verb(name)
+    parser = _Parser(prog=f"softcache {name}", **_words_of(name, verb))
+    _add_flags(parser, verb)
     return parser
 
 
-def _words_of(verb: Verb) -> dict[str, Any]:
+def usage_of(name: str, verb: Verb) -> str:
+    """What must be given, and what may."""
+    words = ["softcache", name]
+    for field in dataclasses.fields(verb.config):
+        meta = field.metadata
+        if meta["positional"]:
+            words.append(meta["metavar"] if meta["required"] else f"[{meta['metavar']}]")
+    for field in dataclasses.fields(verb.config):
+        if field.metadata["required"] and not field.metadata["positional"]:
+            words.append(f"{flag_of(field.name)} {metavar_of(field)}")
+    return " ".join([*words, "[flags]"])
+
+
+def _words_of(name: str, verb: Verb) -> dict[str, Any]:
     examples = "\n".join(f"  {line}" for line in verb.examples.strip().splitlines())
     return {
+        "usage": usage_of(name, verb),
         "description": verb.summary,
         "epilog": f"examples:\n{examples}\n",
         "formatter_class": argparse.RawDescriptionHelpFormatter,

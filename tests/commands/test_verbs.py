@@ -1,0 +1,413 @@
+"""What every verb of the command line keeps. A new verb is tested by its line in VERBS; where this file asks for more, it says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from softcache import cli, demo
+from softcache.commands import VERBS
+from softcache.commands.flags import load_verb
+from softcache.commands.help import DOCS
+from softcache.dump import forecast
+from softcache.files import durable
+from softcache.models import load_model
+from softcache.report import progress
+
+# what stands in examples -> what it is in the world below
+SUBSTITUTIONS = {
+    r"torchvision:MNIST\?root=data": "digits",
+    r"imagefolder:train": "digits",
+    r"torchvision:resnet50@IMAGENET1K_V2": "runs/teacher",
+    r"softcache:mlp\?hidden=1200,1200@runs/teacher": "softcache:cnn?width=4@runs/teacher",
+    r"(?<!--extend )--out caches/(?=digits|mnist)": "--out caches/new-",
+    r"--out runs/": "--out runs/new-",
+    r"--views 8": "--views 2",
+    r"--views 16": "--views 6",
+    r"--epochs 20": "--epochs 1",
+    r"/backup/": "backup/",
+    r"--budget short --seeds 0,1,2": "--budget smoke --seeds 0",
+    r"reproduce digits$": "reproduce digits --budget smoke",
+    r"--nproc-per-node 4": "--nproc-per-node 2",
+}
+# the example that does a verb's longest work, where it is not the first
+WORK = {"reproduce": 1, "verify": 1}
+# verbs that are done before a progress could be shown
+INSTANT = {"losses", "inspect", "views", "completion", "help"}
+# verbs that do their work also where the files of the examples are not
+ANYWHERE = {"demo", "reproduce"}
+SLOW = {"softcache demo --out my-demo --seeds 0,1,2", "softcache export runs/s --to onnx"}
+
+
+def examples_of(verb: str) -> list[str]:
+    """Its command lines as they are in help, each on one line, without remarks."""
+    text = load_verb(verb).examples.replace("\\\n", " ")
+    return [" ".join(line.partition("   (")[0].split()) for line in text.strip().splitlines()]
+
+
+def substituted(example: str) -> list[str]:
+    """An example's words, with small data in the place of its own."""
+    for pattern, small in SUBSTITUTIONS.items():
+        example = re.sub(pattern, small, example)
+    return shlex.split(example)
+
+
+def work_of(verb: str) -> list[str]:
+    """The words after `softcache` of the example that does its longest work."""
+    return substituted(examples_of(verb)[WORK.get(verb, 0)])[1:]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples speak of: two teachers, a student, two caches, weights and a list of keys."""
+    folder = tmp_path_factory.mktemp("world")
+    quick = ["--quiet", "--threads", "1", "--device", "cpu"]
+    teacher = ["train", "--data", "digits", "--student", "softcache:cnn?width=4", "--epochs", "1", *quick]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in (
+            [*teacher, "--out", "runs/teacher"],
+            [*teacher, "--out", "runs/second", "--seed", "1"],
+            ["dump", "--data", "digits", "--teacher", "runs/teacher", "--out", "caches/digits", *quick],
+            ["dump", "--data", "digits", "--teacher", "runs/teacher", "--teacher", "runs/second"]
+            + ["--policy", "shift:pixels=2", "--views", "4", "--out", "caches/mnist", *quick],
+            ["train", "--data", "digits", "--cache", "caches/digits", "--loss", "kd", "--epochs", "1", *quick]
+            + ["--student", "softcache:mlp?hidden=8", "--eval-data", "digits?split=test", "--out", "runs/s"],
+        ):
+            assert cli.main(line) == 0
+    shutil.copytree(folder / "caches/digits", folder / "backup/digits")
+    model = load_model("softcache:cnn", num_classes=10, class_names=[str(i) for i in range(10)], input_shape=(8, 8))
+    torch.save(model.net.state_dict(), folder / "weights.pt")
+    (folder / "keys.txt").write_text("".join(f"digits/{i:06d}\n" for i in range(1, 40)))
+    return folder
+
+
+@pytest.fixture
+def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it, as the current folder; what takes long is cut short."""
+    folder = Path(shutil.copytree(world, tmp_path / "here"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(demo, "TEACHER_EPOCHS", 1)
+    monkeypatch.setattr(demo, "STUDENT_EPOCHS", 1)
+    monkeypatch.setattr(forecast, "TRIAL_SECONDS", 0.1)
+    yield folder
+    torch.set_num_threads(1)  # as the other tests want it
+
+
+def damage(folder: Path) -> None:
+    """One byte of one shard: what `repair` is for."""
+    shard = next((folder / "caches/digits/members").rglob("*.h5"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+
+
+def prepare(verb: str, folder: Path) -> None:
+    if verb == "repair":
+        damage(folder)
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_of_every_verb_loads_nothing_heavy() -> None:
+    """Also --version, `softcache help` and `softcache completion`; and the help of one verb loads no other verb."""
+    script = (
+        "import sys\nfrom softcache.cli import main\nfrom softcache.commands import VERBS\n"
+        "def run(*argv):\n    try:\n        return main(argv)\n    except SystemExit as done:\n        return done.code\n"
+        "assert run('dump', '--help') == 0\n"
+        "assert 'softcache.commands.train' not in sys.modules\n"
+        "assert [run(verb, '--help') for verb in VERBS] == [0] * len(VERBS)\n"
+        "assert [run(*argv) for argv in (['--help'], ['--version'], ['help'], ['help', 'dump'])] == [0] * 4\n"
+        "assert run('completion', 'bash') == 0\n"
+        "heavy = {'torch', 'numpy', 'h5py', 'torchvision', 'tqdm', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_a_summary_and_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main([verb, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: softcache {verb}")
+    assert load_verb(verb).summary.split()[0] in text
+    shown = text[text.index("\nexamples:\n") :]
+    assert len(re.findall(rf"^  (softcache|torchrun .* -m softcache) {verb}\b", shown, re.MULTILINE)) >= 2
+
+
+def test_the_main_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^ +{verb} ", text, re.MULTILINE) for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_page_of_the_docs_has_the_verb(verb: str) -> None:
+    assert any(f"softcache {verb}" in page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+
+
+# ---- examples -------------------------------------------------------------------------------------------------------
+
+
+def example_rows() -> list[object]:
+    rows = []
+    for verb in VERBS:
+        for example in examples_of(verb):
+            slow = example in SLOW or example.startswith("torchrun")
+            rows.append(pytest.param(example, id=example, marks=[pytest.mark.slow] if slow else []))
+    return rows
+
+
+@pytest.mark.parametrize("example", example_rows())
+def test_an_example_runs(here: Path, capsys: pytest.CaptureFixture[str], example: str) -> None:
+    program, *words = substituted(example)
+    if program == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *words]
+        done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return
+    assert program == "softcache"
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.strip()
+
+
+def test_substitutions_have_a_use() -> None:
+    text = "\n".join(example for verb in VERBS for example in examples_of(verb))
+    assert [pattern for pattern in SUBSTITUTIONS if not re.search(pattern, text, re.MULTILINE)] == []
+    assert {*WORK, *INSTANT, *ANYWHERE} <= set(VERBS)
+    assert set(text.splitlines()) >= SLOW
+
+
+# ---- the flags of every verb ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_json_is_one_document_and_nothing_else(here: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    prepare(verb, here)
+    assert cli.main([*work_of(verb), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["reproduce", "LIST"],
+        ["inspect", "caches/mnist", "--sample", "digits/000001"],
+        ["help", "CLI"],
+        ["help", "dump"],
+        ["losses", "kd"],
+        ["dump", "--data", "digits", "--teacher", "runs/teacher", "--out", "x", "--list-modules"],
+    ],
+    ids=" ".join,
+)
+def test_json_of_other_answers(here: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert cli.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_json_of_a_soft_target_holds_what_the_bars_show(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["inspect", "caches/mnist", "--sample", "digits/000001", "--view", "2"]
+    assert cli.main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["key"], found["view"], len(found["classes"])) == ("digits/000001", 2, 10)
+    assert set(found["probabilities"]) == {"teacher", "second", "ensemble (mean_probs)"}
+    for by_temperature in found["probabilities"].values():
+        assert list(by_temperature) == ["1", "2", "4", "20"]
+        assert all(abs(sum(shares) - 1) < 1e-6 for shares in by_temperature.values())
+    assert cli.main(argv) == 0
+    largest = max(found["probabilities"]["teacher"]["1"])
+    assert f"{100 * largest:6.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_print_config_shows_every_setting_and_does_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    before = sorted(here.rglob("*"))
+    assert cli.main([*work_of(verb), "--print-config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["setting", "value", "from"]
+    assert cli.main([*work_of(verb), "--print-config", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [line.split()[0] for line in lines[2:]] == list(load_verb(verb).config.__dataclass_fields__)
+    assert {one["from"] for one in found.values()} <= {"default", "flag"}
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_settings_come_from_a_file_too(here: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    """Every setting that was given, positional ones among them: what --print-config says makes the same command."""
+    assert cli.main([*work_of(verb), "--print-config", "--json"]) == 0
+    given = {k: v["value"] for k, v in json.loads(capsys.readouterr().out).items() if v["from"] == "flag"}
+    (here / "own.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in given.items()))
+    assert cli.main([verb, "--config", "own.toml", "--print-config", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {k: v["value"] for k, v in found.items() if v["from"] == "own.toml"} == given
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in INSTANT])
+def test_progress_is_shown_after_a_while_and_not_before(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """In lines fit for a log, since stderr is no terminal here. A verb without it belongs to INSTANT, if it is."""
+    shutil.copytree(here, here.parent / "again")
+    words = [word for word in work_of(verb) if word != "--json"]
+    for folder, after_s, argv in (
+        (here, 0.0, words),
+        (here.parent / "again", 1000.0, words),
+        (here, 0.0, [*words, "--quiet"]),
+    ):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(progress, "SHOWN_AFTER_S", after_s)
+        monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+        prepare(verb, folder)
+        cli.main(argv)
+        errors = capsys.readouterr().err
+        assert "\r" not in errors
+        shown = re.findall(r"^.*: [\d.,]+( \w?B)? of [\d.,]+ \w+, .*/s, ETA ", errors, re.MULTILINE)
+        assert bool(shown) == (after_s == 0.0 and "--quiet" not in argv), errors
+
+
+# ---- stopped --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_says_how_to_go_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    def stopped(self: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softcache.commands.flags.Command.run", stopped)
+    assert cli.main(work_of(verb)) == 130
+    assert capsys.readouterr().err == f"\nsoftcache: interrupted; {load_verb(verb).after_stop}\n"
+    assert "same command" in load_verb(verb).after_stop
+
+
+SLOWED = """
+import sys, time
+from pathlib import Path
+from softcache import cli
+from softcache.report.progress import Progress
+
+whole = Progress.add
+
+def slow(self, count=1):
+    Path("going").touch()
+    time.sleep(0.3)
+    whole(self, count)
+
+Progress.add = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in INSTANT])
+def test_a_signal_ends_a_verb_within_ten_seconds(here: Path, verb: str) -> None:
+    """In the middle of its work: Ctrl-C in one process, SIGTERM in another."""
+    prepare(verb, here)
+    again = Path(shutil.copytree(here, here.parent / "again"))
+    script = here.parent / "slowed.py"
+    script.write_text(SLOWED)
+    words = [word for word in work_of(verb) if word != "--json"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background would ignore it
+    try:
+        processes = [
+            subprocess.Popen([sys.executable, script, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+            for folder in (here, again)
+        ]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    rows = zip(processes, (here, again), (signal.SIGINT, signal.SIGTERM), (130, 143), strict=True)
+    for process, folder, number, code in rows:
+        start = time.monotonic()
+        while not (folder / "going").exists():
+            assert process.poll() is None and time.monotonic() - start < 60, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == code, errors
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        assert errors.endswith(f"\nsoftcache: {word}; {load_verb(verb).after_stop}\n")
+        assert "Traceback" not in errors
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if load_verb(verb).writes])
+def test_a_verb_that_writes_asks_for_room_first(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    prepare(verb, here)
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: 10_000)
+    if verb == "repair":  # what is damaged in the small world is smaller than that
+        monkeypatch.setattr(durable, "free_bytes", lambda folder: 100)
+    assert cli.main(work_of(verb)) == 2
+    errors = capsys.readouterr().err
+    assert re.search(r"^softcache: error: .* need \d+\.\d MB, the disk has 0\.0 MB left$", errors, re.MULTILINE), errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if not load_verb(verb).writes])
+def test_a_verb_that_says_so_writes_nothing(here: Path, verb: str) -> None:
+    before = sorted(here.rglob("*"))
+    assert cli.main(work_of(verb)) == 0
+    assert sorted(here.rglob("*")) == before
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    ("extra", "message", "tip"),
+    [
+        (["--quiett"], "unrecognized arguments: --quiett", "did you mean '--quiet'"),
+        (["--set", "nonsense=1"], "--set: unknown setting 'nonsense'", ""),
+        (["--config", "nowhere.toml"], "nowhere.toml: No such file", None),
+    ],
+    ids=["flag", "setting", "file"],
+)
+def test_a_mistake_is_told_without_a_traceback(
+    here: Path, capsys: pytest.CaptureFixture[str], verb: str, extra: list[str], message: str, tip: str | None
+) -> None:
+    assert cli.main([*work_of(verb), *extra]) == 2
+    said, errors = capsys.readouterr()
+    assert said == ""
+    assert errors.startswith(f"softcache: error: {message}")
+    assert tip is None or re.search(f"^  tip: .*{tip}", errors, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ANYWHERE])
+def test_files_that_are_not_there_are_told_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(work_of(verb))
+    torch.set_num_threads(1)
+    errors = capsys.readouterr().err
+    assert code == (2 if re.search("(runs|caches)/(?!new-)", " ".join(work_of(verb))) else 0), errors
+    assert (code == 2) == errors.startswith("softcache: error: ")
+    assert "Traceback" not in errors
