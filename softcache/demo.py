@@ -91,25 +91,7 @@ def run(out: Path, *, seeds: Sequence[int], quiet: bool = False) -> Demo:
     started = time.monotonic()
 
     _say(f"1/3  training three teachers ({TEACHER}) on 1,297 digits", quiet)
-    teachers = [
-        train.run(
-            TrainConfig(
-                data=TRAIN_DATA,
-                eval_data=TEST_DATA,
-                student=TEACHER,
-                out=str(out / f"runs/teacher-{seed}"),
-                policy=("shift:pixels=1",),
-                epochs=TEACHER_EPOCHS,
-                batch_size=64,
-                lr=3e-3,
-                schedule="warmup(1, cosine)",
-                seed=seed,
-                threads=1,
-            ),
-            quiet=quiet,
-        )
-        for seed in range(3)
-    ]
+    teachers = [_teacher(out, seed, quiet) for seed in range(3)]
 
     _say("2/3  running them once over the digits: softcache dump", quiet)
     cache = out / "cache"
@@ -135,6 +117,25 @@ def run(out: Path, *, seeds: Sequence[int], quiet: bool = False) -> Demo:
         made.manifest.nbytes,
         picture,
         time.monotonic() - started,
+    )
+
+
+def _teacher(out: Path, seed: int, quiet: bool) -> train.TrainResult:
+    return train.run(
+        TrainConfig(
+            data=TRAIN_DATA,
+            eval_data=TEST_DATA,
+            student=TEACHER,
+            out=str(out / f"runs/teacher-{seed}"),
+            policy=("shift:pixels=1",),
+            epochs=TEACHER_EPOCHS,
+            batch_size=64,
+            lr=3e-3,
+            schedule="warmup(1, cosine)",
+            seed=seed,
+            threads=1,
+        ),
+        quiet=quiet,
     )
 
 

@@ -41,7 +41,9 @@ def _section(name: str, verb: Verb) -> str:
     hints = typing.get_type_hints(verb.config)
     rows = [_row(_usage(field, hints[field.name]), _text(field)) for field in fields]
     examples = ["```text", *verb.examples.strip().splitlines(), "```"]
-    return "\n".join([f"## {name}\n", f"`{usage_of(name, verb)}`: {verb.summary}.\n", *examples, *([""] if rows else []), *rows, ""])
+    return "\n".join(
+        [f"## {name}\n", f"`{usage_of(name, verb)}`: {verb.summary}.\n", *examples, *([""] if rows else []), *rows, ""]
+    )
 
 
 def _usage(field: dataclasses.Field[typing.Any], hint: typing.Any) -> str:

@@ -28,9 +28,9 @@ def script(shell: str) -> str:
         for action in verbs.choices[name]._actions:
             field = fields.get(action.dest)
             if action.metavar in FOLDERS:
-                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+                action.complete = shtab.DIRECTORY
             elif action.metavar in FILES:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+                action.complete = shtab.FILE
             elif field is not None and field.metadata["choices"]:
                 action.choices = field.metadata["choices"]
             elif (name, action.dest) == ("help", "topic"):

@@ -21,7 +21,7 @@ from softcache.cache.reader import read_samples
 from softcache.cache.schema import CRC_SUFFIX, MANIFESTS, SAMPLES
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import DamagedCacheError, DriftError, UnfinishedCacheError, first_offenders
-from softcache.report.progress import Progress
+from softcache.report.progress import Meter
 
 WHOLE, DAMAGED, UNFINISHED = 0, 1, 3
 
@@ -151,10 +151,10 @@ def _checked(
     whole, stopped = [], Event()
     pool = ThreadPoolExecutor(os.cpu_count())  # hashing lets other threads run
     try:
-        with Progress(f"verify {path}", manifest.nbytes, unit="B", quiet=quiet or not full) as progress:
+        with Meter(f"verify {path}", manifest.nbytes, unit="B", quiet=quiet or not full) as meter:
             checked = pool.map(lambda one: _file_faults(path, one, full, stopped), manifest.files)
             for file, found in zip(manifest.files, checked, strict=True):
-                progress.add(file.nbytes)
+                meter.add(file.nbytes)
                 if found:
                     yield file, found
                 else:

@@ -14,7 +14,9 @@ def run(config: DumpConfig, output: Output) -> int:
     from softcache.report.tables import size
 
     if config.list_modules:
-        modules = flow.list_modules(config)
+        from softcache.dump.list_modules import list_modules
+
+        modules = list_modules(config)
         print(json.dumps({"modules": modules}) if output.json else modules)
         return 0
     result = flow.run(config, quiet=output.quiet)

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from softcache.cache.write.writer import SpanTarget
 from softcache.data.loading import LoadedBatch
 from softcache.files.durable import free_bytes
-from softcache.report.progress import Progress
+from softcache.report.progress import Meter
 
 
 class DumpProgress:
-    """Progress on stderr: samples/s, MB/s, share of time spent waiting for data, ETA, GB left on the disk."""
+    """Meter on stderr: samples/s, MB/s, share of time spent waiting for data, ETA, GB left on the disk."""
 
     def __init__(self, writer: SpanTarget, total: int, *, quiet: bool) -> None:
         self._writer = writer
-        self._shown = Progress(f"dump {writer.path}", total, unit="view", quiet=quiet)
+        self._shown = Meter(f"dump {writer.path}", total, unit="view", quiet=quiet)
         self._started, self._waited, self._noted = time.monotonic(), 0.0, 0.0
 
     def wait_for(self, loaded: Iterator[LoadedBatch]) -> LoadedBatch:

@@ -16,7 +16,7 @@ LINE_EVERY_S = 10.0
 Item = TypeVar("Item")
 
 
-class Progress:
+class Meter:
     """Counts work and shows it. A context manager: at its end the bar goes.
 
     Args:
@@ -108,5 +108,5 @@ class Progress:
 
 def track(items: Iterable[Item], what: str, total: int, *, unit: str, quiet: bool = False) -> Iterator[Item]:
     """The items of one piece of work, counted and shown."""
-    with Progress(what, total, unit=unit, quiet=quiet) as progress:
-        yield from progress.over(items)
+    with Meter(what, total, unit=unit, quiet=quiet) as meter:
+        yield from meter.over(items)

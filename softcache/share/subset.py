@@ -34,8 +34,9 @@ from softcache.data.join import find_ids
 from softcache.data.selection import of_classes, read_keys
 from softcache.errors import CacheError, ConfigError, DataError, DumpError, first_offenders, nearest
 from softcache.files.durable import require_room
-from softcache.report.progress import Progress
-from softcache.targets.cache import Cache, Targets
+from softcache.report.progress import Meter
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Cache
 from softcache.targets.cache import open as open_cache
 
 BATCH_ROWS, BATCH_LOGITS = 1024, 1 << 22  # what is held in memory at once; sums of statistics depend on it
@@ -104,9 +105,9 @@ def run(
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         total = sum(span.rows * span.views for span in spans)
         require_room(out, sum(_span_bytes(span, cache, chosen) for span in spans), "the shards")
-        with Progress(f"subset {out}", total, unit="view", quiet=quiet) as progress:
+        with Meter(f"subset {out}", total, unit="view", quiet=quiet) as meter:
             for span in spans:
-                _write_span(writer, span, cache, chosen, progress)
+                _write_span(writer, span, cache, chosen, meter)
         manifest = writer.commit(card, _provenance(path, choice, started, total))
     if manifest is None:
         raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
@@ -271,7 +272,7 @@ def _span_bytes(span: Span, cache: Cache, chosen: Chosen) -> int:
     return sum(spec.nbytes + spec.checksums.nbytes for spec in specs) + 4 * span.views * span.rows
 
 
-def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, progress: Progress) -> None:
+def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, meter: Meter) -> None:
     """Every record of a part, in the parent's own order of rows."""
     specs = {name: _array_specs(cache, name, span.views, span.rows) for name in chosen.members}
     batch = max(1, min(BATCH_ROWS, BATCH_LOGITS // cache.num_classes))
@@ -283,7 +284,7 @@ def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, p
                 out.append(None, {"pixel_digests": cache.reader.gather(None, "pixel_digests", rows, views)})
                 for name in chosen.members:
                     _copy(out, name, cache, rows, views)
-                progress.add(len(rows))
+                meter.add(len(rows))
 
 
 def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: np.ndarray) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softcache.config import TrainConfig
 from softcache.errors import TrainingError
 from softcache.train.ranks import Ranks
 
@@ -45,31 +44,22 @@ class Trained:
 
     Attributes:
         net: of the student.
-        parts: what the terms of all stages learn or remember.
+        term_modules: what the terms of all stages learn or remember.
         optimizer: of the current stage.
         scaler: of gradients in half precision.
         average: of the student's weights, where one is kept.
     """
 
     net: nn.Module
-    parts: nn.Module
+    term_modules: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: nn.Module | None = None
 
     def named(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def bytes_of(net: nn.Module, parts: nn.Module, average: nn.Module | None, config: TrainConfig) -> int:
-    """What a run needs on the disk at most: a checkpoint beside the next one, and its students."""
-    weights, own, kept = (
-        sum(tensor.nbytes for tensor in [*one.parameters(), *one.buffers()]) if one is not None else 0
-        for one in (net, parts, average)
-    )
-    states = {"sgd": 1 if config.momentum else 0}.get(config.optimizer, 2)  # of the optimiser, per weight
-    checkpoint = (1 + states) * (weights + own) + kept
-    return 2 * checkpoint + weights * (2 if config.keep == "best" else 1)
+        """By their names in a checkpoint."""
+        named = {"parts" if name == "term_modules" else name: value for name, value in vars(self).items()}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def read_progress(out: Path, ranks: Ranks) -> tuple[Progress, dict[str, Any]]:
