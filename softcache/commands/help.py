@@ -72,7 +72,7 @@ def text_of(topic: str) -> str:
         if name in pages():
             return _read(name)
     known = {*VERBS, *(name.lower() for name in pages())}
-    raise ConfigError(f"there is no page and no verb {topic!r}", tip=nearest(topic, known))
+    raise ConfigError(f"there is no page and no verb {topic!r}", tip=nearest(topic.lower(), known))
 
 
 def _read(page: str) -> str:
