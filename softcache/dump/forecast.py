@@ -192,7 +192,7 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
     # as a dump would write them, so that the chosen one is not there twice
     classes = transfer_set.num_classes
     texts = list(dict.fromkeys([*(asked_codec(t, classes, promise).text for t in candidates(classes)), chosen]))
-    with Meter("plan", len(texts) + TRIALS, unit="trial", quiet=quiet) as meter:
+    with Meter("plan", len(texts) + TRIALS, unit="trials", quiet=quiet) as meter:
         surveyed = {
             text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in meter.over(texts)
         }

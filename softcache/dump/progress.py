@@ -16,7 +16,7 @@ class DumpProgress:
 
     def __init__(self, writer: SpanTarget, total: int, *, quiet: bool) -> None:
         self._writer = writer
-        self._shown = Meter(f"dump {writer.path}", total, unit="view", quiet=quiet)
+        self._shown = Meter(f"dump {writer.path}", total, unit="views", quiet=quiet)
         self._started, self._waited, self._noted = time.monotonic(), 0.0, 0.0
 
     def wait_for(self, loaded: Iterator[LoadedBatch]) -> LoadedBatch:

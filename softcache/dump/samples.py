@@ -46,7 +46,7 @@ def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) ->
     viewed = ViewedSet(transfer_set, Policy(), (), digests=True)
     pairs = ([(i, 0) for i in range(start, min(start + 1024, count))] for start in range(0, count, 1024))
     digests = np.empty((count, 16), np.uint8)
-    with Meter("reading samples", count, unit="sample", quiet=quiet) as meter:
+    with Meter("reading samples", count, unit="samples", quiet=quiet) as meter:
         for batch in load_batches(viewed, pairs, workers=workers):
             assert batch.content_digests is not None
             digests[batch.index] = batch.content_digests

@@ -120,7 +120,7 @@ def evaluate(
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
-    for batch in track(loaded, "eval", -(-count // batch_size), unit="batch", quiet=not progress):
+    for batch in track(loaded, "eval", -(-count // batch_size), unit="batches", quiet=not progress):
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(to_device(batch.inputs[0], device))
         _check_finite(logits, batch.index)
@@ -162,7 +162,7 @@ def evaluate_cache(
     sums = Sums(transfer_set.num_classes)
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names])
     pieces = np.array_split(np.arange(len(transfer_set)), -(-len(transfer_set) // batch_size))
-    for index in track(pieces, "eval", len(pieces), unit="batch", quiet=not progress):
+    for index in track(pieces, "eval", len(pieces), unit="batches", quiet=not progress):
         logits = joined.gather_samples(index, np.zeros_like(index)).combined(combine, temperature=1.0)
         sums.add_labels(logits + added, torch.from_numpy(transfer_set.labels[index]))
     result = _result(sums, transfer_set, started, 1.0, bias)

@@ -22,7 +22,7 @@ class Meter:
     Args:
         what: is being done.
         total: how much there is to do.
-        unit: of it, one of them; "B" for bytes.
+        unit: what is counted, such as "views"; "B" for bytes.
         done: how much of it was there already.
         quiet: show nothing.
         after_s: seconds until something is shown; None: SHOWN_AFTER_S.
@@ -55,7 +55,7 @@ class Meter:
                 total=total,
                 initial=done,
                 desc=what,
-                unit=unit if unit == "B" else f" {unit}s",
+                unit=unit if unit == "B" else f" {unit}",
                 unit_scale=True,
                 delay=self._after,
                 leave=False,
@@ -85,7 +85,7 @@ class Meter:
             parts = [f"{size(self.done)} of {size(self.total)}", f"{size(round(rate))}/s", f"ETA {left}"]
         else:
             amount = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-            parts = [f"{self.done:,} of {self.total:,} {self._unit}s", f"{amount}/s", f"ETA {left}"]
+            parts = [f"{self.done:,} of {self.total:,} {self._unit}", f"{amount}/s", f"ETA {left}"]
         return f"{self._what}: {', '.join([*parts, *filter(None, [self._note])])}"
 
     def close(self) -> None:

@@ -105,7 +105,7 @@ def run(
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         total = sum(span.rows * span.views for span in spans)
         require_room(out, sum(_span_bytes(span, cache, chosen) for span in spans), "the shards")
-        with Meter(f"subset {out}", total, unit="view", quiet=quiet) as meter:
+        with Meter(f"subset {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
                 _write_span(writer, span, cache, chosen, meter)
         manifest = writer.commit(card, _provenance(path, choice, started, total))

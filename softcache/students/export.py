@@ -227,7 +227,7 @@ def _compare(
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=False)
     steps = 1 + -(-(count - 1) // batch_size)
     with _exact_float32():
-        for batch in track(loaded, f"verify {where}", steps, unit="batch", quiet=quiet):
+        for batch in track(loaded, f"verify {where}", steps, unit="batches", quiet=quiet):
             outputs = []
             for place, forward in enumerate((lambda x: model(to_device(x, device)), exported)):
                 started = time.monotonic()

@@ -106,7 +106,7 @@ class Session:
         prepared, progress = self.prepared, self.progress
         total = prepared.steps * sum(stage.config.epochs for stage in prepared.stages)
         done = prepared.steps * len(progress.metrics) + progress.step
-        return Meter(f"train {prepared.out}", total, unit="step", done=done, quiet=prepared.quiet)
+        return Meter(f"train {prepared.out}", total, unit="steps", done=done, quiet=prepared.quiet)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -334,53 +333,72 @@ def test_a_verb_says_how_to_go_on(
     assert "same command" in load_verb(verb).after_stop
 
 
-SLOWED = """
-import sys, time
+# Loads everything once, then does each case in a process of its own that stands still in the middle of its work.
+STOPPER = """
+import json, os, signal, sys, time
 from pathlib import Path
 from softcache import cli
 from softcache.report.progress import Meter
+import softcache.reproduce.flow, softcache.demo, softcache.check.repair, softcache.share.subset, softcache.students.export
 
-whole = Meter.add
+def stand_still(self, count=1):
+    Path("working").touch()
+    time.sleep(60)
 
-def slow(self, count=1):
-    Path("going").touch()
-    time.sleep(0.3)
-    whole(self, count)
-
-Meter.add = slow
-sys.exit(cli.main(sys.argv[1:]))
+Meter.add = stand_still
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background would ignore it
+found = []
+for folder, number, words in json.load(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.dup2(os.open("said", os.O_CREAT | os.O_WRONLY), 2)
+        sys.exit(cli.main(words))
+    begin = time.monotonic()
+    while not Path(folder, "working").exists() and time.monotonic() - begin < 60:
+        time.sleep(0.01)
+    os.kill(child, number)
+    begin = time.monotonic()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found.append([code, time.monotonic() - begin, Path(folder, "said").read_text()])
+Path("found.json").write_text(json.dumps(found))
 """
+WORKING = [verb for verb in VERBS if verb not in INSTANT]
+STOPS = [(verb, number) for verb in WORKING for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.fixture(scope="module")
+def stopped(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[int, float, str]]:
+    """(verb, signal) -> exit code, seconds that it took to end, and what it said on stderr."""
+    root = tmp_path_factory.mktemp("stopped")
+    cases = []
+    for verb, number in STOPS:
+        folder = Path(shutil.copytree(world, root / f"{verb}-{number}"))
+        prepare(verb, folder)
+        cases.append([str(folder), int(number), work_of(verb)])
+    subprocess.run(
+        [sys.executable, "-c", STOPPER],
+        input=json.dumps(cases),
+        text=True,
+        cwd=root,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return dict(zip(STOPS, json.loads((root / "found.json").read_text()), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in INSTANT])
-def test_a_signal_ends_a_verb_within_ten_seconds(here: Path, verb: str) -> None:
-    """In the middle of its work: Ctrl-C in one process, SIGTERM in another."""
-    prepare(verb, here)
-    again = Path(shutil.copytree(here, here.parent / "again"))
-    script = here.parent / "slowed.py"
-    script.write_text(SLOWED)
-    words = work_of(verb)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background would ignore it
-    try:
-        processes = [
-            subprocess.Popen([sys.executable, script, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
-            for folder in (here, again)
-        ]
-    finally:
-        signal.signal(signal.SIGINT, before)
-    rows = zip(processes, (here, again), (signal.SIGINT, signal.SIGTERM), (130, 143), strict=True)
-    for process, folder, number, code in rows:
-        start = time.monotonic()
-        while not (folder / "going").exists():
-            assert process.poll() is None and time.monotonic() - start < 60, process.communicate()
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=10)
-        assert process.returncode == code, errors
-        word = "interrupted" if number == signal.SIGINT else "terminated"
-        assert errors.endswith(f"\nsoftcache: {word}; {load_verb(verb).after_stop}\n")
-        assert "Traceback" not in errors
+@pytest.mark.parametrize(("verb", "number"), STOPS, ids=lambda value: getattr(value, "name", value))
+def test_a_signal_ends_a_verb_within_ten_seconds(
+    stopped: dict[tuple[str, int], tuple[int, float, str]], verb: str, number: int
+) -> None:
+    code, seconds, errors = stopped[verb, number]
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], errors
+    assert errors.endswith(f"\nsoftcache: {word}; {load_verb(verb).after_stop}\n")
+    assert "Traceback" not in errors
+    assert seconds < 10
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_lines_of_a_log(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with Meter("dump caches/a", 1000, unit="view", done=100, after_s=2, every_s=10) as meter:
+    with Meter("dump caches/a", 1000, unit="views", done=100, after_s=2, every_s=10) as meter:
         for _ in range(80):
             clock[0] += 0.5
             meter.add(10)
@@ -46,7 +46,7 @@ def test_bytes_and_a_note(clock: list[float], capsys: pytest.CaptureFixture[str]
 
 
 def test_slow_work_has_a_rate_too(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    meter = Meter("train a", 10, unit="step", after_s=0, every_s=0)
+    meter = Meter("train a", 10, unit="steps", after_s=0, every_s=0)
     meter.add(0)
     clock[0] += 8
     meter.add()
@@ -58,8 +58,8 @@ def test_slow_work_has_a_rate_too(clock: list[float], capsys: pytest.CaptureFixt
 def test_what_is_short_or_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
-    assert list(track(range(5), "eval", 5, unit="batch")) == [0, 1, 2, 3, 4]
-    with Meter("eval", 5, unit="batch", quiet=True, after_s=0, every_s=0) as meter:
+    assert list(track(range(5), "eval", 5, unit="batches")) == [0, 1, 2, 3, 4]
+    with Meter("eval", 5, unit="batches", quiet=True, after_s=0, every_s=0) as meter:
         meter.add(5)
     assert meter.done == 5  # counted all the same
     assert stderr.getvalue() == ""
@@ -68,7 +68,7 @@ def test_what_is_short_or_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch, t
 def test_a_bar_on_a_terminal_that_goes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = Terminal()
     monkeypatch.setattr(sys, "stderr", stderr)
-    with Meter("dump a", 4, unit="view", after_s=0.01) as meter:
+    with Meter("dump a", 4, unit="views", after_s=0.01) as meter:
         for _ in range(4):
             time.sleep(0.12)  # longer than the bar's own least time between two pictures
             meter.note("3 MB/s")
