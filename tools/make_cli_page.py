@@ -40,10 +40,15 @@ def _section(name: str, verb: Verb) -> str:
     fields = dataclasses.fields(verb.config)
     hints = typing.get_type_hints(verb.config)
     rows = [_row(_usage(field, hints[field.name]), _text(field)) for field in fields]
-    examples = ["```text", *verb.examples.strip().splitlines(), "```"]
-    return "\n".join(
-        [f"## {name}\n", f"`{usage_of(name, verb)}`: {verb.summary}.\n", *examples, *([""] if rows else []), *rows, ""]
-    )
+    lines = verb.examples.replace("\\\n", " ").strip().splitlines()
+    head = [f"## {name}\n", f"`{usage_of(name, verb)}`: {verb.summary}.\n", "Examples:\n"]
+    return "\n".join([*head, *map(_example, lines), *(["\nFlags:\n", *rows] if rows else []), ""])
+
+
+def _example(line: str) -> str:
+    """A list's item; a remark stands behind it."""
+    command, _, remark = line.partition("   (")
+    return f"- `{' '.join(command.split())}`" + (f" ({remark}" if remark else "")
 
 
 def _usage(field: dataclasses.Field[typing.Any], hint: typing.Any) -> str:

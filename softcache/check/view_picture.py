@@ -78,7 +78,7 @@ def draw_views(
             title += f", {rendered.share:.2f} of it"
         cells.append(_cell(_image(rendered.item, key), [title, *_answers(cache, targets, view)]))
     grid = _grid(cells)
-    require_room(out.parent, 3 * grid.width * grid.height, "the pixels of the picture")
+    require_room(out.parent, 3 * grid.width * grid.height, "the picture needs")
     grid.save(out)
     return Picture(str(out), cache.samples.key(row), count, cache.num_views, same)
 

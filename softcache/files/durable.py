@@ -209,7 +209,7 @@ def require_room(folder: Path, nbytes: int, what: str) -> None:
     """Nothing, where a folder's file system has so many bytes free. The folder need not exist yet.
 
     Args:
-        what: is to be written, for the message; plural, such as "the next shards".
+        what: begins the message: "the next shards need".
 
     Raises:
         DiskSpaceError: with both numbers.
@@ -218,7 +218,7 @@ def require_room(folder: Path, nbytes: int, what: str) -> None:
     free = free_bytes(there)
     if free < nbytes:
         raise DiskSpaceError(
-            f"{folder}: {what} need {nbytes / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
+            f"{folder}: {what} {nbytes / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
             tip="free some space and run the same command again: what was finished is kept",
         )
 

@@ -104,7 +104,7 @@ def run(
         if finished and spans and not quiet:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         total = sum(span.rows * span.views for span in spans)
-        require_room(out, sum(_span_bytes(span, cache, chosen) for span in spans), "the shards")
+        require_room(out, sum(_span_bytes(span, cache, chosen) for span in spans), "the shards need")
         with Meter(f"subset {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
                 _write_span(writer, span, cache, chosen, meter)

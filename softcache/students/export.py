@@ -144,7 +144,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     metadata = _metadata(model, model_text, config.to, batch.facts, output)
 
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    require_room(out.parent, weights, "the exported weights")
+    require_room(out.parent, weights, "the exported weights need")
     aside = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     try:
         aside.touch()  # a folder that cannot be written is found out before the work

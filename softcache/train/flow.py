@@ -126,7 +126,7 @@ def begin(prepared: Prepared) -> Session:
     check_same_data(prepared.out, data)
     session = Session(prepared, *read_progress(prepared.out, ranks))
     if ranks.first:
-        require_room(prepared.out, bytes_of(prepared), "checkpoints and student weights")
+        require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
         facts = material.facts(prepared.config, data, prepared.initialised)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None

@@ -412,7 +412,9 @@ def test_a_verb_that_writes_asks_for_room_first(
     monkeypatch.setattr(durable, "free_bytes", lambda folder: 10)
     assert cli.main(work_of(verb)) == 2
     errors = capsys.readouterr().err
-    assert re.search(r"^softcache: error: .* need \d+\.\d MB, the disk has 0\.0 MB left$", errors, re.MULTILINE), errors
+    assert re.search(r"^softcache: error: .* needs? \d+\.\d MB, the disk has 0\.0 MB left$", errors, re.MULTILINE), (
+        errors
+    )
     assert "Traceback" not in errors
 
 

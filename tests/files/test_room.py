@@ -18,9 +18,9 @@ def test_both_numbers_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     asked: list[Path] = []
     monkeypatch.setattr(durable, "free_bytes", lambda folder: asked.append(folder) or 2_000_000)
     new = tmp_path / "not" / "yet"
-    durable.require_room(new, 2_000_000, "the shards")
+    durable.require_room(new, 2_000_000, "the shards need")
     with pytest.raises(DiskSpaceError, match=r"yet: the shards need 2\.5 MB, the disk has 2\.0 MB left"):
-        durable.require_room(new, 2_500_000, "the shards")
+        durable.require_room(new, 2_500_000, "the shards need")
     assert asked == [tmp_path, tmp_path]  # of the folder that is there
 
 

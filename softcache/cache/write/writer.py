@@ -349,7 +349,7 @@ class SpanWriter:
         self._shards: dict[str | None, ShardWriter] = {}
         self._dense: dict[str, list[np.ndarray]] = {}
         planned = sum(spec.nbytes + spec.checksums.nbytes for specs in member_arrays.values() for spec in specs)
-        durable.require_room(writer.path, planned, "the next shards")
+        durable.require_room(writer.path, planned, "the next shards need")
         try:
             if writer.plan.rounds[-1].new_views:
                 pixels = [ArraySpec("pixel_digests", "<u4", (span.views, span.rows))]
