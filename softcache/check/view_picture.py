@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from softcache.check.inspect import row_of
 from softcache.check.replay import Replay
 from softcache.data.identity import pixel_digest
 from softcache.errors import ConfigError, DataError
+from softcache.files.durable import require_room
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 
@@ -22,10 +24,25 @@ SHOWN_CLASSES = 3
 LINE = 13
 
 
+@dataclass(frozen=True)
+class Picture:
+    """What a picture shows: `shown` of a sample's `views`, of which `same` render as the teacher saw them."""
+
+    path: str
+    sample: str
+    shown: int
+    views: int
+    same: int
+
+    def text(self) -> str:
+        shown = f"{self.shown} of {self.views} views of {self.sample}"
+        return f"{self.path}: {shown}; {self.same} render as the teacher saw them"
+
+
 def draw_views(
     path: Path, key: str, out: Path, *, data: str | None = None, allow_code: bool = False, most: int = 24
-) -> str:
-    """Write a PNG of up to `most` views of one sample; returns a line that says what it shows.
+) -> Picture:
+    """Write a PNG of up to `most` views of one sample.
 
     Args:
         path: the cache.
@@ -60,10 +77,10 @@ def draw_views(
         if rendered.partner_row >= 0:
             title += f", {rendered.share:.2f} of it"
         cells.append(_cell(_image(rendered.item, key), [title, *_answers(cache, targets, view)]))
-    _grid(cells).save(out)
-    return (
-        f"{out}: {count} of {cache.num_views} views of {cache.samples.key(row)}; {same} render as the teacher saw them"
-    )
+    grid = _grid(cells)
+    require_room(out.parent, 3 * grid.width * grid.height, "the picture needs")
+    grid.save(out)
+    return Picture(str(out), cache.samples.key(row), count, cache.num_views, same)
 
 
 def _answers(cache: Cache, targets: Targets, view: int) -> list[str]:

@@ -40,10 +40,12 @@ from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError
 from softcache.machine import pick_device, pick_threads
+from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
 
 TRIAL_SECONDS = 6.0  # how long the larger trial dump should take
 FEWEST_ROWS, MOST_ROWS = 512, 16384
+TRIALS = 3  # dumps
 
 
 @dataclass(frozen=True)
@@ -190,13 +192,16 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
     # as a dump would write them, so that the chosen one is not there twice
     classes = transfer_set.num_classes
     texts = list(dict.fromkeys([*(asked_codec(t, classes, promise).text for t in candidates(classes)), chosen]))
-    surveyed = {text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in texts}
-    tried = chosen
-    try:
-        rates = _rates(config, transfer_set, job, tried)
-    except CodecFitError:  # it suits the whole set, and not the few samples of a trial
-        tried = "float32"
-        rates = _rates(config, transfer_set, job, tried)
+    with Meter("plan", len(texts) + TRIALS, unit="trials", quiet=quiet) as meter:
+        surveyed = {
+            text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in meter.over(texts)
+        }
+        tried = chosen
+        try:
+            rates = _rates(config, transfer_set, job, tried, meter)
+        except CodecFitError:  # it suits the whole set, and not the few samples of a trial
+            tried = "float32"
+            rates = _rates(config, transfer_set, job, tried, meter)
     rates, probe_bytes = replace(rates, fixed=rates.fixed + once), _probe_bytes(viewed, job)
     classifiers = {t.name: _classifier_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
     features = {
@@ -300,7 +305,7 @@ def _probe_bytes(viewed: ViewedSet, job: Job) -> int:
     return file_bytes([ArraySpec(n, a.dtype.newbyteorder("<").str, a.shape) for n, a in probe.items()]) if probe else 0
 
 
-def _rates(config: PlanConfig, transfer_set: TransferSet, job: Job, codec: str) -> Rates:
+def _rates(config: PlanConfig, transfer_set: TransferSet, job: Job, codec: str, meter: Meter) -> Rates:
     """From small dumps of this command: a first one to see how long it takes, two of different size, one of two views."""
     count = len(transfer_set)
     with tempfile.TemporaryDirectory(prefix="softcache-plan-") as folder:
@@ -314,6 +319,7 @@ def _rates(config: PlanConfig, transfer_set: TransferSet, job: Job, codec: str) 
             values = {f.name: getattr(config, f.name) for f in fields(PlanConfig)}
             values |= {"samples": str(keys), "codec": codec, "views": views, "max_kl": None}
             done = dump.run(DumpConfig(**values, out=str(Path(folder) / f"cache-{number}")), quiet=True)
+            meter.add()
             per_view = 1 / done.samples_per_s
             return max(0.0, done.seconds - len(chosen) * views * per_view), per_view
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softcache.cache.card import card
 from softcache.cache.dump_folder import read_planned, work_folder
@@ -34,6 +33,8 @@ from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
 from softcache.data.selection import of_classes, read_keys
 from softcache.errors import CacheError, ConfigError, DataError, DumpError, first_offenders, nearest
+from softcache.files.durable import require_room
+from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 from softcache.targets.cache import open as open_cache
@@ -103,9 +104,10 @@ def run(
         if finished and spans and not quiet:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         total = sum(span.rows * span.views for span in spans)
-        with tqdm(total=total, unit="view", unit_scale=True, desc=f"subset {out}", disable=quiet or None) as bar:
+        require_room(out, sum(_span_bytes(span, cache, chosen) for span in spans), "the shards need")
+        with Meter(f"subset {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
-                _write_span(writer, span, cache, chosen, bar)
+                _write_span(writer, span, cache, chosen, meter)
         manifest = writer.commit(card, _provenance(path, choice, started, total))
     if manifest is None:
         raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
@@ -264,7 +266,13 @@ def cut_probe(probe: dict[str, np.ndarray], chosen: Chosen) -> dict[str, np.ndar
     }
 
 
-def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, bar: Any) -> None:
+def _span_bytes(span: Span, cache: Cache, chosen: Chosen) -> int:
+    """Of a part's data, pixel digests included."""
+    specs = [spec for name in chosen.members for spec in _array_specs(cache, name, span.views, span.rows)]
+    return sum(spec.nbytes + spec.checksums.nbytes for spec in specs) + 4 * span.views * span.rows
+
+
+def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, meter: Meter) -> None:
     """Every record of a part, in the parent's own order of rows."""
     specs = {name: _array_specs(cache, name, span.views, span.rows) for name in chosen.members}
     batch = max(1, min(BATCH_ROWS, BATCH_LOGITS // cache.num_classes))
@@ -276,7 +284,7 @@ def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, b
                 out.append(None, {"pixel_digests": cache.reader.gather(None, "pixel_digests", rows, views)})
                 for name in chosen.members:
                     _copy(out, name, cache, rows, views)
-                bar.update(len(rows))
+                meter.add(len(rows))
 
 
 def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: np.ndarray) -> None:

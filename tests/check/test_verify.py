@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,3 +350,30 @@ def test_damage_is_met_by_readers_as_well(cache: Path) -> None:
     opened = softcache.open(cache)
     with pytest.raises(SoftcacheError, match=r"part-00000\.h5: has \d+ bytes"):
         opened.gather(np.arange(2), np.zeros(2, np.int64))
+
+
+def test_ctrl_c_waits_for_no_file_that_is_being_hashed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards may be of many GB, and every core reads one."""
+    given_up, hash_of = [], verify.sha256_of
+
+    def slow(fd: int, *, stop: Callable[[], bool]) -> str:
+        begin = time.monotonic()
+        while not stop() and time.monotonic() - begin < 20:
+            time.sleep(0.01)
+        given_up.append(time.monotonic() - begin)
+        return hash_of(fd, stop=stop)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    first = next(iter(softcache.open(cache).manifest.files))
+    monkeypatch.setattr(verify, "sha256_of", lambda fd, *, stop: (hash_of if is_of(fd, first) else slow)(fd, stop=stop))
+    monkeypatch.setattr("softcache.report.progress.Meter.add", interrupted)
+    monkeypatch.setattr(verify.os, "cpu_count", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        verify.run(cache, full=True, quiet=True)
+    assert given_up and max(given_up) < 10
+
+
+def is_of(fd: int, file: Any) -> bool:
+    return os.fstat(fd).st_size == file.nbytes

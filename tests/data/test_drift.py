@@ -702,7 +702,7 @@ def test_the_picture_shows_every_view(
 def test_at_most_so_many_views(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
     quick_dump(policy=CROP, views=4)
     told = view_picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "few.png", allow_code=True, most=3)
-    assert "3 of 4 views of toy/0001; 3 render as the teacher saw them" in told
+    assert "3 of 4 views of toy/0001; 3 render as the teacher saw them" in told.text()
 
 
 def test_the_picture_names_answers_and_shares(
@@ -742,7 +742,7 @@ def test_the_picture_marks_what_the_teacher_did_not_see(
     lines = drawn_lines(monkeypatch)
     wrong_in_view_two(monkeypatch, CROP)
     told = view_picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "grid.png", allow_code=True)
-    assert "4 of 4 views of toy/0001; 3 render as the teacher saw them" in told
+    assert "4 of 4 views of toy/0001; 3 render as the teacher saw them" in told.text()
     assert ["NOT what the teacher saw" in title for title, *_ in lines] == [False, False, True, False]
 
 
