@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ from softcache.targets.cache import Cache, Targets
 CELL = 160  # pixels, at least
 SHOWN_CLASSES = 3
 LINE = 13
+
+
+@dataclass(frozen=True)
+class ShownView:
+    """A view as it is drawn.
+
+    Attributes:
+        item: as it was rendered.
+        as_dumped: whether its pixels are those that the teacher saw.
+        lines: what is written below it.
+    """
+
+    item: Any
+    as_dumped: bool
+    lines: list[str]
 
 
 def draw_views(
@@ -39,12 +55,20 @@ def draw_views(
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: the picture is a PNG", tip="give a name that ends in .png")
     replay = Replay(path, data, allow_code=allow_code)
+    views = shown_views(replay, key, most)
+    _grid([_cell(_image(view.item, key), view.lines) for view in views]).save(out)
     cache = replay.cache
-    row = row_of(cache, key)
+    name, same = cache.samples.key(row_of(cache, key)), sum(view.as_dumped for view in views)
+    return f"{out}: {len(views)} of {cache.num_views} views of {name}; {same} render as the teacher saw them"
+
+
+def shown_views(replay: Replay, key: str, most: int) -> list[ShownView]:
+    """The first views of a sample, at most `most`, with what is written below each of them."""
+    cache, row = replay.cache, row_of(replay.cache, key)
     count = min(most, cache.num_views)
     targets = cache.gather(np.full(count, row), np.arange(count))
     stored = cache.reader.gather(None, "pixel_digests", targets.rows, targets.views)
-    cells, same = [], 0
+    views = []
     for view in range(count):
         rendered = replay.rendered(row, view)
         if rendered is None:
@@ -54,15 +78,11 @@ def draw_views(
                 tip="give --data as it was when the cache was made",
             )
         as_dumped = pixel_digest(rendered.item) == int(stored[view])
-        same += as_dumped
         title = f"view {view}" + ("" if as_dumped else ": NOT what the teacher saw")
         if rendered.partner_row >= 0:
             title += f", {rendered.share:.2f} of it"
-        cells.append(_cell(_image(rendered.item, key), [title, *_answers(cache, targets, view)]))
-    _grid(cells).save(out)
-    return (
-        f"{out}: {count} of {cache.num_views} views of {cache.samples.key(row)}; {same} render as the teacher saw them"
-    )
+        views.append(ShownView(rendered.item, as_dumped, [title, *_answers(cache, targets, view)]))
+    return views
 
 
 def _answers(cache: Cache, targets: Targets, view: int) -> list[str]:

@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 
 import softcache
 from softcache import dump
@@ -47,71 +48,6 @@ from softcache.features.spec import REDUCTIONS, FeatureSpec
 FORMAT = (Path(softcache.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 VECTORS = {name: json.loads(body) for name, body in re.findall(r"^```json ([\w-]+)\n(.*?)^```$", FORMAT, re.M | re.S)}
 COUNT, VIEWS, PADDING, BATCH = 300, 4, 2, 100
-
-WIDE = '''
-import numpy as np
-import torch
-from torch import nn
-
-CLASSES = 101
-
-
-class Images(torch.utils.data.Dataset):
-    """Random 9 x 8 colour images, some without a label; a few are dark."""
-
-    def __init__(self, count):
-        draw = np.random.default_rng(3)
-        self.images = draw.integers(0, 256, (count, 9, 8, 3)).astype(np.uint8)
-        self.images[7::60] //= 8
-        self.labels = draw.integers(-1, CLASSES, count)
-        self.sample_keys = [f"wide/{i:04d}" for i in range(count)]
-        self.class_names = tuple(f"class {i}" for i in range(CLASSES))
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), self.labels[i]
-
-
-class Net(nn.Module):
-    """Modules of every shape that features are made of, and a final linear layer; `odd` bends dark images off it."""
-
-    def __init__(self, num_classes, odd):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 4, 3)
-        self.conv2 = nn.Conv2d(4, 6, 3, stride=2)
-        self.point1, self.point2 = nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d(1)
-        self.tokens = nn.Flatten(2)
-        self.body = nn.Linear(36, 12)
-        self.head = nn.Linear(12, num_classes)
-        nn.init.normal_(self.body.weight)
-        nn.init.normal_(self.head.weight, std=2)
-        self.odd = nn.Linear(216, num_classes) if odd else None
-
-    def collate(self, items):
-        return torch.stack([torch.from_numpy(item) for item in items]).permute(0, 3, 1, 2) / 255
-
-    def forward(self, batch):
-        first = self.conv1(batch)
-        second = self.conv2(first.relu())
-        self.point1(first), self.point2(second)
-        logits = self.head(self.body(self.tokens(second).flatten(1)).tanh())
-        if self.odd is None:
-            return logits
-        dark = batch.mean(dim=(1, 2, 3))[:, None] < 0.2
-        return torch.where(dark, logits + 100 * self.odd(batch.flatten(1)), logits)
-
-
-def images(count: int = 300):
-    return Images(count)
-
-
-def net(num_classes, seed: int = 0, odd: bool = False):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net(num_classes, odd)
-'''
 
 
 def section(number: int) -> str:
@@ -584,11 +520,9 @@ SUMMED_AT_WILL = ("lowrank", "linear_head")  # codecs whose sums may be taken in
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide() -> Path:
     """A user's file: colour images, and networks of 101 classes."""
-    path = tmp_path_factory.mktemp("wide") / "wide.py"
-    path.write_text(WIDE)
-    return path
+    return WORLDS / "wide.py"
 
 
 def teacher_of(wide: Path, member: str) -> str:
@@ -882,12 +816,7 @@ def test_a_probe_of_grey_items_has_an_axis_of_0_and_texts_have_none(quick_dump: 
     (file,) = quick_dump().reader.manifest.files_of("probe")
     with h5py.File(tmp_path / "cache" / file.path, "r") as opened:
         assert opened["shapes"][...].tolist() == [[8, 8, 0]] * 40
-    words_ = tmp_path / "words.py"
-    words_.write_text(
-        "import numpy as np\n"
-        "def data():\n    return [(f'text {i}', i % 2) for i in range(9)]\n"
-        "def model(num_classes):\n    return lambda texts: np.array([[len(t), 1.5] for t in texts])\n"
-    )
+    words_ = WORLDS / "short_texts.py"
     texts = quick_dump(data=f"{words_}:data", teacher=[f"{words_}:model"], out="texts")
     assert list(texts.reader.manifest.files_of("probe")) == []
 
@@ -1296,17 +1225,7 @@ def test_seeded_generators(tmp_path: Path) -> None:
     own = torch.rand(1, generator=torch.Generator().manual_seed(drawn[2]))
     assert own == torch.tensor(float(vector["torch.rand(1)"]))
     # a transform that shows what it was given: twice in one policy, so each has a stream of its own
-    file = tmp_path / "noise.py"
-    file.write_text(
-        "import random, numpy as np, torch\n"
-        "def make(scale: int = 1):\n"
-        "    made = random.random()\n"
-        "    def noise(image):\n"
-        "        drawn = [made, random.random(), np.random.random(), float(torch.rand(1))]\n"
-        "        moved = image.long() + scale * torch.tensor([int(256 * x) for x in drawn])\n"
-        "        return (moved % 256).to(torch.uint8)\n"
-        "    return noise\n"
-    )
+    file = WORLDS / "shows_draws.py"
     text = f"{file}:make?scale=2"
     policy = Policy((make_step("seeded", {"transform": text}), make_step("seeded", {"transform": text})), 3)
     assert policy.replay == "seeded"

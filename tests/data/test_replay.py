@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from torch.utils.data import Dataset
 
 from softcache.data import seeded_transform, view_steps
@@ -24,66 +26,6 @@ from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import STEPS, Policy
 from softcache.errors import ConfigError, DataError
 from softcache.spec import load_user_file
-
-USER = '''
-"""A user's file: images of one size, and transforms that draw from every global generator there is."""
-
-import random
-
-import numpy as np
-import torch
-from PIL import Image
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, count):
-        self.images = np.random.default_rng(0).integers(0, 256, (count, 20, 24, 3)).astype(np.uint8)
-        self.labels = np.arange(count) % 4
-        self.sample_keys = [f"toy/{i:04d}" for i in range(count)]
-        self.class_names = ("ant", "bee", "cat", "dog")
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        if i == 13 and len(self) == 14:
-            raise OSError("the disk is gone")
-        return self.images[i].copy(), self.labels[i]
-
-
-def images(count: int = 40):
-    return Images(count)
-
-
-class Noise:
-    """Adds noise of all three generators; writes into the image it is given; gives what `kind` says."""
-
-    def __init__(self, strength, kind):
-        self.strength, self.kind = strength, kind
-        self.offset = random.randrange(100) + np.random.randint(100) + int(torch.randint(100, ()))
-
-    def __call__(self, image):
-        image += random.randrange(self.strength)
-        image[:, :4] += torch.randint(0, self.strength, (4, 24), dtype=torch.uint8)
-        image[:, 4:8] += torch.from_numpy(np.random.randint(0, self.strength, (4, 24)).astype(np.uint8))
-        image[:, 8:12] = self.offset % 256
-        if self.kind == "broken" and random.random() < 2:
-            raise RuntimeError("the transform broke")
-        if self.kind == "tensor":
-            return image
-        array = image.permute(1, 2, 0).numpy()
-        return {"pil": Image.fromarray(array), "array": array, "floats": image / 255, "none": None, "flat": array.ravel()}[
-            self.kind
-        ]
-
-
-def noise(strength: int = 30, kind: str = "tensor"):
-    return Noise(strength, kind)
-
-
-def not_callable():
-    return 3
-'''
 
 COUNT = 40
 POLICIES: list[tuple[str, ...]] = [
@@ -121,7 +63,7 @@ SEED = 11
 @pytest.fixture(autouse=True)
 def _in_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The policies name the user's file as it is seen from here, which is not where the test run began."""
-    (tmp_path / "user.py").write_text(USER)
+    shutil.copy(WORLDS / "global_draws.py", tmp_path / "user.py")
     monkeypatch.chdir(tmp_path)
     yield
     seeded_transform._open.cache_clear()

@@ -13,14 +13,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 from conftest import QuickDump
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+
+import softcache
+from softcache import cli
+from softcache.data.transfer_set import open_transfer_set
+from softcache.dump.teacher import Teacher, open_teacher
+from softcache.errors import ConfigError, DataError, MissingExtraError, ModelError, SoftcacheError
+from softcache.features.taps import head_feature, head_of
+from softcache.models import METADATA_KEY, Model, TokenizerInput, describe_model, initialise, load_model, save_student
+from softcache.reproduce import flow as reproduce
+from softcache.students.traced_program import Batch, trace
+
+pytest.importorskip("transformers", reason="needs the extra softcache[text]")
+
+import huggingface_hub.constants
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -36,16 +49,6 @@ from transformers import (
     ViTConfig,
 )
 from transformers.utils import logging
-
-import softcache
-from softcache import cli
-from softcache.data.transfer_set import open_transfer_set
-from softcache.dump.teacher import Teacher, open_teacher
-from softcache.errors import ConfigError, DataError, MissingExtraError, ModelError, SoftcacheError
-from softcache.features.taps import head_feature, head_of
-from softcache.models import METADATA_KEY, Model, TokenizerInput, describe_model, initialise, load_model, save_student
-from softcache.reproduce import flow as reproduce
-from softcache.students.traced_program import Batch, trace
 
 WORDS = [
     "[PAD]",

@@ -646,6 +646,7 @@ def test_no_shift_of_classes_that_nobody_has() -> None:
 
 
 def test_rows_of_any_set() -> None:
+    pytest.importorskip("sklearn", reason="needs the extra softcache[demo]")
     whole = open_transfer_set("digits")
     part = open_transfer_set("digits?rows=10-19")
     assert list(part.keys) == list(whole.keys)[10:20] and (part.labels == whole.labels[10:20]).all()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from torch import Tensor
 
 from softcache import cli
@@ -36,75 +37,10 @@ WORDS = tuple("abcdefg")
 TEXTS = ["a b", "c", "a b c d e f g a b c", "g f e d", "", "b b b b b b", "a " * 64, "a " * 99, "a b c d e"]
 KINDS = ("mlp", "cnn", "textcnn", "grafted")
 
-NETS = """
-import numpy as np
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.fc = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        return self.fc(x.flatten(1))
-
-
-class Branch(Net):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
-
-
-class ThreeAtATime(Net):
-    def forward(self, x):
-        return self.fc(x.reshape(3, 64)) if len(x) == 3 else super().forward(x)
-
-
-class Counting(Net):
-    calls = 0
-
-    def forward(self, x):
-        Counting.calls += 1
-        return super().forward(x) + Counting.calls
-
-
-class Eigenvalues(Net):
-    def forward(self, x):
-        return super().forward(x) + torch.linalg.eigvals(x[:, 0]).real.sum(1, keepdim=True)
-
-
-class Two(Net):
-    def collate(self, items):
-        pixels = torch.from_numpy(np.stack(items)).flatten(1)
-        return {"pixels": pixels, "sums": pixels.float().sum(1)}
-
-    def forward(self, batch):
-        return super().forward(batch["pixels"].float() / 255) - batch["sums"][:, None] / 9999
-
-
-class Listed(Two):
-    def collate(self, items):
-        return list(super().collate(items).values())
-
-    def forward(self, batch):
-        return super().forward({"pixels": batch[0], "sums": batch[1]})
-
-
-class Strings(Net):
-    def collate(self, items):
-        return [str(item) for item in items]
-
-    def forward(self, batch):
-        return torch.zeros(len(batch), self.fc.out_features)
-"""
-
 
 @pytest.fixture(scope="session")
-def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("user") / "nets.py"
-    path.write_text(NETS)
-    return path
+def nets() -> Path:
+    return WORLDS / "hard_to_export.py"
 
 
 @pytest.fixture
@@ -161,8 +97,7 @@ def open_program(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra softcache[onnx]")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, given.name, taken.shape[0], given.shape[0]) == ("input", "logits", "batch", "batch")
@@ -184,8 +119,7 @@ def told_by(path: Path) -> dict[str, Any]:
         torch.export.load(path, extra_files=extra)
         found = json.loads(extra["softcache.json"])
     else:
-        import onnxruntime
-
+        onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra softcache[onnx]")
         found = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     return {key: json.loads(value) if value[0] in "[{" else value for key, value in found.items()}
 

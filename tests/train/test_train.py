@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from safetensors.torch import load_file
 
 import softcache
@@ -35,95 +36,13 @@ from softcache.train.flow import TrainResult
 from softcache.train.run_folder import STUDENT
 from softcache.train.terms import CachedTeacher, check_term, parse_members, parse_terms
 
-PIECES = """
-import numpy as np
-import torch
-from torch import nn
-
-CLASSES = ("ant", "bee", "cat", "dog")
-
-
-class Toy:
-    class_names = CLASSES
-
-    def __init__(self, labels, count):
-        draw = np.random.default_rng(0)
-        self.images = draw.integers(0, 256, (count, 4, 4), dtype=np.uint8)
-        truth = self.images.reshape(count, -1)[:, :4].argmax(axis=1)
-        some = np.where(np.arange(count) % 3 == 0, truth, -1)
-        many = self.images.reshape(count, -1)[:, :4] > 127
-        self.labels = {"all": truth, "some": some, "none": np.full(count, -1), "many": many}[labels]
-        self.sample_keys = [f"toy/{i}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy(labels: str = "all", count: int = 90):
-    return Toy(labels, count)
-
-
-def three_classes():
-    data = Toy("none", 90)
-    data.class_names = CLASSES[:3]
-    return data
-
-
-def turned():
-    data = Toy("none", 90)
-    data.class_names = CLASSES[::-1]
-    return data
-
-
-def mirrored():
-    data = Toy("all", 90)
-    data.class_names = CLASSES[::-1]
-    data.labels = 3 - data.labels
-    return data
-
-
-class Said:
-    def __init__(self, output, function):
-        self.output, self.function = output, function
-
-    def __call__(self, batch):
-        return self.function(batch)
-
-
-def sharp():
-    return Said("logits", lambda batch: batch[:, :4] / 30 - 3)
-
-
-def blunt():
-    return Said("logits", lambda batch: (batch[:, :4] + batch[:, 4:8]) / 60)
-
-
-def likely():
-    return Said("log_probs", lambda batch: torch.as_tensor(batch[:, :4] / 30).log_softmax(1))
-
-
-def wild(num_classes):
-    class Wild(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(16, num_classes)
-
-        def forward(self, batch):
-            return self.fc(batch.flatten(1)) * 1e38 * 1e3
-
-    return Wild()
-"""
-
 
 class World:
     """pieces.py, and caches of its data: `one` (one member), `three` (another output kind among them), `views`, `many`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        (path / "pieces.py").write_text(PIECES)
+        shutil.copy(WORLDS / "label_kinds.py", path / "pieces.py")
         self.dump("one", "toy", "sharp")
         self.dump("three", "toy", "sharp", "blunt", "likely")
         self.dump("views", "toy", "sharp", policy=("shift:pixels=1",), views=3, view_seed=9)
@@ -177,6 +96,7 @@ def weights(out: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher trained on hard labels, and its cache of two random views."""
+    pytest.importorskip("sklearn", reason="needs the extra softcache[demo]")
     folder = tmp_path_factory.mktemp("digits")
     common: dict[str, Any] = {"threads": 1, "device": "cpu"}
     train.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,8 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from small_world import Outcome, Step, World, joined, relative, trained, weights_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import softcache
 from softcache import cli
@@ -153,34 +154,8 @@ def test_a_relation_in_parts_is_the_mean_over_the_parts(world: World, tmp_path: 
         assert step.values["dist"] == pytest.approx(wanted, rel=1e-5)
 
 
-BAG = '''
-import torch
-from torch import nn
-
-
-class Bag(nn.Module):
-    """Its inputs are not one row per sample: all bright pixels in a line, and where each sample's begin."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.bag = nn.EmbeddingBag(64, num_classes)
-
-    def collate(self, items):
-        found = [torch.as_tensor(item).flatten().gt(127).nonzero().flatten() for item in items]
-        starts = torch.tensor([0, *(len(one) for one in found[:-1])]).cumsum(0)
-        return torch.cat(found), starts
-
-    def forward(self, batch):
-        return self.bag(*batch)
-
-
-def bag(num_classes):
-    return Bag(num_classes)
-'''
-
-
 def test_inputs_that_cannot_be_divided(world: World, tmp_path: Path) -> None:
-    (tmp_path / "bag.py").write_text(BAG)
+    shutil.copy(WORLDS / "bag.py", tmp_path / "bag.py")
     student = f"{tmp_path}/bag.py:bag"
     assert len(world.train(tmp_path / "whole", "kd", student=student).metrics) == 1
     with pytest.raises(ConfigError, match="for 128 samples: they cannot be divided") as caught:
@@ -592,12 +567,14 @@ def test_tensorboard_has_the_metrics(world: World, tmp_path: Path) -> None:
             raise KeyboardInterrupt
         original(*arguments)
 
+    path = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = pytest.importorskip(path, reason="needs the extra softcache[tensorboard]")
     settings: dict[str, Any] = {"eval_data": world.spec("toy"), "epochs": 3, "tensorboard": True}
     losses = ("kd:temperature=linear(4, 2)", "ce")
     with mock.patch.object(train, "save_progress", broken), pytest.raises(KeyboardInterrupt):
         world.train(tmp_path / "run", *losses, **settings)
     rows = world.train(tmp_path / "run", *losses, **settings).metrics
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(rows[0]) - {"epoch"}
     for name in ("kd", "ce", "loss", "lr", "kd.temperature", "eval_top1"):
