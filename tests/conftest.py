@@ -39,6 +39,12 @@ if find_spec("pytest_timeout") is None:
 
 WORLDS = Path(__file__).parent / "worlds"  # users' files: data sets, teachers and students
 
+
+def needs(package: str, extra: str) -> pytest.MarkDecorator:
+    """Marks what is skipped where the package of an extra is not installed."""
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs the extra softcache[{extra}]")
+
+
 QuickDump = Callable[..., softcache.Cache]
 
 

@@ -26,7 +26,6 @@ from softcache.data.transfer_set import TransferSet
 from softcache.dump import flow as dump
 from softcache.dump.choose_codec import (
     CANDIDATES,
-    FITTED_ROWS,
     MEASURED_ROWS,
     Prober,
     Surveyed,
@@ -176,7 +175,6 @@ def run(
     *,
     quiet: bool = False,
     codecs: Sequence[str] = CANDIDATES,
-    fitted_rows: int = FITTED_ROWS,
     measured_rows: int = MEASURED_ROWS,
     trial_rows: tuple[int, int] = (FEWEST_ROWS, MOST_ROWS),
     trial_seconds: float = TRIAL_SECONDS,
@@ -187,7 +185,7 @@ def run(
         config: of the dump that is planned.
         quiet: as for the other verbs; nothing is printed here.
         codecs: to compare, and to pick from where --max-kl asks for it.
-        fitted_rows, measured_rows: on which codecs are fitted, and compared.
+        measured_rows: on which codecs are compared.
         trial_rows: the fewest and the most rows of a trial dump.
         trial_seconds: how long the larger trial dump should take.
 
@@ -196,9 +194,9 @@ def run(
     """
     torch.set_num_threads(pick_threads(config.threads))
     begin = time.monotonic()
-    _open(config, fitted_rows, measured_rows)
+    _open(config, measured_rows)
     middle = time.monotonic()
-    transfer_set, job, viewed, prober, teachers = _open(config, fitted_rows, measured_rows)
+    transfer_set, job, viewed, prober, teachers = _open(config, measured_rows)
     once = max(0.0, 2 * middle - begin - time.monotonic())  # what a process loads the first time, as a dump's will
     promise = promise_of(config, multi_label=transfer_set.multi_label)
     storages = choose_storages(config, job, teachers, prober, None, codecs=codecs)
@@ -233,14 +231,12 @@ def run(
     )
 
 
-def _open(
-    config: PlanConfig, fitted_rows: int, measured_rows: int
-) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
+def _open(config: PlanConfig, measured_rows: int) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
     """What a dump opens before its first row."""
     transfer_set, _ = dump.open_samples(config)
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
-    prober = Prober(viewed, job.order, config.batch_size, fitted_rows=fitted_rows, measured_rows=measured_rows)
+    prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows)
     teachers = dump.open_teachers(config, prober, transfer_set, pick_device(config.device))
     return transfer_set, job, viewed, prober, teachers
 

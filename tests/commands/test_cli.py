@@ -292,7 +292,7 @@ MISTAKES = [
     row("weights", dump_of("softcache:mlp@none.pt"), "there are no weights none.pt", "exists"),
     row("run unfinished", dump_of("cache"), "holds no student.safetensors", "finished"),
     row("teacher not a module as student", train_on(student="pieces.py:good"), "must be an nn.Module", "teachers"),
-    row("classes of a run", dump_of("run", data="digits"), "trained on 3 classes, the data has 10", ""),
+    row("classes of a run", dump_of("run", data="pieces.py:four"), "trained on 3 classes, the data has 4", ""),
     row("classes of a teacher", dump_of("pieces.py:wide"), r"shape \(40, 5\).*3 classes", "these classes"),
     row("weights of another model", dump_of("softcache:mlp?hidden=5@run"), "3 of another shape: 0.weight", "name and param"),
     row("eval of nothing", ["eval", "nowhere", *DATA, *QUIET], "neither a run folder nor a model", ""),

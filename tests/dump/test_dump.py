@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORLDS
+from conftest import WORLDS, needs
 
 import softcache
 from softcache import cli, train
@@ -487,7 +487,13 @@ def test_bf16_autocast_counts_the_rounding_of_a_half_last_layer(world: World) ->
         pytest.param({"codec": "float15"}, ConfigError, "unknown codec", id="codec"),
         pytest.param({"part": "4/3"}, ConfigError, "not i/n", id="part"),
         pytest.param({"teacher": ("softmax_of?output=logits",)}, TeacherError, "log-probabilities", id="log_probs"),
-        pytest.param({"teacher": ("neighbours?output=logits",)}, TeacherError, "probabilities", id="probs"),
+        pytest.param(
+            {"teacher": ("neighbours?output=logits",)},
+            TeacherError,
+            "probabilities",
+            id="probs",
+            marks=needs("sklearn", "demo"),
+        ),
         pytest.param({"teacher": ("exact?output=odds",)}, ConfigError, "unknown output 'odds'", id="output"),
         pytest.param(
             {"teacher": ("bad?value=1e6",), "codec": "float16"}, CodecRangeError, "65504.*", id="float16 overflow"

@@ -21,6 +21,9 @@ from softcache import cli
 from softcache.cache import schema
 from softcache.codecs.fidelity import GRID
 from softcache.config import DumpConfig, PlanConfig
+from softcache.data.loading import Partners, ViewedSet
+from softcache.data.transfer_set import open_transfer_set
+from softcache.data.views import Policy
 from softcache.dump import choose_codec
 from softcache.dump import flow as dump
 from softcache.dump import forecast as plan
@@ -105,10 +108,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def check_sizes(pieces: Path, tmp_path: Path, case: str, codecs: tuple[str, ...], **sizes: Any) -> None:
+def check_sizes(pieces: Path, tmp_path: Path, case: str, dumps: tuple[str, ...], **sizes: Any) -> None:
     asked = config(pieces, **SIZES[case])
     forecast = foreseen(asked, **sizes)
-    for number, text in enumerate(codecs):
+    for number, text in enumerate(dumps):
         cache = dumped(asked, tmp_path / str(number), codec=text)
         found = choice(forecast, text)
         written = sum(path.stat().st_size for path in cache.reader.path.rglob("*.h5"))
@@ -169,6 +172,37 @@ def test_dense_rows_are_foreseen_by_their_share(pieces: Path, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------------------- fidelity
 
 
+class FirstPixels:
+    """As a teacher that gives the first four pixels."""
+
+    name, num_classes, head = "pixels", 4, None
+
+    def find_head(self, batch: torch.Tensor) -> None:
+        return None
+
+    def collate(self, items: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(items)).flatten(1)[:, :4].float()
+
+    def __call__(self, batch: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=batch, head_input=None)
+
+
+@pytest.mark.parametrize(
+    ("count", "fitted", "measured"), [(400, 128, (128, 228)), (200, 128, (100, 200)), (60, 60, (0, 60))]
+)
+def test_codecs_are_measured_on_rows_behind_those_of_the_fit(
+    pieces: Path, count: int, fitted: int, measured: tuple[int, int]
+) -> None:
+    """As far as there are enough."""
+    data = open_transfer_set(f"{pieces}:images?count={count}")
+    order = np.random.default_rng(0).permutation(count)
+    viewed = ViewedSet(data, Policy(), (), partners=Partners(data, order))
+    prober, teacher = choose_codec.Prober(viewed, order, 32, fitted_rows=128, measured_rows=100), FirstPixels()
+    pixels = torch.from_numpy(load_user_file(pieces).images(count).items[order]).flatten(1)[:, :4].float()
+    assert torch.equal(prober.fitting_rows(teacher).logits, pixels[:fitted])  # type: ignore[arg-type]
+    assert torch.equal(prober.measuring_rows(teacher).logits, pixels[slice(*measured)])  # type: ignore[arg-type]
+
+
 ALL = (*CODECS, *FITTED, "headtail:k=16,bits=6")
 
 
@@ -177,11 +211,12 @@ ALL = (*CODECS, *FITTED, "headtail:k=16,bits=6")
     "codecs", [("float16", "topk:k=10", FITTED[0]), pytest.param(ALL, marks=pytest.mark.slow, id="all")]
 )
 def test_divergences_are_those_of_the_measured_rows(pieces: Path, tmp_path: Path, codecs: tuple[str, ...]) -> None:
-    """Of rows that the codecs were not fitted on: here 128 to 228 of the cache, at view 0; against float64."""
-    asked = config(pieces, policy=POLICY, views=2)
-    forecast = foreseen(asked, fitted_rows=128, measured_rows=100)
+    """Of rows that the codecs were not fitted on: here 100 behind those, at view 0; against float64."""
+    fitted = choose_codec.FITTED_ROWS
+    asked = config(pieces, f"images?count={fitted + 150}", policy=POLICY, views=2, shard_rows=4096)
+    forecast = foreseen(asked, measured_rows=100)
     exact = dumped(asked, tmp_path / "exact", codec="float32")
-    measured = np.arange(128, 228)
+    measured = np.arange(fitted, fitted + 100)
     given = exact.gather(measured, np.zeros(100, np.int64)).logits().double()
     assert {one.codec for one in forecast.choices if not one.refused} == set(ALL)
     for number, one in enumerate(choice(forecast, text) for text in codecs):
@@ -202,7 +237,7 @@ def test_divergences_are_those_of_the_measured_rows(pieces: Path, tmp_path: Path
             assert one.found["narrow"].agreement == agreed
         (file,) = cache.manifest.files_of("member", "narrow")
         stored = sum(a.nbytes for name, a in file.arrays.items() if not name.endswith("_crc32"))
-        assert one.found["narrow"].record_bytes == stored / (2 * COUNT)
+        assert one.found["narrow"].record_bytes == stored / (2 * (fitted + 150))
 
 
 @no_trials

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORLDS
+from conftest import WORLDS, needs
 
 from softcache import cli, dump
 from softcache import open as open_cache
@@ -190,10 +190,11 @@ def test_a_fitted_bias_is_of_the_held_out_data_and_of_the_twin(pieces: Path) -> 
         ({"bias_data": "digits"}, ConfigError, r"--bias-data and --bias-model need --fit-bias"),
         ({"fit_bias": ("0-6",), "bias_data": "{points}"}, ConfigError, r"same number for all classes changes nothing"),
         ({"fit_bias": ("cat",), "bias_data": "{points}", "bias": ("2=1",)}, ConfigError, r"both name class 'cat'"),
-        (
+        pytest.param(
             {"fit_bias": ("cat",), "bias_data": "digits"},
             ClassMismatchError,
             r"the data set has 10 classes, .*points.py:points 7",
+            marks=needs("sklearn", "demo"),
         ),
     ],
 )
@@ -263,7 +264,7 @@ def test_some_samples_of_a_cache_in_another_order(pieces: Path, cache: Path) -> 
         (["--fit-bias", "cat", "--bias-data", "digits"], r"--fit-bias is of models"),
         (["--combine", "vote", "--bias", "cat=1"], r"--bias is of models; votes have no logits"),
         (["--batch-size", "0"], r"--batch-size 0: must be at least 1"),
-        (["--data", "digits"], "class"),
+        pytest.param(["--data", "digits"], "class", marks=needs("sklearn", "demo"), id="other classes"),
     ],
 )
 def test_what_a_cache_cannot_be_asked(

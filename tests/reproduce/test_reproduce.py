@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import needs
 from PIL import Image
 
 import softcache
@@ -562,6 +563,7 @@ def test_a_model_in_the_place_of_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
+@needs("matplotlib", "demo")
 def test_the_table_as_text_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = reproduce.run("small", seeds=[0, 1], out=tmp_path)
     lines = done.text().splitlines()
@@ -580,6 +582,7 @@ def test_the_table_as_text_json_and_picture(tmp_path: Path, capsys: pytest.Captu
     assert "1/4  train teacher" in capsys.readouterr().err
 
 
+@needs("matplotlib", "demo")
 def test_the_picture_shows_every_seed_the_mean_and_the_papers_number_in_its_row() -> None:
     def row(label: str, metric: str, paper: float | None, *values: float) -> reproduce.Row:
         return reproduce.Row(label, metric, paper, values, values, "", 1.0)

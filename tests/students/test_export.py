@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORLDS
+from conftest import WORLDS, needs
 from torch import Tensor
 
 from softcache import cli
@@ -32,6 +32,7 @@ from softcache.evaluate.measure import evaluate
 from softcache.models import Model, Projector, graft, load_model, read_metadata, save_student
 from softcache.students import export, traced_program
 
+ONNX = needs("onnx", "onnx")
 CLASSES = ("ant", "bee", "cat", "dog")  # of the toy images
 WORDS = tuple("abcdefg")
 TEXTS = ["a b", "c", "a b c d e f g a b c", "g f e d", "", "b b b b b b", "a " * 64, "a " * 99, "a b c d e"]
@@ -128,7 +129,9 @@ def told_by(path: Path) -> dict[str, Any]:
 
 
 WHOLE = [
-    pytest.param(kind, to, marks=[pytest.mark.slow] if to == "onnx" and kind != "mlp" else [], id=f"{kind}-{to}")
+    pytest.param(
+        kind, to, marks=[ONNX, *[pytest.mark.slow] * (kind != "mlp")] if to == "onnx" else [], id=f"{kind}-{to}"
+    )
     for kind in KINDS
     for to in OPEN
 ]
@@ -200,7 +203,7 @@ def test_float_items_are_taken_as_floats(images: str, toy: Path, tmp_path: Path)
     torch.testing.assert_close(module(torch.full((1, 1, 8, 8), 0.25)), model(model.input.collate([item])))
 
 
-@pytest.mark.parametrize("to", ["program", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("to", ["program", pytest.param("onnx", marks=[ONNX, pytest.mark.slow])])
 def test_a_batch_of_two_tensors(to: str, nets: Path, images: str, tmp_path: Path) -> None:
     model = load_model(f"{nets}:Two", num_classes=4)
     torch.save(model.net.state_dict(), tmp_path / "w.pt")
@@ -333,7 +336,7 @@ def test_an_interruption_leaves_nothing(images: str, tmp_path: Path, monkeypatch
     ("name", "to", "message"),
     [
         ("Branch", "program", r"cannot trace its network: GuardOnDataDependent[^\n]+\n  tip: [^\n]*--to safetensors"),
-        ("Branch", "onnx", "torch.export cannot trace its network"),
+        pytest.param("Branch", "onnx", "torch.export cannot trace its network", marks=ONNX),
         ("ThreeAtATime", "program", "torch.export cannot trace its network: [^\n]*batch"),
         ("Counting", "program", "allowed is a difference"),
         pytest.param(
@@ -364,6 +367,7 @@ def test_weights_alone_need_no_graph(name: str, nets: Path, images: str, tmp_pat
     assert exported(text, "safetensors", data=images, out=str(tmp_path / "x.safetensors")).max_difference == 0
 
 
+@ONNX
 def test_more_weights_than_one_onnx_file_holds(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traced_program, "ONNX_BYTES", 100)
     with pytest.raises(ExportError, match=r"1.4 kB of weights; one ONNX file holds 2 GB"):
@@ -467,6 +471,7 @@ def test_mistakes_leave_no_file(
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
+@ONNX
 def test_onnx_needs_its_extra(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_folder(tmp_path / "run", trained("mlp"), images)
     find_spec = importlib.util.find_spec

@@ -16,7 +16,7 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 
 class Toy:
-    class_names = ("ant", "bee", "cat")
+    class_names: tuple[str, ...] = ("ant", "bee", "cat")
 
     def __init__(self, count: int) -> None:
         draw = np.random.default_rng(0)
@@ -32,6 +32,13 @@ class Toy:
 
 def toy(count: int = 40) -> Toy:
     return Toy(count)
+
+
+def four() -> Toy:
+    """Of one class more."""
+    made = Toy(40)
+    made.class_names += ("dog",)
+    return made
 
 
 def keyless() -> Iterator[Any]:
