@@ -44,7 +44,7 @@ from softcache.errors import SoftcacheError
 ROWS, VIEWS, CLASSES = 300, 2, ("ant", "bee", "cat", "dog", "eel", "fox")
 SAMPLES, PROBE = "samples.h5", "probe.h5"
 CODED, DENSE, CONSTANTS = "members/coded/part-00000.h5", "members/coded/dense-00000.h5", "members/coded/constants.h5"
-PLAIN, HEAD, PIXELS = "members/plain/part-00000.h5", "members/head/part-00000.h5", "views/part-00000.h5"
+PLAIN, CLASSIFIER, PIXELS = "members/plain/part-00000.h5", "members/head/part-00000.h5", "views/part-00000.h5"
 CODES = 4  # bytes of codes in a record of the member `coded`
 CODED_BYTES, HEAD_BYTES = 8 + CODES, 21
 
@@ -1317,7 +1317,7 @@ def read_decoded(cache: softcache.Cache) -> dict[str, np.ndarray]:
     for member in cache.members:
         found[f"{member}/logits"] = targets.logits(member).numpy()
         found |= {f"{member}/{name}": targets.feature(name, member).numpy() for name in cache.features[member]}
-        cache.head(member)
+        cache.classifier(member)
     return found
 
 

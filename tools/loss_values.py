@@ -1,6 +1,7 @@
 """Prints the table of values of every loss at inputs that a formula gives, as Markdown.
 
     python tools/loss_values.py [NAME ...]
+    python tools/loss_values.py --write      # all of them, into softcache/docs/LOSSES.md
 
 Anyone can repeat it, in any language: wave(shape, rate, phase, height) holds height * sin(rate * k + phase) at its k-th
 element, k from 0 and counted row by row. Everything is float64.
@@ -11,14 +12,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import softcache
 from softcache.features.spec import REDUCTIONS
 from softcache.losses import LOSSES, VECTORS, Loss
 
+PAGE = Path(softcache.__file__).parent / "docs" / "LOSSES.md"
+BEGIN, END = "<!-- values: begin -->\n", "<!-- values: end -->\n"  # of what this tool writes there
 BATCH, CLASSES, WIDTH, MAP = 6, 5, 4, (3, 4, 4)
 LABELS = [0, 1, 2, 3, 4, -1]
 HEAD, HEAD_TEMPERATURE = 2, 4.0
@@ -86,8 +91,8 @@ def inputs_of(loss: Loss) -> dict[str, Any]:
         "labels": torch.tensor(LABELS),
         "student_features": features(loss.reduction or kind, *STUDENT),
         "teacher_features": features(kind, *TEACHER),
-        "student_levels": [features("map", *STUDENT), features("map", STUDENT[0], 0.5)],
-        "teacher_levels": [features("map", *TEACHER), features("map", TEACHER[0], 1.5)],
+        "student_maps": [features("map", *STUDENT), features("map", STUDENT[0], 0.5)],
+        "teacher_maps": [features("map", *TEACHER), features("map", TEACHER[0], 1.5)],
         "classifier_weight": wave((CLASSES, WIDTH), 0.9, 2.0, 1.0),
         "classifier_bias": wave((CLASSES,), 0.9, 2.0, 1.0),
         "samples": torch.arange(BATCH),
@@ -152,6 +157,15 @@ def markdown(values: Iterable[Value]) -> str:
     return "\n".join(lines)
 
 
+def with_values(page: str, made: str) -> str:
+    """The page with `made` between its two marks; ValueError where they are not both there, once."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"the page needs the lines {BEGIN.strip()} and {END.strip()}, each once")
+    return f"{before}{BEGIN}{made}\n{END}{after}"
+
+
 def digits(value: float) -> str:
     """Six of them; what is zero but for rounding as 0."""
     return "0" if abs(value) < 1e-12 else f"{value:.6g}"
@@ -159,9 +173,16 @@ def digits(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(LOSSES), metavar="NAME", help="losses (default: all)")
-    names = parser.parse_args().names
-    print(f"{INPUTS}\n\n{markdown(value_of(name) for name in names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="losses (default: all)")
+    parser.add_argument("--write", action="store_true", help="into the page instead of printing; of all losses")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.names:
+        parser.error("--write takes no NAME: the page has all losses")
+    made = f"{INPUTS}\n\n{markdown(value_of(name) for name in arguments.names or LOSSES)}"
+    if arguments.write:
+        PAGE.write_text(with_values(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
+    else:
+        print(made)
 
 
 if __name__ == "__main__":
