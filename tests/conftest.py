@@ -28,13 +28,21 @@ if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
-if find_spec("pytest_timeout") is None:
-
-    def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole", action="store_true", help="also run the long counts of which the other tests run a part"
+    )
+    if find_spec("pytest_timeout") is None:
         parser.addini("timeout", "a limit for each test: it is kept where pytest-timeout is installed")
 
-    def pytest_configure(config: pytest.Config) -> None:
-        config.addinivalue_line("markers", "timeout(seconds): the limit of one test, kept by pytest-timeout")
+
+@pytest.hookimpl(tryfirst=True)  # before what -m deselects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip("a long count, of which other tests run a part: pytest --whole")
+    for item in items:
+        if item.get_closest_marker("whole"):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(3600) if config.getoption("--whole") else skip)
 
 
 WORLDS = Path(__file__).parent / "worlds"  # users' files: data sets, teachers and students

@@ -639,6 +639,7 @@ def test_the_strangers_reader_is_short_and_knows_only_what_it_may() -> None:
     assert set(names["REDUCE"]) == set(REDUCTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", [member for member in MEMBERS if member != "few"])
 def test_the_reader_gives_the_live_teachers_logits(reader: Any, live: Live, member: str) -> None:
     assert sorted(reader.keys) == live.keys
@@ -654,6 +655,7 @@ def test_the_reader_gives_the_live_teachers_logits(reader: Any, live: Live, memb
         assert (wrong > 2 * eps).all()  # so the row of another sample does not fit within eps
 
 
+@pytest.mark.slow
 def test_the_reader_gives_topk_targets_of_the_live_teacher(reader: Any, live: Live) -> None:
     for view in range(VIEWS):
         for row, key in zip(live.logits("few", view), live.keys, strict=True):
@@ -669,6 +671,7 @@ def test_the_reader_gives_topk_targets_of_the_live_teacher(reader: Any, live: Li
                 assert np.exp(target).sum() == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_reader_finds_what_softcache_finds(reader: Any, cache: Path) -> None:
     opened = softcache.open(cache)
     assert reader.id == opened.id
@@ -690,6 +693,7 @@ def test_the_reader_finds_what_softcache_finds(reader: Any, cache: Path) -> None
         np.testing.assert_array_equal([bound for _, bound in found], opened.eps(member, rows, views))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["low", "input", "narrow"])
 def test_eps_counts_other_orders_of_summation(reader: Any, live: Live, member: str) -> None:
     classes, constants = 101, reader.open(f"members/{member}/constants.h5")
@@ -718,6 +722,7 @@ def test_eps_counts_other_orders_of_summation(reader: Any, live: Live, member: s
         assert (own + bound) * (1 - 1e-3) - 4 * slack <= float(eps) <= (own + bound) * (1 + 2e-3) + 4 * slack
 
 
+@pytest.mark.slow
 def test_dense_rows_are_among_those_read(reader: Any) -> None:
     dense = [sum(int(reader.record(key, view, "low")[0]["records"][4:8].view("<u4")[0]) > 0 for key in reader.keys)
              for view in range(VIEWS)]  # fmt: skip
@@ -727,6 +732,7 @@ def test_dense_rows_are_among_those_read(reader: Any) -> None:
     assert 0 < sum(dense) < COUNT
 
 
+@pytest.mark.slow
 def test_older_manifests_show_the_cache_as_it_was(reader: Any, cache: Path, ids: list[str]) -> None:
     kind = strangers_code()[0]["StrangersReader"]
     assert {path.stem for path in (cache / "manifests").iterdir()} == set(ids)
@@ -745,6 +751,7 @@ def test_older_manifests_show_the_cache_as_it_was(reader: Any, cache: Path, ids:
             older.logits(newest, "wide/0007", VIEWS - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", [member for member, (_, features, _) in MEMBERS.items() if features])
 def test_features_are_the_live_modules_outputs(reader: Any, cache: Path, live: Live, member: str) -> None:
     opened = softcache.open(cache)
@@ -772,6 +779,7 @@ def test_features_are_the_live_modules_outputs(reader: Any, cache: Path, live: L
         np.testing.assert_allclose(ours, own, rtol=0, atol=1e-6 * max(1.0, np.abs(own).max()))
 
 
+@pytest.mark.slow
 def test_features_of_every_stored_form_are_in_the_cache(reader: Any) -> None:
     features = [info for member in reader.members.values() for info in member["features"]]
     assert {info["name"].rpartition(":")[2] for info in features} == set(REDUCTIONS)
@@ -779,6 +787,7 @@ def test_features_of_every_stored_form_are_in_the_cache(reader: Any) -> None:
         (True, True), (True, False), (False, False)}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_constants_are_the_live_heads(reader: Any, user: ModuleType) -> None:
     for member, prefix in (("plain", "head_"), ("bytes", "head_"), ("input", "codec_"), ("narrow", "codec_")):
         head = user.net(101, seed=list(MEMBERS).index(member)).head
@@ -790,6 +799,7 @@ def test_constants_are_the_live_heads(reader: Any, user: ModuleType) -> None:
     assert kept == {"plain", "bytes", "low", "input", "narrow"}
 
 
+@pytest.mark.slow
 def test_pixel_digests_are_those_of_views_rendered_without_softcache(reader: Any, live: Live) -> None:
     for view in range(VIEWS):
         for i in range(view % 2, COUNT, 2):
@@ -798,6 +808,7 @@ def test_pixel_digests_are_those_of_views_rendered_without_softcache(reader: Any
             assert found == int.from_bytes(digest, "little")
 
 
+@pytest.mark.slow
 def test_the_probe_holds_pixels_of_the_first_rounds_views(reader: Any, live: Live) -> None:
     probe = reader.open("probe.h5")
     count = min(64, COUNT * (VIEWS - 1))
@@ -821,6 +832,7 @@ def test_a_probe_of_grey_items_has_an_axis_of_0_and_texts_have_none(quick_dump: 
     assert list(texts.reader.manifest.files_of("probe")) == []
 
 
+@pytest.mark.slow
 def test_labels_digests_and_fingerprint_of_the_samples(reader: Any, live: Live) -> None:
     samples, info = reader.open("samples.h5"), reader.manifest["samples"]
     place = {key: i for i, key in enumerate(live.keys)}
@@ -834,6 +846,7 @@ def test_labels_digests_and_fingerprint_of_the_samples(reader: Any, live: Live) 
     assert (info["count"], info["digest_kind"], info["has_keys"], info["multi_label"]) == (COUNT, "item", True, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["bytes", "few", "low"])
 def test_statistics_are_of_the_records_of_their_file(reader: Any, live: Live, member: str) -> None:
     labels = reader.open("samples.h5")["labels"]
@@ -1144,6 +1157,7 @@ def test_color_draws() -> None:
 NEAREST = (1, 2, 5)  # operations that round to the nearest level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(12, 15, 3), (17, 9, 1), (40, 30, 3)], ids=str)
 def test_operations_of_randaugment(shape: tuple[int, int, int]) -> None:
     image, seen = image_of(*shape, seed=6), set()
@@ -1509,6 +1523,7 @@ def field_names(value: Any, path: str = "") -> Iterator[str]:
             yield from field_names(inner, f"{path}[]")
 
 
+@pytest.mark.slow
 def test_the_manifest_has_the_fields_of_the_page_and_no_others(cache: Path) -> None:
     data = (cache / "manifest.json").read_bytes()
     manifest = json.loads(data)
@@ -1527,6 +1542,7 @@ def test_the_manifest_has_the_fields_of_the_page_and_no_others(cache: Path) -> N
     assert {entry["kind"] for entry in manifest["files"]} == set(re.findall(r"`(\w+)`", kinds[1]))
 
 
+@pytest.mark.slow
 def test_the_fields_and_data_sets_are_those_of_the_page(cache: Path) -> None:
     manifest = json.loads((cache / "manifest.json").read_bytes())
     for entry in manifest["files"]:
@@ -1569,6 +1585,7 @@ def page_fields_of(codec: dict[str, Any], manifest: dict[str, Any]) -> list[dict
     )
 
 
+@pytest.mark.slow
 def test_plan_journal_and_provenance_hold_what_the_page_says(cache: Path, ids: list[str]) -> None:
     text = section(16)
     assert {path.name for path in (cache / "dump").iterdir() if path.is_dir()} == {
@@ -1594,6 +1611,7 @@ def test_plan_journal_and_provenance_hold_what_the_page_says(cache: Path, ids: l
     assert names == {re.split("[/ ]", cell)[0] for cell in first_cells(section(2))}
 
 
+@pytest.mark.slow
 def test_files_stand_in_the_order_of_the_page(cache: Path) -> None:
     manifest = json.loads((cache / "manifest.json").read_bytes())
     there = {entry["path"]: entry for entry in manifest["files"]}
@@ -1622,6 +1640,7 @@ def test_files_stand_in_the_order_of_the_page(cache: Path) -> None:
 # --- the files
 
 
+@pytest.mark.slow
 def test_files_are_plain_contiguous_aligned_hdf5(cache: Path) -> None:
     for entry in json.loads((cache / "manifest.json").read_bytes())["files"]:
         data = (cache / entry["path"]).read_bytes()
@@ -1669,6 +1688,7 @@ def test_a_cache_without_keys_and_with_an_empty_key(quick_dump: Any) -> None:
     assert table.key(0) == ""
 
 
+@pytest.mark.slow
 def test_dumps_made_seconds_apart_have_equal_bytes(settings: DumpConfig, tmp_path: Path) -> None:
     started = int(time.time())
     dump.run(replace(settings, out=str(tmp_path / "a")), quiet=True)

@@ -100,6 +100,7 @@ def test_every_single_file_can_be_made_again(
         assert contents(cache) == wanted
 
 
+@pytest.mark.slow
 def test_all_at_once_missing_cut_and_flipped(pristine: Path, cache: Path) -> None:
     wanted = contents(pristine)
     for number, name in enumerate(files_of(cache)):

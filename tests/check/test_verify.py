@@ -105,6 +105,7 @@ def test_one_flipped_bit_names_file_data_set_and_block(
     assert faults(cache, full=False) == []  # names and sizes cannot show it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES, PROBE])
 def test_a_flipped_bit_outside_the_data(cache: Path, path: str) -> None:
     """In the checksums, in the HDF5 headers, and in the padding."""

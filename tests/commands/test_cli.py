@@ -77,11 +77,9 @@ def test_help_imports_neither_torch_nor_numpy(argv: list[str]) -> None:
         "heavy = {'torch', 'numpy', 'h5py', 'torchvision', 'tqdm', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    assert time.monotonic() - start < 5  # a sanity bound; the measured time is far below
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -161,6 +161,7 @@ def test_in_this_process() -> None:
     check_through_loaders(range(0, COUNT, 3), 0, None)
 
 
+@pytest.mark.slow
 def test_forked_workers() -> None:
     check_through_loaders(range(1, COUNT, 3), 2, "fork")
 
@@ -169,6 +170,7 @@ def test_a_subset_in_another_order_mixes_with_the_whole_set() -> None:
     check_through_loaders([31, 2, 17, 5, 39], 0, None, size=4)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than there may be cores
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -185,6 +187,7 @@ def test_a_spawned_worker_does_not_need_every_file_that_this_process_ever_loaded
     check_through_loaders([3, 1, 4], 1, "spawn", size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_share_the_batches(workers: int) -> None:
     check_through_loaders(range(0, COUNT, 2), workers, "spawn" if workers else None, ranks=2, size=5)

@@ -798,7 +798,7 @@ def test_killed_at_any_moment_and_resumed(shared: World, undisturbed: Manifest, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.whole] * (n > 4)) for n in range(20)])
 def test_kill_dash_nine_of_the_command(shared: World, undisturbed: Manifest, tmp_path: Path, seed: int) -> None:
     moment, out = random.Random(1000 + seed), tmp_path / "cache"
     argv = shared.argv(str(out), teacher=("slow",), **SIX_SPANS)
@@ -832,6 +832,7 @@ def test_two_dumps_at_once(shared: World, server: Any, tmp_path: Path) -> None:
         softcache.open(out)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_one_process_two_ranks_and_three_parts_give_the_same_bytes(shared: World, tmp_path: Path) -> None:
     settings: dict[str, Any] = {

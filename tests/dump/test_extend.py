@@ -118,6 +118,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
 # ---- any split gives the same cache ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_split_gives_the_same_id_and_bytes(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
     """Eight views and mixing; three parts, in any order, one of them twice."""
     settings: dict[str, Any] = {"policy": MIXED, "views": 8, "view_seed": 3, "shard_rows": 256}
@@ -368,6 +369,7 @@ def stop_at_call(patch: pytest.MonkeyPatch, place: Any, name: str, number: int) 
     patch.setattr(place, name, counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("views", marks=pytest.mark.slow), "member"])
 def test_an_interrupted_extension_is_resumed(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path, kind: str
@@ -407,6 +409,7 @@ def half_done(extend: QuickDump, **settings: Any) -> None:
             extend(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -620,6 +623,7 @@ def run_cli(argv: Sequence[str], *, ranks: int = 1) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_two_ranks_give_the_same_cache_and_the_same_extension(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path

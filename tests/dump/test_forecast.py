@@ -124,7 +124,9 @@ def check_sizes(pieces: Path, tmp_path: Path, case: str, dumps: tuple[str, ...],
 
 
 @no_trials
-@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("plain", "features"))) for case in SIZES]
+)
 def test_sizes_are_those_of_the_dump(pieces: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, of all files that a manifest names."""
     few = ("float32", "float16", "topk:k=10", "linear_head:dtype=int8")
@@ -154,6 +156,7 @@ def test_a_final_layer_beside_features_is_counted_in(pieces: Path, tmp_path: Pat
     assert forecast.features == {"narrow": {"body:flatten": 2 * 6 + 2}}
 
 
+@pytest.mark.slow
 @no_trials
 def test_dense_rows_are_foreseen_by_their_share(pieces: Path, tmp_path: Path) -> None:
     """The fit sees none of the rows that are off its plane; of those measured behind it a tenth is, as of the whole set."""
@@ -206,6 +209,7 @@ def test_codecs_are_measured_on_rows_behind_those_of_the_fit(
 ALL = (*CODECS, *FITTED, "headtail:k=16,bits=6")
 
 
+@pytest.mark.slow
 @no_trials
 @pytest.mark.parametrize(
     "codecs", [("float16", "topk:k=10", FITTED[0]), pytest.param(ALL, marks=pytest.mark.slow, id="all")]
@@ -379,6 +383,7 @@ def test_the_time_is_extrapolated_over_rows_and_views(pieces: Path, clock: Clock
     assert forecast.choice.seconds == pytest.approx(2 + count * (0.001 + 0.004 * views))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [[0.0, 1.0], [0.0, -1.9], [0.0, 0.0, 5.0], [0.0, 0.0, -2.0, 9.0]])
 @pytest.mark.parametrize(("count", "views"), [(400, 1), (400, 30), (50, 30)])
 def test_noise_in_the_trials_gives_no_negative_time(

@@ -610,6 +610,7 @@ def test_the_smallest_codec_that_holds_on_the_probe_is_picked(
         assert kl(given, whole_view(cache, view).logits(), temperature).max() <= max_kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_kl", "temperature"), [(1e-3, 4.0), (1e-4, 2.0)])
 def test_the_picked_codec_takes_the_least_space_constants_counted_in(
     pieces: Path, tmp_path: Path, max_kl: float, temperature: float

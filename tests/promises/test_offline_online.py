@@ -542,6 +542,7 @@ FURTHER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FURTHER)
 def test_further_ways(what: str, walk: Walk) -> None:
     check(walk(FURTHER[what]), f"{FURTHER[what].loss}: {what}")

@@ -234,6 +234,7 @@ def test_unknown_recipes_and_budgets() -> None:
 # ------------------------------------------------------------------------------------------------------------ working through
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Path) -> None:
     first = reproduce.run("small", seeds=[0, 1], out=tmp_path, quiet=True)
@@ -615,6 +616,7 @@ def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
     assert "in step 'teacher' of recipe 'small'" in caught.value.__notes__
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_runs_at_smoke_budget(name: str, tmp_path: Path) -> None:

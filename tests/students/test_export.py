@@ -130,7 +130,10 @@ def told_by(path: Path) -> dict[str, Any]:
 
 WHOLE = [
     pytest.param(
-        kind, to, marks=[ONNX, *[pytest.mark.slow] * (kind != "mlp")] if to == "onnx" else [], id=f"{kind}-{to}"
+        kind,
+        to,
+        marks=[ONNX, pytest.mark.slow] if to == "onnx" else [pytest.mark.slow] * (to == "program" and kind != "mlp"),
+        id=f"{kind}-{to}",
     )
     for kind in KINDS
     for to in OPEN

@@ -156,12 +156,14 @@ def check_with_workers(cache: Cache, toy: Path, workers: int, method: str | None
     assert seen == 22
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch counts the cores
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_forked_workers(workers: int, quick_dump: QuickDump, toy: Path) -> None:
     check_with_workers(quick_dump(policy=("shift",), views=2), toy, workers, "fork")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [2, 4])

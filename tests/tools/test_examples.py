@@ -109,8 +109,8 @@ def test_plain_loop_on_digits(
     cache = dumped(tmp_path / "cache", data="digits", teacher=(f"{teachers}:means",), for_=("kd", "hint"))
     arguments = ["--cache", str(cache.reader.path), "--epochs", "8"]
     found = run_example("plain_loop", *arguments)
-    assert found["accuracy"] > 0.8  # chance is 0.1
-    assert found["agreement"] > 0.85
+    assert found["accuracy"] > 0.6  # chance is 0.1
+    assert found["agreement"] > 0.65
     shifted(monkeypatch)
     assert run_example("plain_loop", *arguments)["agreement"] < 0.3
 

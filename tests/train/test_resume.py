@@ -122,6 +122,7 @@ def check(server: Any, folder: Path, tmp_path: Path, settings: str, workers: int
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_epoch_and_resumed(server: Any, folder: Path, tmp_path: Path) -> None:
     check(server, folder, tmp_path, CACHED, workers=0, kills=1, seed=1)
 
@@ -136,6 +137,7 @@ def test_killed_several_times(
     check(server, folder, tmp_path, settings, workers, kills=3, seed=10 + seed)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_after_an_epoch_goes_on(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Interrupted between two epochs, before the metrics were written, and after the last epoch."""
     from softcache.train import flow as train
@@ -217,6 +219,7 @@ def test_stopped_after_any_step_and_resumed(folder: Path, undisturbed: Path, tmp
     assert any(name.endswith("student_bank") for name in states[0]["parts"])
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     for _ in range(SAVES):
         stop_after(1, everything(folder, tmp_path / "run", "--checkpoint-every", "1"))
