@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import WORLDS
 
 import softcache
 from softcache import cli
@@ -23,39 +24,12 @@ from softcache.cache.manifest import Manifest, canonical_json
 from softcache.check import verify
 from softcache.errors import CacheError, SoftcacheError
 
-PIECES = """
-import numpy as np
-
-
-class Toy:
-    class_names = tuple(f"class-{i}" for i in range(40))
-
-    def __init__(self):
-        self.images = np.random.default_rng(0).integers(0, 256, (600, 8, 8), dtype=np.uint8)
-        self.labels = np.arange(600) % 40
-        self.sample_keys = [f"toy/{i:04d}.png" for i in range(600)]
-
-    def __len__(self):
-        return 600
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy():
-    return Toy()
-
-
-def teacher():
-    return lambda batch: batch[:, :40] - batch[:, 20:60]
-"""
-
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One span of 600 rows, 2 views, float32: 192,000 bytes of logits, three blocks."""
     folder = tmp_path_factory.mktemp("verify")
-    (folder / "pieces.py").write_text(PIECES)
+    shutil.copy(WORLDS / "forty_classes.py", folder / "pieces.py")
     argv = ["dump", "--data", f"{folder}/pieces.py:toy", "--teacher", f"{folder}/pieces.py:teacher", "--quiet"]
     argv += ["--codec", "float32", "--policy", "shift", "--views", "2", "--threads", "1", "--device", "cpu"]
     assert cli.main([*argv, "--out", str(folder / "cache")]) == 0
@@ -133,6 +107,7 @@ def test_one_flipped_bit_names_file_data_set_and_block(
     assert faults(cache, full=False) == []  # names and sizes cannot show it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES, PROBE])
 def test_a_flipped_bit_outside_the_data(cache: Path, path: str) -> None:
     """In the checksums, in the HDF5 headers, and in the padding."""

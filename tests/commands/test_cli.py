@@ -18,113 +18,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import WORLDS
 
 import softcache
 from softcache import cli
 from softcache.commands import VERBS
 from softcache.files import durable
 
-PIECES = """
-import os
-import signal
-import time
-from pathlib import Path
-
-import numpy as np
-from torch import nn
-
-
-class Toy:
-    class_names = ("ant", "bee", "cat")
-
-    def __init__(self, count):
-        draw = np.random.default_rng(0)
-        self.images, self.labels = draw.integers(0, 256, (count, 4, 4), dtype=np.uint8), draw.integers(0, 3, count)
-        self.sample_keys = [f"toy/{i:03d}.png" for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy(count: int = 40):
-    return Toy(count)
-
-
-def keyless():
-    return iter(Toy(40))
-
-
-def good():
-    return lambda batch: batch[:, :3] / 50
-
-
-def nan():
-    return lambda batch: batch[:, :3] * np.float32("nan")
-
-
-def wide():
-    return lambda batch: batch[:, :5]
-
-
-def interrupted():
-    def run(batch):
-        raise KeyboardInterrupt
-
-    return run
-
-
-def terminated():
-    def run(batch):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)  # the signal arrives here
-        return batch[:, :3]
-
-    return run
-
-
-def slow():
-    def run(batch):
-        if len(list(Path.cwd().glob("caches/slow/members/slow/*.tmp*"))):
-            (Path.cwd() / "writing").touch()
-            time.sleep(0.2)
-        return batch[:, :3] / 50
-
-    return run
-
-
-def needs_more():
-    import softcache_is_not_a_package_xyz
-
-
-def student(num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
-
-
-class Slow(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.fc = nn.Linear(16, num_classes)
-
-    def forward(self, batch):
-        if self.training:
-            (Path.cwd() / "training").touch()
-            time.sleep(0.05)
-        return self.fc(batch.flatten(1))
-
-
-def slow_student(num_classes):
-    return Slow(num_classes)
-"""
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pieces.py, a cache, and a run trained from it."""
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "pieces.py").write_text(PIECES)
+    shutil.copy(WORLDS / "command_line.py", folder / "pieces.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert cli.main(["dump", *DATA, "--teacher", "pieces.py:good", "--out", "cache", *QUIET]) == 0
@@ -156,11 +62,9 @@ def test_help_imports_neither_torch_nor_numpy(argv: list[str]) -> None:
         "heavy = {'torch', 'numpy', 'h5py', 'torchvision', 'tqdm', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    assert time.monotonic() - start < 5  # a sanity bound; the measured time is far below
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -339,7 +243,7 @@ MISTAKES = [
     row("weights", dump_of("softcache:mlp@none.pt"), "there are no weights none.pt", "exists"),
     row("run unfinished", dump_of("cache"), "holds no student.safetensors", "finished"),
     row("teacher not a module as student", train_on(student="pieces.py:good"), "must be an nn.Module", "teachers"),
-    row("classes of a run", dump_of("run", data="digits"), "trained on 3 classes, the data has 10", ""),
+    row("classes of a run", dump_of("run", data="pieces.py:four"), "trained on 3 classes, the data has 4", ""),
     row("classes of a teacher", dump_of("pieces.py:wide"), r"shape \(40, 5\).*3 classes", "these classes"),
     row("weights of another model", dump_of("softcache:mlp?hidden=5@run"), "3 of another shape: 0.weight", "name and param"),
     row("eval of nothing", ["eval", "nowhere", *DATA, *QUIET], "neither a run folder nor a model", ""),
@@ -571,21 +475,8 @@ def test_quiet_means_quiet(here: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_a_cache_says_cannot_give_orders_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rude.py").write_text(
-        "import numpy as np\n"
-        "class Rude:\n"
-        "    class_names, labels = ('\\x1b[2Jcat', 'dog\\u202e'), [0, 1] * 4\n"
-        "    sample_keys = [f'\\x1b]0;{i}\\x07' for i in range(8)]\n"
-        "    def __len__(self):\n"
-        "        return 8\n"
-        "    def __getitem__(self, i):\n"
-        "        return np.full((2, 2), i, np.uint8)\n"
-        "def rude():\n"
-        "    return Rude()\n"
-        "def teacher():\n"
-        "    return lambda batch: batch[:, :2]\n"
-    )
-    argv = ["dump", "--data", f"{tmp_path}/rude.py:rude", "--teacher", f"{tmp_path}/rude.py:teacher", "--quiet"]
+    rude = WORLDS / "rude.py"
+    argv = ["dump", "--data", f"{rude}:rude", "--teacher", f"{rude}:teacher", "--quiet"]
     assert cli.main([*argv, "--out", str(tmp_path / "cache")]) == 0
     shard = tmp_path / "cache/members/teacher/part-00000.h5"
     data = bytearray(shard.read_bytes())

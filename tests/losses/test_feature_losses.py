@@ -536,6 +536,7 @@ def test_an_adapter_is_an_affine_map_of_each_position(case: str, kind: str) -> N
     np.testing.assert_allclose(last.detach().numpy().reshape(-1, 3), wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_gradients_through_an_adapter(kind: str) -> None:
     shape, target = ((4, 4, 4), (4, 2, 2)) if kind == "identity" else ((5, 4, 4), (4, 2, 2))
@@ -695,6 +696,7 @@ def test_gradients_of_review_reach_every_level_and_parameter() -> None:
     assert all(x.grad is not None and bool(x.grad.any()) for x in student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_hierarchical_context(size: int) -> None:
     student, teacher = maps_of([(3, size, size)], 1)[0], maps_of([(3, size, size)], 2)[0]

@@ -744,6 +744,7 @@ def test_chunked_kd_has_no_gradient_of_its_gradient() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoded", [False, True], ids=["tensor", "decoded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("limit", [2**15, 2**18], ids="{} bytes".format)

@@ -94,7 +94,7 @@ def test_power_cuts(tool: Any, quick: Path) -> None:
     assert report.counts["killed, resumed, power cut: new"] == 10
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_power_cut_after_every_call(tool: Any, quick: Path) -> None:
     report = tool.prefixes(quick, seed=2, resumed_at=lambda calls: tool.one_of_each(calls)[::8])
     assert report.failures == []
@@ -112,13 +112,14 @@ def test_faults_of_calls(tool: Any, quick: Path) -> None:
     assert went_on <= 0.1 * report.counts["trials"]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_fault_of_every_third_call(tool: Any, quick: Path) -> None:
     report = tool.errnos(quick, at=lambda calls: tool.everywhere(calls)[::3], in_turn=True)
     assert report.failures == []
     assert report.counts["handled"] == report.counts["trials"] == -(-report.counts["calls of the file layer"] // 3)
 
 
+@pytest.mark.slow
 def test_the_kernel_sees_what_the_file_layer_records(quick: Path, tool: Any) -> None:
     if not tool.may_trace():
         pytest.skip("strace is not installed, or not allowed")
@@ -126,12 +127,14 @@ def test_the_kernel_sees_what_the_file_layer_records(quick: Path, tool: Any) -> 
     assert counts["recorded calls"] == counts["calls that the kernel saw"] > 300
 
 
+@pytest.mark.slow
 def test_a_full_disk(quick: Path) -> None:
     counts = command(quick, "fulldisk", "--steps", "5")
     assert counts["trials"] == counts["as promised"] == 5
     assert sum(n for name, n in counts.items() if name.startswith("DiskSpaceError")) >= 4
 
 
+@pytest.mark.slow
 def test_several_dumpers_and_readers_at_once(quick: Path) -> None:
     counts = command(quick, "many", "--dumpers", "4", "--readers", "4")
     assert counts["trials"] == counts["as promised"]

@@ -104,6 +104,7 @@ def test_it_is_within_its_bound_of_the_live_teacher(path: Path) -> None:
             assert torch.equal(found, given.topk(5, dim=1).indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CACHES, ids=IDS)
 def test_it_is_whole_and_renders_what_the_teacher_saw(path: Path) -> None:
     cache, _ = golden(path)

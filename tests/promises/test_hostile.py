@@ -177,11 +177,13 @@ def test_a_child_that_dies_costs_one_file(
     assert found == [[], [f"the HDF5 library did not survive it ({cause})"], []]
 
 
+@pytest.mark.slow
 def test_the_childs_time_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shard: StoredFile) -> None:
     found = answers(monkeypatch, tmp_path, shard, "while True: pass", cpu_s=0)
     assert found == [[], ["the HDF5 library did not survive it (signal 24, SIGXCPU)"], []]
 
 
+@pytest.mark.slow
 def test_the_childs_memory_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shard: StoredFile) -> None:
     evil = "taken = bytearray(100 * 2**20); return ['it fitted']"
     assert answers(monkeypatch, tmp_path, shard, evil, memory_bytes=200 * 2**20) == [[], ["it fitted"], []]
@@ -319,11 +321,12 @@ def test_mutants(tmp_path: Path) -> None:
     check_mutants(tmp_path, 300, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_more_mutants(tmp_path: Path) -> None:
     check_mutants(tmp_path, 4000, seed=2)
 
 
+@pytest.mark.slow
 def test_mutants_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And each is kept with its bytes, its seed and what it did, so that it can become a case of the corpus."""
     monkeypatch.setattr(checksums.BlockChecks, "check", lambda *_: None)
@@ -361,15 +364,17 @@ def check_damages(tmp_path: Path, flips: int, truncations: int) -> None:
     assert counts["flips refused with check_blocks=always"] > flips / 4
 
 
+@pytest.mark.slow
 def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
     check_damages(tmp_path, 40, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_more_flipped_bits_and_cut_files(tmp_path: Path) -> None:
     check_damages(tmp_path, 300, 50)
 
 
+@pytest.mark.slow
 def test_damages_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile.make_honest(tmp_path / "cache")
     monkeypatch.setattr(checksums.BlockChecks, "check", lambda *_: None)
