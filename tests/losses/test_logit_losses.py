@@ -24,8 +24,8 @@ from softcache.losses.logits import bce, hard, jsd, kd, mse_logits, reverse_kl, 
 from softcache.losses.many_classes import chunked_kd
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-bench = importlib.import_module("bench_losses")
-tool = importlib.import_module("loss_values")
+bench = importlib.import_module("bench.losses")
+tool = importlib.import_module("docs.loss_values")
 
 Row = np.ndarray  # logits or probabilities of one sample
 
@@ -792,10 +792,10 @@ def test_the_table_of_values_has_a_line_for_every_loss() -> None:
 
 
 def test_the_page_of_losses_has_the_values_that_the_tool_prints() -> None:
-    page = (Path(tool.__file__).parents[1] / "softcache/LOSSES.md").read_text()
+    page = (Path(tool.__file__).parents[2] / "softcache/LOSSES.md").read_text()
     printed = tool.markdown(tool.value_of(name) for name in LOSSES).splitlines()
     listed = [line for line in page.splitlines() if line.startswith("|")]
-    assert len(listed) == len(printed), "python tools/loss_values.py prints the table of softcache/LOSSES.md"
+    assert len(listed) == len(printed), "python tools/docs/loss_values.py prints the table of softcache/LOSSES.md"
     for there, now in zip(listed[2:], printed[2:], strict=True):
         name, settings, *numbers = (part.strip() for part in there.strip("|").split("|"))
         same_name, same_settings, *found = (part.strip() for part in now.strip("|").split("|"))

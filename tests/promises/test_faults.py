@@ -1,4 +1,4 @@
-"""Faults while a cache is written: kills, power cuts, failing calls, full disks, crowds; at length: tools/fault_dump.py."""
+"""Faults while a cache is written: kills, power cuts, failing calls, full disks, crowds; at length: tools/faults."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from softcache.errors import DiskSpaceError, DumpError, LockedError, SoftcacheEr
 from softcache.files import durable, locks
 from softcache.files.locks import holder_of, release_lock, sign, take_lock
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "fault_dump.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "faults" / "__main__.py"
 MEMORY = Path("/dev/shm")  # an fsync costs nothing there
 
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    """tools/fault_dump.py as a module."""
+    """tools/faults as a module."""
     spec = importlib.util.spec_from_file_location("fault_dump", TOOL)
     assert spec is not None and spec.loader is not None
     sys.modules["fault_dump"] = module = importlib.util.module_from_spec(spec)

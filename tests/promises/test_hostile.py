@@ -24,8 +24,8 @@ from softcache.check import verify
 from softcache.errors import CacheError, DamagedCacheError
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-hostile = importlib.import_module("hostile_cache")
-fuzzing = importlib.import_module("fuzz_cache")
+hostile = importlib.import_module("hostile.__main__")
+fuzzing = importlib.import_module("fuzz.__main__")
 
 ROOT = Path(softcache.__file__).parent
 

@@ -1,6 +1,6 @@
 """What does the cache cost a training step? Cached, hard-label and live-teacher steps, alternating in one run; medians.
 
-    python tools/bench_train.py [--steps 200] [--device cuda] [--teacher softcache:resnet56] [--classes 1000]
+    python tools/bench/train.py [--steps 200] [--device cuda] [--teacher softcache:resnet56] [--classes 1000]
 
 The small cnn at 32 pixels, batch 128, random images, an untrained teacher: only time matters here.
 """

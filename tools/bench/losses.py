@@ -1,6 +1,6 @@
 """What does kd cost in pieces? Time and memory of `chunked_kd` and of `kd`, alternating in one run; medians and peaks.
 
-    python tools/bench_losses.py [--sizes 64x1000 64x150000] [--repeats 20] [--device cuda] [--json]
+    python tools/bench/losses.py [--sizes 64x1000 64x150000] [--repeats 20] [--device cuda] [--json]
 
 Forward and backward, float32 logits of formulas. Memory is what a call holds at its peak beyond the student's logits, their
 gradient and the teacher's rows; it must stay below 64 MiB in pieces, else exit code 1. "half, decoded" widens float16 rows

@@ -1,12 +1,12 @@
 """Does a dump survive whatever a machine can do to it? Kills, power cuts, faults of every system call, full disks, crowds.
 
-    python tools/fault_dump.py kill --count 1000         SIGKILL at random times, and after every call of the file layer
-    python tools/fault_dump.py kill --full-command 20    the same for `python -m softcache dump`
-    python tools/fault_dump.py prefixes                  every prefix of the calls, under a model of what survives a power cut
-    python tools/fault_dump.py strace                    are the recorded calls all that the kernel sees?
-    python tools/fault_dump.py errno                     ENOSPC, EDQUOT, EIO, EROFS, EACCES, EINTR, short writes: at every call
-    python tools/fault_dump.py fulldisk                  a really full small file system, at many fill levels
-    python tools/fault_dump.py many                      8 dumpers and 16 readers on one folder
+    python tools/faults kill --count 1000         SIGKILL at random times, and after every call of the file layer
+    python tools/faults kill --full-command 20    the same for `python -m softcache dump`
+    python tools/faults prefixes                  every prefix of the calls, under a model of what survives a power cut
+    python tools/faults strace                    are the recorded calls all that the kernel sees?
+    python tools/faults errno                     ENOSPC, EDQUOT, EIO, EROFS, EACCES, EINTR, short writes: at every call
+    python tools/faults fulldisk                  a really full small file system, at many fill levels
+    python tools/faults many                      8 dumpers and 16 readers on one folder
 
 The writer is small, torch-free and deterministic: two members, views, dense rows, constants, a probe, two parts, and an
 extension by one view. After whatever happened a reader must meet the old cache, the new one, or "unfinished"; nothing that

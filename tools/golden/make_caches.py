@@ -2,7 +2,7 @@
 
 Run it once for each new format version, never again: what is there is not written anew.
 
-    python tools/make_golden_cache.py
+    python tools/golden/make_caches.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from softcache.cache.schema import FORMAT_VERSION
 from softcache.config import DumpConfig
 from softcache.share import subset
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 PIECES = GOLDEN / "pieces.py"
 SHOWN = 20  # records whose numbers are kept
 

@@ -3,9 +3,9 @@
 So only the rules can refuse it: the strict manifest, the gate, the way files are opened, what the reader checks of samples and
 records, and, for HDF5 features that no reader ever looks at, the structural check of `verify --full`.
 
-python tools/hostile_cache.py                   every case: refused by what, where, in what time; exit 1 if one is accepted
-python tools/hostile_cache.py --only 'h5/*'     some of them
-python tools/hostile_cache.py --keep FOLDER     leave the caches there
+python tools/hostile                   every case: refused by what, where, in what time; exit 1 if one is accepted
+python tools/hostile --only 'h5/*'     some of them
+python tools/hostile --keep FOLDER     leave the caches there
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CIFAR-100 from the lossless WebP sheets in shared/data, as a source: `tools/cifar100_webp.py:train?limit=1000`."""
+"""CIFAR-100 from the lossless WebP sheets in shared/data, as a source: `tools/data/cifar100_webp.py:train?limit=1000`."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ Each mutant is tried twice: as it is, and with sizes, hashes, checksums and id r
 that is not ours, other numbers from a file that was changed behind the manifest's back, more than a second for one, memory that
 grows. A file goes through the HDF5 library only in the structural check's child process, and there only once its hash fits.
 
-python tools/fuzz_cache.py --mutants 100000 --seed 0
-python tools/fuzz_cache.py --flips 10000 --truncations 1000      single damages instead: is each of them found?
+python tools/fuzz --mutants 100000 --seed 0
+python tools/fuzz --flips 10000 --truncations 1000      single damages instead: is each of them found?
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hostile_cache import dumps, header_end, lookup3, make_honest, read_everything, read_stored, same
 
 import softcache
 from softcache.cache.file_entry import StoredFile
@@ -38,6 +37,9 @@ from softcache.cache.reader import CacheReader, MappedFile
 from softcache.cache.schema import BLOCK_BYTES
 from softcache.check import verify
 from softcache.errors import SoftcacheError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hostile.__main__ import dumps, header_end, lookup3, make_honest, read_everything, read_stored, same
 
 HANG_S = 1.0
 BATCH = 500  # files per call of the structural check

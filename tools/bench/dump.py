@@ -1,7 +1,7 @@
 """What a large dump costs: speed, size, memory, and how well `softcache plan` foresaw it.
 
-    python tools/bench_dump.py                                   100,000 samples x 1,000 classes x 8 views, a stub teacher
-    python tools/bench_dump.py --samples 4000 --classes 100 --plan-only
+    python tools/bench/dump.py                                   100,000 samples x 1,000 classes x 8 views, a stub teacher
+    python tools/bench/dump.py --samples 4000 --classes 100 --plan-only
 
 The stub teacher is one matrix product on 8 x 8 images, so that the pipeline is measured and not a network; its logits have
 the rank of its 64 inputs. Memory is the resident set without shared file pages, of a process of its own per step, beside that

@@ -1,10 +1,10 @@
 """What does each codec cost, and what does it keep? Bytes, divergence and speed on rows of several kinds, and the goals.
 
-    python tools/bench_codecs.py                                  # everything synthetic, about five minutes on one core
-    python tools/bench_codecs.py --quick                          # does it run at all: small, untrained, no goals
-    python tools/bench_codecs.py --only trained --png front.png   # the front as a picture
-    python tools/bench_codecs.py --only real --model runs/teacher --data digits --json codecs.json
-    python tools/bench_codecs.py --device cuda
+    python tools/bench/codecs.py                                  # everything synthetic, about five minutes on one core
+    python tools/bench/codecs.py --quick                          # does it run at all: small, untrained, no goals
+    python tools/bench/codecs.py --only trained --png front.png   # the front as a picture
+    python tools/bench/codecs.py --only real --model runs/teacher --data digits --json codecs.json
+    python tools/bench/codecs.py --device cuda
 
 Sources of rows: `trained`, held-out rows of a network trained here on a synthetic mixture of 1000 classes; `unstructured`, random
 logits of the same entropy; `wide`, a random linear head over 21,841 classes, of the same entropy; `real`, rows of a trained run.

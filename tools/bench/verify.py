@@ -1,6 +1,6 @@
 """What trust costs: verify --full against plain sha256, verify --quick of many shards, block checks in a training epoch.
 
-    python tools/bench_verify.py [--rows 65536] [--hashed-rows 2097152] [--classes 1000] [--rounds 5] [--threads 1]
+    python tools/bench/verify.py [--rows 65536] [--hashed-rows 2097152] [--classes 1000] [--rounds 5] [--threads 1]
 
 Everything is warm (in the page cache). One core's sha256 speed is hashlib's over bytes in memory, in the same run.
 """
@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cache import make_cache
 from torch import nn
 
 import softcache
@@ -32,6 +31,9 @@ from softcache.check import verify
 from softcache.data.join import batches
 from softcache.losses import kd
 from softcache.report.tables import table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.cache import make_cache
 
 BATCH = 256
 HASHED = 256 * 2**20  # bytes, for the speed of one core

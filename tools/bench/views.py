@@ -1,7 +1,7 @@
 """How many stored views are enough? Students from V views, from one fixed target under augmentation, from the live teacher.
 
-    python tools/bench_views.py --data-root data --out views            (about half an hour on two cores)
-    python tools/bench_views.py --data-root data --samples 500 --epochs 4 --seeds 0 --views 1,2 --out /tmp/try
+    python tools/bench/views.py --data-root data --out views            (about half an hour on two cores)
+    python tools/bench/views.py --data-root data --samples 500 --epochs 4 --seeds 0 --views 1,2 --out /tmp/try
 
 6,000 MNIST images, shifted and rotated; a CNN trained on all 60,000 teaches a 2 x 800 MLP. Every student takes the same steps:
 epoch e sees view e mod V. The live teacher sees a fresh view every epoch, and so does the student on hard labels.

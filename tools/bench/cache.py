@@ -1,7 +1,7 @@
 """How fast and how lean is the reader? Shuffled batches through several readers, alternating in one run; medians.
 
-    python tools/bench_cache.py                     # speed: 131,072 x 1000 float16 in one shard, batches of 256
-    python tools/bench_cache.py --memory            # private memory of one shuffled epoch, 10k against 1M rows
+    python tools/bench/cache.py                     # speed: 131,072 x 1000 float16 in one shard, batches of 256
+    python tools/bench/cache.py --memory            # private memory of one shuffled epoch, 10k against 1M rows
 
 The logits are random numbers from a stub teacher: only bytes matter here. Everything is warm (in the page cache).
 """
