@@ -39,7 +39,10 @@ from softcache.check import verify
 from softcache.errors import SoftcacheError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from hostile.__main__ import dumps, header_end, lookup3, make_honest, read_everything, read_stored, same
+from hostile.forge import dumps
+from hostile.honest import make_honest
+from hostile.judge import read_everything, read_stored, same
+from hostile.metadata import header_end, lookup3
 
 HANG_S = 1.0
 BATCH = 500  # files per call of the structural check
