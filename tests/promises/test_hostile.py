@@ -25,7 +25,7 @@ from softcache.errors import CacheError, DamagedCacheError
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 corpus, honest_cache, judge = (importlib.import_module(f"hostile.{name}") for name in ("corpus", "honest", "judge"))
-fuzzing = importlib.import_module("fuzz.__main__")
+fuzzing, damaging = (importlib.import_module(f"fuzz.{name}") for name in ("mutants", "damages"))
 
 ROOT = Path(softcache.__file__).parent
 
@@ -353,7 +353,7 @@ def test_the_mutants_metadata_checksums_are_hdf5s(tmp_path: Path) -> None:
 
 def check_damages(tmp_path: Path, flips: int, truncations: int) -> None:
     honest_cache.make_honest(tmp_path / "cache")
-    counts = fuzzing.damages(tmp_path / "cache", flips, truncations, seed=3)
+    counts = damaging.damages(tmp_path / "cache", flips, truncations, seed=3)
     assert counts["flips found by verify --full"] == counts["flips"] == flips
     assert counts["truncations found by verify --full"] == counts["truncations"] == truncations
     assert counts["truncations found by verify --quick"] == truncations
@@ -373,5 +373,5 @@ def test_more_flipped_bits_and_cut_files(tmp_path: Path) -> None:
 def test_damages_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest_cache.make_honest(tmp_path / "cache")
     monkeypatch.setattr(checksums.BlockChecks, "check", lambda *_: None)
-    counts = fuzzing.damages(tmp_path / "cache", 30, 0, seed=3)
+    counts = damaging.damages(tmp_path / "cache", 30, 0, seed=3)
     assert any("SILENTLY" in name for name in counts)

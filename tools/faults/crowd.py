@@ -14,7 +14,6 @@ from pathlib import Path
 from faults.promise import contents, read_everything, undisturbed
 from faults.report import Report, demand
 from faults.small_dump import write_part
-
 from softcache.cache.manifest import read_manifest
 from softcache.cache.write.writer import Part
 from softcache.errors import CacheError, DamagedCacheError, LockedError, UnfinishedCacheError

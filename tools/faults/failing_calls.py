@@ -14,7 +14,6 @@ from faults.promise import judge, resume, undisturbed
 from faults.report import Report, demand
 from faults.small_dump import write_cache
 from faults.watched import Choice, OnCall, everywhere, half, layer
-
 from softcache.errors import DiskSpaceError, DumpError, SoftcacheError
 from softcache.files import durable as files
 

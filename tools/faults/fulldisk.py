@@ -17,7 +17,6 @@ from pathlib import Path
 from faults.promise import judge, resume, undisturbed
 from faults.report import Report, demand
 from faults.small_dump import write_cache
-
 from softcache.errors import DiskSpaceError
 
 HERE = Path(__file__).resolve().parent

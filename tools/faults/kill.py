@@ -20,7 +20,6 @@ from faults.promise import contents, judge, resume, undisturbed
 from faults.report import Report, demand
 from faults.small_dump import write_cache
 from faults.watched import half, layer
-
 from softcache.cache.manifest import read_manifest
 from softcache.errors import CacheError, DamagedCacheError, UnfinishedCacheError
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from faults.report import demand
 from faults.small_dump import ROWS, codes_at, logits_at, write_cache, write_part
 from faults.watched import Call, Recorder, layer
-
 from softcache.cache.dump_folder import read_journals, work_folder
 from softcache.cache.manifest import read_manifest
 from softcache.cache.reader import CacheReader

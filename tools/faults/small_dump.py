@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults.report import demand
 
+from faults.report import demand
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.samples import build_table

@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+
 from hostile.forge import Forge, Gate, case
 from hostile.honest import PLAIN, SAMPLES
 from hostile.metadata import lookup3, patch_header

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hostile.forge import Case, Forge
 
 import softcache
+from hostile.forge import Case, Forge
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.reader import CacheReader
 from softcache.check import verify

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from hostile.forge import Forge, Gate, case
 from hostile.honest import CODED, CONSTANTS, DENSE, PIXELS, PLAIN, PROBE, ROWS, SAMPLES, VIEWS
 
