@@ -9,7 +9,7 @@ from softcache.version import __version__
 __all__ = ["Cache", "Joined", "Targets", "__version__", "open"]
 
 if TYPE_CHECKING:
-    from softcache.targets.cache import Cache, Joined, Targets, open
+    from softcache.targets import Cache, Joined, Targets, open
 
 
 def __getattr__(name: str) -> Any:

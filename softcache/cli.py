@@ -329,7 +329,9 @@ def _dump(config: DumpConfig, arguments: argparse.Namespace) -> int:
     from softcache.report.tables import size
 
     if config.list_modules:
-        print(dump.list_modules(config))
+        from softcache.dump.list_modules import list_modules
+
+        print(list_modules(config))
         return 0
     result = dump.run(config, quiet=arguments.quiet)
     manifest = result.manifest

@@ -187,7 +187,7 @@ class TrainConfig(MachineOptions, DataOptions):
         metavar="SETTINGS",
     )
     clip_norm: float | None = option(None, "scale a larger gradient down to this length", metavar="NORM")
-    accumulate: int = option(1, "compute a batch in this many parts, one after the other", metavar="N")
+    accumulate: int = option(1, "compute a batch in this many pieces, one after the other", metavar="N")
     ema: float | None = option(
         None, "evaluate and keep an exponential moving average of the weights: 0.999", metavar="D"
     )

@@ -39,24 +39,7 @@ def run(out: Path, *, seeds: Sequence[int]) -> str:
     started = time.monotonic()
 
     _say(f"1/3  training three teachers ({TEACHER}) on 1,297 digits")
-    teachers = [
-        train.run(
-            TrainConfig(
-                data=TRAIN_DATA,
-                eval_data=TEST_DATA,
-                student=TEACHER,
-                out=str(out / f"runs/teacher-{seed}"),
-                policy=("shift:pixels=1",),
-                epochs=20,
-                batch_size=64,
-                lr=3e-3,
-                schedule="warmup(1, cosine)",
-                seed=seed,
-                threads=1,
-            )
-        )
-        for seed in range(3)
-    ]
+    teachers = [_teacher(out, seed) for seed in range(3)]
 
     _say("2/3  running them once over the digits: softcache dump")
     cache = out / "cache"
@@ -94,6 +77,24 @@ def run(out: Path, *, seeds: Sequence[int]) -> str:
         f"time:    {time.monotonic() - started:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def _teacher(out: Path, seed: int) -> train.TrainResult:
+    return train.run(
+        TrainConfig(
+            data=TRAIN_DATA,
+            eval_data=TEST_DATA,
+            student=TEACHER,
+            out=str(out / f"runs/teacher-{seed}"),
+            policy=("shift:pixels=1",),
+            epochs=20,
+            batch_size=64,
+            lr=3e-3,
+            schedule="warmup(1, cosine)",
+            seed=seed,
+            threads=1,
+        )
+    )
 
 
 def _student(out: Path, name: str, seed: int, **changes: Any) -> float:

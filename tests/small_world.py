@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from training import run_with
 
 from softcache import dump
 from softcache.config import DumpConfig, TrainConfig
-from softcache.train import flow as train
-from softcache.train.flow import TrainResult
+from softcache.train import TrainResult, flow
 
 PIECES = '''
 import os
@@ -158,7 +157,7 @@ class World:
         return TrainConfig(out=str(out), **given)
 
     def train(self, out: Path, *losses: str, **settings: Any) -> TrainResult:
-        return train.run(self.config(out, *losses, **settings), quiet=True)
+        return flow.run(self.config(out, *losses, **settings), quiet=True)
 
 
 def weights_of(out: Path, name: str = "student.safetensors") -> dict[str, np.ndarray]:
@@ -191,23 +190,29 @@ def arrays(state: dict[str, torch.Tensor]) -> Arrays:
 
 
 def trained(config: TrainConfig, starts: Sequence[Arrays] | None = None) -> Outcome:
-    """Run the recipe and note every step; each begins with the weights and banks in `starts`, where they are given."""
-    original, steps = train._backward, []
+    """Train and note every step; each begins with the weights and banks in `starts`, where they are given."""
+    steps: list[Step] = []
 
-    def noted(learner: Any, objective: Any, *rest: Any) -> dict[str, torch.Tensor]:
-        bare = getattr(learner, "module", learner)
+    def noted(prepared: Any, live: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        bare = getattr(live.learner, "module", live.learner)
         if starts is not None:
             start = {name: torch.from_numpy(value) for name, value in starts[len(steps)].items()}
             bare.load_state_dict(start)
         before = arrays(bare.state_dict())
-        values = original(learner, objective, *rest)
-        gradients = {name: p.grad for name, p in bare.named_parameters() if p.grad is not None}
-        totals = {name: value.item() for name, value in values.items()}
-        steps.append(Step(before, totals, arrays(gradients), arrays(dict(bare.named_buffers()))))
+        found: list[tuple[Arrays, Arrays]] = []
+
+        def note(*_: Any) -> None:  # before the optimiser changes anything
+            gradients = {name: p.grad for name, p in bare.named_parameters() if p.grad is not None}
+            found.append((arrays(gradients), arrays(dict(bare.named_buffers()))))
+
+        hook = live.trained.optimizer.register_step_pre_hook(note)
+        values = flow.one_step(prepared, live, *rest)
+        hook.remove()
+        ((gradients, buffers),) = found
+        steps.append(Step(before, {name: value.item() for name, value in values.items()}, gradients, buffers))
         return values
 
-    with mock.patch.object(train, "_backward", noted):
-        result = train.run(config, quiet=True)
+    result = run_with(config, step=noted)
     return Outcome(steps, result.metrics)
 
 

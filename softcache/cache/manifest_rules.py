@@ -114,8 +114,8 @@ def _check_member(member: MemberInfo, num_classes: int) -> None:
     _demand(member.output in OUTPUTS, f"{where}: output {member.output!r}")
     if member.class_order is not None:
         _demand(sorted(member.class_order) == list(range(num_classes)), f"{where}: class_order is no permutation")
-    for part in member.codec["fields"]:
-        _demand(part["dtype"] in DTYPES, f"{where}: field of dtype {part['dtype']!r}")
+    for entry in member.codec["fields"]:
+        _demand(entry["dtype"] in DTYPES, f"{where}: field of dtype {entry['dtype']!r}")
     for feature in member.features:
         sizes = [prod(shape) for shape in feature.shapes if 0 < len(shape) <= MAX_AXES and min(shape) > 0]
         fits = len(sizes) == len(feature.shapes) > 0 and max(sizes) <= MAX_FEATURE
@@ -296,8 +296,8 @@ def _check_records(member: MemberInfo, plan: Plan, file: StoredFile, first: Mapp
             (found["eps"].dtype, found["eps"].shape) == ("<f2", place), f"{file.path}: 'eps' is not one number a record"
         )
     end = 0
-    for part in member.codec["fields"]:
-        end = max(end, part["offset"] + ArraySpec("", part["dtype"], tuple(part["shape"])).nbytes)
+    for entry in member.codec["fields"]:
+        end = max(end, entry["offset"] + ArraySpec("", entry["dtype"], tuple(entry["shape"])).nbytes)
     if "records" in found:
         _demand(
             (found["records"].dtype, found["records"].shape[2:]) == ("|u1", (end,)),

@@ -30,9 +30,11 @@ from softcache.data.loading import Partners, ViewedSet
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.dump.choose_codec import Prober, storage_of
-from softcache.dump.flow import PixelCheck, make_samples, open_samples, open_teachers, renderer, write_spans
+from softcache.dump.flow import open_teachers, write_spans
 from softcache.dump.job import order_of
+from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
+from softcache.dump.samples import make_samples, open_samples
 from softcache.dump.teacher import Teacher
 from softcache.errors import CacheError, ConfigError, DamagedCacheError, ModelError, SoftcacheError
 from softcache.files import durable

@@ -14,7 +14,8 @@ from softcache.check.inspect import row_of
 from softcache.check.replay import Replay
 from softcache.data.identity import pixel_digest
 from softcache.errors import ConfigError, DataError
-from softcache.targets.cache import Cache, Targets
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Cache
 
 CELL = 160  # pixels, at least
 SHOWN_CLASSES = 3

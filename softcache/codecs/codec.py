@@ -21,13 +21,13 @@ class Probe:
     Attributes:
         logits: (P, C) float32.
         head_input: (P, D) float32 input of the final linear layer; None where there is none.
-        head_weight, head_bias: (C, D) and (C,) of that layer, rows in the cache's class order.
+        classifier_weight, classifier_bias: (C, D) and (C,) of that layer, rows in the cache's class order.
     """
 
     logits: Tensor
-    head_input: Tensor | None = None
-    head_weight: Tensor | None = None
-    head_bias: Tensor | None = None
+    classifier_input: Tensor | None = None
+    classifier_weight: Tensor | None = None
+    classifier_bias: Tensor | None = None
 
 
 def constant(constants: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
@@ -56,7 +56,7 @@ class Codec(ABC):
         complete: every class is stored, so that `decode` gives whole rows of logits.
         bounded: every record gets an `eps`, the bound on |stored - given| over its logits.
         temperatures: the lowest and highest temperature it can serve; None = any.
-        needs_head: it stores the input of the teacher's final linear layer, and `encode` wants it.
+        needs_classifier: it stores the input of the teacher's final linear layer, and `encode` wants it.
         num_classes: C.
     """
 
@@ -65,7 +65,7 @@ class Codec(ABC):
     complete: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     temperatures: ClassVar[tuple[float, float] | None] = None
-    needs_head: ClassVar[bool] = False
+    needs_classifier: ClassVar[bool] = False
 
     num_classes: int
 
@@ -110,7 +110,7 @@ class Codec(ABC):
         return self
 
     @abstractmethod
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         """(B, C) finite float32 logits, on any device -> stored arrays on that device.
 
         A codec that keeps some rows dense also gives `dense` (n, C) float16 and `dense_at` (n,) int64, their positions in
@@ -128,7 +128,7 @@ class Codec(ABC):
         """(B,) bound on how far another device may decode the same bytes elsewhere; None where decoding is exact."""
         return None
 
-    def head_input(self, arrays: Mapping[str, Tensor]) -> Tensor:
+    def classifier_input(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """(B, D) float32 input of the teacher's final linear layer; CacheError where it is not what is stored."""
         raise CacheError(f"codec {self.name!r} does not keep the input of the final layer", tip="use linear_head")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from softcache.codecs.floats import FLOAT16_MAX
-from softcache.errors import CodecRangeError, ConfigError, nearest
+from softcache.errors import CacheError, CodecRangeError, ConfigError, nearest
+from softcache.features.spec import FeatureSpec, parse_features
 
 FEATURE_DTYPES = ("float16", "int8")
 LARGEST_CODE = 255
@@ -95,6 +96,65 @@ class FeatureCodec:
         given = values.double().flatten(1)
         distance = (decoded.double().flatten(1) - given).norm(dim=1)
         return torch.where(distance == 0, 0.0, distance / given.norm(dim=1))
+
+
+@dataclass(frozen=True)
+class StoredFeature:
+    """One stored feature of a member: what it is, how its values are stored, and where they lie.
+
+    Attributes:
+        spec: the tapped layers and their reduction.
+        shapes: of one record of each layer's output.
+        codec: of the values.
+        names: suffix of the codec's arrays -> data set.
+    """
+
+    spec: FeatureSpec
+    shapes: tuple[tuple[int, ...], ...]
+    codec: FeatureCodec
+    names: Mapping[str, str]
+
+    @classmethod
+    def laid_out(cls, spec: FeatureSpec, shapes: Sequence[tuple[int, ...]], dtype: str, prefix: str) -> StoredFeature:
+        """As a dump stores it, in data sets whose names begin with `prefix`."""
+        codec = FeatureCodec(dtype, spec.stored(*shapes), spec.record_shape(*shapes))
+        return cls(spec, tuple(shapes), codec, {suffix: prefix + suffix for suffix in codec.arrays})
+
+    @classmethod
+    def described(
+        cls, name: str, dtype: str, stored: str, data_sets: Sequence[str], shapes: Sequence[Sequence[int]]
+    ) -> StoredFeature:
+        """As a manifest describes it; CacheError where its entries do not fit one another."""
+        layers, _, _ = name.rpartition(":")
+        (spec,) = parse_features([name], layers.split("+"))
+        sizes = tuple(tuple(int(n) for n in shape) for shape in shapes)
+        if len(sizes) != len(spec.layers):
+            raise CacheError(f"feature {name!r} has {len(sizes)} shapes for {len(spec.layers)} layers")
+        spec.check(*sizes)
+        if stored != spec.stored(*sizes):
+            raise CacheError(f"feature {name!r} is stored as {stored!r}, should be {spec.stored(*sizes)!r}")
+        codec = FeatureCodec(dtype, stored, spec.record_shape(*sizes))
+        if len(codec.arrays) != len(data_sets):
+            raise CacheError(f"feature {name!r} has {len(data_sets)} data sets, {dtype} takes {len(codec.arrays)}")
+        return cls(spec, sizes, codec, dict(zip(codec.arrays, data_sets, strict=True)))
+
+    @property
+    def name(self) -> str:
+        return str(self.spec)
+
+    @property
+    def error_name(self) -> str:
+        """The data set of each record's relative L2 error."""
+        return f"{self.names['']}_error"
+
+    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Data set of values -> (NumPy dtype string, shape of one record)."""
+        return {self.names[suffix]: kind for suffix, kind in self.codec.arrays.items()}
+
+    def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """(B, ...) float32, as a loss sees it, of a member's stored arrays."""
+        stored = {suffix: arrays[name] for suffix, name in self.names.items()}
+        return self.spec.read(self.codec.decode(stored), *self.shapes)
 
 
 def _round_up_to_16_bits(scale: Tensor) -> Tensor:

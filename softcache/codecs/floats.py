@@ -24,7 +24,7 @@ class Float32Codec(Codec):
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {"logits": ("<f4", (self.num_classes,))}
 
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         return {"logits": logits}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -41,7 +41,7 @@ class Float16Codec(Codec):
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {"logits": ("<f2", (self.num_classes,))}
 
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         stored = logits.half()
         # half() turns what it cannot hold into inf, without an error. On a GPU looking here would stall the teacher: there
         # `eps` comes out infinite, and the dump refuses that.

@@ -65,7 +65,7 @@ class HeadTailCodec(Codec):
             ]
         )
 
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         levels = 2**self.bits - 1
         values, ids = largest(logits, min(self.kept + 1, self.num_classes))
         below = values[:, :1] - values[:, 1 : self.kept]

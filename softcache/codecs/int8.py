@@ -29,7 +29,7 @@ class Int8Codec(Codec):
     def fields(self) -> tuple[Field, ...]:
         return lay_out([("lowest", "<f4", ()), ("step", "<f4", ()), ("codes", "|u1", (self.num_classes,))])
 
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         lowest, highest = logits.amin(dim=1), logits.amax(dim=1)
         step = step_of(lowest, highest, 255)
         codes = codes_of(logits, lowest, step, 255)

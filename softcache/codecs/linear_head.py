@@ -32,7 +32,7 @@ class LinearHeadCodec(Codec):
     """
 
     name: ClassVar[str] = "linear_head"
-    needs_head: ClassVar[bool] = True
+    needs_classifier: ClassVar[bool] = True
 
     dtype: Literal["float16", "int8"] = "float16"
     _layers: dict[str, tuple[Tensor, Tensor]] = field(
@@ -60,14 +60,14 @@ class LinearHeadCodec(Codec):
         Raises:
             CodecFitError: there is none, or it does not give the probe's logits.
         """
-        if probe.head_input is None or probe.head_weight is None:
+        if probe.classifier_input is None or probe.classifier_weight is None:
             raise CodecFitError(
                 "codec 'linear_head': the teacher has no final nn.Linear whose output are its logits",
                 tip="use --codec headtail",
             )
-        weight = probe.head_weight.float()
-        bias = weight.new_zeros(len(weight)) if probe.head_bias is None else probe.head_bias.float()
-        made = affine(probe.head_input.float(), weight, bias)
+        weight = probe.classifier_weight.float()
+        bias = weight.new_zeros(len(weight)) if probe.classifier_bias is None else probe.classifier_bias.float()
+        made = affine(probe.classifier_input.float(), weight, bias)
         apart = (made - probe.logits).abs().amax().item()
         allowed = TOLERANCE * probe.logits.abs().amax().item()
         if not apart <= allowed:
@@ -90,35 +90,35 @@ class LinearHeadCodec(Codec):
             return ()
         return lay_out([("lowest", "<f4", ()), ("step", "<f4", ()), ("codes", "|u1", (self._width,))])
 
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
-        if head_input is None:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
+        if classifier_input is None:
             raise ValueError("codec 'linear_head' encodes the input of the final linear layer, and got none")
-        if head_input.shape[1] != self._width:
-            raise ValueError(f"codec 'linear_head' takes {self._width} inputs per row, got {head_input.shape[1]}")
+        if classifier_input.shape[1] != self._width:
+            raise ValueError(f"codec 'linear_head' takes {self._width} inputs per row, got {classifier_input.shape[1]}")
         if self.dtype == "int8":
-            lowest, highest = head_input.float().aminmax(dim=1)
+            lowest, highest = classifier_input.float().aminmax(dim=1)
             step = step_of(lowest, highest, 255)
-            codes = codes_of(head_input.float(), lowest, step, 255)
+            codes = codes_of(classifier_input.float(), lowest, step, 255)
             return {"records": write_fields(self.fields, {"lowest": lowest, "step": step, "codes": codes})}
-        stored = head_input.half()
+        stored = classifier_input.half()
         # on a GPU looking here would stall the teacher: there eps comes out infinite or NaN, and the dump refuses that
         if not stored.is_cuda and not bool(stored.isfinite().all()):
             raise CodecRangeError(
                 f"codec 'linear_head' in float16 holds inputs up to {FLOAT16_MAX} of the final layer, found "
-                f"{head_input.abs().amax().item():.6g}",
+                f"{classifier_input.abs().amax().item():.6g}",
                 tip="use --codec linear_head:dtype=int8, or float32",
             )
         return {"head_input": stored}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        values = self.head_input(arrays)
+        values = self.classifier_input(arrays)
         return affine(values, *self._layer(values.device))
 
     def rounding(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        values = self.head_input(arrays)
+        values = self.classifier_input(arrays)
         return affine_rounding(values, *self._layer(values.device))
 
-    def head_input(self, arrays: Mapping[str, Tensor]) -> Tensor:
+    def classifier_input(self, arrays: Mapping[str, Tensor]) -> Tensor:
         if self.dtype == "float16":
             return arrays["head_input"].float()
         lowest, step, codes = (read_field(arrays["records"], part) for part in self.fields)

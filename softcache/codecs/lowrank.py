@@ -224,7 +224,7 @@ class LowRankCodec(Codec):
 
     # ------------------------------------------------------------------------------------------------ encoding, decoding
 
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         level, codes = self._coded(logits)
         records = self._record(level, codes)
         missed = ~(self._divergence(logits, records) <= KEPT_SHARE * self.max_kl)  # NaN is no promise kept

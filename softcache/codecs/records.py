@@ -1,4 +1,4 @@
-"""Compact records: the parts of one record laid out in one row of bytes, so that a row is one read."""
+"""Compact records: the fields of one record laid out in one row of bytes, so that a row is one read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"|u1": torch.uint8, "<f2": torch.float16, "<f4": torch.float32, "<u4":
 
 @dataclass(frozen=True)
 class Field:
-    """One part of a record: `shape` numbers of `dtype` (NumPy's notation) from byte `offset` on; bit-packed parts are |u1."""
+    """One field of a record: `shape` numbers of `dtype` (NumPy's notation) from byte `offset` on; bit-packed fields are |u1."""
 
     name: str
     offset: int
@@ -30,11 +30,11 @@ class Field:
         return {"name": self.name, "offset": self.offset, "dtype": self.dtype, "shape": list(self.shape)}
 
 
-def lay_out(parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[Field, ...]:
+def lay_out(wanted: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[Field, ...]:
     """Fields one after the other, without gaps: put the widest dtypes first, and they are aligned."""
     fields: list[Field] = []
     offset = 0
-    for name, dtype, shape in parts:
+    for name, dtype, shape in wanted:
         fields.append(Field(name, offset, dtype, shape))
         offset += fields[-1].nbytes
     return tuple(fields)
@@ -47,17 +47,17 @@ def record_bytes(fields: Sequence[Field]) -> int:
 
 def read_field(records: Tensor, field: Field) -> Tensor:
     """(B, *shape) values of one field out of (B, R) uint8 records; a view where alignment allows it."""
-    part = records[:, field.offset : field.offset + field.nbytes]
+    raw = records[:, field.offset : field.offset + field.nbytes]
     dtype = DTYPES[field.dtype]
     if dtype != torch.uint8:
         width = dtype.itemsize
-        if part.stride(1) == 1 and part.stride(0) % width == 0 and part.storage_offset() % width == 0:
-            part = part.view(dtype)
+        if raw.stride(1) == 1 and raw.stride(0) % width == 0 and raw.storage_offset() % width == 0:
+            raw = raw.view(dtype)
         else:
-            copy = part.new_empty(len(part), prod(field.shape), dtype=dtype)
-            copy.view(torch.uint8).copy_(part)
-            part = copy
-    return part if len(field.shape) == 1 else part.reshape(len(records), *field.shape)
+            copy = raw.new_empty(len(raw), prod(field.shape), dtype=dtype)
+            copy.view(torch.uint8).copy_(raw)
+            raw = copy
+    return raw if len(field.shape) == 1 else raw.reshape(len(records), *field.shape)
 
 
 def write_fields(fields: Sequence[Field], values: Mapping[str, Tensor]) -> Tensor:

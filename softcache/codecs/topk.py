@@ -75,7 +75,7 @@ class TopkCodec(Codec):
             ]
         )
 
-    def encode(self, logits: Tensor, head_input: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         values, ids = largest(logits, min(self.kept + 1, self.num_classes))
         ids = ids[:, : self.kept]
         below = values[:, :1] - values[:, 1 : self.kept]

@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from softcache.errors import LossError, nearest
-from softcache.losses import HEAD, INPUTS, LOSSES, Loss
+from softcache.losses import CLASSIFIER, INPUTS, LOSSES, Loss
 from softcache.report.tables import table
 
 WIDTH = 130  # of a terminal, at most
 UNBROKEN: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
 WHERE = {
-    HEAD: "the input of the final linear layer",
+    CLASSIFIER: "the input of the final linear layer",
     "last": "the last map",
     "middle": "a map halfway",
-    "stages": "the last map of each stage",
+    "map_ends": "the last map of each size",
 }
 GROUPS = {
     "logits": "on the teacher's logits: any cache with a codec that keeps every class",
@@ -115,7 +115,7 @@ def explanation(name: str) -> str:
     one, loss = entry(name), LOSSES[name]
     facts = [("needs", one.needs), ("mean over", "the whole batch at once" if one.over == "batch" else one.over)]
     if loss.has_features:
-        first, *others = [f"LAYER:{kind}" for kind in one.features if kind != HEAD]
+        first, *others = [f"LAYER:{kind}" for kind in one.features if kind != CLASSIFIER]
         facts += [
             ("stored", f"{one.stored}, as {' or '.join([first, *others])}"),
             ("layer", f"of the teacher: {WHERE[loss.layers]}; layer=NAME chooses, NAME/NAME several, which are summed"),
@@ -169,7 +169,7 @@ def _settings(one: Entry) -> str:
 
 def _group(loss: Loss) -> str:
     if loss.has_features:
-        return "vectors" if loss.layers == HEAD else "maps"
+        return "vectors" if loss.layers == CLASSIFIER else "maps"
     if not loss.has_teacher:
         return "labels"
     return "logits and labels" if loss.needs("labels") else "logits"
@@ -186,7 +186,7 @@ def _kept(one: Entry) -> str:
 def _stored(loss: Loss) -> str:
     if not loss.has_features:
         return ""
-    what = "vector" if loss.layers == HEAD else f"{loss.features[0]}, {loss.layers}"
+    what = "vector" if loss.layers == CLASSIFIER else f"{loss.features[0]}, {loss.layers.replace('_', ' ')}"
     return what + (", classifier" if _takes_classifier(loss) else "")
 
 

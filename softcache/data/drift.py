@@ -1,6 +1,7 @@
 """Do views still render to the pixels the teacher saw? Digests tell that they do not, the probe tells by how much.
 
-A decoder of another version may round a level differently, and that hurts nobody; another crop would teach the wrong pixels.
+A decoder of another version may round a pixel value differently, and that hurts nobody; another crop would teach
+the wrong pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from softcache.cache.reader import CacheReader
 from softcache.cache.schema import PROBE_RECORDS
 from softcache.errors import DriftError, first_offenders
 
-TOLERATED_LEVELS = 2  # of 255
+TOLERATED_DIFFERENCE = 2  # of 255
 
 Render = Callable[[int, int], Any]  # (row, view) -> rendered item, or None where the sample is not at hand
 
@@ -29,18 +30,16 @@ class Drift:
     Attributes:
         records: how many of the checked views have other pixels.
         checked: how many were checked.
-        levels: the largest difference of a pixel over the probe, of 255; None where the probe could not be rendered.
+        apart: the largest difference of a pixel value over the probe, of 255; None where the probe could not be rendered.
     """
 
     records: int
     checked: int
-    levels: int | None
+    apart: int | None
 
     def __str__(self) -> str:
-        apart = (
-            "an unknown number of levels" if self.levels is None else f"{self.levels} level{'s' * (self.levels != 1)}"
-        )
-        return f"{self.records} of {self.checked} checked views differ from what the teacher saw, by {apart} of 255"
+        apart = "by an unknown amount" if self.apart is None else f"by {self.apart} of 255"
+        return f"{self.records} of {self.checked} checked views differ from what the teacher saw, {apart}"
 
 
 def make_probe(render: Render, num_rows: int, num_views: int) -> dict[str, np.ndarray]:
@@ -85,7 +84,7 @@ def check_drift(
         on_drift: "warn" tolerates any difference.
 
     Returns:
-        None when all pixels are the teacher's; a Drift where they are at most 2 levels apart (to be told once and recorded).
+        None when all pixels are the teacher's; a Drift where they are at most 2 of 255 apart (to be told once and recorded).
 
     Raises:
         DriftError: more than that, or another sample behind a key; names the samples and the versions on both sides.
@@ -94,20 +93,20 @@ def check_drift(
     where = np.flatnonzero(stored != digests)
     if not where.size:
         return None
-    levels = _largest_difference(reader.probe(), render)
-    drift = Drift(int(where.size), len(rows), levels)
-    if on_drift == "warn" or (levels is not None and 0 < levels <= TOLERATED_LEVELS):
+    apart = _largest_difference(reader.probe(), render)
+    drift = Drift(int(where.size), len(rows), apart)
+    if on_drift == "warn" or (apart is not None and 0 < apart <= TOLERATED_DIFFERENCE):
         return drift
     named = first_offenders((reader.samples.key(int(rows[i])) for i in where), where.size)
-    if levels == 0:
+    if apart == 0:
         raise DriftError(
             f"{where.size} of {len(rows)} checked views have other pixels than the teacher saw, while the probe renders as it "
             f"did: these samples changed: {named}",
             tip="restore them, or leave them out with --samples; --on-drift warn trains on them as they are",
         )
-    apart = "" if levels is None else f" (up to {levels} levels of 255 apart)"
+    by = "" if apart is None else f" (up to {apart} of 255 apart)"
     raise DriftError(
-        f"{where.size} of {len(rows)} checked views render to other pixels than the teacher saw{apart}: {named}",
+        f"{where.size} of {len(rows)} checked views render to other pixels than the teacher saw{by}: {named}",
         tip=f"{versions(reader.manifest.plan)}; check these and the data set, or train on them as they are with --on-drift warn",
     )
 

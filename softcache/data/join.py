@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from softcache.cache.samples import SampleTable, pack_labels
 from softcache.data.identity import item_digest, sample_ids
 from softcache.data.sources import image_array
+from softcache.data.transfer_set import TransferSet
 from softcache.errors import (
     ClassMismatchError,
     ContentMismatchError,
@@ -134,6 +135,11 @@ def check_classes(dataset: Any, class_names: Sequence[str], owner: str = "the ca
         + ("the same classes in another order" if same else "another class list"),
         tip="the logits of one class would teach another; use one class list, in one order",
     )
+
+
+def check_same_classes(one: TransferSet, other: TransferSet) -> None:
+    """Raise ClassMismatchError unless both sets have the same classes in the same order."""
+    check_classes(one, other.class_names, owner=other.name)
 
 
 def find_ids(among: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -286,6 +286,12 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True))
 
 
+def item_shape(item: Any) -> tuple[int, ...] | None:
+    """The shape of a rendered item; None for a text."""
+    shape = getattr(item, "shape", None)
+    return None if shape is None or isinstance(item, str) else tuple(shape)
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """(count,) visiting order of one epoch, a function of (seed, epoch) alone; int32 where that suffices."""
     words = np.random.Philox(key=(seed & (2**64 - 1)) | (epoch + 1) << 64).random_raw(count)

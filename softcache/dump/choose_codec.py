@@ -82,18 +82,18 @@ class Prober:
     def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
         key = (teacher.name, start, count)
         if key not in self._rows:
-            head = teacher.find_head(self.first_batch(teacher))
-            before, teacher.head = teacher.head, head
+            classifier = teacher.find_classifier(self.first_batch(teacher))
+            before, teacher.classifier = teacher.classifier, classifier
             logits, inputs = [], []
             for begin in range(start, min(start + count, len(self._order)), self._batch_size):
                 size = min(self._batch_size, start + count - begin)
                 output = teacher(teacher.collate(self.items(begin, size)))
                 self._check_finite(teacher, output.logits, begin)
                 logits.append(output.logits.cpu())
-                if output.head_input is not None:
-                    inputs.append(output.head_input.cpu())
-            teacher.head = before
-            weight, bias = teacher.head_constants(head) if head is not None else (None, None)
+                if output.classifier_input is not None:
+                    inputs.append(output.classifier_input.cpu())
+            teacher.classifier = before
+            weight, bias = teacher.classifier_constants(classifier) if classifier is not None else (None, None)
             if weight is not None and bias is None:
                 bias = torch.zeros(len(weight))
             self._rows[key] = Probe(torch.cat(logits), torch.cat(inputs) if inputs else None, weight, bias)
@@ -156,7 +156,7 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
         codec = codec.fit(prober.fitting_rows(teacher)) if needs_fit(codec) else codec
         given = prober.measuring_rows(teacher)
         begin = time.perf_counter()
-        coded = codec.encode(given.logits, given.head_input)
+        coded = codec.encode(given.logits, given.classifier_input)
         decoded = codec.decode(coded) if codec.complete else None
         if codec.bounded and decoded is not None:
             eps = round_up_to_half(eps_of(codec, given.logits, coded, decoded))
@@ -274,10 +274,10 @@ def _tapped(
     """The storage, with the teacher's taps set to what it needs."""
     batch = prober.first_batch(teacher)
     features = stored_features(teacher, texts, dtype, batch)
-    head = teacher.find_head(batch) if features or codec.needs_head else None
+    classifier = teacher.find_classifier(batch) if features or codec.needs_classifier else None
     teacher.features = tuple(feature.spec for feature in features)
-    teacher.head = head if codec.needs_head else None
-    return Storage(codec, features, promise, _head_arrays(teacher, head) if features else {})
+    teacher.classifier = classifier if codec.needs_classifier else None
+    return Storage(codec, features, promise, _classifier_arrays(teacher, classifier) if features else {})
 
 
 def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> list[str]:
@@ -306,9 +306,9 @@ def _same(before: Mapping[str, Any], wanted: Codec) -> bool:
     return before["name"] == wanted.name and dict(before["parameters"]) == wanted.parameters
 
 
-def _head_arrays(teacher: Teacher, head: torch.nn.Linear | None) -> dict[str, np.ndarray]:
-    if head is None or teacher.head is not None:  # linear_head keeps the layer itself
+def _classifier_arrays(teacher: Teacher, classifier: torch.nn.Linear | None) -> dict[str, np.ndarray]:
+    if classifier is None or teacher.classifier is not None:  # linear_head keeps the layer itself
         return {}
-    weight, bias = teacher.head_constants(head)
+    weight, bias = teacher.classifier_constants(classifier)
     arrays = {"head_weight": weight.numpy()}
     return arrays if bias is None else {**arrays, "head_bias": bias.numpy()}

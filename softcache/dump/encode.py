@@ -123,8 +123,10 @@ def encode(
     finite = output.logits.isfinite().all(dim=1)
     logits = torch.where(finite[:, None], output.logits, 0.0)
     codec = storage.codec
-    head_input = None if output.head_input is None else torch.where(finite[:, None], output.head_input, 0.0)
-    coded = _encoded(codec.encode, (logits, head_input), f"teacher {teacher.name!r}", samples, rows)
+    classifier_input = (
+        None if output.classifier_input is None else torch.where(finite[:, None], output.classifier_input, 0.0)
+    )
+    coded = _encoded(codec.encode, (logits, classifier_input), f"teacher {teacher.name!r}", samples, rows)
     arrays = {name: coded[name] for name in codec.arrays}
     decoded = codec.decode(coded) if codec.complete else None
     if decoded is not None and codec.bounded:
@@ -134,7 +136,7 @@ def encode(
         values = output.features[feature.name]
         what = f"feature {feature.name!r} of teacher {teacher.name!r}"
         stored = _encoded(feature.codec.encode, (values,), what, samples, rows)
-        arrays |= {feature.prefix + name: value for name, value in stored.items()}
+        arrays |= {feature.names[name]: value for name, value in stored.items()}
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
     measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}

@@ -9,7 +9,7 @@ from typing import Any
 from softcache.codecs import Codec
 from softcache.dump.teacher import Teacher
 from softcache.errors import LossError, nearest
-from softcache.losses import HEAD, LOSSES, Loss, middle
+from softcache.losses import CLASSIFIER, LOSSES, Loss, middle
 
 
 def features_for(losses: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
@@ -28,17 +28,17 @@ def features_for(losses: Sequence[str], teacher: Teacher, batch: Any, codec: Cod
     layered = [name for name in losses if LOSSES[name].has_features]
     if not layered:
         return []
-    stages = teacher.stages(batch)
+    ends = teacher.map_ends(batch)
     found: dict[str, None] = {}
     for name in layered:
-        found |= dict.fromkeys(_features(name, stages, teacher, batch, codec))
+        found |= dict.fromkeys(_features(name, ends, teacher, batch, codec))
 
     def place(feature: str) -> int:
         layer = feature.rpartition(":")[0].partition("+")[0]
-        return stages.index(layer) if layer in stages else len(stages)
+        return ends.index(layer) if layer in ends else len(ends)
 
     # sp takes what it needs out of a map that is there for another loss: the same numbers
-    doubled = {f"{layer}:flatten" for layer in stages if f"{layer}:map" in found}
+    doubled = {f"{layer}:flatten" for layer in ends if f"{layer}:map" in found}
     return sorted(found.keys() - doubled, key=lambda feature: (place(feature), list(found).index(feature)))
 
 
@@ -66,27 +66,27 @@ def _check(name: str, teacher: Teacher, codec: Codec) -> None:
         )
 
 
-def _features(name: str, stages: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
+def _features(name: str, ends: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
     loss = LOSSES[name]
     on_classifier = loss.graft or loss.needs("classifier_weight", "classifier_bias")
-    if on_classifier and teacher.find_head(batch) is None:
+    if on_classifier and teacher.find_classifier(batch) is None:
         raise LossError(
             f"--for {name}: it needs the teacher's classifier, and {teacher.name!r} does not end with an nn.Linear",
             tip="use a teacher whose last layer gives its logits, or another loss; `softcache losses` lists them",
         )
-    pooled = teacher.head_feature(batch, of_map=True) if loss.graft else None
+    pooled = teacher.classifier_feature(batch, of_map=True) if loss.graft else None
     if pooled is not None:
         return [f"{pooled.layers[0]}:map"]
-    if loss.layers == HEAD or (HEAD in loss.features and (loss.graft or not stages)):
-        return [] if codec.needs_head else [_head_feature(name, teacher, batch)]
-    return _maps(name, loss, stages, teacher)
+    if loss.layers == CLASSIFIER or (CLASSIFIER in loss.features and (loss.graft or not ends)):
+        return [] if codec.needs_classifier else [_classifier_feature(name, teacher, batch)]
+    return _maps(name, loss, ends, teacher)
 
 
-def _head_feature(name: str, teacher: Teacher, batch: Any) -> str:
-    feature = teacher.head_feature(batch)
+def _classifier_feature(name: str, teacher: Teacher, batch: Any) -> str:
+    feature = teacher.classifier_feature(batch)
     if feature is not None:
         return str(feature)
-    if teacher.find_head(batch) is None:
+    if teacher.find_classifier(batch) is None:
         raise LossError(
             f"--for {name}: teacher {teacher.name!r} has no final nn.Linear, of which it takes the input",
             tip="name a layer yourself: --features LAYER:pool; --list-modules prints them",
@@ -97,16 +97,16 @@ def _head_feature(name: str, teacher: Teacher, batch: Any) -> str:
     )
 
 
-def _maps(name: str, loss: Loss, stages: Sequence[str], teacher: Teacher) -> list[str]:
+def _maps(name: str, loss: Loss, ends: Sequence[str], teacher: Teacher) -> list[str]:
     kind = loss.features[0]
     wanted = 2 if kind == "fsp" else 1
-    if len(stages) < wanted:
-        have = f"maps of one size only ({stages[0]})" if stages else "no modules that give maps"
+    if len(ends) < wanted:
+        have = f"maps of one size only ({ends[0]})" if ends else "no modules that give maps"
         raise LossError(
             f"--for {name}: teacher {teacher.name!r} has {have}",
             tip="use a loss on vectors or logits; `softcache losses` lists them",
         )
     if kind == "fsp":
-        return [f"{first}+{second}:fsp" for first, second in pairwise(stages)]
-    chosen = {"last": stages[-1:], "middle": [middle(stages)], "stages": stages}[loss.layers]
+        return [f"{first}+{second}:fsp" for first, second in pairwise(ends)]
+    chosen = {"last": ends[-1:], "middle": [middle(ends)], "map_ends": ends}[loss.layers]
     return [f"{layer}:{kind}" for layer in chosen]

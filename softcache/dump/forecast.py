@@ -26,7 +26,17 @@ from softcache.data.transfer_set import TransferSet
 from softcache.dump import flow as dump
 from softcache.dump.choose_codec import Prober, Surveyed, candidates, choose_storages, survey_codec
 from softcache.dump.job import Job, new_job
-from softcache.dump.layout import Arrays, Promise, Storage, asked_codec, constants_bytes, promise_of
+from softcache.dump.layout import (
+    Arrays,
+    Promise,
+    Storage,
+    asked_codec,
+    constants_bytes,
+    feature_arrays,
+    promise_of,
+    record_bytes,
+)
+from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError
 from softcache.machine import pick_device, pick_threads
@@ -188,8 +198,12 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
         tried = "float32"
         rates = _rates(config, transfer_set, job, tried)
     rates, probe_bytes = replace(rates, fixed=rates.fixed + once), _probe_bytes(viewed, job)
-    heads = {t.name: _head_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
-    features = {name: {f.name: f.nbytes for f in s.features} for name, s in storages.items() if s.features}
+    classifiers = {t.name: _classifier_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
+    features = {
+        name: {f.name: record_bytes(feature_arrays(f)) for f in s.features}
+        for name, s in storages.items()
+        if s.features
+    }
     base = sum(one.seconds for one in surveyed[tried].values())
     choices = []
     for text, found in surveyed.items():
@@ -198,7 +212,9 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
             continue
         per_view = rates.per_view + sum(one.seconds for one in found.values()) - base
         seconds = replace(rates, per_view=max(0.0, per_view)).seconds(len(transfer_set), job.views)
-        kept = {} if asked_codec(text, classes, promise).needs_head else heads  # linear_head has the layer itself
+        kept = (
+            {} if asked_codec(text, classes, promise).needs_classifier else classifiers
+        )  # linear_head has the layer itself
         nbytes = probe_bytes + _cache_bytes(config, transfer_set, job, found, storages, kept)
         choices.append(Choice(text, found, nbytes, seconds))
     choices.sort(key=lambda one: (bool(one.refused), -one.nbytes))
@@ -209,7 +225,7 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
 
 def _open(config: PlanConfig) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
     """What a dump opens before its first row."""
-    transfer_set, _ = dump.open_samples(config)
+    transfer_set, _ = open_samples(config)
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
     prober = Prober(viewed, job.order, config.batch_size)
@@ -223,7 +239,7 @@ def _cache_bytes(
     job: Job,
     found: Mapping[str, Surveyed],
     storages: Mapping[str, Storage],
-    heads: Mapping[str, Arrays],
+    classifiers: Mapping[str, Arrays],
 ) -> int:
     """Of all files together, to the byte but for rows that a codec keeps dense."""
     count, classes = len(transfer_set), transfer_set.num_classes
@@ -243,22 +259,22 @@ def _cache_bytes(
     for name, arrays in records.items():
         total += _parts_bytes(layout, arrays)
         total += _dense_bytes(layout, found[name].dense, classes)
-        total += constants_bytes({**found[name].constants, **heads.get(name, {})})
+        total += constants_bytes({**found[name].constants, **classifiers.get(name, {})})
     return total + _parts_bytes(layout, {"pixel_digests": ("<u4", ())})
 
 
-def _head_arrays(teacher: Teacher, prober: Prober) -> Arrays:
+def _classifier_arrays(teacher: Teacher, prober: Prober) -> Arrays:
     """Of the final linear layer, which is kept beside features."""
-    head = teacher.find_head(prober.first_batch(teacher))
-    if head is None:
+    classifier = teacher.find_classifier(prober.first_batch(teacher))
+    if classifier is None:
         return {}
-    weight, bias = teacher.head_constants(head)
+    weight, bias = teacher.classifier_constants(classifier)
     arrays: Arrays = {"head_weight": ("<f4", tuple(weight.shape))}
     return arrays if bias is None else {**arrays, "head_bias": ("<f4", tuple(bias.shape))}
 
 
 def _feature_arrays(storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {name: spec for feature in storage.features for name, spec in feature.arrays().items()}
+    return {name: spec for feature in storage.features for name, spec in feature_arrays(feature).items()}
 
 
 def _parts_bytes(layout: Layout, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:

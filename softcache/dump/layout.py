@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from softcache.cache.plan import FeatureInfo, MemberInfo
+from softcache.cache.plan import FeatureInfo, MemberInfo, Plan
 from softcache.cache.schema import ArraySpec, Span
 from softcache.cache.write.shard import file_bytes
 from softcache.codecs import Codec, codec_constants, make_codec, restore_codec
-from softcache.codecs.features import FeatureCodec
+from softcache.codecs.features import StoredFeature
 from softcache.codecs.fidelity import grid_of
 from softcache.config import StorageOptions
 from softcache.dump.teacher import Teacher
 from softcache.errors import ConfigError
-from softcache.features.spec import FeatureSpec
 from softcache.features.taps import shapes_of
+from softcache.report.tables import size, table
 from softcache.spec import split_term
 
 
@@ -54,36 +54,9 @@ def constants_bytes(constants: Arrays) -> int:
     return file_bytes([ArraySpec(name, dtype, shape) for name, (dtype, shape) in constants.items()]) if constants else 0
 
 
-@dataclass(frozen=True)
-class StoredFeature:
-    """One feature of a member: what it is, the shapes of the tapped outputs, how it is stored, the prefix of its data sets."""
-
-    spec: FeatureSpec
-    shapes: tuple[tuple[int, ...], ...]
-    codec: FeatureCodec
-    prefix: str
-
-    @property
-    def name(self) -> str:
-        return str(self.spec)
-
-    @property
-    def error_name(self) -> str:
-        return f"{self.prefix}_error"
-
-    def arrays(self) -> Arrays:
-        """Data set -> (dtype, shape of one record); the last one is the record's relative L2 error."""
-        stored = {self.prefix + name: spec for name, spec in self.codec.arrays.items()}
-        return {**stored, self.error_name: ("<f2", ())}
-
-    @property
-    def nbytes(self) -> int:
-        """Of one record."""
-        return record_bytes(self.arrays())
-
-    def info(self) -> FeatureInfo:
-        names = tuple(self.prefix + name for name in self.codec.arrays)
-        return FeatureInfo(self.name, self.codec.form, names, self.codec.dtype, self.shapes)
+def feature_arrays(feature: StoredFeature) -> Arrays:
+    """Data set -> (dtype, shape of one record) of a feature; the last one is the record's relative L2 error."""
+    return {**feature.arrays(), feature.error_name: ("<f2", ())}
 
 
 @dataclass(frozen=True)
@@ -91,13 +64,13 @@ class Storage:
     """How one member's records are stored.
 
     Attributes:
-        head: weight and bias of the teacher's final linear layer, kept beside features.
+        classifier: weight and bias of the teacher's final linear layer, kept beside features.
     """
 
     codec: Codec
     features: Sequence[StoredFeature] = ()
     promise: Promise | None = None
-    head: Mapping[str, np.ndarray] = field(default_factory=dict)
+    classifier: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def arrays(self) -> Arrays:
         """Data set -> (dtype, shape of one record): the codec's, the bound of each record, and the features'."""
@@ -105,7 +78,7 @@ class Storage:
         if self.codec.bounded:
             arrays["eps"] = ("<f2", ())
         for feature in self.features:
-            arrays |= feature.arrays()
+            arrays |= feature_arrays(feature)
         return arrays
 
     @property
@@ -125,11 +98,11 @@ class Storage:
     @property
     def codec_bytes(self) -> int:
         """Of these, the logits' with their bound."""
-        return self.record_bytes - sum(feature.nbytes for feature in self.features)
+        return self.record_bytes - sum(record_bytes(feature_arrays(feature)) for feature in self.features)
 
     def constants(self) -> dict[str, np.ndarray]:
         """What stands once for all records: the codec's constants, and the final linear layer beside features."""
-        return {**{f"codec_{name}": value.numpy() for name, value in self.codec.constants.items()}, **self.head}
+        return {**{f"codec_{name}": value.numpy() for name, value in self.codec.constants.items()}, **self.classifier}
 
     def with_constants(self, constants: Mapping[str, np.ndarray]) -> Storage:
         """The same with the constants that lie on disk: equal for every part and every resume."""
@@ -177,8 +150,7 @@ def stored_features(teacher: Teacher, texts: Sequence[str], dtype: str, batch: A
     made = []
     for number, spec in enumerate(specs):
         shapes = shapes_of(spec, modules)
-        codec = FeatureCodec(dtype, spec.stored(*shapes), spec.record_shape(*shapes))
-        made.append(StoredFeature(spec, shapes, codec, f"feature{number}"))
+        made.append(StoredFeature.laid_out(spec, shapes, dtype, f"feature{number}"))
     return made
 
 
@@ -197,6 +169,29 @@ def member_info(teacher: Teacher, storage: Storage) -> MemberInfo:
             "parameters": codec.parameters,
             "fields": [field.to_json() for field in codec.fields],
         },
-        features=tuple(feature.info() for feature in storage.features),
+        features=tuple(_feature_info(feature) for feature in storage.features),
         promise=None if storage.promise is None else storage.promise.to_json(),
     )
+
+
+def _feature_info(feature: StoredFeature) -> FeatureInfo:
+    names = tuple(feature.names.values())
+    return FeatureInfo(feature.name, feature.codec.form, names, feature.codec.dtype, feature.shapes)
+
+
+def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:
+    """What this round will write, as a table: bytes of a record and of the whole, for each member and each thing kept."""
+    layout = plan.rounds[-1].layout
+    records = layout.num_rows * layout.num_views
+    rows, total = [], 0
+    for name, storage in storages.items():
+        parts = [(storage.codec.text, storage.codec_bytes)]
+        parts += [
+            (f"{f.name} as {f.codec.form}, {f.codec.dtype}", record_bytes(feature_arrays(f))) for f in storage.features
+        ]
+        rows += [[name, what, f"{nbytes:,}", size(nbytes * records)] for what, nbytes in parts]
+        total += sum(nbytes for _, nbytes in parts)
+    title = (
+        f"{layout.num_rows:,} samples x {layout.num_views} views, {len(layout)} parts; {size(total * records)} in all"
+    )
+    return title + "\n" + table(["member", "stored", "bytes a record", "bytes"], rows)

@@ -19,7 +19,15 @@ from softcache.data.loading import to_device
 from softcache.data.selection import class_order
 from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
 from softcache.features.spec import FeatureSpec, parse_features
-from softcache.features.taps import HeadTap, ModuleShape, Taps, head_feature, head_of, list_modules, stages_of
+from softcache.features.taps import (
+    ClassifierTap,
+    ModuleShape,
+    Taps,
+    classifier_feature,
+    classifier_of,
+    list_modules,
+    map_ends,
+)
 from softcache.models import Model, build, fingerprint, load_model
 from softcache.models import split_weights as split_model
 from softcache.spec import parse_spec
@@ -36,14 +44,14 @@ class TeacherOutput:
     Attributes:
         rounding: (B,) bound on what the last layer's own dtype may have cost, 0 for float32.
         floored: how many probabilities of exactly zero were raised to the floor.
-        head_input: (B, D) float32 input of the final linear layer, where it is tapped.
+        classifier_input: (B, D) float32 input of the final linear layer, where it is tapped.
         features: feature -> (B, ...) in the form that is stored, where tapped.
     """
 
     logits: Tensor
     rounding: Tensor
     floored: int
-    head_input: Tensor | None = None
+    classifier_input: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -61,7 +69,7 @@ class Teacher:
         compute_dtype: of the last layer; known after the first batch.
         has_weights: False for one of our models, or torchvision's, that was named without any.
         features: what is tapped at each call.
-        head: the final linear layer, where its input is tapped at each call.
+        classifier: the final linear layer, where its input is tapped at each call.
     """
 
     def __init__(
@@ -88,7 +96,7 @@ class Teacher:
         self.fingerprint: str | None = None
         self.has_weights = True
         self.features: tuple[FeatureSpec, ...] = ()
-        self.head: nn.Linear | None = None
+        self.classifier: nn.Linear | None = None
         self._first_batch: tuple[Any, Tensor] | None = None
         if isinstance(network, nn.Module):
             network.eval().requires_grad_(False).to(self.device)
@@ -104,7 +112,7 @@ class Teacher:
             TeacherError: a result of another shape, or a fault inside the teacher.
         """
         with self._faults_explained(batch):
-            raw, head_input, features = self._run_tapped(batch)
+            raw, classifier_input, features = self._run_tapped(batch)
         if not isinstance(raw, Tensor):
             raw = torch.as_tensor(np.asarray(raw))
         raw = raw.to(self.device)
@@ -130,7 +138,7 @@ class Teacher:
         if self.class_order is not None:
             values = values[:, torch.tensor(self.class_order, device=values.device)]
         logits = values.float()
-        return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored, head_input, features)
+        return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored, classifier_input, features)
 
     @contextmanager
     def _faults_explained(self, batch: Any) -> Iterator[None]:
@@ -155,9 +163,9 @@ class Teacher:
     def _run_tapped(self, batch: Any) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
         with ExitStack() as stack:
             taps = stack.enter_context(Taps(self._net, self.features)) if self.features else None
-            head = stack.enter_context(HeadTap(self.head)) if self.head is not None else None
+            tap = stack.enter_context(ClassifierTap(self.classifier)) if self.classifier is not None else None
             raw = self._run(batch)
-            return raw, head.value() if head is not None else None, taps.values() if taps is not None else {}
+            return raw, tap.value() if tap is not None else None, taps.values() if taps is not None else {}
 
     @property
     def _net(self) -> nn.Module:
@@ -177,30 +185,30 @@ class Teacher:
         """Its modules with their output shapes on one collated batch."""
         return list_modules(self._net, self._prepared(batch))
 
-    def stages(self, batch: Any) -> list[str]:
+    def map_ends(self, batch: Any) -> list[str]:
         """The modules that end its stages, early to late: the last to give a map of each size."""
-        return [module.name for module in stages_of(self._net, self._prepared(batch))]
+        return [module.name for module in map_ends(self._net, self._prepared(batch))]
 
-    def head_feature(self, batch: Any, *, of_map: bool = False) -> FeatureSpec | None:
+    def classifier_feature(self, batch: Any, *, of_map: bool = False) -> FeatureSpec | None:
         """The layer and reduction that give the input of the final linear layer, of a map only if asked; None: none does."""
-        head = self.find_head(batch)
-        return None if head is None else head_feature(self._net, self._prepared(batch), head, of_map=of_map)
+        found = self.find_classifier(batch)
+        return None if found is None else classifier_feature(self._net, self._prepared(batch), found, of_map=of_map)
 
     def _prepared(self, batch: Any) -> Any:
         """A collated batch as the network with the known module names takes it."""
         inputs = to_device(batch, self.device)
         return self.network.input.prepare(inputs) if isinstance(self.network, Model) else inputs
 
-    def find_head(self, batch: Any) -> nn.Linear | None:
+    def find_classifier(self, batch: Any) -> nn.Linear | None:
         """The linear layer whose output is the logits; None where there is none, or where it gives no logits."""
         if not isinstance(self.network, nn.Module) or self.output != "logits":
             return None
-        return head_of(self.network, to_device(batch, self.device))
+        return classifier_of(self.network, to_device(batch, self.device))
 
-    def head_constants(self, head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    def classifier_constants(self, classifier: nn.Linear) -> tuple[Tensor, Tensor | None]:
         """(C, D) float32 weight and (C,) bias of the final layer, on the CPU, classes in the cache's order."""
-        weight = head.weight.detach().float().cpu()
-        bias = None if head.bias is None else head.bias.detach().float().cpu()
+        weight = classifier.weight.detach().float().cpu()
+        bias = None if classifier.bias is None else classifier.bias.detach().float().cpu()
         if self.class_order is not None:
             order = torch.tensor(self.class_order)
             weight, bias = weight[order], None if bias is None else bias[order]

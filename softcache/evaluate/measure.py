@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softcache.config import EvalConfig
-from softcache.data.join import batches, check_classes
-from softcache.data.loading import Partners, ViewedSet, load_batches, to_device
+from softcache.data.join import batches, check_same_classes
+from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, to_device
 from softcache.data.selection import class_indices, class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
@@ -240,11 +240,6 @@ class Sums:
         )
 
 
-def check_same_classes(one: TransferSet, other: TransferSet) -> None:
-    """Raise ClassMismatchError unless both sets have the same classes in the same order."""
-    check_classes(one, other.class_names, owner=other.name)
-
-
 def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:
     """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure; or a cache.
 
@@ -402,12 +397,6 @@ def _student_file(model_text: str) -> Path | None:
         return None
     path = Path(text)
     return None if path.is_file() and path.suffix != ".safetensors" else path
-
-
-def item_shape(item: Any) -> tuple[int, ...] | None:
-    """The shape of a rendered item; None for a text."""
-    shape = getattr(item, "shape", None)
-    return None if shape is None or isinstance(item, str) else tuple(shape)
 
 
 def summary(title: str, result: Evaluation) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError
 from softcache.features.spec import REDUCTIONS, FeatureSpec, Shape, require_known
 
-STAGES = 4  # at most: the map of a large image's stem costs more than all others
+MAP_ENDS = 4  # at most: the map of a large image's stem costs more than all others
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class _Call:
     gave: tuple[int, ...] | None
 
 
-def stages_of(model: nn.Module, inputs: Any) -> list[ModuleShape]:
-    """The modules that end the last four stages of a network of maps, early to late; none where it is no such network.
+def map_ends(model: nn.Module, inputs: Any) -> list[ModuleShape]:
+    """The modules that end the last four sizes of map in a network of maps, early to late; none where it is no such network.
 
-    A stage is what lies between two reductions of the map's size. Its end is the last module to give a map of that size:
+    An end is the last module, between two reductions of the map's size, to give a map of that size:
     of those outside the blocks that reduce it, where there are any. Left out are maps of one position, as pooling gives;
     those with channels last, of which a linear layer gives or takes such; parts of a block, which are smaller in some
     direction than what the block gives; and maps that are larger in some direction than the one before, as a decoder's. A
-    network that goes on with tokens behind its last map, as a vision transformer does, has no stages.
+    network that goes on with tokens behind its last map, as a vision transformer does, has none.
 
     The model is run once, in eval mode without gradients.
     """
@@ -102,16 +102,16 @@ def stages_of(model: nn.Module, inputs: Any) -> list[ModuleShape]:
         blocks = reducing.get(size, set())
         if size not in ends or len(around & blocks) <= len(_around(ends[size].name) & blocks):
             ends[size] = call
-    stages: list[_Call] = []
+    found: list[_Call] = []
     for call in sorted(ends.values(), key=calls.index):
-        if not stages or _fits(sizes[call.name], sizes[stages[-1].name]):
-            stages.append(call)
-    if not stages:
+        if not found or _fits(sizes[call.name], sizes[found[-1].name]):
+            found.append(call)
+    if not found:
         return []
-    behind = {call.name for call in calls[calls.index(stages[-1]) :] if _are_tokens(call.gave)}
+    behind = {call.name for call in calls[calls.index(found[-1]) :] if _are_tokens(call.gave)}
     if len(behind) > sum(map(bool, sizes.values())):
         return []
-    return [ModuleShape(call.name, kinds[call.name], call.gave, "Tensor", 1) for call in stages[-STAGES:]]
+    return [ModuleShape(call.name, kinds[call.name], call.gave, "Tensor", 1) for call in found[-MAP_ENDS:]]
 
 
 def _calls(model: nn.Module, inputs: Any) -> tuple[list[_Call], int | None]:
@@ -170,7 +170,7 @@ def shapes_of(spec: FeatureSpec, modules: Iterable[ModuleShape]) -> tuple[Shape,
     return tuple(shapes)
 
 
-def head_of(model: nn.Module, inputs: Any) -> nn.Linear | None:
+def classifier_of(model: nn.Module, inputs: Any) -> nn.Linear | None:
     """The nn.Linear whose output is `model(inputs)`, value for value; None where there is no such layer.
 
     The model is run once, in eval mode without gradients.
@@ -186,11 +186,11 @@ def head_of(model: nn.Module, inputs: Any) -> nn.Linear | None:
             if isinstance(module, nn.Linear):
                 hooks.enter_context(module.register_forward_hook(note))
         logits = model(inputs)
-    heads = [m for m, calls in outputs.items() if len(calls) == 1 and _same(calls[0], logits)]
-    return heads[-1] if heads else None
+    found = [m for m, calls in outputs.items() if len(calls) == 1 and _same(calls[0], logits)]
+    return found[-1] if found else None
 
 
-def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear, *, of_map: bool = False) -> FeatureSpec | None:
+def classifier_feature(model: nn.Module, inputs: Any, linear: nn.Linear, *, of_map: bool = False) -> FeatureSpec | None:
     """The named layer and reduction that give what `linear` takes; of several the last module. None where none does.
 
     The model is run once, in eval mode without gradients.
@@ -218,7 +218,7 @@ def head_feature(model: nn.Module, inputs: Any, linear: nn.Linear, *, of_map: bo
         for name, module in model.named_modules():
             if name and module is not linear:
                 hooks.enter_context(module.register_forward_hook(partial(note, name)))
-        taken = hooks.enter_context(HeadTap(linear))
+        taken = hooks.enter_context(ClassifierTap(linear))
         model(inputs)
         wanted = taken.value()
     same = [
@@ -331,7 +331,7 @@ class Taps:
                 )
 
 
-class HeadTap:
+class ClassifierTap:
     """While it is entered, a forward pass leaves the input of the final linear layer behind: `value()`.
 
     Args:

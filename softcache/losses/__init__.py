@@ -7,6 +7,7 @@ those without a default are tensors that the trainer provides (INPUTS), those wi
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,10 +30,10 @@ from softcache.losses.schedules import Moment, Schedule
 from softcache.spec import convert
 
 __all__ = [
-    "HEAD", "INPUTS", "LOSSES", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at", "batch_correlation",
-    "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp", "hard", "hint", "ickd", "jsd", "kd",
-    "kd_lower_bound", "make_term", "mixed_ce", "mse_logits", "nst", "pkt", "reverse_kl", "rkd_angle", "rkd_distance",
-    "shifted_kd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
+    "CLASSIFIER", "INPUTS", "LOSSES", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at",
+    "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp",
+    "hard", "hint", "ickd", "jsd", "kd", "kd_lower_bound", "make_term", "mixed_ce", "mse_logits", "nst", "pkt",
+    "reverse_kl", "rkd_angle", "rkd_distance", "shifted_kd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
 ]  # fmt: skip
 
 INPUTS = {
@@ -46,16 +47,16 @@ INPUTS = {
     "shares": "(B,) weight of the own label in a mixed view",
     "student_features": "(B, ...) of a layer of the student",
     "teacher_features": "(B, ...) of a layer of the teacher",
-    "student_levels": "list of (B, C, H, W), early to late",
-    "teacher_levels": "list of (B, C, H, W), early to late",
+    "student_maps": "list of (B, C, H, W), early to late",
+    "teacher_maps": "list of (B, C, H, W), early to late",
     "classifier_weight": "(C, D) of the teacher's final linear layer",
     "classifier_bias": "(C,) of the same",
     "samples": "(B,) position of each sample in the transfer set",
     "sample_ids": "(B,) bits of the sample ids, as int64",
     "step": "number of the optimiser step",
 }
-HEAD = "head"  # the input of the final linear layer
-VECTORS = (HEAD, "pool", "flatten", "cls", "mean_tokens")  # "head": the input of the final linear layer
+CLASSIFIER = "head"  # in place of a layer: the input of the final linear layer; settings and saved runs write it so
+VECTORS = (CLASSIFIER, "pool", "flatten", "cls", "mean_tokens")
 PLACEMENT = ("member", "layer", "student", "adapter")  # settings of every loss on features
 
 
@@ -84,7 +85,7 @@ class Loss:
         features: reductions of the teacher's layer that serve it, first the cheapest that gives the authors' own loss; "head"
             is the input of its final linear.
         reduction: of the student's layer, where it is not that of the teacher's.
-        layers: which layers by default: "head", the "last" map, the "middle" one, or all "stages".
+        layers: which layers by default: "head", the "last" map, the "middle" one, or all "map_ends".
         widths: the student's layer must have the teacher's number of channels, or an adapter.
         adapter: between the student's layer and the teacher's, by default.
         graft: the adapter is a projector that stays in the student, in front of the teacher's own classifier.
@@ -154,12 +155,12 @@ class Loss:
     def has_teacher(self) -> bool:
         """It learns from a cache."""
         return self.needs(
-            "teacher_logits", "teacher_features", "teacher_levels", "head_ids", "classifier_weight", "classifier_bias"
+            "teacher_logits", "teacher_features", "teacher_maps", "head_ids", "classifier_weight", "classifier_bias"
         )
 
     @cached_property
     def has_features(self) -> bool:
-        return self.needs("teacher_features", "teacher_levels")
+        return self.needs("teacher_features", "teacher_maps")
 
 
 LOSSES: dict[str, Loss] = {
@@ -193,16 +194,19 @@ LOSSES: dict[str, Loss] = {
     "srrl": Loss(srrl, "Yang et al. 2021", features=(*VECTORS, "map"), widths=True, adapter="linear"),
     # maps, or what is kept of them
     "fitnet": Loss(hint, "Romero et al. 2015", features=("map",), layers="middle", widths=True, adapter="linear"),
-    "at": Loss(at, "Zagoruyko, Komodakis 2017", features=("attention", "map"), layers="stages"),
+    "at": Loss(at, "Zagoruyko, Komodakis 2017", features=("attention", "map"), layers="map_ends"),
     "sp": Loss(
-        sp, "Tung, Mori 2019", over="batch", features=("flatten", "map", "pool", "cls", "mean_tokens", HEAD), layers="last"
+        sp, "Tung, Mori 2019", over="batch", features=("flatten", "map", "pool", "cls", "mean_tokens", CLASSIFIER),
+        layers="last",
     ),
-    "nst": Loss(nst, "Huang, Wang 2017", features=("spatial_gram", "map"), layers="stages"),
-    "vid": Loss(Vid, "Ahn et al. 2019", features=("map",), layers="stages", widths=True, adapter="mlp"),
-    "ab": Loss(ab, "Heo et al. 2019", features=("sign", "map"), reduction="map", layers="stages", widths=True, adapter="linear"),
-    "fsp": Loss(fsp, "Yim et al. 2017", features=("fsp",), layers="stages", widths=True),
+    "nst": Loss(nst, "Huang, Wang 2017", features=("spatial_gram", "map"), layers="map_ends"),
+    "vid": Loss(Vid, "Ahn et al. 2019", features=("map",), layers="map_ends", widths=True, adapter="mlp"),
+    "ab": Loss(
+        ab, "Heo et al. 2019", features=("sign", "map"), reduction="map", layers="map_ends", widths=True, adapter="linear"
+    ),
+    "fsp": Loss(fsp, "Yim et al. 2017", features=("fsp",), layers="map_ends", widths=True),
     "ickd": Loss(ickd, "Liu et al. 2021", features=("gram", "map"), layers="last", widths=True, adapter="linear"),
-    "reviewkd": Loss(ReviewKd, "Chen et al. 2021", features=("map",), layers="stages"),
+    "reviewkd": Loss(ReviewKd, "Chen et al. 2021", features=("map",), layers="map_ends"),
     "simkd": Loss(hint, "Chen et al. 2022", features=("map", *VECTORS), layers="last", graft=True),
 }  # fmt: skip
 
@@ -269,6 +273,13 @@ def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
             tip="4 is usual; a schedule stays above 0 throughout, as in linear(8, 2)",
         )
     return term
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HEAD":
+        warnings.warn("softcache.losses.HEAD is now CLASSIFIER", DeprecationWarning, stacklevel=2)
+        return CLASSIFIER
+    raise AttributeError(f"module 'softcache.losses' has no attribute {name!r}")
 
 
 def _setting(loss: Loss, name: str, key: str, value: Any) -> Any:

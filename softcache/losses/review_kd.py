@@ -1,4 +1,4 @@
-"""ReviewKD: each level of the teacher taught to the student's level and all deeper ones, fused."""
+"""ReviewKD: each map of the teacher taught to the student's map and all deeper ones, fused."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ POOLED_SIZES = (4, 2, 1)
 
 
 class ReviewKd(nn.Module):
-    """Hierarchical context loss between the teacher's levels and the student's, fused from the deepest to the shallowest.
+    """Hierarchical context loss between the teacher's maps and the student's, fused from the deepest to the shallowest.
 
     Args:
         student_shapes, teacher_shapes: of one sample, early to late, as many of the one as of the other: maps (C, H, W), or
-            (C,) which counts as a 1 x 1 map (the paper adds the pooled embedding as the last level).
-        width: channels of the fused maps (the authors: those of the student's last level, at most 512).
+            (C,) which counts as a 1 x 1 map (the paper adds the pooled embedding as the last map).
+        width: channels of the fused maps (the authors: those of the student's last map, at most 512).
 
-    forward takes student_levels and teacher_levels, lists of (B, *shape), and gives a scalar >= 0: the sum over levels of
+    forward takes student_maps and teacher_maps, lists of (B, *shape), and gives a scalar >= 0: the sum over maps of
     `hierarchical_context`. The fusion is learned, so equal student and teacher do not give zero. It has batch norm: in
-    training the samples of a batch are not independent, and one sample with a 1 x 1 level is refused by torch. Published
+    training the samples of a batch are not independent, and one sample with a 1 x 1 map is refused by torch. Published
     weights 1 to 8 (5 for CIFAR-100's resnet32x4 and 8x4), warmed up over 20 epochs.
 
     Raises:
-        LossError: no levels, or another number of them.
+        LossError: no maps, or another number of them.
         ValueError (forward): shapes that do not fit.
 
     Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review" (2021), section 3.
@@ -40,32 +40,32 @@ class ReviewKd(nn.Module):
         super().__init__()
         if not student_shapes or len(student_shapes) != len(teacher_shapes):
             raise LossError(
-                f"reviewkd: {len(student_shapes)} levels of the student, {len(teacher_shapes)} of the teacher",
+                f"reviewkd: {len(student_shapes)} maps of the student, {len(teacher_shapes)} of the teacher",
                 tip="name as many layers of the one as of the other, early to late",
             )
         deepest = len(student_shapes) - 1
         self.fusions = nn.ModuleList(
-            _Fusion(student[0], teacher, width, fuses=level < deepest)
-            for level, (student, teacher) in enumerate(zip(student_shapes, teacher_shapes, strict=True))
+            _Fusion(student[0], teacher, width, fuses=number < deepest)
+            for number, (student, teacher) in enumerate(zip(student_shapes, teacher_shapes, strict=True))
         )
 
-    def forward(self, student_levels: Sequence[Tensor], teacher_levels: Sequence[Tensor]) -> Tensor:
-        if not len(student_levels) == len(teacher_levels) == len(self.fusions):
+    def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        if not len(student_maps) == len(teacher_maps) == len(self.fusions):
             raise ValueError(
-                f"{len(student_levels)} levels of the student and {len(teacher_levels)} of the teacher; "
+                f"{len(student_maps)} maps of the student and {len(teacher_maps)} of the teacher; "
                 f"both must be {len(self.fusions)}"
             )
         losses: list[Tensor] = []
         deeper = None
         dtype = next(self.parameters()).dtype
-        for fusion, student, teacher in reversed(list(zip(self.fusions, student_levels, teacher_levels, strict=True))):
+        for fusion, student, teacher in reversed(list(zip(self.fusions, student_maps, teacher_maps, strict=True))):
             matched, deeper = fusion(_as_map(student).to(dtype), deeper)
             losses.append(hierarchical_context(matched, _as_map(teacher)))
         return torch.stack(losses).sum()
 
 
 class _Fusion(nn.Module):
-    """A student's level joined with the deeper ones, each position weighing the two by attention."""
+    """A student's map joined with the deeper ones, each position weighing the two by attention."""
 
     def __init__(self, channels: int, teacher_shape: Sequence[int], width: int, *, fuses: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Fusion(nn.Module):
         self.match = nn.Sequential(match, nn.BatchNorm2d(teacher_shape[0]))
 
     def forward(self, student: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, *teacher_shape) to match, and (B, width, H, W) for the next shallower level."""
+        """(B, *teacher_shape) to match, and (B, width, H, W) for the next shallower map."""
         fused = self.reduce(student)
         if self.attend is not None and deeper is not None:
             deeper = F.interpolate(deeper, fused.shape[2:])
@@ -111,5 +111,5 @@ def hierarchical_context(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     return torch.stack([weight * part for weight, part in zip(weights, parts, strict=True)]).sum() / sum(weights)
 
 
-def _as_map(level: Tensor) -> Tensor:
-    return level[:, :, None, None] if level.ndim == 2 else level
+def _as_map(tensor: Tensor) -> Tensor:
+    return tensor[:, :, None, None] if tensor.ndim == 2 else tensor

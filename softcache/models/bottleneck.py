@@ -41,17 +41,17 @@ class Bottleneck(nn.Module):
 
 
 class CifarResNet50(nn.Module):
-    """A 3x3 stem, stages of 3, 4, 6 and 3 bottlenecks at full to an eighth of the resolution, average pool, linear."""
+    """A 3x3 stem, groups of 3, 4, 6 and 3 bottlenecks at full to an eighth of the resolution, average pool, linear."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(64, 64, 3, stride=1)
-        self.layer2 = _stage(256, 128, 4, stride=2)
-        self.layer3 = _stage(512, 256, 6, stride=2)
-        self.layer4 = _stage(1024, 512, 3, stride=2)
+        self.layer1 = _group(64, 64, 3, stride=1)
+        self.layer2 = _group(256, 128, 4, stride=2)
+        self.layer3 = _group(512, 256, 6, stride=2)
+        self.layer4 = _group(1024, 512, 3, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(2048, num_classes)
         he_normal(self)
@@ -63,7 +63,7 @@ class CifarResNet50(nn.Module):
         return self.linear(self.avgpool(x).flatten(1))  # (B, C)
 
 
-def _stage(c_in: int, width: int, n: int, stride: int) -> nn.Sequential:
+def _group(c_in: int, width: int, n: int, stride: int) -> nn.Sequential:
     first = Bottleneck(c_in, width, stride)
     return nn.Sequential(first, *(Bottleneck(EXPANSION * width, width, 1) for _ in range(n - 1)))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, SoftcacheError, nearest
-from softcache.features.taps import eval_mode, head_of
+from softcache.features.taps import classifier_of, eval_mode
 from softcache.models.model import Model
 from softcache.models.projector import Graft, Projector
 
@@ -54,7 +54,7 @@ def graft(
             tip="a reused classifier needs the teacher's class list",
         )
     prepared = model.input.prepare(inputs)
-    found = head_of(model.net, prepared)
+    found = classifier_of(model.net, prepared)
     if found is None:
         raise ModelError(
             f"{model.spec}: its logits do not come from an nn.Linear, so that there is none to replace",

@@ -11,10 +11,10 @@ from softcache.models.model import Model
 
 
 class Tail(nn.Sequential):
-    """What is between a network's last stage and its final linear layer: it takes a map and gives one position.
+    """What is between a network's last group and its final linear layer: it takes a map and gives one position.
 
-    A class of its own, where an nn.Sequential would compute the same: `taps.stages_of` sees a block that reduces the map,
-    so that the last stage ends before it and not inside.
+    A class of its own, where an nn.Sequential would compute the same: `taps.map_ends` sees a block that reduces the map,
+    so that the last group ends before it and not inside.
     """
 
 

@@ -52,7 +52,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """A 3x3 stem that halves, seven rows of blocks, of which three halve, a 1x1 convolution, average pool, linear.
 
-    The stages are `blocks.1`, `blocks.2`, `blocks.4` and `blocks.6`; the last convolution belongs to `tail`.
+    The maps end at `blocks.1`, `blocks.2`, `blocks.4` and `blocks.6`; the last convolution belongs to `tail`.
     """
 
     def __init__(self, width: float, in_channels: int, num_classes: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softcache.models.images import he_normal, image_model
 from softcache.models.model import Model
 
-PLAIN = (16, 16, 32, 64)  # stem and three stages
+PLAIN = (16, 16, 32, 64)  # stem and three groups
 X4 = (32, 64, 128, 256)
 
 
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 stem, three stages of (depth - 2) / 6 blocks at full, half and quarter resolution, average pool, linear."""
+    """A 3x3 stem, three groups of (depth - 2) / 6 blocks at full, half and quarter resolution, average pool, linear."""
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
-        self.layer1 = _stage(widths[0], widths[1], n, stride=1)
-        self.layer2 = _stage(widths[1], widths[2], n, stride=2)
-        self.layer3 = _stage(widths[2], widths[3], n, stride=2)
+        self.layer1 = _group(widths[0], widths[1], n, stride=1)
+        self.layer2 = _group(widths[1], widths[2], n, stride=2)
+        self.layer3 = _group(widths[2], widths[3], n, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[3], num_classes)
         he_normal(self)
@@ -63,7 +63,7 @@ class CifarResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))  # (B, C)
 
 
-def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
+def _group(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
     first = BasicBlock(c_in, c_out, stride)
     return nn.Sequential(first, *(BasicBlock(c_out, c_out, 1) for _ in range(n - 1)))
 

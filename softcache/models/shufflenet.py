@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from softcache.models.images import Tail, image_model
 
 STEM = 24
-UNITS = (4, 8, 4)  # in each of three stages, the first of which halves the map
+UNITS = (4, 8, 4)  # in each of three groups, the first of which halves the map
 CHANNELS_V1, GROUPS = (240, 480, 960), 3
 CHANNELS_V2, LAST_V2 = (116, 232, 464), 1024
 
@@ -57,14 +57,14 @@ class UnitV1(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """A 1x1 stem, three stages that halve, average pool, linear."""
+    """A 1x1 stem, three groups that halve, average pool, linear."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, STEM, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM)
         self.relu = nn.ReLU()
-        self.layer1, self.layer2, self.layer3 = _stages(UnitV1, CHANNELS_V1)
+        self.layer1, self.layer2, self.layer3 = _groups(UnitV1, CHANNELS_V1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(CHANNELS_V1[-1], num_classes)
 
@@ -105,14 +105,14 @@ def _depthwise(channels: int, stride: int) -> list[nn.Module]:
 
 
 class ShuffleNetV2(nn.Module):
-    """A 1x1 stem, three stages that halve, a 1x1 convolution, average pool, linear; that convolution is in `tail`."""
+    """A 1x1 stem, three groups that halve, a 1x1 convolution, average pool, linear; that convolution is in `tail`."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, STEM, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM)
         self.relu = nn.ReLU()
-        self.layer1, self.layer2, self.layer3 = _stages(UnitV2, CHANNELS_V2)
+        self.layer1, self.layer2, self.layer3 = _groups(UnitV2, CHANNELS_V2)
         names, last = ("conv2", "bn2", "relu", "avgpool"), _pointwise(CHANNELS_V2[-1], LAST_V2)
         self.tail = Tail(OrderedDict(zip(names, [*last, nn.AdaptiveAvgPool2d(1)], strict=True)))
         self.linear = nn.Linear(LAST_V2, num_classes)
@@ -123,12 +123,12 @@ class ShuffleNetV2(nn.Module):
         return self.linear(self.tail(x).flatten(1))  # (B, C)
 
 
-def _stages(unit: Callable[[int, int, int], nn.Module], channels: tuple[int, ...]) -> list[nn.Sequential]:
-    stages, c_in = [], STEM
+def _groups(unit: Callable[[int, int, int], nn.Module], channels: tuple[int, ...]) -> list[nn.Sequential]:
+    groups, c_in = [], STEM
     for c_out, n in zip(channels, UNITS, strict=True):
-        stages.append(nn.Sequential(unit(c_in, c_out, 2), *(unit(c_out, c_out, 1) for _ in range(n - 1))))
+        groups.append(nn.Sequential(unit(c_in, c_out, 2), *(unit(c_out, c_out, 1) for _ in range(n - 1))))
         c_in = c_out
-    return stages
+    return groups
 
 
 shufflenetv1 = image_model(ShuffleNetV1)

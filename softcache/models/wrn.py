@@ -41,9 +41,9 @@ class PreactivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A 3x3 stem, three stages of (depth - 4) / 6 blocks at full, half and quarter resolution, average pool, linear.
+    """A 3x3 stem, three groups of (depth - 4) / 6 blocks at full, half and quarter resolution, average pool, linear.
 
-    The stages end before the last BatchNorm and ReLU, which belong to `tail`.
+    The groups end before the last BatchNorm and ReLU, which belong to `tail`.
     """
 
     def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
@@ -51,9 +51,9 @@ class WideResNet(nn.Module):
         assert depth >= 10 and (depth - 4) % 6 == 0, f"depth must be 6n+4, got {depth}"
         n = (depth - 4) // 6
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.block1 = _stage(16, 16 * width, n, stride=1)
-        self.block2 = _stage(16 * width, 32 * width, n, stride=2)
-        self.block3 = _stage(32 * width, 64 * width, n, stride=2)
+        self.block1 = _group(16, 16 * width, n, stride=1)
+        self.block2 = _group(16 * width, 32 * width, n, stride=2)
+        self.block3 = _group(32 * width, 64 * width, n, stride=2)
         last = [("bn1", nn.BatchNorm2d(64 * width)), ("relu", nn.ReLU()), ("avgpool", nn.AdaptiveAvgPool2d(1))]
         self.tail = Tail(OrderedDict(last))
         self.fc = nn.Linear(64 * width, num_classes)
@@ -66,7 +66,7 @@ class WideResNet(nn.Module):
         return self.fc(self.tail(x).flatten(1))  # (B, C)
 
 
-def _stage(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
+def _group(c_in: int, c_out: int, n: int, stride: int) -> nn.Sequential:
     first = PreactivationBlock(c_in, c_out, stride)
     return nn.Sequential(first, *(PreactivationBlock(c_out, c_out, 1) for _ in range(n - 1)))
 
@@ -91,7 +91,7 @@ def wrn(
     Args:
         num_classes: C.
         depth: 6n+4 layers with weights, at least 10.
-        width: multiplies the 16, 32 and 64 channels of the stages.
+        width: multiplies the 16, 32 and 64 channels of the groups.
         input_shape, in_channels, mean, std, scale: as for every model of small images.
 
     Raises:

@@ -34,7 +34,8 @@ from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
 from softcache.data.selection import of_classes, read_keys
 from softcache.errors import CacheError, ConfigError, DataError, DumpError, first_offenders, nearest
-from softcache.targets.cache import Cache, Targets
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Cache
 from softcache.targets.cache import open as open_cache
 
 BATCH_ROWS, BATCH_LOGITS = 1024, 1 << 22  # what is held in memory at once; sums of statistics depend on it

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from softcache.config import ExportConfig
 from softcache.data.join import batches
-from softcache.data.loading import ViewedSet, load_batches, to_device
+from softcache.data.loading import ViewedSet, item_shape, load_batches, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ClassMismatchError, ConfigError, ExportError, require_extra
-from softcache.evaluate.measure import Evaluation, Sums, item_shape, run_policy
+from softcache.evaluate.measure import Evaluation, Sums, run_policy
 from softcache.machine import pick_device, pick_threads, pick_workers
 from softcache.models import (
     METADATA_KEY,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Cache", "Joined", "Targets", "open"]
 
 if TYPE_CHECKING:
-    from softcache.targets.cache import Cache, Joined, Targets, open
+    from softcache.targets.batch import Targets
+    from softcache.targets.cache import Cache, Joined, open
 
 
 def __getattr__(name: str) -> Any:

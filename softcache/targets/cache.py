@@ -9,8 +9,8 @@ for (images, labels), records in DataLoader(joined, batch_size=128, shuffle=True
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,200 +26,16 @@ from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import MANIFEST, WORK
 from softcache.codecs import Codec, codec_constants, restore_codec
-from softcache.codecs.features import FeatureCodec
+from softcache.codecs.features import StoredFeature
 from softcache.data.drift import Drift, Render, check_drift
 from softcache.data.identity import pixel_digest, sample_ids
 from softcache.data.join import ContentCheck, JoinBy, dataset_keys, find_ids, item_of, join, replace_item
 from softcache.data.loading import Partners
-from softcache.data.philox import Draws, step_key
 from softcache.data.views import Policy
 from softcache.errors import CacheError, DataError, nearest
-from softcache.features.spec import FeatureSpec, parse_features
-from softcache.targets.ensemble import KEEPS_LEVEL, combine
+from softcache.targets.batch import Targets
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
-
-
-@dataclass(frozen=True)
-class CachedFeature:
-    """One stored feature of a member: where its values lie, and how they become what a loss sees."""
-
-    spec: FeatureSpec
-    codec: FeatureCodec
-    arrays: Mapping[str, str]  # suffix of the codec -> data set
-    shapes: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, info: FeatureInfo) -> CachedFeature:
-        """As the manifest describes it."""
-        layers, _, _ = info.name.rpartition(":")
-        (spec,) = parse_features([info.name], layers.split("+"))
-        shapes = tuple(tuple(int(n) for n in shape) for shape in info.shapes)
-        if len(shapes) != len(spec.layers):
-            raise CacheError(f"feature {info.name!r} has {len(shapes)} shapes for {len(spec.layers)} layers")
-        spec.check(*shapes)
-        if info.stored != spec.stored(*shapes):
-            raise CacheError(f"feature {info.name!r} is stored as {info.stored!r}, should be {spec.stored(*shapes)!r}")
-        codec = FeatureCodec(info.dtype, info.stored, spec.record_shape(*shapes))
-        if len(codec.arrays) != len(info.arrays):
-            raise CacheError(
-                f"feature {info.name!r} has {len(info.arrays)} data sets, {info.dtype} takes {len(codec.arrays)}"
-            )
-        return cls(spec, codec, dict(zip(codec.arrays, info.arrays, strict=True)), shapes)
-
-    def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """(B, ...) float32."""
-        stored = {suffix: arrays[name] for suffix, name in self.arrays.items()}
-        return self.spec.read(self.codec.decode(stored), *self.shapes)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The stored targets of one batch, still encoded; decoded on whatever device they are moved to.
-
-    Attributes:
-        rows, views: (B,) int64 place of each record in the cache.
-        arrays: member -> data set -> (B, ...) stored values.
-        codecs: member -> codec.
-        samples: the cache's sample table, read only when labels or ids are asked for.
-        features: (member, feature) -> how it is decoded; its stored values are among the member's arrays.
-    """
-
-    rows: np.ndarray
-    views: np.ndarray
-    samples: SampleTable
-    arrays: Mapping[str, Mapping[str, Tensor]]
-    codecs: Mapping[str, Codec]
-    features: Mapping[tuple[str, str], CachedFeature] = field(default_factory=dict)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Targets:
-        """The same targets with the stored values on another device."""
-        moved = {
-            member: {name: value.to(device, non_blocking=non_blocking) for name, value in arrays.items()}
-            for member, arrays in self.arrays.items()
-        }
-        return replace(self, arrays=moved)
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return tuple(self.arrays)
-
-    @property
-    def labels(self) -> Tensor:
-        """(B,) int64 class index or -1, or (B, C) bool, on the CPU; as the cache holds them."""
-        return torch.from_numpy(self.samples.labels_of(self.rows))
-
-    @property
-    def sample_ids(self) -> np.ndarray:
-        """(B,) uint64."""
-        return self.samples.ids[self.rows]
-
-    def logits(self, member: str | None = None) -> Tensor:
-        """(B, C) float32 logits of one member (default: the only one).
-
-        Raises:
-            CacheError: no such member, or several and none named.
-        """
-        if member is None:
-            if len(self.arrays) > 1:
-                raise CacheError(
-                    f"this cache has {len(self.arrays)} members: {', '.join(self.arrays)}",
-                    tip="name one: logits(member), or combine them: combined(rule)",
-                )
-            member = next(iter(self.arrays))
-        if member not in self.arrays:
-            raise CacheError(f"no member {member!r}", tip=nearest(member, self.arrays))
-        return self.codecs[member].decode(self.arrays[member])
-
-    def feature(self, name: str, member: str | None = None) -> Tensor:
-        """(B, ...) float32 feature as a loss sees it: reduced as its name says.
-
-        Args:
-            name: `layer:reduction`, as it was dumped and asked for.
-            member: default: the only one that has it.
-
-        Raises:
-            CacheError: it was not gathered, or several members have it.
-        """
-        found = [key for key in self.features if key[1] == name and member in (None, key[0])]
-        if len(found) != 1:
-            known = [feature for _, feature in self.features]
-            raise CacheError(
-                f"{len(found)} members have the feature {name!r} in this batch",
-                tip=(nearest(name, known) if known else "ask for features when gathering: gather(..., features=[...])")
-                if not found
-                else f"name the member: {', '.join(one for one, _ in found)}",
-            )
-        return self.features[found[0]].decode(self.arrays[found[0][0]])
-
-    def head_input(self, member: str) -> Tensor:
-        """(B, D) float32 input of a member's final linear layer, where its codec keeps that: linear_head."""
-        return self.codecs[member].head_input(self.arrays[member])
-
-    def rows_between(self, first: int, last: int) -> Targets:
-        """The targets of rows [first, last) of this batch."""
-        arrays = {}
-        for member, stored in self.arrays.items():
-            part = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
-            if "dense" in stored:
-                inside = (stored["dense_at"] >= first) & (stored["dense_at"] < last)
-                if bool(inside.any()):
-                    part |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - first}
-            arrays[member] = part
-        return replace(self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays)
-
-    def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What a codec that keeps some classes has of them: ids (B, k), logits (B, k), log-sum-exp of the rest at T (B,)."""
-        codec, arrays = self.codecs[member], self.arrays[member]
-        return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
-
-    def log_probs(self, member: str, temperature: float) -> Tensor:
-        """(B, C) float32 logarithm of one member's soft target at a temperature.
-
-        A codec that keeps only some classes spreads the rest's probability evenly.
-        """
-        codec, arrays = self.codecs[member], self.arrays[member]
-        if not codec.complete:
-            return codec.spread(arrays, temperature)
-        return (codec.decode(arrays) / temperature).log_softmax(dim=1)
-
-    def combined(
-        self,
-        rule: str = "mean_logits",
-        *,
-        weights: Mapping[str, float] | None = None,
-        temperature: float = 1.0,
-        link: str = "softmax",
-        draw_seed: int = 0,
-    ) -> Tensor:
-        """(B, C) float32 logits of the ensemble: softmax(result / T) is its soft target at T.
-
-        Args:
-            rule: one of COMBINE_RULES, see `softcache.ensemble.combine`.
-            weights: member -> weight, for the members to use; None = all, equally.
-            temperature: of the loss that asks.
-            link: "softmax", or "sigmoid" for multi-label targets.
-            draw_seed: of the rule "draw", which picks a member per sample and view.
-        """
-        chosen = self.members if weights is None else tuple(weights)
-        logits = [self.logits(member) for member in chosen]
-        if len(logits) == 1 and rule in KEEPS_LEVEL:
-            return logits[0]
-        draws = self._draws(draw_seed) if rule == "draw" else None
-        return combine(
-            logits,
-            rule,
-            weights=None if weights is None else [weights[member] for member in chosen],
-            temperature=temperature,
-            link=link,
-            draws=draws,
-        )
-
-    def _draws(self, seed: int) -> Tensor:
-        """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone."""
-        key = step_key("member", 0)
-        pairs = zip(self.sample_ids.tolist(), self.views.tolist(), strict=True)
-        return torch.tensor([Draws(seed, key, sample, view).uniform() for sample, view in pairs], dtype=torch.float64)
 
 
 class Cache:
@@ -250,10 +66,9 @@ class Cache:
         self._check_arrays(member.name, {**codec.arrays, **bound}, f"codec {codec.text}")
         return codec
 
-    def _feature(self, member: MemberInfo, info: FeatureInfo) -> CachedFeature:
-        feature = CachedFeature.of(info)
-        wanted = {name: feature.codec.arrays[suffix] for suffix, name in feature.arrays.items()}
-        self._check_arrays(member.name, wanted, f"feature {info.name!r}")
+    def _feature(self, member: MemberInfo, info: FeatureInfo) -> StoredFeature:
+        feature = StoredFeature.described(info.name, info.dtype, info.stored, info.arrays, info.shapes)
+        self._check_arrays(member.name, feature.arrays(), f"feature {info.name!r}")
         return feature
 
     def _check_arrays(self, member: str, wanted: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
@@ -348,14 +163,19 @@ class Cache:
                     tip=nearest(feature, known) if known else "dump again with --features",
                 )
         for (member, _), cached in found.items():
-            for name in cached.arrays.values():
+            for name in cached.arrays():
                 arrays[member][name] = torch.from_numpy(self.reader.gather(member, name, rows, views))
         return Targets(rows, views, self.samples, arrays, codecs, found)
 
     def head(self, member: str) -> tuple[Tensor, Tensor | None] | None:
+        """As `classifier`, by its old name: for one version more."""
+        warnings.warn("Cache.head is now Cache.classifier", DeprecationWarning, stacklevel=2)
+        return self.classifier(member)
+
+    def classifier(self, member: str) -> tuple[Tensor, Tensor | None] | None:
         """(C, D) weight and (C,) bias of a member's final linear layer; None where the cache does not keep it."""
         stored = self.reader.constants(member)
-        for prefix in ("head_", "codec_") if self.codecs[member].needs_head else ("head_",):
+        for prefix in ("head_", "codec_") if self.codecs[member].needs_classifier else ("head_",):
             if f"{prefix}weight" in stored:
                 bias = stored.get(f"{prefix}bias")
                 shapes = [array.shape[:1] for array in (stored[f"{prefix}weight"], bias) if array is not None]
@@ -370,10 +190,10 @@ class Cache:
         """What decoding takes of one member; the bounds are read only when asked for."""
         codec = self.codecs[member]
         found = {name: self.reader.gather(member, name, rows, views) for name in codec.arrays}
-        for part_of in codec.fields:
-            if part_of.name == "dense":
-                part = found["records"][:, part_of.offset : part_of.offset + 4]
-                numbers = np.ascontiguousarray(part).view("<u4")[:, 0]
+        for field in codec.fields:
+            if field.name == "dense":
+                raw = found["records"][:, field.offset : field.offset + 4]
+                numbers = np.ascontiguousarray(raw).view("<u4")[:, 0]
                 at = np.flatnonzero(numbers)
                 if at.size:
                     found["dense"] = self.reader.dense(member, rows[at], views[at], numbers[at])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,20 +16,22 @@ from torch import Tensor
 
 from softcache.config import TrainConfig
 from softcache.data.identity import sample_ids
-from softcache.data.join import SPREAD
+from softcache.data.join import SPREAD, check_same_classes
 from softcache.data.loading import LoadedBatch, Pair, Partners, ViewedSet, load_batches, map_tensors, to_device
 from softcache.data.selection import class_indices
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError
-from softcache.evaluate.measure import check_same_classes
 from softcache.losses import LossTerm
-from softcache.targets.cache import Cache, Joined, Targets
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Cache, Joined
 from softcache.targets.cache import open as open_cache
+from softcache.targets.teacher import CachedTeacher
 from softcache.train.objective import Given, Labels
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import pinned_cache
-from softcache.train.terms import CachedTeacher, check_labels, check_mixed, check_term, parse_members
+from softcache.train.terms import check_labels, check_mixed, check_term, parse_members
+from softcache.version import __version__
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,33 @@ class Material:
     def sample_ids(self) -> np.ndarray:
         """(N,) uint64."""
         return sample_ids(self.transfer_set.keys) if self.ids is None else self.ids
+
+    def facts(self, config: TrainConfig, data: str, initialised: str | None) -> dict[str, Any]:
+        """What a run records of its data.
+
+        Args:
+            data: its fingerprint.
+            initialised: what the student took from other weights.
+        """
+        cached = self.cache is not None
+        return {
+            "cache": self.cache.id if self.cache is not None else None,
+            "data": data,
+            "targets": ("mismatched" if config.augment else "matched") if cached else None,
+            "drift": self.drift,
+            "initialised": initialised,
+            "samples": len(self.transfer_set),
+            "labelled": self.labelled,
+            "labels_changed": self.joined.labels_changed if self.joined is not None else 0,
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """What a student's file says of the data it learned from."""
+        return {
+            "softcache_policy": json.dumps(self.policy.to_json()),
+            "softcache_cache": self.cache.id if self.cache is not None else "",
+            "softcache_version": __version__,
+        }
 
     def batch(self, loaded: LoadedBatch, config: TrainConfig, features: Sequence[str], device: torch.device) -> Batch:
         """What a worker loaded, on the device, with its labels and its targets.
@@ -134,10 +164,10 @@ class Batch:
     sample_ids: Tensor
     views: int = 1
 
-    def parts(
+    def pieces(
         self, count: int, wanted: int, step: int, ranks: Ranks, *, over_labels: bool
     ) -> Iterator[tuple[Any, Given]]:
-        """Inputs and what the terms are given, in at most `wanted` parts, as many on every rank.
+        """Inputs and what the terms are given, in at most `wanted` pieces, as many on every rank.
 
         Args:
             count: samples of the global batch.
@@ -152,9 +182,9 @@ class Batch:
         total_labels = ranks.total(self.labels.weight) if over_labels else None
         edges = [_edges(share, number, self.views) for share in shares]
         rows = count * self.views
-        for part in range(number):
-            counts = tuple(one[part + 1] - one[part] for one in edges)
-            own = slice(edges[ranks.rank][part], edges[ranks.rank][part + 1])
+        for piece in range(number):
+            counts = tuple(one[piece + 1] - one[piece] for one in edges)
+            own = slice(edges[ranks.rank][piece], edges[ranks.rank][piece + 1])
             labels = self._labels(own)
             factors: dict[str, float | Tensor] = {
                 "samples": counts[ranks.rank] * ranks.size / rows,
@@ -180,13 +210,13 @@ class Batch:
         return tensor[own]
 
 
-def _edges(share: int, parts: int, views: int) -> list[int]:
-    """Where each of the parts of a rank's rows begins, and where the last one ends; samples stay whole."""
-    sizes = [len(part) for part in np.array_split(np.empty(share), parts)]
+def _edges(share: int, pieces: int, views: int) -> list[int]:
+    """Where each of the pieces of a rank's rows begins, and where the last one ends; samples stay whole."""
+    sizes = [len(piece) for piece in np.array_split(np.empty(share), pieces)]
     return [0, *(np.cumsum(sizes) * views).tolist()]
 
 
-def open_material(config: TrainConfig, terms: Sequence[LossTerm], out: Path) -> Material:
+def open_material(config: TrainConfig, terms: Sequence[LossTerm]) -> Material:
     """Open data and cache, join them, and refuse whatever does not fit the terms.
 
     Raises:
@@ -196,13 +226,14 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], out: Path) -> 
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
     if eval_set is not None:
         check_same_classes(eval_set, transfer_set)
-    cache = _open_cache(config, out)
+    cache = _open_cache(config)
     joined = _join(cache, transfer_set, config) if cache is not None else None
     chosen = tuple(class_indices(transfer_set.class_names, config.classes)) if config.classes else None
     weights = parse_members(config.members)
     teacher = None if cache is None else CachedTeacher(cache, config.combine, weights, config.seed, chosen)
-    for term in terms if teacher is not None else ():
-        check_term(teacher, term)  # type: ignore[arg-type]
+    if teacher is not None:
+        for term in terms:
+            check_term(teacher, term)
     policy = _policy(config, cache)
     if policy.mixing is not None:
         check_mixed(terms, str(policy))
@@ -240,10 +271,11 @@ def views_of(epoch: int, cache: Cache | None, config: TrainConfig) -> list[int]:
     return [view if cache is None or config.augment else view % cache.num_views for view in taken]
 
 
-def _open_cache(config: TrainConfig, out: Path) -> Cache | None:
+def _open_cache(config: TrainConfig) -> Cache | None:
     """The cache to learn from; a run that is resumed stays with the manifest it began with."""
     if config.cache is None:
         return None
+    out = Path(config.out)
     before = pinned_cache(out)
     try:
         cache = open_cache(

@@ -44,20 +44,22 @@ class Trained:
 
     Attributes:
         net: of the student.
-        parts: what the terms of all stages learn or remember.
+        term_modules: what the terms of all stages learn or remember.
         optimizer: of the current stage.
         scaler: of gradients in half precision.
         average: of the student's weights, where one is kept.
     """
 
     net: nn.Module
-    parts: nn.Module
+    term_modules: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: nn.Module | None = None
 
     def named(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """By their names in a checkpoint."""
+        named = {"parts" if name == "term_modules" else name: value for name, value in vars(self).items()}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def read_progress(out: Path, ranks: Ranks) -> tuple[Progress, dict[str, Any]]:

@@ -1,58 +1,52 @@
-"""The training recipe: cache + transfer set -> student. Read it top to bottom.
+"""The training flow: cache + transfer set -> student. Read it top to bottom.
 
     cache + transfer set -> join -> loader of items -> one gather of the batch's targets -> device -> decode -> losses -> step
 
-Without a cache the same recipe trains on hard labels: that is how teachers and baselines are made. Under torchrun every
+Without a cache the same flow trains on hard labels: that is how teachers and baselines are made. Under torchrun every
 process computes its share of each batch, and the first one evaluates and writes.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from softcache.config import TrainConfig
-from softcache.data.loading import epoch_order, load_batches, to_device
-from softcache.data.selection import class_order
-from softcache.errors import ConfigError, MissingExtraError, TrainingError
-from softcache.evaluate.measure import Evaluation, evaluate, item_shape
+from softcache.data.loading import LoadedBatch, epoch_order, load_batches, to_device
+from softcache.evaluate.measure import Evaluation
 from softcache.losses.schedules import Moment
-from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model, build_vocabulary, load_model, load_weights, save_student
-from softcache.models.initialise import Initialised, initialise, reorder_classes
-from softcache.train.batches import Material, open_material, views_of, visits
+from softcache.machine import pick_device, pick_threads
+from softcache.models import load_weights, save_student
+from softcache.train.batches import open_material, views_of, visits
 from softcache.train.checkpoint import Trained, read_progress, restore, save_progress
-from softcache.train.learner import Learner, build_objectives, freeze_for, make_optimizer, over_ranks
-from softcache.train.objective import Given, Objective
-from softcache.train.pairs import Student, StudentTaps
-from softcache.train.ranks import Ranks, joined_ranks
+from softcache.train.learner import Learner, backward, over_ranks, tapped
+from softcache.train.metrics import epoch_bar, epoch_row, is_best, is_stale
+from softcache.train.objective import Given, build_objectives
+from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
+from softcache.train.ranks import ALONE, Ranks, joined_ranks
+from softcache.train.refuse import check, check_finite, check_last_batch
 from softcache.train.run_folder import (
     BEST,
     STUDENT,
-    TENSORBOARD,
     check_same_data,
     claim_folder,
     data_fingerprint,
     describe_run,
-    locked,
+    only_writer,
     write_metrics,
 )
-from softcache.train.stages import Stage, parse_stages, train_mode
+from softcache.train.session import LiveStage, Prepared, Session
+from softcache.train.stages import parse_stages
+from softcache.train.student import build_student
+from softcache.train.tensorboard import Board
 from softcache.train.term_modules import Sizes
-from softcache.version import __version__
 
 
 @dataclass(frozen=True)
@@ -71,327 +65,185 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     Raises:
         SoftcacheError: and its children, before the first step wherever that is possible.
     """
-    _check(config)
-    stages = parse_stages(config)  # before the folder: a mistake is told as such, not as another run's setting
-    out = claim_folder(config)
-    device = pick_device(config.device)
-    with joined_ranks(device) as ranks:
-        ranks.everyone(out)  # nobody writes before all have looked
-        with locked(out) if ranks.first else nullcontext():
-            return _train(config, stages, out, device, ranks, quiet=quiet or not ranks.first)
+    check(config)
+    out, device = claim_folder(config), pick_device(config.device)
+    with joined_ranks(device) as ranks, only_writer(out, ranks):
+        prepared = prepare(config, ranks, quiet=quiet or not ranks.first)
+        rehearse(prepared)
+        session = begin(prepared)
+        for live in stages_to_do(session):
+            while session.progress.epoch < live.stage.config.epochs:
+                one_epoch(session, live)
+        return finish(session)
 
 
-def _train(
-    config: TrainConfig, stages: Sequence[Stage], out: Path, device: torch.device, ranks: Ranks, *, quiet: bool
-) -> TrainResult:
+def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> Prepared:
+    """Open data and cache, build the student and what each stage asks of it; nothing is written."""
     torch.set_num_threads(pick_threads(config.threads))
-    workers, autocast = pick_workers(config.workers, device), autocast_dtype(config.autocast)
-
-    terms = [term for stage in stages for term in stage.terms]
-    material = open_material(config, terms, out)
-    transfer_set, eval_set = material.transfer_set, material.eval_set
-    count, steps = len(transfer_set), -(-len(transfer_set) // config.batch_size)
-    _check_last_batch(count, config.batch_size, ranks)
-
+    stages, device = parse_stages(config), pick_device(config.device)
+    material = open_material(config, [term for stage in stages for term in stage.terms])
+    check_last_batch(len(material.transfer_set), config.batch_size, ranks)
     torch.manual_seed(config.seed)
-    item = material.viewed().render(0, 0)
-    model = load_model(
-        config.student,
-        num_classes=transfer_set.num_classes,
-        class_names=transfer_set.class_names,
-        input_shape=item_shape(item),
-        vocabulary=build_vocabulary(transfer_set.load(i)[0] for i in range(count)) if isinstance(item, str) else None,
-    )
-    sample = model.input.collate([item, item])
-    outputs = _data_order(model, transfer_set.class_names)
-    if outputs is not None:
-        reorder_classes(model, outputs, transfer_set.class_names, sample)
-    initialised = initialise(model, config.init_from, config.init_map) if config.init_from else None
-    labels = torch.from_numpy(transfer_set.labels)
-    single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
-    sizes = Sizes(count, transfer_set.num_classes, single, config.seed)
+    model, sample, initialised = build_student(config, material)
+    sizes = Sizes.of(material.transfer_set, config.seed)
     objectives, student = build_objectives(stages, model, sample, material.teacher, sizes, ranks)
     fixed = [name for name, parameter in model.net.named_parameters() if not parameter.requires_grad]
     if config.sync_bn:
-        if device.type != "cuda":
-            raise ConfigError(f"--sync-bn works on GPUs, this is {device.type}", tip="leave it out")
         model.net = nn.SyncBatchNorm.convert_sync_batchnorm(model.net)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    parts = nn.ModuleList(dict.fromkeys(part for objective in objectives for part in objective.parts)).to(device)
+    modules = nn.ModuleList(dict.fromkeys(own for objective in objectives for own in objective.term_modules))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
-    # whose weights are evaluated and saved
-    kept: Model = model if average is None else average.module  # type: ignore[assignment]
-    seen = material.policy.for_evaluation()
-    measure = partial(evaluate, kept, policy=seen, device=device, workers=workers, autocast=autocast)
+    return Prepared(
+        config, stages, device, ranks, quiet, material, model, initialised, sample, student, objectives,
+        modules.to(device), fixed, average,
+    )  # fmt: skip
 
-    # a rehearsal of every stage: what does not fit is refused before anything is learned or written
-    few = material.few(model.input.collate, views_of(0, material.cache, config)[0])
-    for stage, objective in zip(stages, objectives, strict=True):
-        freeze_for(stage, model, objective, fixed)
-        batch = material.batch(few, config, objective.feature_names, device)
-        given = Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, (len(few.index),) * ranks.size)
-        last = Moment(stage.config.epochs - 1, steps - 1, steps, stage.config.epochs)
-        with _tapped(student, objective) as taps:
-            learner = Learner(model, objective, taps, autocast=autocast)
-            learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, stage.config.epochs), last])
 
-    data = data_fingerprint(material.sample_ids, transfer_set.labels, getattr(model.input, "vocabulary", ()))
-    check_same_data(out, data)
-    progress, saved = read_progress(out, ranks)
-    metrics, evaluation = progress.metrics, None
+def rehearse(prepared: Prepared) -> None:
+    """Every stage on two samples: what does not fit is refused before anything is learned or written."""
+    config, material, steps = prepared.config, prepared.material, prepared.steps
+    few = material.few(prepared.model.input.collate, views_of(0, material.cache, config)[0])
+    for stage, objective in zip(prepared.stages, prepared.objectives, strict=True):
+        freeze_for(stage, prepared.model, objective, prepared.fixed)
+        batch = material.batch(few, config, objective.feature_names, prepared.device)
+        counts = (len(few.index),) * prepared.ranks.size
+        given = Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
+        with tapped(prepared.student, objective) as taps:
+            learner = Learner(prepared.model, objective, taps, autocast=prepared.autocast)
+            last = Moment(stage.config.epochs - 1, steps - 1, steps, stage.config.epochs)
+            learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, last.epochs), last])
+
+
+def begin(prepared: Prepared) -> Session:
+    """Look where an earlier start of this run stopped, and write down what the run is."""
+    material, ranks = prepared.material, prepared.ranks
+    vocabulary = getattr(prepared.model.input, "vocabulary", ())
+    data = data_fingerprint(material.sample_ids, material.transfer_set.labels, vocabulary)
+    check_same_data(prepared.out, data)
+    session = Session(prepared, *read_progress(prepared.out, ranks))
     if ranks.first:
-        describe_run(out, config, stages, _facts(config, material, data, initialised))
+        facts = material.facts(prepared.config, data, prepared.initialised)
+        describe_run(prepared.out, prepared.config, prepared.stages, facts)
+        session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
     if ranks.size > 1:
-        torch.manual_seed(config.seed + 1_000_003 * ranks.rank)  # dropout of its own on every rank
-    board = _board(out, len(metrics)) if config.tensorboard and ranks.first else None
-    viewed = material.viewed([model.input.collate])
+        torch.manual_seed(prepared.config.seed + 1_000_003 * ranks.rank)  # dropout of its own on every rank
+    return session
 
-    for number, (stage, objective) in enumerate(zip(stages, objectives, strict=True)):
+
+def stages_to_do(session: Session) -> Iterator[LiveStage]:
+    """The stages that are not finished, each ready for its next epoch or step."""
+    prepared, progress = session.prepared, session.progress
+    config, model, device = prepared.config, prepared.model, prepared.device
+    for number, (stage, objective) in enumerate(zip(prepared.stages, prepared.objectives, strict=True)):
         if number < progress.stage:
             continue
-        settings = stage.config
-        learned = freeze_for(stage, model, objective, fixed)
-        trained = Trained(
-            model.net,
-            parts,
-            make_optimizer(learned, settings),
-            torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16"),
-            average,
-        )
-        if saved and number == progress.stage:
-            restore(out, trained, saved, ranks)
+        learned = freeze_for(stage, model, objective, prepared.fixed)
+        scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16")
+        optimizer = make_optimizer(learned, stage.config)
+        trained = Trained(model.net, prepared.term_modules, optimizer, scaler, prepared.average)
+        if session.saved and number == progress.stage:
+            restore(prepared.out, trained, session.saved, prepared.ranks)
         if number > progress.stage:
             progress.stage, progress.epoch, progress.step, progress.sums = number, 0, 0, {}
-        optimizer, scaler = trained.optimizer, trained.scaler
-        to_come = sum(later.config.epochs for later in stages[number:])
-        with _tapped(student, objective) as taps:
-            learner = Learner(model, objective, taps, autocast=autocast, compiled=config.compile)
-            shared = over_ranks(learner, ranks, device, to_device(sample, device))
-
-            for epoch in range(progress.epoch, settings.epochs):
-                train_mode(model.net)
-                parts.train()
-                sums, first_step = progress.sums, progress.step
-                views = views_of(len(metrics), material.cache, config)
-                order = epoch_order(count, config.seed, len(metrics))
-                pairs = visits(order, views, config.batch_size, ranks, start=first_step)
-                loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
-                started = time.monotonic()
-                bar = _bar(loaded, len(metrics), len(metrics) - epoch + to_come, first_step, steps, quiet)
-                for step, loaded_batch in enumerate(bar, start=first_step):
-                    moment = Moment(epoch, step, steps, settings.epochs)
-                    for group in optimizer.param_groups:
-                        group["lr"] = stage.rate(moment)
-                    batch = material.batch(loaded_batch, config, objective.feature_names, device)
-                    total = min(config.batch_size, count - step * config.batch_size)
-                    number_of_step = len(metrics) * steps + step
-                    divided = batch.parts(
-                        total, config.accumulate, number_of_step, ranks, over_labels=objective.over_labels
-                    )
-                    optimizer.zero_grad(set_to_none=True)
-                    for name, value in _backward(shared, objective, list(divided), scaler, moment).items():
-                        sums[name] = sums.get(name, 0.0) + value  # stays on the device: no wait for it
-                    if config.clip_norm is not None:
-                        scaler.unscale_(optimizer)
-                        nn.utils.clip_grad_norm_(learned, config.clip_norm)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    if average is not None:
-                        average.update_parameters(model)
-
-                    if step % 20 == 0 or step == steps - 1:
-                        _check_finite(sums["loss"], len(metrics), step)
-                        bar.set_postfix_str(f"loss {sums['loss'].item() / (step + 1):.4f}")
-                    if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0 and step + 1 < steps:
-                        progress.epoch, progress.step, progress.sums = epoch, step + 1, sums
-                        save_progress(out, trained, progress, ranks)
-
-                row: dict[str, Any] = {"epoch": len(metrics)} | ({"stage": number} if len(stages) > 1 else {})
-                row["lr"] = optimizer.param_groups[0]["lr"]
-                row |= {"view": views[0], **objective.scalars(moment)}
-                row |= {name: ranks.total(value).item() / ranks.size / steps for name, value in sums.items()}
-                due = (len(metrics) + 1) % config.eval_every == 0 or epoch + 1 == settings.epochs
-                if eval_set is not None and due:
-                    evaluation = ranks.agree(measure(eval_set) if ranks.first else None)
-                    row |= {"eval_top1": evaluation.top1, "eval_nll": evaluation.nll, "eval_errors": evaluation.errors}
-                row["seconds"] = round(time.monotonic() - started, 3)
-                is_best = "eval_top1" in row and all(
-                    (row["eval_top1"] or 0) > (past.get("eval_top1") or 0) for past in metrics
-                )
-                metrics.append(row)
-                ended = "eval_top1" in row and _is_stale(metrics, settings.patience, number)
-                progress.epoch, progress.step, progress.sums = settings.epochs if ended else epoch + 1, 0, {}
-                if ranks.first:
-                    write_metrics(out, metrics)  # before the checkpoint: a run killed in between does this epoch again
-                    if is_best and config.keep == "best":
-                        save_student(kept, out / BEST, metadata=_metadata(material))
-                    if board is not None:
-                        _note(board, row)
-                save_progress(out, trained, progress, ranks)
-                if ended:
-                    break
-
-    if config.keep == "best":
-        load_weights(kept, str(out / BEST))
-    if ranks.first:
-        if eval_set is not None and (evaluation is None or config.keep == "best"):
-            evaluation = measure(eval_set)
-        save_student(kept, out / STUDENT, metadata=_metadata(material))
-    if board is not None:
-        board.close()
-    return TrainResult(out, metrics, evaluation, sum(p.numel() for p in model.net.parameters()))
+        with tapped(prepared.student, objective) as taps:
+            learner = Learner(model, objective, taps, autocast=prepared.autocast, compiled=config.compile)
+            whole = over_ranks(learner, prepared.ranks, device, to_device(prepared.sample, device))
+            yield LiveStage(number, stage, objective, whole, trained, learned)
 
 
-def _tapped(student: Student | None, objective: Objective) -> AbstractContextManager[StudentTaps | None]:
-    """What an objective needs of the student's layers, while it is entered."""
-    return nullcontext() if student is None or not objective.pairs else StudentTaps(student, objective.pairs)
+def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str, Tensor]] | None = None) -> None:
+    """The rest of an epoch, step by step (`one_step`, or another in its place), and what is due at its end."""
+    prepared, progress = session.prepared, session.progress
+    steps, every, started = prepared.steps, prepared.config.checkpoint_every, time.monotonic()
+    train_mode(prepared.model.net)
+    prepared.term_modules.train()
+    with epoch_bar(session, live) as bar:
+        for loaded, moment, number in epoch_batches(session, live):
+            for name, value in (step or one_step)(prepared, live, loaded, moment, number).items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value  # stays on the device: no wait for it
+            done = moment.step + 1
+            if done % 20 == 1 or done == steps:
+                check_finite(progress.sums["loss"], len(progress.metrics), moment.step)
+                bar.set_postfix_str(f"loss {progress.sums['loss'].item() / done:.4f}")
+            bar.update()
+            if every and done % every == 0 and done < steps:
+                progress.step = done
+                save_progress(prepared.out, live.trained, progress, prepared.ranks)
+    end_epoch(session, live, moment, started)
 
 
-def _backward(
-    learner: nn.Module,
-    objective: Objective,
-    parts: Sequence[tuple[Any, Given]],
-    scaler: torch.amp.GradScaler,
-    moment: Moment,
+def epoch_batches(session: Session, live: LiveStage) -> Iterator[tuple[LoadedBatch, Moment, int]]:
+    """This rank's share of each batch that is left of an epoch, when it comes, and the step's number over all epochs."""
+    prepared, progress = session.prepared, session.progress
+    config, seen, epoch, first = prepared.config, len(progress.metrics), progress.epoch, progress.step
+    order = epoch_order(prepared.count, config.seed, seen)
+    views = views_of(seen, prepared.material.cache, config)
+    pairs = visits(order, views, config.batch_size, prepared.ranks, start=first)
+    viewed = prepared.material.viewed([prepared.model.input.collate])
+    batches = load_batches(viewed, pairs, workers=prepared.workers, pin_memory=prepared.device.type == "cuda")
+    for step, loaded in enumerate(batches, start=first):
+        yield loaded, Moment(epoch, step, prepared.steps, live.stage.config.epochs), seen * prepared.steps + step
+
+
+def one_step(
+    prepared: Prepared, live: LiveStage, loaded: LoadedBatch, moment: Moment, number: int
 ) -> dict[str, Tensor]:
-    """Add up the gradients of a batch, part by part; the value of each term, and of their sum, on this rank."""
-    values: dict[str, Tensor] = {}
-    for number, (inputs, given) in enumerate(parts, start=1):
-        # gradients go over the ranks once, with the last part
-        alone = number < len(parts) and isinstance(learner, DistributedDataParallel)
-        with learner.no_sync() if alone else nullcontext():  # type: ignore[operator]
-            found = learner(inputs, given, moment)
-            loss = objective.total(found, moment)
-            scaler.scale(loss).backward()
-        for name, value in {**found, "loss": loss}.items():
-            values[name] = values.get(name, 0.0) + value.detach().double()
+    """One optimiser step on a global batch, the run's `number`th: each term's value and their sum on this rank, on its device."""
+    config, trained, objective = prepared.config, live.trained, live.objective
+    for group in trained.optimizer.param_groups:
+        group["lr"] = live.stage.rate(moment)
+    batch = prepared.material.batch(loaded, config, objective.feature_names, prepared.device)
+    total = min(config.batch_size, prepared.count - moment.step * config.batch_size)
+    pieces = batch.pieces(total, config.accumulate, number, prepared.ranks, over_labels=objective.over_labels)
+    trained.optimizer.zero_grad(set_to_none=True)
+    values = backward(live.learner, objective, list(pieces), trained.scaler, moment)
+    if config.clip_norm is not None:
+        trained.scaler.unscale_(trained.optimizer)
+        nn.utils.clip_grad_norm_(live.learned, config.clip_norm)
+    trained.scaler.step(trained.optimizer)
+    trained.scaler.update()
+    if prepared.average is not None:
+        prepared.average.update_parameters(prepared.model)
     return values
 
 
-def _check(config: TrainConfig) -> None:
-    """Refuse numbers and combinations that cannot be; what may differ between stages is checked with them."""
-    for name in ("batch_size", "accumulate", "views_per_visit", "eval_every"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    if not 0 <= config.seed < 2**32:
-        raise ConfigError(f"--seed {config.seed}: must be between 0 and 4294967295")
-    if config.checkpoint_every is not None and config.checkpoint_every < 1:
-        raise ConfigError(f"--checkpoint-every {config.checkpoint_every}: must be at least 1")
-    if config.clip_norm is not None and not config.clip_norm > 0:
-        raise ConfigError(f"--clip-norm {config.clip_norm}: must be > 0")
-    if config.ema is not None and not 0 < config.ema < 1:
-        raise ConfigError(f"--ema {config.ema}: must be between 0 and 1", tip="0.999 averages about a thousand steps")
-    if config.keep == "best" and not config.eval_data:
-        raise ConfigError("--keep best needs --eval-data", tip="add it, or leave --keep out")
-    if config.cache is not None and config.policy:
-        raise ConfigError(
-            "--policy and --cache cannot be given together",
-            tip="the student sees the cache's own views; leave --policy out",
-        )
-    for name in ("members", "cache_id", "view", "size", "augment"):
-        if config.cache is None and getattr(config, name) not in (None, ()):
-            raise ConfigError(f"--{name.replace('_', '-')} needs --cache")
-    if config.augment and config.size is not None:
-        raise ConfigError("--size and --augment cannot be given together", tip="--augment sets its own size")
-    if config.view is not None and config.views_per_visit > 1:
-        raise ConfigError("--view and --views-per-visit cannot be given together")
-    if config.init_map and not config.init_from:
-        raise ConfigError("--init-map needs --init-from", tip="--init-from MODEL@WEIGHTS, or a run folder")
-    if config.tensorboard:
-        _summary_writer()
+def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float) -> None:
+    """Evaluate where that is due, write the epoch's row and the checkpoint; a stage that no longer gains ends here."""
+    prepared, progress, ranks = session.prepared, session.progress, session.prepared.ranks
+    config, settings, metrics = prepared.config, live.stage.config, progress.metrics
+    row = epoch_row(prepared, live, progress, moment)
+    due = (len(metrics) + 1) % config.eval_every == 0 or progress.epoch + 1 == settings.epochs
+    if prepared.material.eval_set is not None and due:
+        found = prepared.measure(prepared.material.eval_set) if ranks.first else None
+        session.evaluation = found = ranks.agree(found)
+        row |= {"eval_top1": found.top1, "eval_nll": found.nll, "eval_errors": found.errors}
+    row["seconds"] = round(time.monotonic() - started, 3)
+    best = is_best(row, metrics)
+    metrics.append(row)
+    ended = "eval_top1" in row and is_stale(metrics, settings.patience, live.number)
+    progress.epoch, progress.step, progress.sums = settings.epochs if ended else progress.epoch + 1, 0, {}
+    if ranks.first:
+        write_metrics(prepared.out, metrics)  # before the checkpoint: a run killed in between does this epoch again
+        if best and config.keep == "best":
+            save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata())
+        if session.board is not None:
+            session.board.note(row)
+    save_progress(prepared.out, live.trained, progress, ranks)
 
 
-def _data_order(model: Model, class_names: Sequence[str]) -> list[int] | None:
-    """The student's outputs in the data's order, where it knows the same classes in another; None: as they are."""
-    declared = model.declared_classes
-    known = declared is not None and set(declared) == set(class_names)
-    return class_order(model.spec, declared, class_names) if known else None
-
-
-def _check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:
-    def last(size: int) -> int:
-        return count % size or size
-
-    if last(batch_size) < ranks.size:
-        better = next((size for size in range(batch_size + 1, count + 1) if last(size) >= ranks.size), None)
-        raise ConfigError(
-            f"the last of {count} samples in batches of {batch_size} are {last(batch_size)}, fewer than the {ranks.size} "
-            "processes",
-            tip=f"choose another --batch-size, such as {better}" if better else "start fewer processes",
-        )
-
-
-def _facts(config: TrainConfig, material: Material, data: str, initialised: Initialised | None) -> dict[str, Any]:
-    """What a run records of its data."""
-    cached = material.cache is not None
-    return {
-        "cache": material.cache.id if material.cache is not None else None,
-        "data": data,
-        "targets": ("mismatched" if config.augment else "matched") if cached else None,
-        "drift": material.drift,
-        "initialised": None if initialised is None else initialised.text(),
-        "samples": len(material.transfer_set),
-        "labelled": material.labelled,
-        "labels_changed": material.joined.labels_changed if material.joined is not None else 0,
-    }
-
-
-def _metadata(material: Material) -> dict[str, str]:
-    return {
-        "softcache_policy": json.dumps(material.policy.to_json()),
-        "softcache_cache": material.cache.id if material.cache is not None else "",
-        "softcache_version": __version__,
-    }
-
-
-def _is_stale(metrics: list[dict[str, Any]], patience: int | None, stage: int) -> bool:
-    """Whether the best evaluation of a stage is `patience` epochs old."""
-    if patience is None:
-        return False
-    scores = [row.get("eval_top1") or 0.0 for row in metrics if row.get("stage", 0) == stage]
-    return len(scores) - 1 - scores.index(max(scores)) >= patience
-
-
-def _board(out: Path, epochs: int) -> Any:
-    """Where TensorBoard finds the metrics; epochs from `epochs` on are written anew."""
-    return _summary_writer()(str(out / TENSORBOARD), purge_step=epochs)
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtraError(
-            "--tensorboard needs the package tensorboard", tip="pip install 'softcache[tensorboard]'"
-        ) from None
-    return SummaryWriter
-
-
-def _note(board: Any, row: dict[str, Any]) -> None:
-    for name, value in row.items():
-        if name != "epoch" and isinstance(value, int | float):
-            board.add_scalar(name, value, row["epoch"])
-    board.flush()
-
-
-def _check_finite(loss: Tensor, epoch: int, step: int) -> None:
-    if not bool(loss.isfinite()):
-        raise TrainingError(
-            f"the loss is not finite in epoch {epoch}, step {step}",
-            tip="lower --lr, add --clip-norm 1, warm up (--schedule 'warmup(5, cosine)'), or use bf16 instead of fp16",
-        )
-
-
-def _bar(loaded: Any, epoch: int, epochs: int, first: int, steps: int, quiet: bool) -> Any:
-    return tqdm(
-        loaded,
-        total=steps,
-        initial=first,
-        desc=f"epoch {epoch + 1}/{epochs}",
-        unit="step",
-        disable=quiet or None,
-        leave=False,
-        file=sys.stderr,
-    )
+def finish(session: Session) -> TrainResult:
+    """Save the student that is kept, evaluated as it is saved."""
+    prepared, eval_set = session.prepared, session.prepared.material.eval_set
+    best = prepared.config.keep == "best"
+    if best:
+        load_weights(prepared.kept, str(prepared.out / BEST))
+    if prepared.ranks.first:
+        if eval_set is not None and (session.evaluation is None or best):
+            session.evaluation = prepared.measure(eval_set)
+        save_student(prepared.kept, prepared.out / STUDENT, metadata=prepared.material.metadata())
+    if session.board is not None:
+        session.board.close()
+    parameters = sum(p.numel() for p in prepared.model.net.parameters())
+    return TrainResult(prepared.out, session.progress.metrics, session.evaluation, parameters)

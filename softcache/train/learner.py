@@ -1,8 +1,9 @@
-"""A student with everything that learns beside it, and the parts of a batch that it computes."""
+"""A student with everything that learns beside it, and the gradients of a batch, piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -10,20 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from softcache.config import TrainConfig
-from softcache.errors import ConfigError, LossError, ModelError
+from softcache.errors import ConfigError, ModelError
 from softcache.features.taps import eval_mode
-from softcache.losses import HEAD, LossTerm
 from softcache.losses.schedules import Moment
 from softcache.models import Model
-from softcache.models.graft import graft
-from softcache.models.projector import Projector
 from softcache.train.objective import Given, Objective
-from softcache.train.pairs import Student, StudentTaps, pairs_of
+from softcache.train.pairs import Student, StudentTaps
 from softcache.train.ranks import Ranks
-from softcache.train.stages import Stage, freeze
-from softcache.train.term_modules import Parts, Sizes
-from softcache.train.terms import CachedTeacher, named_terms
 
 # its name since torch 2.12, and before
 SYNC = next(
@@ -123,93 +117,27 @@ def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any
     )
 
 
-def build_objectives(
-    stages: Sequence[Stage], model: Model, inputs: Any, teacher: CachedTeacher | None, sizes: Sizes, ranks: Ranks
-) -> tuple[list[Objective], Student | None]:
-    """The objective of each stage, and the student as probed with a batch of inputs (None where no term taps it).
-
-    A term that stands in several stages with the same layers and fixed settings keeps what it learned in the earlier ones.
-    A loss that grafts the teacher's classifier onto the student does so now.
-
-    Raises:
-        LossError: a feature that is not in the cache, layers or widths that do not fit.
-    """
-    student = None
-    terms = [term for stage in stages for term in stage.terms]
-    if any(term.loss.has_features for term in terms):
-        student = Student(model.net, model.input.prepare(inputs))
-        grafting = {tuple(term.placement.items()): term for term in terms if term.loss.graft}
-        if len(grafting) > 1:
-            raise LossError("the student can take over one teacher's classifier, and two terms ask for it")
-        for term in grafting.values():
-            _graft(term, model, student, teacher, inputs)
-            student = Student(model.net, model.input.prepare(inputs))
-    made: dict[Any, Parts] = {}
-    objectives = []
-    for stage in stages:
-        parts = []
-        for name, term in named_terms(stage.terms):
-            fixed = [(key, term.settings[key]) for key in term.loss.fixed]
-            key = (name, *sorted(term.placement.items()), *fixed)
-            if key not in made:
-                pairs = []
-                if term.loss.has_features:
-                    assert teacher is not None and student is not None
-                    grafted = model.graft.features if term.loss.graft and model.graft is not None else None
-                    pairs = pairs_of(term, teacher.cache, teacher.members, student, layer=grafted)
-                made[key] = Parts(term, pairs, sizes, teacher)
-            parts.append(made[key])
-        objectives.append(Objective(stage.terms, parts, teacher, ranks))
-    return objectives, student
+def tapped(student: Student | None, objective: Objective) -> AbstractContextManager[StudentTaps | None]:
+    """What an objective needs of the student's layers, while it is entered."""
+    return nullcontext() if student is None or not objective.pairs else StudentTaps(student, objective.pairs)
 
 
-def _graft(term: LossTerm, model: Model, student: Student, teacher: CachedTeacher | None, inputs: Any) -> None:
-    assert teacher is not None
-    (pair, *more) = pairs_of(term, teacher.cache, teacher.members, student)
-    if more:
-        raise LossError(f"loss {term.name!r} projects one layer", tip="name it: layer=LAYER")
-    weight, bias = teacher.classifier()
-    if len(pair.student_shapes[0]) != len(pair.teacher_shape):
-        raise LossError(
-            f"loss {term.name!r}: layer {'+'.join(pair.student)} of the student gives {pair.student_shapes[0]}, {pair.stored} "
-            f"of the teacher {pair.teacher_shape}: a projector goes from a map to a map, or from a vector to a vector",
-            tip="student=head puts it in front of the student's final linear layer; dump LAYER:map for a map",
-        )
-    layer = student.head_name if pair.student == (HEAD,) else pair.student[0]
-    projector = Projector(pair.student_shapes[0], pair.teacher_shape)
-    graft(model, layer, projector, weight, bias, inputs)
-
-
-def freeze_for(stage: Stage, model: Model, objective: Objective, fixed: Collection[str]) -> list[nn.Parameter]:
-    """The parameters that a stage trains, after freezing the others.
-
-    Args:
-        fixed: parameters of the student that are frozen for good.
-
-    Raises:
-        ConfigError: a pattern that names nothing, or nothing is left to train.
-    """
-    freeze(model.net, stage.config.freeze, fixed)
-    learned = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
-    if not learned:
-        raise ConfigError(
-            "every parameter is frozen, so there is nothing to train",
-            tip="freeze less, or add a loss with an adapter",
-        )
-    return learned
-
-
-def make_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW, a step of all parameters in one pass where the device has that."""
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+def backward(
+    learner: nn.Module,
+    objective: Objective,
+    pieces: Sequence[tuple[Any, Given]],
+    scaler: torch.amp.GradScaler,
+    moment: Moment,
+) -> dict[str, Tensor]:
+    """Add up the gradients of a batch, piece by piece; the value of each term, and of their sum, on this rank."""
+    values: dict[str, Tensor] = {}
+    for number, (inputs, given) in enumerate(pieces, start=1):
+        # gradients go over the ranks once, with the last piece
+        alone = number < len(pieces) and isinstance(learner, DistributedDataParallel)
+        with learner.no_sync() if alone else nullcontext():  # type: ignore[operator]
+            found = learner(inputs, given, moment)
+            loss = objective.total(found, moment)
+            scaler.scale(loss).backward()
+        for name, value in {**found, "loss": loss}.items():
+            values[name] = values.get(name, 0.0) + value.detach().double()
+    return values

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import LossError
-from softcache.losses import HEAD, LossTerm
+from softcache.losses import CLASSIFIER, LossTerm
 from softcache.losses.schedules import Moment, Schedule
-from softcache.targets.cache import Targets
+from softcache.models import Model
+from softcache.models.graft import graft
+from softcache.models.projector import Projector
+from softcache.targets.batch import Targets
 from softcache.targets.ensemble import KEEPS_LEVEL
-from softcache.train.pairs import Pair
+from softcache.targets.teacher import CachedTeacher
+from softcache.train.pairs import Pair, Student, pairs_of
 from softcache.train.ranks import Ranks
-from softcache.train.term_modules import Parts
-from softcache.train.terms import CachedTeacher, named_terms
+from softcache.train.stages import Stage
+from softcache.train.term_modules import Sizes, TermModules
+from softcache.train.terms import named_terms
 
 MANY_CLASSES = 32768  # from here on whole float32 copies of the batch's logits are avoided
 HEAD_INPUTS = ("head_ids", "head_logits", "tail_logsumexp")  # in the order in which targets give them
@@ -50,7 +55,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Given:
-    """What the terms are given of one batch, or of a part of it, beside the student's outputs.
+    """What the terms are given of one batch, or of a piece of it, beside the student's outputs.
 
     Attributes:
         labels: of the rows.
@@ -58,8 +63,8 @@ class Given:
         samples: (B,) int64 positions in the transfer set; for losses with a memory of them.
         sample_ids: (B,) int64, the bits of the uint64 ids; likewise.
         step: number of the optimiser step, over all stages.
-        counts: rows of this part on each rank.
-        factors: what the mean over a rank's own rows is multiplied with, so that the mean over ranks, summed over parts, is the
+        counts: rows of this piece on each rank.
+        factors: what the mean over a rank's own rows is multiplied with, so that the mean over ranks, summed over pieces, is the
             mean over the global batch: by the kind of mean (Loss.over). Empty: 1.
     """
 
@@ -77,7 +82,7 @@ class Objective(nn.Module):
 
     Args:
         terms: what to learn.
-        parts: what each term has of its own; stages may share them. None: made here, for losses on logits and labels.
+        term_modules: what each term has of its own; stages may share them. None: made here, for losses on logits and labels.
         teacher: of a run with a cache.
         ranks: who computes the rest of the batch.
     """
@@ -85,18 +90,19 @@ class Objective(nn.Module):
     def __init__(
         self,
         terms: Sequence[LossTerm],
-        parts: Sequence[Parts] | None = None,
+        term_modules: Sequence[TermModules] | None = None,
         teacher: CachedTeacher | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.terms = dict(named_terms(terms))
-        self.parts = nn.ModuleList([Parts(term, teacher=teacher) for term in terms] if parts is None else parts)
+        made = [TermModules(term, teacher=teacher) for term in terms] if term_modules is None else term_modules
+        self.term_modules = nn.ModuleList(made)
         self.teacher, self.ranks = teacher, ranks or Ranks()
 
     @property
     def pairs(self) -> list[Pair]:
-        return [pair for part in self.parts for pair in part.pairs]  # type: ignore[union-attr]
+        return [pair for own in self.term_modules for pair in own.pairs]  # type: ignore[union-attr]
 
     @property
     def over_labels(self) -> bool:
@@ -106,7 +112,7 @@ class Objective(nn.Module):
     @property
     def feature_names(self) -> list[str]:
         """Features to read of the cache."""
-        return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored != HEAD))
+        return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored != CLASSIFIER))
 
     def forward(
         self, student_logits: Tensor, outputs: Mapping[str, Tensor], given: Given, moment: Moment
@@ -114,10 +120,10 @@ class Objective(nn.Module):
         """Term -> () unweighted value on this rank's rows; the mean over ranks is the value on the global batch."""
         batch = _Batch(student_logits, given, self.teacher)
         values = {}
-        for (name, term), parts in zip(self.terms.items(), self.parts, strict=True):
-            assert isinstance(parts, Parts)
+        for (name, term), own in zip(self.terms.items(), self.term_modules, strict=True):
+            assert isinstance(own, TermModules)
             settings = term.settings_at(moment)
-            calls = parts.calls(outputs, given.targets)
+            calls = own.calls(outputs, given.targets)
             found = [self._value(term, settings, core, features, batch) for core, features in calls]
             value = found[0] if len(found) == 1 else torch.stack(found).sum()
             factor = given.factors[term.loss.over] if given.factors else 1.0
@@ -209,3 +215,60 @@ class _Batch:
         """(last - first, C) logits of some rows, decoded when they are asked for."""
         assert self.given.targets is not None and self._teacher is not None
         return self._teacher.logits(self.given.targets.rows_between(first, last), 1.0)
+
+
+def build_objectives(
+    stages: Sequence[Stage], model: Model, inputs: Any, teacher: CachedTeacher | None, sizes: Sizes, ranks: Ranks
+) -> tuple[list[Objective], Student | None]:
+    """The objective of each stage, and the student as probed with a batch of inputs (None where no term taps it).
+
+    A term that stands in several stages with the same layers and fixed settings keeps what it learned in the earlier ones.
+    A loss that grafts the teacher's classifier onto the student does so now.
+
+    Raises:
+        LossError: a feature that is not in the cache, layers or widths that do not fit.
+    """
+    student = None
+    terms = [term for stage in stages for term in stage.terms]
+    if any(term.loss.has_features for term in terms):
+        student = Student(model.net, model.input.prepare(inputs))
+        grafting = {tuple(term.placement.items()): term for term in terms if term.loss.graft}
+        if len(grafting) > 1:
+            raise LossError("the student can take over one teacher's classifier, and two terms ask for it")
+        for term in grafting.values():
+            _graft(term, model, student, teacher, inputs)
+            student = Student(model.net, model.input.prepare(inputs))
+    made: dict[Any, TermModules] = {}
+    objectives = []
+    for stage in stages:
+        modules = []
+        for name, term in named_terms(stage.terms):
+            fixed = [(key, term.settings[key]) for key in term.loss.fixed]
+            key = (name, *sorted(term.placement.items()), *fixed)
+            if key not in made:
+                pairs = []
+                if term.loss.has_features:
+                    assert teacher is not None and student is not None
+                    grafted = model.graft.features if term.loss.graft and model.graft is not None else None
+                    pairs = pairs_of(term, teacher.cache, teacher.members, student, layer=grafted)
+                made[key] = TermModules(term, pairs, sizes, teacher)
+            modules.append(made[key])
+        objectives.append(Objective(stage.terms, modules, teacher, ranks))
+    return objectives, student
+
+
+def _graft(term: LossTerm, model: Model, student: Student, teacher: CachedTeacher | None, inputs: Any) -> None:
+    assert teacher is not None
+    (pair, *more) = pairs_of(term, teacher.cache, teacher.members, student)
+    if more:
+        raise LossError(f"loss {term.name!r} projects one layer", tip="name it: layer=LAYER")
+    weight, bias = teacher.classifier()
+    if len(pair.student_shapes[0]) != len(pair.teacher_shape):
+        raise LossError(
+            f"loss {term.name!r}: layer {'+'.join(pair.student)} of the student gives {pair.student_shapes[0]}, {pair.stored} "
+            f"of the teacher {pair.teacher_shape}: a projector goes from a map to a map, or from a vector to a vector",
+            tip="student=head puts it in front of the student's final linear layer; dump LAYER:map for a map",
+        )
+    layer = student.classifier_name if pair.student == (CLASSIFIER,) else pair.student[0]
+    projector = Projector(pair.student_shapes[0], pair.teacher_shape)
+    graft(model, layer, projector, weight, bias, inputs)

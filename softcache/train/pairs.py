@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from softcache.errors import LossError, nearest
 from softcache.features.spec import FeatureSpec, Shape
 from softcache.features.taps import (
-    HeadTap,
+    ClassifierTap,
     ModuleShape,
     Taps,
-    head_feature,
-    head_of,
+    classifier_feature,
+    classifier_of,
     list_modules,
+    map_ends,
     shapes_of,
-    stages_of,
 )
-from softcache.losses import HEAD, VECTORS, LossTerm, middle
+from softcache.losses import CLASSIFIER, VECTORS, LossTerm, middle
 from softcache.losses.adapters import fit_map
-from softcache.targets.cache import Cache, Targets
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Cache
 
 SIZED = ("map", "attention", "spatial_gram", "sign")  # reductions whose shape goes by the size of the map
 SEPARATOR = "/"  # between layers: layer=layer1/layer2/layer3
@@ -36,7 +37,7 @@ class Pair:
 
     Attributes:
         member: whose.
-        stored: the feature's name in the cache, or HEAD: what a linear_head codec keeps.
+        stored: the feature's name in the cache, or CLASSIFIER: what a linear_head codec keeps.
         reduction: what the loss gets of the teacher's layer.
         teacher_shapes: of one record of the teacher's layers, before the reduction, after `fit`.
         teacher_shape: of one record as the loss gets it.
@@ -63,12 +64,12 @@ class Pair:
 
     def student_vector(self, output: Tensor) -> Tensor:
         """(B, D) of a student's (B, ...) layer, before an adapter; of pairs that compare vectors."""
-        return output if self.student == (HEAD,) else FeatureSpec(("",), self.student_reduction).reduce(output)
+        return output if self.student == (CLASSIFIER,) else FeatureSpec(("",), self.student_reduction).reduce(output)
 
     def teacher_tensor(self, targets: Targets) -> Tensor:
         """(B, *teacher_shape) float32 of a batch of targets."""
-        if self.stored == HEAD:
-            return targets.head_input(self.member)
+        if self.stored == CLASSIFIER:
+            return targets.classifier_input(self.member)
         value = targets.feature(self.stored, self.member)
         if self.fit is not None:
             value = fit_map(value, self.fit)
@@ -83,32 +84,32 @@ class Student:
     def __init__(self, net: nn.Module, inputs: Any) -> None:
         self.net = net
         self.modules: list[ModuleShape] = list_modules(net, inputs)
-        self.stages = stages_of(net, inputs)
-        self.head = head_of(net, inputs)
-        pooled = None if self.head is None else head_feature(net, inputs, self.head, of_map=True)
-        self.head_map = None if pooled is None else pooled.layers[0]  # of which the head takes the average
+        self.map_ends = map_ends(net, inputs)
+        self.classifier = classifier_of(net, inputs)
+        pooled = None if self.classifier is None else classifier_feature(net, inputs, self.classifier, of_map=True)
+        self.classifier_map = None if pooled is None else pooled.layers[0]  # of which the classifier takes the average
 
     @property
-    def head_name(self) -> str:
+    def classifier_name(self) -> str:
         """The final linear layer's, in `named_modules()`; LossError where there is none."""
-        self.shape((HEAD,))
-        return next(name for name, module in self.net.named_modules() if module is self.head)
+        self.shape((CLASSIFIER,))
+        return next(name for name, module in self.net.named_modules() if module is self.classifier)
 
     def shape(self, layers: tuple[str, ...]) -> tuple[Shape, ...]:
         """Of one record of these layers' outputs; LossError or ConfigError where there is no such layer."""
-        if layers != (HEAD,):
+        if layers != (CLASSIFIER,):
             known = {module.name for module in self.modules}
             for layer in layers:
                 if layer not in known:
-                    shown = [module.name for module in self.stages] or sorted(known)
+                    shown = [module.name for module in self.map_ends] or sorted(known)
                     raise LossError(f"the student has no module {layer!r}", tip=nearest(layer, shown))
             return shapes_of(FeatureSpec(layers, "fsp" if len(layers) == 2 else "map"), self.modules)
-        if self.head is None:
+        if self.classifier is None:
             raise LossError(
                 "the student has no final nn.Linear whose input could be compared with the teacher's",
                 tip="name a layer of the student: student=LAYER",
             )
-        return ((self.head.in_features,),)
+        return ((self.classifier.in_features,),)
 
 
 class StudentTaps:
@@ -116,19 +117,23 @@ class StudentTaps:
 
     def __init__(self, student: Student, pairs: Sequence[Pair]) -> None:
         layers = dict.fromkeys(layer for pair in pairs for layer in pair.student)
-        specs = [FeatureSpec((layer,)) for layer in layers if layer != HEAD]
+        specs = [FeatureSpec((layer,)) for layer in layers if layer != CLASSIFIER]
         self._net = student.net
         self._taps = Taps(student.net, specs, detach=False) if specs else None
-        self._head = HeadTap(student.head, detach=False) if HEAD in layers and student.head is not None else None
+        self._classifier = (
+            ClassifierTap(student.classifier, detach=False)
+            if CLASSIFIER in layers and student.classifier is not None
+            else None
+        )
         self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
         if self._taps is not None:
             self._hooks.enter_context(self._taps)
-        if self._head is not None:
-            head = self._hooks.enter_context(self._head)
+        if self._classifier is not None:
+            tap = self._hooks.enter_context(self._classifier)
             # evaluation runs the network too, and takes nothing
-            self._hooks.enter_context(self._net.register_forward_pre_hook(lambda *_: head.forget()))
+            self._hooks.enter_context(self._net.register_forward_pre_hook(lambda *_: tap.forget()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,7 +143,7 @@ class StudentTaps:
         """Layer -> (B, ...) at least float32, with gradients; then forgotten."""
         found = {} if self._taps is None else self._taps.reduced()
         values = {name.rpartition(":")[0]: value for name, value in found.items()}
-        return values if self._head is None else values | {HEAD: self._head.value()}
+        return values if self._classifier is None else values | {CLASSIFIER: self._classifier.value()}
 
 
 def pairs_of(
@@ -155,7 +160,7 @@ def pairs_of(
     loss, said = term.loss, term.placement
     member, names = _teacher_layers(term, cache, members)
     given = layer or said.get("student", "")
-    are_vectors = HEAD in loss.features and all(_positions(cache, member, name) == 1 for name in names)
+    are_vectors = CLASSIFIER in loss.features and all(_positions(cache, member, name) == 1 for name in names)
     layers = _layers(given) if given else _student_layers(term, names, student, are_vectors=are_vectors)
     if len(layers) != len(names):
         raise LossError(
@@ -170,9 +175,9 @@ def pairs_of(
         if fit is not None:
             shapes = ((shapes[0][0], *fit),)
         layers_of = tuple(name.rpartition(":")[0].split("+"))
-        shape = shapes[0] if reduction == HEAD else FeatureSpec(layers_of, reduction).reduced_shape(*shapes)
+        shape = shapes[0] if reduction == CLASSIFIER else FeatureSpec(layers_of, reduction).reduced_shape(*shapes)
         own_reduction = loss.reduction or (_vector(reduction, own_shapes[0]) if reduction in VECTORS else reduction)
-        if own != (HEAD,):
+        if own != (CLASSIFIER,):
             FeatureSpec(own, own_reduction).check(*own_shapes)
         pairs.append(Pair(member, name, reduction, shapes, shape, own, own_reduction, own_shapes, fit))
     return pairs
@@ -190,7 +195,7 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
             holders[member] = serving
     if not holders:
         held = sorted({name for member in members for name in cache.features[member]})
-        wanted = [f"LAYER:{kind}" for kind in loss.features if kind != HEAD]
+        wanted = [f"LAYER:{kind}" for kind in loss.features if kind != CLASSIFIER]
         raise LossError(
             f"loss {term.name!r} needs a feature of the teacher as {' or '.join(wanted)}; "
             f"the cache holds {', '.join(held) or 'none'}",
@@ -208,7 +213,7 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
     for name in names:
         layers.setdefault(name.rpartition(":")[0], name)
     chosen = sorted(layers.values(), key=lambda name: -_positions(cache, member, name))  # early to late
-    if loss.layers != "stages":
+    if loss.layers != "map_ends":
         return member, [_likely(term, cache, member, chosen)]
     ends: dict[Any, str] = {}  # of maps of one size the first: a later one is there for the classifier's sake
     for name in chosen:
@@ -218,7 +223,7 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
 
 def _serving(term: LossTerm, cache: Cache, member: str) -> list[str]:
     """The member's features that serve a term, cheapest kind first."""
-    found: dict[str, list[str]] = {HEAD: [HEAD]} if cache.codecs[member].needs_head else {}
+    found: dict[str, list[str]] = {CLASSIFIER: [CLASSIFIER]} if cache.codecs[member].needs_classifier else {}
     for name in cache.features[member]:
         found.setdefault(name.rpartition(":")[2], []).append(name)
     return [name for kind in term.loss.features for name in found.get(kind, ())]
@@ -226,7 +231,7 @@ def _serving(term: LossTerm, cache: Cache, member: str) -> list[str]:
 
 def _positions(cache: Cache, member: str, name: str) -> int:
     """H W of the map that a feature is made of; 1 for all else."""
-    shape = cache.features[member][name].shapes[0] if name != HEAD else ()
+    shape = cache.features[member][name].shapes[0] if name != CLASSIFIER else ()
     return prod(shape[1:]) if len(shape) == 3 else 1
 
 
@@ -234,13 +239,13 @@ def _likely(term: LossTerm, cache: Cache, member: str, names: Sequence[str]) -> 
     """The layer that a loss on one layer means: the classifier's input, the middle or the last map; LossError if unclear."""
     if len(names) == 1:
         return names[0]
-    if term.loss.layers != HEAD:
+    if term.loss.layers != CLASSIFIER:
         maps = [name for name in names if _positions(cache, member, name) > 1]
         return middle(maps) if maps and term.loss.layers == "middle" else (maps or names)[-1]
-    if HEAD in names:
-        return HEAD
-    head = cache.head(member)
-    width = None if head is None else (head[0].shape[1],)
+    if CLASSIFIER in names:
+        return CLASSIFIER
+    layer = cache.classifier(member)
+    width = None if layer is None else (layer[0].shape[1],)
     features = cache.features[member]
     fitting = [name for name in names if features[name].spec.reduced_shape(*features[name].shapes) == width]
     fitting = [name for name in fitting if _positions(cache, member, name) == 1] or fitting
@@ -262,15 +267,15 @@ def _named(term: LossTerm, text: str, names: Sequence[str]) -> str:
 
 def _as_needed(term: LossTerm, cache: Cache, member: str, name: str) -> tuple[str, tuple[Shape, ...]]:
     """What a loss gets of a stored feature: its reduction, and the shapes of the layers it is made of."""
-    if name == HEAD:
-        head = cache.head(member)
-        assert head is not None
-        return HEAD, ((head[0].shape[1],),)
+    if name == CLASSIFIER:
+        layer = cache.classifier(member)
+        assert layer is not None
+        return CLASSIFIER, ((layer[0].shape[1],),)
     feature = cache.features[member][name]
     reduction = feature.spec.reduction
     if reduction == "map" and term.loss.features[0] != "map":
         # what is cheaper to store is made of the map
-        wanted = "pool" if term.loss.features[0] == HEAD else term.loss.features[0]
+        wanted = "pool" if term.loss.features[0] == CLASSIFIER else term.loss.features[0]
         reduction = "flatten" if wanted == "pool" and len(feature.shapes[0]) == 1 else wanted
     return reduction, feature.shapes
 
@@ -288,24 +293,24 @@ def _smaller_size(
 def _student_layers(
     term: LossTerm, names: Sequence[str], student: Student, *, are_vectors: bool
 ) -> list[tuple[str, ...]]:
-    """By default: the input of the final linear layer for vectors, layers of the same names, or the last stages."""
-    if are_vectors or term.loss.layers == HEAD:
-        return [(HEAD,)] * len(names)
-    if term.loss.graft and student.head_map is not None:
-        return [(student.head_map,)] * len(names)
+    """By default: the input of the final linear layer for vectors, layers of the same names, or the last map ends."""
+    if are_vectors or term.loss.layers == CLASSIFIER:
+        return [(CLASSIFIER,)] * len(names)
+    if term.loss.graft and student.classifier_map is not None:
+        return [(student.classifier_map,)] * len(names)
     layers = [tuple(name.rpartition(":")[0].split("+")) for name in names]
-    stages = [module.name for module in student.stages]
-    if all(layer in stages for pair in layers for layer in pair):
+    ends = [module.name for module in student.map_ends]
+    if all(layer in ends for pair in layers for layer in pair):
         return layers
-    if term.loss.layers in ("last", "middle") and len(names) == 1 and stages:
-        return [(stages[-1] if term.loss.layers == "last" else middle(stages),)]
+    if term.loss.layers in ("last", "middle") and len(names) == 1 and ends:
+        return [(ends[-1] if term.loss.layers == "last" else middle(ends),)]
     teacher = list(dict.fromkeys(layer for pair in layers for layer in pair))
-    if term.loss.layers == "stages" and len(stages) >= len(teacher):
-        match = dict(zip(teacher, stages[-len(teacher) :], strict=True))
+    if term.loss.layers == "map_ends" and len(ends) >= len(teacher):
+        match = dict(zip(teacher, ends[-len(teacher) :], strict=True))
         return [tuple(match[layer] for layer in pair) for pair in layers]
     raise LossError(
         f"loss {term.name!r}: which layers of the student go with {', '.join(names)} of the teacher is not clear",
-        tip=f"say so: student=LAYER; its stages are {', '.join(stages) or 'not maps'}",
+        tip=f"say so: student=LAYER; its maps end at {', '.join(ends) or 'not maps'}",
     )
 
 

@@ -80,6 +80,9 @@ class Ranks:
         return values
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     """The processes that torchrun started, as one group while it is entered; without torchrun one process alone.
@@ -115,9 +118,9 @@ class _Gather(torch.autograd.Function):
         own = tensor.to(torch.uint8) if flags else tensor
         padded = own.new_zeros(max(counts), *tensor.shape[1:])
         padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        blocks = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(blocks, padded)
+        rows = torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
         return rows.bool() if flags else rows
 
     @staticmethod

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from softcache.config import TrainConfig, to_toml
 from softcache.errors import LockedError, TrainingError
 from softcache.files.locks import release_lock, take_lock
+from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
 from softcache.version import __version__
 
@@ -87,6 +88,14 @@ def locked(out: Path) -> Iterator[None]:
         if not any(out.iterdir()):
             out.rmdir()
         release_lock(fd)
+
+
+@contextmanager
+def only_writer(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the folder's lock in the first of the ranks, once all of them have looked into it."""
+    ranks.everyone(out)
+    with locked(out) if ranks.first else nullcontext():
+        yield
 
 
 def _read_run(out: Path) -> dict[str, Any]:

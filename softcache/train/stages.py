@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import typing
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
-
-from torch import nn
 
 from softcache.config import TrainConfig, coerce, parse_settings
 from softcache.errors import ConfigError, nearest
@@ -79,36 +75,6 @@ def parse_stages(config: TrainConfig) -> list[Stage]:
             raise ConfigError(f"{where}: schedule {own.schedule!r} makes the learning rate negative")
         stages.append(Stage(own, terms, factor))
     return stages
-
-
-def freeze(net: nn.Module, patterns: Sequence[str], fixed: Collection[str] = ()) -> None:
-    """Switch gradients off for the parameters that the patterns name and those that are fixed for good, on for the others.
-
-    A module of which every parameter is frozen is to stay in eval mode while training (see `train_mode`), so that BatchNorm
-    learns nothing either.
-
-    Raises:
-        ConfigError: a pattern that names nothing.
-    """
-    names = [name for name, _ in net.named_parameters()]
-    frozen = set(fixed)
-    for pattern in patterns:
-        named = [name for name in names if name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)]
-        if not named:
-            layers = [name for name, module in net.named_modules() if name and any(True for _ in module.parameters())]
-            raise ConfigError(f"--freeze {pattern}: the student has no parameters there", tip=nearest(pattern, layers))
-        frozen |= set(named)
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-
-
-def train_mode(net: nn.Module) -> None:
-    """Train mode, but for modules of which every parameter is frozen."""
-    net.train()
-    for module in net.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
 
 
 def _check(config: TrainConfig, where: str) -> None:

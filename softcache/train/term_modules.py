@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcache.data.transfer_set import TransferSet
 from softcache.errors import LossError
 from softcache.features.spec import FeatureSpec
 from softcache.losses import Loss, LossTerm
 from softcache.losses.adapters import make_adapter
-from softcache.targets.cache import Targets
+from softcache.targets.batch import Targets
+from softcache.targets.teacher import CachedTeacher
 from softcache.train.pairs import SIZED, Pair
-from softcache.train.terms import CachedTeacher
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,15 @@ class Sizes:
     sample_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     seed: int = 0
 
+    @classmethod
+    def of(cls, transfer_set: TransferSet, seed: int) -> Sizes:
+        """Of a run on these samples."""
+        labels, count = torch.from_numpy(transfer_set.labels), len(transfer_set)
+        single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
+        return cls(count, transfer_set.num_classes, single, seed)
 
-class Parts(nn.Module):
+
+class TermModules(nn.Module):
     """What a term has of its own: an adapter for each pair of layers, and the loss's module where it has state.
 
     Raises:
@@ -66,7 +74,7 @@ class Parts(nn.Module):
                 raise
             self.adapters.append(adapter)
         self._function = loss.function
-        self._joint = joint = loss.needs("student_levels")
+        self._joint = joint = loss.needs("student_maps")
         self.cores = nn.ModuleList()
         if loss.module is not None:
             each: list[tuple[tuple[int, ...] | None, Pair | None]] = [(None, None)]
@@ -113,7 +121,7 @@ class Parts(nn.Module):
         student = [self.student_tensor(index, outputs) for index in range(len(self.pairs))]
         teacher = [pair.teacher_tensor(targets) for pair in self.pairs]
         if self._joint:
-            return [(functions[0], {"student_levels": student, "teacher_levels": teacher})]
+            return [(functions[0], {"student_maps": student, "teacher_maps": teacher})]
         classifier = dict(self.named_buffers(recurse=False))
         return [
             (function, {"student_features": own, "teacher_features": other, **classifier})

@@ -2,67 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
+from collections.abc import Iterator, Sequence
 
 from softcache.errors import ConfigError, LossError
 from softcache.losses import LossTerm, make_term
 from softcache.spec import split_term
-from softcache.targets.cache import Cache, Targets
 from softcache.targets.ensemble import KEEPS_LEVEL, check_rule
-
-
-@dataclass(frozen=True)
-class CachedTeacher:
-    """A cache's members as the one teacher of a run.
-
-    Attributes:
-        cache: where they are.
-        combine: the rule.
-        weights: member -> weight; None for all equally.
-        draw_seed: of the rule "draw".
-        classes: indices of the classes that the student has; None for all.
-    """
-
-    cache: Cache
-    combine: str = "mean_logits"
-    weights: Mapping[str, float] | None = None
-    draw_seed: int = 0
-    classes: tuple[int, ...] | None = None
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return self.cache.members if self.weights is None else tuple(self.weights)
-
-    def logits(self, targets: Targets, temperature: float, link: str = "softmax") -> Tensor:
-        """(B, C) of the combined members; of the student's classes only, where it has not all."""
-        combined = targets.combined(
-            self.combine, weights=self.weights, temperature=temperature, link=link, draw_seed=self.draw_seed
-        )
-        return combined if self.classes is None else combined[:, list(self.classes)]
-
-    def classifier(self) -> tuple[Tensor, Tensor]:
-        """(C, D) weight and (C,) bias of the only member's final linear layer.
-
-        Raises:
-            LossError: several members, or one whose layer is not in the cache.
-        """
-        if len(self.members) != 1:
-            raise LossError(
-                "a loss on the teacher's classifier takes one teacher", tip="choose one with --members NAME"
-            )
-        head = self.cache.head(self.members[0])
-        if head is None:
-            raise LossError(
-                f"the cache does not keep the final linear layer of member {self.members[0]!r}",
-                tip="dump a teacher that ends with an nn.Linear which gives its logits",
-            )
-        weight, bias = head
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
-        chosen = slice(None) if self.classes is None else list(self.classes)
-        return weight[chosen], bias[chosen]
+from softcache.targets.teacher import CachedTeacher
 
 
 def named_terms(terms: Sequence[LossTerm]) -> Iterator[tuple[str, LossTerm]]:

@@ -19,7 +19,7 @@ from softcache.errors import CacheError, CodecRangeError, ConfigError
 
 # codec and parameters, by the text that names them; every codec that needs no fitting has its defaults here
 CASES: dict[str, tuple[str, dict[str, str]]] = {
-    **{name: (name, {}) for name, kind in CODECS.items() if kind.fit is Codec.fit and not kind.needs_head},
+    **{name: (name, {}) for name, kind in CODECS.items() if kind.fit is Codec.fit and not kind.needs_classifier},
     "headtail:k=16,bits=6": ("headtail", {"k": "16", "bits": "6"}),
     "headtail:k=1,bits=4": ("headtail", {"k": "1", "bits": "4"}),
     "topk:k=1": ("topk", {"k": "1"}),

@@ -178,7 +178,7 @@ def check_inputs(case: str, classes: int, total: int, seed: int) -> None:
     """`total` rows of linear_head: its teacher's inputs, and inputs of every kind with the logits that they give."""
     codec, each = fitted(case, classes), math.ceil(total / (len(ROWS) + 1))
     probe = teacher_rows(classes, each, seed=seed)
-    assert split_and_check(codec, probe.logits, probe.head_input) == each
+    assert split_and_check(codec, probe.logits, probe.classifier_input) == each
     weight, bias = head(classes)
     for kind in ROWS:
         inputs = given(kind, each, WIDTH, seed=seed)
@@ -230,12 +230,12 @@ def test_a_level_far_from_zero_costs_no_more_than_float32s_rounding(case: str) -
     codec, near, far = fitted(case, 100), teacher_rows(100, 64, seed=3), teacher_rows(100, 64, seed=3, level=1e5)
     if case in HEADS:
         shift = {**codec.constants, "bias": codec.constants["bias"] + 1e5}
-        far, other = Probe(near.logits + 1e5, near.head_input), codec.with_constants(shift)
+        far, other = Probe(near.logits + 1e5, near.classifier_input), codec.with_constants(shift)
     else:
         other = codec
     found = []
     for one, probe in ((codec, near), (other, far)):
-        arrays = one.encode(probe.logits, probe.head_input)
+        arrays = one.encode(probe.logits, probe.classifier_input)
         found.append((one.decode(arrays) - probe.logits).abs().amax(dim=1))
         assert len(arrays.get("dense_at", ())) < 4
     assert (found[1] <= found[0] + 4 * 1e5 * 2.0**-23).all()
@@ -258,8 +258,8 @@ def test_dense_rows_and_others_lie_side_by_side() -> None:
 @over_cases
 def test_no_rows_at_all(case: str) -> None:
     codec, probe = fitted(case, 100), teacher_rows(100, 1, seed=0)
-    assert probe.head_input is not None
-    arrays = codec.encode(probe.logits[:0], probe.head_input[:0])
+    assert probe.classifier_input is not None
+    arrays = codec.encode(probe.logits[:0], probe.classifier_input[:0])
     assert codec.decode(arrays).shape == (0, 100) and eps_of(
         codec, probe.logits[:0], arrays, codec.decode(arrays)
     ).shape == (0,)
@@ -303,7 +303,7 @@ def test_an_independent_reader_finds_the_same(case: str, classes: int) -> None:
     codecs = [fitted(case, classes)] + ([by_hand(case, classes)] if case in LOWRANK else [])
     for codec in codecs:
         probe = teacher_rows(classes, 64, seed=4, level=50.0)
-        arrays = {n: v for n, v in codec.encode(probe.logits, probe.head_input).items() if n in codec.arrays}
+        arrays = {n: v for n, v in codec.encode(probe.logits, probe.classifier_input).items() if n in codec.arrays}
         for name, (dtype, shape) in codec.arrays.items():
             assert arrays[name].numpy().dtype == np.dtype(dtype) and arrays[name].shape == (64, *shape)
         read = read_lowrank(codec, arrays["records"]) if case in LOWRANK else read_linear_head(codec, arrays)
@@ -340,7 +340,7 @@ def test_restored_from_its_constants_it_is_the_same(case: str) -> None:
     codec, probe = fitted(case, 1000), teacher_rows(1000, 64, seed=5)
     again = made_from(codec)
     assert again == codec and again.fields == codec.fields and again.arrays == codec.arrays
-    first, second = (c.encode(probe.logits, probe.head_input) for c in (codec, again))
+    first, second = (c.encode(probe.logits, probe.classifier_input) for c in (codec, again))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(codec.decode(first), again.decode(second))
     assert all(value.device.type == "cpu" and value.is_contiguous() for value in codec.constants.values())
@@ -358,10 +358,10 @@ def test_fitting_twice_gives_the_same_constants(case: str) -> None:
 @over_cases
 def test_decoding_is_float32_inside_autocast(case: str) -> None:
     codec, probe = fitted(case, 100), teacher_rows(100, 64, seed=6)
-    arrays = codec.encode(probe.logits, probe.head_input)
+    arrays = codec.encode(probe.logits, probe.classifier_input)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = codec.decode(arrays)
-        again = codec.encode(probe.logits, probe.head_input)
+        again = codec.encode(probe.logits, probe.classifier_input)
         assert torch.is_autocast_enabled("cpu")
     assert inside.dtype == torch.float32 and torch.equal(inside, codec.decode(arrays))
     assert all(torch.equal(again[name], arrays[name]) for name in arrays)
@@ -537,7 +537,7 @@ def test_not_fitted(name: str) -> None:
     uses = [
         lambda: codec.arrays,
         lambda: codec.constants,
-        lambda: codec.encode(probe.logits, probe.head_input),
+        lambda: codec.encode(probe.logits, probe.classifier_input),
         lambda: codec.decode({"records": torch.zeros(1, 9, dtype=torch.uint8), "head_input": torch.zeros(1, WIDTH)}),
     ]
     for use in uses:
@@ -553,7 +553,7 @@ def test_parameters_are_what_was_chosen(case: str) -> None:
     assert codec.parameters == {**defaults, **parameters}
     assert make_codec(name, codec.parameters, 100) == codec
     assert codec.keeps_level and codec.complete and codec.bounded and codec.temperatures is None
-    assert codec.needs_head == (name == "linear_head")
+    assert codec.needs_classifier == (name == "linear_head")
 
 
 @pytest.mark.parametrize(
@@ -609,10 +609,10 @@ def broken_heads() -> dict[str, Probe]:
     return {
         "none": Probe(probe.logits),
         "no input": Probe(probe.logits, None, weight, bias),
-        "log_softmax": Probe(probe.logits.log_softmax(dim=1), probe.head_input, weight, bias),
-        "class order": Probe(probe.logits.roll(1, dims=1), probe.head_input, weight, bias),
-        "bias": Probe(probe.logits, probe.head_input, weight, bias + 0.1),
-        "not finite": Probe(probe.logits, probe.head_input, weight * torch.nan, bias),
+        "log_softmax": Probe(probe.logits.log_softmax(dim=1), probe.classifier_input, weight, bias),
+        "class order": Probe(probe.logits.roll(1, dims=1), probe.classifier_input, weight, bias),
+        "bias": Probe(probe.logits, probe.classifier_input, weight, bias + 0.1),
+        "not finite": Probe(probe.logits, probe.classifier_input, weight * torch.nan, bias),
     }
 
 
@@ -626,8 +626,8 @@ def test_linear_head_refuses_a_layer_that_does_not_give_the_logits(which: str) -
 
 def test_linear_head_takes_a_layer_without_bias() -> None:
     probe, (weight, _) = teacher_rows(100, 64, seed=0), head(100)
-    assert probe.head_input is not None
-    codec = LinearHeadCodec(100).fit(Probe(probe.head_input @ weight.T, probe.head_input, weight))
+    assert probe.classifier_input is not None
+    codec = LinearHeadCodec(100).fit(Probe(probe.classifier_input @ weight.T, probe.classifier_input, weight))
     assert torch.equal(codec.constants["bias"], torch.zeros(100)) and torch.equal(codec.constants["weight"], weight)
 
 
@@ -640,7 +640,7 @@ def test_linear_head_says_how_far_off_the_layer_is() -> None:
 def test_linear_head_accepts_a_teacher_in_tf32() -> None:
     probe = teacher_rows(100, 64, seed=0)
     moved = probe.logits * (1 + 2.0**-11)
-    assert LinearHeadCodec(100).fit(Probe(moved, *(probe.head_input, *head(100)))).constants.keys() == {
+    assert LinearHeadCodec(100).fit(Probe(moved, *(probe.classifier_input, *head(100)))).constants.keys() == {
         "weight",
         "bias",
     }
@@ -648,8 +648,8 @@ def test_linear_head_accepts_a_teacher_in_tf32() -> None:
 
 def test_linear_head_in_float16_refuses_overflow_and_int8_holds_it() -> None:
     probe = teacher_rows(100, 4, seed=0)
-    assert probe.head_input is not None
-    large = probe.head_input * 1e5
+    assert probe.classifier_input is not None
+    large = probe.classifier_input * 1e5
     with pytest.raises(CodecRangeError, match=r"float16 holds inputs up to 65504 of the final layer, found \d"):
         fitted("linear_head", 100).encode(probe.logits, large)
     codec = fitted("linear_head, int8", 100)
@@ -660,12 +660,12 @@ def test_linear_head_in_float16_refuses_overflow_and_int8_holds_it() -> None:
 
 def test_linear_head_in_int8_is_off_by_half_a_step_of_the_rows_range() -> None:
     probe, codec = teacher_rows(100, 64, seed=0), fitted("linear_head, int8", 100)
-    assert probe.head_input is not None
+    assert probe.classifier_input is not None
     lowest, step, codes = (
-        field_values(codec.encode(probe.logits, probe.head_input)["records"], field).astype(np.float64)
+        field_values(codec.encode(probe.logits, probe.classifier_input)["records"], field).astype(np.float64)
         for field in codec.fields
     )
-    inputs = exact(probe.head_input)
+    inputs = exact(probe.classifier_input)
     np.testing.assert_allclose(step[:, 0], np.ptp(inputs, axis=1) / 255, rtol=1e-6)
     assert (np.abs(lowest + step * codes - inputs) <= step * 0.5001).all()
 

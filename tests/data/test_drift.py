@@ -234,7 +234,7 @@ def test_a_rounding_of_few_pixels_is_one_too(
     quick_dump(policy=CROP, views=2)
     round_one_pixel(monkeypatch, CROP)
     train.run(settings(tmp_path, f"{toy}:images"), quiet=True)
-    assert "by 1 level of 255" in recorded(tmp_path)
+    assert "by 1 of 255" in recorded(tmp_path)
 
 
 def test_a_decoder_that_rounds_otherwise(
@@ -253,7 +253,7 @@ def test_a_decoder_that_rounds_otherwise(
     train.run(settings(tmp_path, data), quiet=True)
     assert "12 of 12 checked views" in recorded(tmp_path) and "by 1 level of" in recorded(tmp_path)
     monkeypatch.setattr(sources, "image_array", lambda image, where: decode(image, where) + 5)
-    with pytest.raises(DriftError, match="up to 5 levels of 255 apart"):
+    with pytest.raises(DriftError, match="up to 5 of 255 apart"):
         train.run(settings(tmp_path, data, out=str(tmp_path / "other")), quiet=True)
 
 
@@ -281,7 +281,7 @@ def test_anything_more_is_an_error(
     with pytest.raises(DriftError) as caught:
         train.run(settings(tmp_path, f"{toy}:images"), quiet=True)
     assert "of 40 checked views render to other pixels than the teacher saw" in caught.value.message
-    apart = "(up to 3 levels of 255 apart)" if change is SERIOUS[0] else "levels of 255 apart)"
+    apart = "(up to 3 of 255 apart)" if change is SERIOUS[0] else "of 255 apart)"
     assert apart in caught.value.message
     assert "toy/00" in caught.value.message
     for side in ("the cache was made with softcache", "here are softcache", "torchvision", "pillow"):
@@ -369,7 +369,7 @@ def test_a_changed_image_of_the_probe(quick_dump: QuickDump, others: Path, toy: 
     cache = quick_dump(data, [f"{toy}:exact"], policy=CROP, views=2)
     key = next(key for key in checked_keys(data) if key in probed(cache))
     number = key.removeprefix("image/")
-    with pytest.raises(DriftError, match=rf"up to 99 levels of 255 apart\): .*{key}"):
+    with pytest.raises(DriftError, match=rf"up to 99 of 255 apart\): .*{key}"):
         train.run(settings(tmp_path, f"{data}?changed={number}", check_content="none"), quiet=True)
 
 
@@ -604,9 +604,7 @@ def test_verify_tells_a_rounding_from_damage(
         round_by(2)(patch, MIXUP)
         code, text = verify_cli(tmp_path, capsys, "--replay", "50")
         assert code == 0 and "whole" in text
-        assert (
-            "50 of 50 checked views differ from what the teacher saw, by 2 levels of 255: a decoder's rounding" in text
-        )
+        assert "50 of 50 checked views differ from what the teacher saw, by 2 of 255: a decoder's rounding" in text
     for change in SERIOUS:
         with monkeypatch.context() as patch:
             change(patch, MIXUP)

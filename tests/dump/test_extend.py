@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QuickDump
+from training import stopped_after
 
 import softcache
 import softcache.errors
@@ -427,24 +428,13 @@ def pinned(out: Path) -> str:
 
 
 def test_a_run_goes_on_with_the_cache_it_began_with(
-    quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path
 ) -> None:
     """Stopped in epoch 3 of 5, the cache then grows from two views to four and by a member; bit for bit as without."""
     old = quick_dump(policy=MIXED, views=2).id
     train.run(train_config(tmp_path, toy, "alone"), quiet=True)
-    saved, calls = train.save_progress, 0
-
-    def stop(*arguments: Any) -> None:
-        nonlocal calls
-        saved(*arguments)
-        calls += 1
-        if calls == 8:  # two checkpoints an epoch and one at its end
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_progress", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(train_config(tmp_path, toy, "stopped", checkpoint_every=1), quiet=True)
+    with stopped_after(8), pytest.raises(KeyboardInterrupt):  # two checkpoints an epoch and one at its end
+        train.run(train_config(tmp_path, toy, "stopped", checkpoint_every=1), quiet=True)
     extend(views=4)
     new = extend(teacher=[f"{toy}:network"], codec="int8").id
     train.run(train_config(tmp_path, toy, "stopped"), quiet=True)

@@ -24,8 +24,8 @@ from softcache.config import DumpConfig, TrainConfig
 from softcache.dump.features_for import features_for
 from softcache.dump.teacher import Teacher, open_teacher
 from softcache.errors import LossError, SoftcacheError
-from softcache.features.taps import head_feature, head_of, stages_of
-from softcache.losses import HEAD, LOSSES, make_term
+from softcache.features.taps import classifier_feature, classifier_of, map_ends
+from softcache.losses import CLASSIFIER, LOSSES, make_term
 from softcache.models import load_model, save_student
 from softcache.train.pairs import Student, pairs_of
 
@@ -133,8 +133,8 @@ def functional(num_classes):
     return Functional(num_classes)
 '''
 LAYERED = [name for name, loss in LOSSES.items() if loss.has_features]
-ON_VECTORS = [name for name in LAYERED if LOSSES[name].layers == HEAD]
-ON_MAPS = [name for name in LAYERED if HEAD not in LOSSES[name].features]
+ON_VECTORS = [name for name in LAYERED if LOSSES[name].layers == CLASSIFIER]
+ON_MAPS = [name for name in LAYERED if CLASSIFIER not in LOSSES[name].features]
 SMALL = {"crd": "crd:negatives=8,width=4", "reviewkd": "reviewkd:width=8"}
 
 Find = Callable[..., list[str]]
@@ -286,8 +286,8 @@ def test_one_dump_for_all_losses_serves_each(kind: str, world: World, find: Find
     together = dumped(world, kind, tmp_path / "all", for_=tuple(wanted))
     for name in wanted:
         layers = [feature.rpartition(":")[0] for feature in find(kind, name)]
-        on_vector = LOSSES[name].layers == HEAD or layers == ["norm"]
-        own = [(HEAD,) if on_vector else tuple(layer.split("+")) for layer in layers]
+        on_vector = LOSSES[name].layers == CLASSIFIER or layers == ["norm"]
+        own = [(CLASSIFIER,) if on_vector else tuple(layer.split("+")) for layer in layers]
         assert paired(world, kind, together, name, same=True) == list(zip(layers, own, strict=True)), name
 
 
@@ -313,7 +313,7 @@ def test_simkd_takes_the_map_that_the_classifier_pools(world: World, tmp_path: P
     assert paired(world, "wrn", cache, "vid", same=True) == [(block, (block,)) for block in blocks]
     rows = np.arange(len(cache))
     targets = cache.gather(rows, np.zeros_like(rows), features=["block3:map", "tail.relu:map"])
-    head = cache.head(member)
+    head = cache.classifier(member)
     assert head is not None and head[1] is not None
     logits = targets.feature("tail.relu:map").mean(dim=(2, 3)) @ head[0].T + head[1]
     torch.testing.assert_close(logits, targets.logits(), rtol=2e-3, atol=2e-3)
@@ -470,10 +470,10 @@ def test_the_way_out_that_a_refusal_names_works(world: World, tmp_path: Path) ->
 
 
 def stage_names(net: nn.Module, inputs: Tensor) -> list[str]:
-    return [module.name for module in stages_of(net, inputs)]
+    return [module.name for module in map_ends(net, inputs)]
 
 
-STAGES = [
+MAP_ENDS = [
     ("softcache:resnet8", 32, ["layer1", "layer2", "layer3"], "avgpool:flatten"),
     ("softcache:resnet20", 32, ["layer1", "layer2", "layer3"], "avgpool:flatten"),
     ("softcache:cnn", 16, ["2", "6", "10"], "12:flatten"),
@@ -488,21 +488,23 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "size", "stages", "head"), STAGES, ids=[f"{case[0]}-{case[1]}" for case in STAGES])
+@pytest.mark.parametrize(
+    ("spec", "size", "stages", "head"), MAP_ENDS, ids=[f"{case[0]}-{case[1]}" for case in MAP_ENDS]
+)
 def test_stages_and_the_input_of_the_head(spec: str, size: int, stages: list[str], head: str) -> None:
     torch.manual_seed(0)
     net = load_model(spec, num_classes=5, input_shape=(size, size, 3)).net.eval()
     images = torch.randn(2, 3, size, size)
     assert stage_names(net, images) == stages
-    linear = head_of(net, images)
+    linear = classifier_of(net, images)
     assert linear is not None
-    assert str(head_feature(net, images, linear)) == head
+    assert str(classifier_feature(net, images, linear)) == head
 
 
 def test_a_stage_ends_outside_the_block_that_reduces_it() -> None:
     """As the expansion of an inverted residual does not: it is no map that the rest of the network goes through."""
     net = torchvision.models.mobilenet_v3_small(num_classes=5)
-    stages = stages_of(net, torch.randn(2, 3, 64, 64))
+    stages = map_ends(net, torch.randn(2, 3, 64, 64))
     assert [(one.name, one.shape and one.shape[1:]) for one in stages] == [
         ("features.1", (16, 16, 16)), ("features.3", (24, 8, 8)), ("features.8", (48, 4, 4)), ("features", (576, 2, 2))
     ]  # fmt: skip
@@ -526,8 +528,8 @@ def test_a_module_that_is_called_twice_is_no_stage_and_no_feature() -> None:
     torch.manual_seed(0)
     net, images = Shared(), torch.randn(2, 3, 16, 16)
     assert stage_names(net, images) == ["a", "b"]
-    assert head_of(net, images) is net.fc
-    assert head_feature(net, images, net.fc) is None  # `act2` gives it, at its second call
+    assert classifier_of(net, images) is net.fc
+    assert classifier_feature(net, images, net.fc) is None  # `act2` gives it, at its second call
 
 
 class Decoder(nn.Module):
@@ -553,7 +555,7 @@ def test_larger_maps_and_other_first_axes_are_no_stages() -> None:
 def test_looking_for_stages_leaves_the_network_as_it_was() -> None:
     net = load_model("softcache:resnet8", num_classes=3, input_shape=(16, 16, 3)).net.train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    stages_of(net, torch.randn(4, 3, 16, 16))
+    map_ends(net, torch.randn(4, 3, 16, 16))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(module.training and not module._forward_hooks for module in net.modules())
 
@@ -588,7 +590,7 @@ def test_the_list_names_every_loss_once_and_fits_a_terminal(printed: Printed) ->
             name, loss = line.split()[0], LOSSES[line.split()[0]]
             words = (
                 "vector"
-                if loss.has_features and loss.layers == HEAD
+                if loss.has_features and loss.layers == CLASSIFIER
                 else "maps"
                 if loss.has_features
                 else "labels alone"
@@ -596,7 +598,7 @@ def test_the_list_names_every_loss_once_and_fits_a_terminal(printed: Printed) ->
             assert (words in group) == (loss.has_features or not loss.has_teacher), name
             assert ("hard labels" in group) == (loss.needs("labels") and not loss.has_features), name
             assert all(key in line for key in loss.defaults), name
-            if loss.has_features and loss.layers != HEAD:
+            if loss.has_features and loss.layers != CLASSIFIER:
                 assert f"{loss.features[0]}, {loss.layers}" in line  # which reduction of which layers is stored
 
 

@@ -229,7 +229,7 @@ def test_a_final_layer_beside_features_is_counted_in(pieces: Path, tmp_path: Pat
     forecast = plan.run(asked)
     for number, text in enumerate(("linear_head:dtype=float16", "int8")):
         cache = dumped(asked, tmp_path / str(number), codec=text)
-        assert cache.head("narrow") is not None
+        assert cache.classifier("narrow") is not None
         assert choice(forecast, text).nbytes == cache.manifest.nbytes
     assert forecast.features == {"narrow": {"body:flatten": 2 * 6 + 2}}
 

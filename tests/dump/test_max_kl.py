@@ -34,7 +34,7 @@ from softcache.errors import (
     SoftcacheError,
     TeacherError,
 )
-from softcache.features.taps import head_of
+from softcache.features.taps import classifier_of
 from softcache.files import durable
 from softcache.models import load_model
 from softcache.spec import load_user_file
@@ -259,10 +259,10 @@ def test_topk_keeps_the_largest_and_the_mass_of_the_rest(pieces: Path, caches: d
 
 @pytest.mark.parametrize("row", ["linear_head", "linear_head, int8"])
 def test_linear_head_keeps_the_layer_once(pieces: Path, caches: dict[str, softcache.Cache], row: str) -> None:
-    layer, kept = load_user_file(pieces).narrow().fc, caches[row].head("narrow")
+    layer, kept = load_user_file(pieces).narrow().fc, caches[row].classifier("narrow")
     assert kept is not None and torch.equal(kept[0], layer.weight.detach())
     assert kept[1] is not None and torch.equal(kept[1], layer.bias.detach())
-    assert caches["int8"].head("narrow") is None
+    assert caches["int8"].classifier("narrow") is None
 
 
 @over_rows
@@ -369,7 +369,7 @@ MISFITS = {
 @pytest.fixture
 def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training that comes as far as an optimiser fails."""
-    monkeypatch.setattr(train, "make_optimizer", lambda *_: pytest.fail("refused too late"))
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", lambda *_: pytest.fail("refused too late"))
 
 
 @pytest.mark.usefixtures("no_step")
@@ -950,6 +950,6 @@ def test_the_teacher_of_these_tests_has_its_head(pieces: Path) -> None:
     module = load_user_file(pieces)
     inputs = module.narrow().collate(list(module.images().images[:8]))
     plain, spiky = module.narrow(), module.narrow(spikes=6.0)
-    assert head_of(plain, inputs) is plain.fc
+    assert classifier_of(plain, inputs) is plain.fc
     inputs[:, 36] = 1
-    assert head_of(spiky, inputs) is None
+    assert classifier_of(spiky, inputs) is None

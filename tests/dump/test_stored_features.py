@@ -13,11 +13,11 @@ import torch
 import softcache
 from softcache import cli
 from softcache.check import inspect
+from softcache.codecs.features import StoredFeature
 from softcache.config import DumpConfig
 from softcache.dump import flow as dump
 from softcache.errors import CacheError, CodecRangeError, ConfigError, ModelError, SoftcacheError, TeacherError
 from softcache.spec import load_user_file
-from softcache.targets.cache import CachedFeature
 
 PIECES = '''
 """Data sets of images and of texts, and small teachers whose inner tensors are known: `parts` gives them by module."""
@@ -471,7 +471,7 @@ def test_a_member_without_features_beside_one_with_them(pieces: Path, tmp_path: 
     assert cache.members == ("conv", "late")
     targets = everything(cache, 0, ["deep:pool"])
     assert torch.equal(targets.feature("deep:pool"), everything(before, 0, ["deep:pool"]).feature("deep:pool"))
-    assert cache.head("conv") is not None and cache.head("late") is None
+    assert cache.classifier("conv") is not None and cache.classifier("late") is None
     with pytest.raises(CacheError, match="0 members"):
         targets.feature("deep:pool", "late")
     with pytest.raises(CacheError, match="no feature 'deep:pool'") as raised:
@@ -522,7 +522,7 @@ def test_more_views_keep_the_features_and_equal_all_at_once(pieces: Path, tmp_pa
         for name in names:
             assert np.array_equal(stored_error(whole, "conv", name, view), stored_error(grown, "conv", name, view))
     assert grown.manifest.statistics["conv"].feature_errors == whole.manifest.statistics["conv"].feature_errors
-    for one, other in zip(whole.head("conv") or (), grown.head("conv") or (), strict=True):
+    for one, other in zip(whole.classifier("conv") or (), grown.classifier("conv") or (), strict=True):
         assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
 
 
@@ -543,7 +543,7 @@ def test_the_final_layer_is_kept_in_the_caches_class_order(
     cache = dumped(pieces, tmp_path / "c", teacher=f"{teacher}?bias={bias}", features=("squeeze:flatten",))
     order = [4, 3, 2, 1, 0] if teacher == "opposite" else [0, 1, 2, 3, 4]
     layer = load_user_file(pieces).conv(bias=bias).fc
-    kept = cache.head(teacher)
+    kept = cache.classifier(teacher)
     assert kept is not None
     weight, stored_bias = kept
     assert torch.equal(weight, layer.weight.detach()[order])
@@ -564,7 +564,7 @@ def test_the_final_layer_is_kept_in_the_caches_class_order(
 def test_without_a_final_layer_or_features_nothing_is_kept(pieces: Path, tmp_path: Path, teacher: str) -> None:
     features = () if teacher == "conv" else ("inner.deep:pool",)
     cache = dumped(pieces, tmp_path / "c", teacher=teacher, features=features)
-    assert cache.head(model_member(cache)) is None
+    assert cache.classifier(model_member(cache)) is None
     assert not [file.path for file in cache.manifest.files if file.kind == "constants"]
 
 
@@ -659,6 +659,6 @@ def test_a_cached_feature_reads_its_own_description(caches: dict[tuple[str, str]
     """The manifest alone says how a feature is decoded: names, forms, shapes and data sets."""
     for cache in caches.values():
         for info in cache.member(model_member(cache)).features:
-            made = CachedFeature.of(info)
+            made = StoredFeature.of(info)
             assert str(made.spec) == info.name and made.codec.form == info.stored and made.codec.dtype == info.dtype
             assert list(made.arrays.values()) == list(info.arrays)

@@ -16,7 +16,7 @@ from softcache.codecs.features import FeatureCodec
 from softcache.errors import CodecRangeError, ConfigError
 from softcache.features import spec as features
 from softcache.features.spec import REDUCTIONS, FeatureSpec, parse_features
-from softcache.features.taps import HeadTap, Taps, head_of, list_modules, shapes_of
+from softcache.features.taps import ClassifierTap, Taps, classifier_of, list_modules, shapes_of
 from softcache.models import load_model
 
 MAP, TOKENS, VECTOR, VIDEO = (6, 5, 4), (7, 5), (9,), (3, 2, 4, 5)
@@ -518,7 +518,7 @@ def test_every_forward_pass_starts_afresh() -> None:
 
 def test_hooks_are_removed_whatever_happens() -> None:
     model = made(Convolutional)
-    tapped, headed = Taps(model, features_of(model, "bn,stem+bn:fsp")), HeadTap(model.fc)
+    tapped, headed = Taps(model, features_of(model, "bn,stem+bn:fsp")), ClassifierTap(model.fc)
     for _ in range(2):  # it may be entered again
         with tapped, headed:
             assert hooks_on(model) == 2 + 2 + 1
@@ -531,7 +531,7 @@ def test_hooks_are_removed_whatever_happens() -> None:
     with pytest.raises(RuntimeError):
         list_modules(model, IMAGES[:, :2])
     with pytest.raises(RuntimeError):
-        head_of(model, IMAGES[:, :2])
+        classifier_of(model, IMAGES[:, :2])
     assert hooks_on(model) == 0
 
 
@@ -631,7 +631,7 @@ def test_attention_inside_a_fused_layer_is_listed() -> None:
     assert listed["encoder.layers.0.linear1"].shape == (3, 7, 16)
 
 
-@pytest.mark.parametrize("look", [list_modules, head_of], ids=["list_modules", "head_of"])
+@pytest.mark.parametrize("look", [list_modules, classifier_of], ids=["list_modules", "head_of"])
 def test_looking_leaves_the_model_as_it_was(look: Callable[[nn.Module, Any], Any]) -> None:
     model = made(Convolutional).train()
     model.bn.eval()  # frozen, as in fine-tuning
@@ -667,7 +667,7 @@ def test_shapes_come_from_the_list() -> None:
 @torch.no_grad()
 def test_the_input_of_the_head_gives_the_logits(autocast: bool) -> None:
     model = made(Convolutional)
-    with HeadTap(model.fc) as head, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with ClassifierTap(model.fc) as head, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         for count in (3, 2):
             logits = model(IMAGES[:count])
             value = head.value()
@@ -678,7 +678,7 @@ def test_the_input_of_the_head_gives_the_logits(autocast: bool) -> None:
 def test_the_input_of_the_head_is_a_copy_without_a_graph() -> None:
     linear = nn.Linear(4, 5)
     x = torch.ones(3, 4, requires_grad=True) * 2
-    with HeadTap(linear) as head:
+    with ClassifierTap(linear) as head:
         linear(input=x)
         with torch.no_grad():
             x.mul_(3)
@@ -688,7 +688,7 @@ def test_the_input_of_the_head_is_a_copy_without_a_graph() -> None:
 
 def test_a_head_that_is_given_something_else_is_refused() -> None:
     linear = nn.Linear(4, 5)
-    with HeadTap(linear) as head:
+    with ClassifierTap(linear) as head:
         with pytest.raises(ConfigError, match=r"final linear layer is given \(3, 1, 4\)"):
             linear(torch.ones(3, 1, 4))
         with pytest.raises(ConfigError, match="final linear layer was not called"):
@@ -730,13 +730,13 @@ HEADS: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
 def test_the_head_is_the_layer_that_gives_the_logits(case: str) -> None:
     after, is_head = HEADS[case]
     model = made(Headed, after)
-    assert head_of(model, normal(3, 4).float()) is (model.head if is_head else None)
+    assert classifier_of(model, normal(3, 4).float()) is (model.head if is_head else None)
 
 
 def test_models_with_and_without_a_head() -> None:
-    assert (model := made(Convolutional)) and head_of(model, IMAGES) is model.fc
-    assert (model := made(Transformer)) and head_of(model, SEQUENCES) is model.fc
-    assert head_of(nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), IMAGES) is None
+    assert (model := made(Convolutional)) and classifier_of(model, IMAGES) is model.fc
+    assert (model := made(Transformer)) and classifier_of(model, SEQUENCES) is model.fc
+    assert classifier_of(nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), IMAGES) is None
 
 
 class Twice(nn.Module):
@@ -753,7 +753,7 @@ class Twice(nn.Module):
 
 
 def test_a_layer_that_is_called_twice_is_no_head() -> None:
-    assert head_of(made(Twice), normal(3, 4).float()) is None  # which of its inputs would have to be stored?
+    assert classifier_of(made(Twice), normal(3, 4).float()) is None  # which of its inputs would have to be stored?
 
 
 # ------------------------------------------------------------------------------------------------------- feature codecs

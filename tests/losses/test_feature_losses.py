@@ -491,9 +491,9 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: hierarchical_context(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)),
         r"\(2, 3, 4, 4\).*\(2, 3, 2, 2\) do not fit",
     ),
-    "review levels": (
+    "review maps": (
         lambda: ReviewKd([(3,)], [(3,)])([], []),
-        "0 levels of the student and 0 of the teacher; both must be 1",
+        "0 maps of the student and 0 of the teacher; both must be 1",
     ),
 }
 
@@ -659,11 +659,11 @@ def review_oracle(loss: ReviewKd, student: list[Array], teacher: list[Array], tr
     return total
 
 
-STUDENT_LEVELS = [(3, 4, 4), (4, 4, 4), (5, 2, 2), (6,)]
-TEACHER_LEVELS = [(2, 8, 8), (3, 2, 2), (4, 2, 2), (5,)]  # larger, smaller, as large
+STUDENT_MAPS = [(3, 4, 4), (4, 4, 4), (5, 2, 2), (6,)]
+TEACHER_MAPS = [(2, 8, 8), (3, 2, 2), (4, 2, 2), (5,)]  # larger, smaller, as large
 
 
-def levels(shapes: Sequence[tuple[int, ...]], seed: int, batch: int = 3) -> list[Tensor]:
+def maps_of(shapes: Sequence[tuple[int, ...]], seed: int, batch: int = 3) -> list[Tensor]:
     rng = np.random.default_rng(seed)
     return [torch.from_numpy(rng.normal(size=(batch, *shape))) for shape in shapes]
 
@@ -671,13 +671,13 @@ def levels(shapes: Sequence[tuple[int, ...]], seed: int, batch: int = 3) -> list
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_review_equals_the_formula(training: bool) -> None:
     torch.manual_seed(0)
-    loss = ReviewKd(STUDENT_LEVELS, TEACHER_LEVELS, width=3).double()
+    loss = ReviewKd(STUDENT_MAPS, TEACHER_MAPS, width=3).double()
     for layer in loss.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 2.0)
             nn.init.uniform_(layer.running_mean)  # type: ignore[arg-type]
             nn.init.uniform_(layer.running_var, 0.5, 2.0)  # type: ignore[arg-type]
-    student, teacher = levels(STUDENT_LEVELS, 1), levels(TEACHER_LEVELS, 2)
+    student, teacher = maps_of(STUDENT_MAPS, 1), maps_of(TEACHER_MAPS, 2)
     wanted = review_oracle(loss, [x.numpy() for x in student], [x.numpy() for x in teacher], training)
     value = loss.train(training)(student, teacher)
     assert value.shape == () and value.dtype == torch.float64
@@ -687,8 +687,8 @@ def test_review_equals_the_formula(training: bool) -> None:
 def test_gradients_of_review_reach_every_level_and_parameter() -> None:
     torch.manual_seed(0)
     loss = ReviewKd([(2, 2, 2), (3, 2, 2), (3,)], [(2, 2, 2), (2, 2, 2), (2,)], width=2).double()
-    student = [x.requires_grad_() for x in levels([(2, 2, 2), (3, 2, 2), (3,)], 1)]
-    teacher = levels([(2, 2, 2), (2, 2, 2), (2,)], 2)
+    student = [x.requires_grad_() for x in maps_of([(2, 2, 2), (3, 2, 2), (3,)], 1)]
+    teacher = maps_of([(2, 2, 2), (2, 2, 2), (2,)], 2)
     assert torch.autograd.gradcheck(lambda *s: loss(s, teacher), tuple(student))
     loss(student, teacher).backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in loss.parameters())
@@ -697,7 +697,7 @@ def test_gradients_of_review_reach_every_level_and_parameter() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_hierarchical_context(size: int) -> None:
-    student, teacher = levels([(3, size, size)], 1)[0], levels([(3, size, size)], 2)[0]
+    student, teacher = maps_of([(3, size, size)], 1)[0], maps_of([(3, size, size)], 2)[0]
     assert hierarchical_context(student, student.clone()).item() == 0.0
     if size != 3:
         wanted = context_oracle(student.numpy(), teacher.numpy())
@@ -709,9 +709,9 @@ def test_hierarchical_context(size: int) -> None:
     assert torch.autograd.gradcheck(lambda s: hierarchical_context(s, teacher), (student.requires_grad_(),))
 
 
-def test_review_of_half_and_large_levels_and_of_one_sample() -> None:
+def test_review_of_half_and_large_maps_and_of_one_sample() -> None:
     loss = ReviewKd([(2, 4, 4)], [(3, 2, 2)])
-    student, teacher = levels([(2, 4, 4)], 1), levels([(3, 2, 2)], 2)
+    student, teacher = maps_of([(2, 4, 4)], 1), maps_of([(3, 2, 2)], 2)
     value = loss([student[0].half()], [teacher[0].half()])
     assert value.dtype == torch.float32
     for scale in (0.0, 1e4):
@@ -721,10 +721,10 @@ def test_review_of_half_and_large_levels_and_of_one_sample() -> None:
         assert value.isfinite() and one[0].grad is not None and one[0].grad.isfinite().all()
 
 
-def test_review_wants_as_many_levels_on_both_sides() -> None:
+def test_review_wants_as_many_maps_on_both_sides() -> None:
     for student, teacher in [([(3,)], [(3,), (4,)]), ([], [])]:
         with pytest.raises(
-            LossError, match=f"{len(student)} levels of the student, {len(teacher)} of the teacher"
+            LossError, match=f"{len(student)} maps of the student, {len(teacher)} of the teacher"
         ) as caught:
             ReviewKd(student, teacher)
         assert "as many layers" in caught.value.tip

@@ -199,7 +199,7 @@ def test_losses_that_see_the_level_say_so(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------- kd_lower_bound
 
 
-def head_of(teacher: Tensor, kept: int, t: float) -> tuple[Tensor, Tensor, Tensor]:
+def classifier_of(teacher: Tensor, kept: int, t: float) -> tuple[Tensor, Tensor, Tensor]:
     """What a top-k cache keeps of float64 rows, exactly: ids, logits, and the others' log-sum-exp at T."""
     logits, ids = teacher.topk(kept, dim=1)
     return ids, logits, (teacher / t).scatter(1, ids, -torch.inf).logsumexp(dim=1)
@@ -221,14 +221,14 @@ def lower_bound_oracle(student: np.ndarray, teacher: np.ndarray, kept: int, t: f
 @pytest.mark.parametrize(("classes", "kept"), [(2, 1), (10, 3), (10, 9), (10, 10), (1000, 10)])
 def test_lower_bound_is_the_kl_of_the_buckets_and_at_most_kd(classes: int, kept: int, t: float) -> None:
     student, teacher = pair(6, classes)
-    value = kd_lower_bound(student, *head_of(teacher, kept, t), t)
+    value = kd_lower_bound(student, *classifier_of(teacher, kept, t), t)
     assert value.dtype == torch.float64 and value.shape == ()
     assert value.item() == pytest.approx(lower_bound_oracle(student.numpy(), teacher.numpy(), kept, t), rel=1e-10)
     whole = kd(student, teacher, t).item()
     assert 0 <= value.item() <= whole * (1 + 1e-12)
     if classes - kept > 1 and t >= 1:
         assert value.item() < 0.999 * whole  # something is hidden in the tail
-    ids, logits, tail = head_of(teacher, kept, t)
+    ids, logits, tail = classifier_of(teacher, kept, t)
     rounded = kd_lower_bound(student.float(), ids, logits.float(), tail.float(), t)
     assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(value.item(), rel=2e-5, abs=2e-5)
 
@@ -238,7 +238,7 @@ def test_lower_bound_never_exceeds_kd_on_random_rows() -> None:
         student, teacher = pair(1, 20, seed=seed, scale=1 + seed % 7)
         for kept in (1, 5, 19):
             for t in (1.0, 4.0):
-                bound = kd_lower_bound(student, *head_of(teacher, kept, t), t).item()
+                bound = kd_lower_bound(student, *classifier_of(teacher, kept, t), t).item()
                 assert bound <= kd(student, teacher, t).item() + 1e-12
 
 
@@ -247,18 +247,18 @@ def test_lower_bound_is_kd_where_nothing_is_in_the_tail_or_both_spread_it_alike(
     student, teacher = pair(5, 8)
     exact: dict[str, Any] = {"rel": 1e-10, "abs": 1e-13}
     # every class kept; the tail's number does not matter then
-    ids, logits, _ = head_of(teacher, 8, t)
+    ids, logits, _ = classifier_of(teacher, 8, t)
     for tail in (-torch.inf, 0.0):
         value = kd_lower_bound(student, ids, logits, torch.full((5,), tail, dtype=torch.float64), t)
         assert value.item() == pytest.approx(kd(student, teacher, t).item(), **exact)
     # classes far below on both sides
     low = torch.full((5, 3), -1e5, dtype=torch.float64)
     wide_student, wide_teacher = torch.cat([student, low], 1), torch.cat([teacher, low], 1)
-    value = kd_lower_bound(wide_student, *head_of(wide_teacher, 8, t), t)
+    value = kd_lower_bound(wide_student, *classifier_of(wide_teacher, 8, t), t)
     assert value.item() == pytest.approx(kd(student, teacher, t).item(), **exact)
     # the same proportions over the tail
-    like = teacher.clone().scatter_(1, head_of(teacher, 3, t)[0], student[:, :3])
-    value = kd_lower_bound(like, *head_of(teacher, 3, t), t)
+    like = teacher.clone().scatter_(1, classifier_of(teacher, 3, t)[0], student[:, :3])
+    value = kd_lower_bound(like, *classifier_of(teacher, 3, t), t)
     assert value.item() == pytest.approx(kd(like, teacher, t).item(), **exact)
 
 
@@ -266,7 +266,7 @@ def test_lower_bound_is_kd_where_nothing_is_in_the_tail_or_both_spread_it_alike(
 def test_lower_bounds_gradient_is_that_of_its_buckets(t: float) -> None:
     """T (q - p) / B for a class of the head; for the rest q's share of it, times T (q_rest - p_rest) / B."""
     student, teacher = pair(4, 12)
-    ids, logits, tail = head_of(teacher, 5, t)
+    ids, logits, tail = classifier_of(teacher, 5, t)
     student = student.requires_grad_()
     kd_lower_bound(student, ids, logits, tail, t).backward()
     assert student.grad is not None
@@ -279,13 +279,13 @@ def test_lower_bounds_gradient_is_that_of_its_buckets(t: float) -> None:
         wanted[row, rest] = t * q[row, rest] / q[row, rest].sum() * (q[row, rest].sum() - p[row, rest].sum()) / 4
     np.testing.assert_allclose(student.grad.numpy(), wanted, rtol=1e-9, atol=1e-14)
     for kept in (1, 5, 12):
-        parts = head_of(teacher, kept, t)
+        parts = classifier_of(teacher, kept, t)
         assert torch.autograd.gradcheck(lambda s, parts=parts: kd_lower_bound(s, *parts, t), (student,))
 
 
 def test_lower_bound_does_not_see_the_level() -> None:
     student, teacher = pair(5, 10)
-    ids, logits, tail = head_of(teacher, 4, 2.0)
+    ids, logits, tail = classifier_of(teacher, 4, 2.0)
     moved = kd_lower_bound(student + 7.0, ids, logits - 3.0, tail - 1.5, 2.0)  # the tail's level is divided by T
     assert moved.item() == pytest.approx(kd_lower_bound(student, ids, logits, tail, 2.0).item(), rel=1e-12)
     assert not LOSSES["kd_lower_bound"].needs_level
@@ -306,7 +306,7 @@ def test_lower_bound_does_not_see_the_level() -> None:
 def test_lower_bound_holds_at_extreme_logits(student: list[float], teacher: list[float], dtype: torch.dtype) -> None:
     s, z = torch.tensor([student], dtype=dtype), torch.tensor([teacher], dtype=torch.float64)
     for t in (1.0, 4.0):
-        ids, logits, tail = (part.to(dtype) if part.is_floating_point() else part for part in head_of(z, 2, t))
+        ids, logits, tail = (part.to(dtype) if part.is_floating_point() else part for part in classifier_of(z, 2, t))
         moved = s.clone().requires_grad_()
         value = kd_lower_bound(moved, ids, logits, tail, t)
         value.backward()
@@ -342,7 +342,7 @@ def test_a_teacher_with_nothing_in_its_tail_costs_no_nan() -> None:
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_lower_bound_of_half_types_is_computed_in_float32(half: torch.dtype) -> None:
     student, teacher = pair(8, 100)
-    ids, logits, tail = head_of(teacher, 10, 4.0)
+    ids, logits, tail = classifier_of(teacher, 10, 4.0)
     value = kd_lower_bound(student.to(half), ids, logits.float(), tail.float(), 4.0)
     assert value.dtype == torch.float32
     wanted = lower_bound_oracle(student.to(half).double().numpy(), teacher.numpy(), 10, 4.0)
@@ -354,7 +354,7 @@ def test_lower_bound_as_a_term() -> None:
     assert term.weight.at(Moment()) == 0.5 and values_of(term) == {"temperature": 2.0}
     assert LOSSES["kd_lower_bound"].defaults == {"temperature": 4.0}
     student, teacher = pair(4, 10)
-    value = term.loss.function(student, *head_of(teacher, 3, 2.0), **values_of(term))
+    value = term.loss.function(student, *classifier_of(teacher, 3, 2.0), **values_of(term))
     assert value.item() == pytest.approx(lower_bound_oracle(student.numpy(), teacher.numpy(), 3, 2.0), rel=1e-10)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, SoftcacheError
 from softcache.features.spec import parse_features
-from softcache.features.taps import Taps, head_feature, head_of, list_modules
+from softcache.features.taps import Taps, classifier_feature, classifier_of, list_modules
 from softcache.models import Model, initialise, load_model, save_student
 from softcache.students.traced_program import Batch, trace
 
@@ -123,9 +123,9 @@ def test_dropout_is_for_training() -> None:
 def test_what_can_be_tapped() -> None:
     model = made()
     ids = model.input.collate(TEXTS)
-    head = head_of(model.net, ids)
+    head = classifier_of(model.net, ids)
     assert head is model.net.fc
-    assert str(head_feature(model.net, ids, head)) == "pool:flatten"
+    assert str(classifier_feature(model.net, ids, head)) == "pool:flatten"
     shapes = {module.name: (module.shape, module.calls) for module in list_modules(model.net, ids)}
     assert [shapes[f"layers.{i}"] for i in range(3)] == [((7, 10, 8), 1)] * 3
     with Taps(model.net, parse_features(["layers.1:cls,pool:flatten"], [*shapes])) as taps, torch.no_grad():

@@ -42,7 +42,7 @@ from softcache import cli
 from softcache.data.transfer_set import open_transfer_set
 from softcache.dump.teacher import Teacher, open_teacher
 from softcache.errors import ConfigError, DataError, MissingExtraError, ModelError, SoftcacheError
-from softcache.features.taps import head_feature, head_of
+from softcache.features.taps import classifier_feature, classifier_of
 from softcache.models import METADATA_KEY, Model, TokenizerInput, describe_model, initialise, load_model, save_student
 from softcache.reproduce import flow as reproduce
 from softcache.students.traced_program import Batch, trace
@@ -322,9 +322,9 @@ def test_a_cache_holds_the_live_logits_and_features(here: Path, quick_dump: Quic
 def test_its_head_is_found(made: Path) -> None:
     model = loaded(f"hf:{made}").eval()
     batch = model.input.collate(TEXTS)
-    head = head_of(model.net, batch)
+    head = classifier_of(model.net, batch)
     assert head is model.net.get_submodule("classifier")
-    assert str(head_feature(model.net, batch, head)) == "dropout:flatten"
+    assert str(classifier_feature(model.net, batch, head)) == "dropout:flatten"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_students_learn_from_its_cache(here: Path, codec: str, features: list[st
     dump = ["dump", "--data", "tsv:texts.tsv", "--teacher", "hf:bert?name=tiny", "--codec", codec, "--for", "crd,simkd"]
     assert cli.main([*dump, "--out", "cache", *QUIET]) == 0
     cache = softcache.open("cache")
-    assert cache.members == ("tiny",) and cache.head("tiny") is not None
+    assert cache.members == ("tiny",) and cache.classifier("tiny") is not None
     assert [feature.name for feature in cache.member("tiny").features] == features
     train = ["train", "--cache", "cache", "--data", "tsv:texts.tsv", "--optimizer", "adamw", "--lr", "0.01", *QUIET]
     student = [*train, "--student", "softcache:textcnn?width=16&embedding=16", "--batch-size", "6"]

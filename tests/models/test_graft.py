@@ -52,7 +52,7 @@ def mlp(seed: int = 0) -> Model:
     return load_model("softcache:mlp?hidden=5", num_classes=CLASSES, input_shape=(8, 8)).eval()
 
 
-LAST_MAP, POOLED, HEAD = "10", "12", "13"  # of cnn: ReLU, Flatten, Linear
+LAST_MAP, POOLED, CLASSIFIER = "10", "12", "13"  # of cnn: ReLU, Flatten, Linear
 
 
 def grafted(model: Model, layer: str, projector: Projector) -> Model:
@@ -139,11 +139,11 @@ def test_a_map_goes_through_the_projector_and_the_teachers_classifier() -> None:
         assert taps.reduced()[str(spec)].shape == (5, WIDTH, 2, 2)
 
 
-@pytest.mark.parametrize("layer", [POOLED, HEAD])
+@pytest.mark.parametrize("layer", [POOLED, CLASSIFIER])
 def test_a_vector_goes_through_the_projector_and_the_teachers_classifier(layer: str) -> None:
     model, (weight, bias) = cnn(), classifier()
     x = batch(model)
-    body: Any = copy.deepcopy(model.net)[: int(HEAD)]  # type: ignore[index]
+    body: Any = copy.deepcopy(model.net)[: int(CLASSIFIER)]  # type: ignore[index]
     projector = Projector((8,), (WIDTH,))
     graft(model, layer, projector, weight, bias, batch(model))
     torch.testing.assert_close(model.eval()(x), projector(body(model.input.prepare(x))) @ weight.T + bias)

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError
-from softcache.features.taps import head_feature, head_of, list_modules, stages_of
+from softcache.features.taps import classifier_feature, classifier_of, list_modules, map_ends
 from softcache.models import MODELS, Model, fingerprint, load_model
 from softcache.models.bottleneck import Bottleneck
 from softcache.models.mobilenet import InvertedResidual
@@ -44,7 +44,7 @@ COUNTS = {  # of the benchmark, at 100 classes
 RESNET = (("layer1", 16, 0), ("layer2", 32, 1), ("layer3", 64, 2))
 WIDE = (("block1", 32, 0), ("block2", 64, 1), ("block3", 128, 2))
 VGG = (("block0", 64, 0), ("block1", 128, 1), ("block2", 256, 2), ("block4", 512, 3))
-STAGES = {
+MAP_ENDS = {
     **dict.fromkeys(("resnet8", "resnet20", "resnet32", "resnet56", "resnet110"), RESNET),
     **dict.fromkeys(
         ("resnet8x4", "resnet32x4"), tuple((name, 4 * channels, halved) for name, channels, halved in RESNET)
@@ -94,9 +94,9 @@ def test_the_count_of_parameters_is_the_benchmark_s(name: str) -> None:
     ("name", "size"), [*((name, (32, 32)) for name in COUNTS), *((name, (40, 24)) for name in ("resnet8", *KINDS))]
 )
 def test_the_stages_are_the_benchmark_s(name: str, size: tuple[int, int]) -> None:
-    found = stages_of(shapes_only(name), torch.empty(2, 3, *size, device="meta"))
-    sizes = [tuple(-(-n // 2**halved) for n in size) for _, _, halved in STAGES[name]]
-    wanted = [(stage, (2, channels, *hw)) for (stage, channels, _), hw in zip(STAGES[name], sizes, strict=True)]
+    found = map_ends(shapes_only(name), torch.empty(2, 3, *size, device="meta"))
+    sizes = [tuple(-(-n // 2**halved) for n in size) for _, _, halved in MAP_ENDS[name]]
+    wanted = [(stage, (2, channels, *hw)) for (stage, channels, _), hw in zip(MAP_ENDS[name], sizes, strict=True)]
     assert [(module.name, module.shape) for module in found] == wanted
 
 
@@ -117,10 +117,10 @@ def test_sizes_and_channels(name: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("name", ["resnet20", *KINDS])
 def test_the_pooled_feature_has_a_name(name: str) -> None:
     net, x = made(name).net, torch.rand(2, 3, 16, 16)
-    head = head_of(net, x)
+    head = classifier_of(net, x)
     assert head is not None and head.out_features == 7
     pooled = "tail" if name in ("wrn16_2", "mobilenetv2", "shufflenetv2") else "avgpool"
-    assert str(head_feature(net, x, head)) == f"{pooled}:flatten"
+    assert str(classifier_feature(net, x, head)) == f"{pooled}:flatten"
 
 
 @over_kinds
@@ -378,5 +378,5 @@ def test_a_network_is_its_parts_in_order(name: str, oracle: Callable[[Any, Tenso
 
 
 def test_the_tables_know_every_network() -> None:
-    assert set(COUNTS) == set(STAGES) <= set(MODELS)
+    assert set(COUNTS) == set(MAP_ENDS) <= set(MODELS)
     assert not set(MODELS) - set(COUNTS) - {"mlp", "cnn", "resnet14", "resnet44", "wrn", "textcnn", "encoder"}

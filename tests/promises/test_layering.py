@@ -145,14 +145,28 @@ ONLY_TO: dict[tuple[str, str], set[str]] = {
 INNER: dict[str, dict[str, set[str]]] = {
     "dump": {
         "teacher": set(),
+        "progress": set(),
+        "samples": set(),
+        "made_with": {"progress"},
         "layout": {"teacher"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher"},
         "choose_codec": {"features_for", "job", "layout", "teacher"},
         "encode": {"layout", "teacher"},
-        "progress": set(),
-        "flow": {"choose_codec", "encode", "job", "layout", "progress", "teacher"},
-        "forecast": {"choose_codec", "flow", "job", "layout", "teacher"},
+        "pixels": {"choose_codec"},
+        "flow": {
+            "choose_codec",
+            "encode",
+            "job",
+            "layout",
+            "made_with",
+            "pixels",
+            "progress",
+            "samples",
+            "teacher",
+        },
+        "forecast": {"choose_codec", "flow", "job", "layout", "samples", "teacher"},
+        "list_modules": {"choose_codec", "flow", "job", "samples"},
     },
     "train": {
         "ranks": set(),
@@ -160,20 +174,31 @@ INNER: dict[str, dict[str, set[str]]] = {
         "pairs": set(),
         "checkpoint": {"ranks"},
         "stages": {"terms"},
-        "run_folder": {"stages"},
-        "term_modules": {"pairs", "terms"},
-        "objective": {"pairs", "ranks", "term_modules", "terms"},
-        "learner": {"objective", "pairs", "ranks", "stages", "term_modules", "terms"},
+        "run_folder": {"ranks", "stages"},
+        "tensorboard": {"run_folder"},
+        "refuse": {"ranks", "stages", "tensorboard"},
+        "term_modules": {"pairs"},
+        "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
+        "optimizer": {"objective", "stages"},
+        "learner": {"objective", "pairs", "ranks"},
         "batches": {"objective", "ranks", "run_folder", "terms"},
+        "student": {"batches"},
+        "session": {"batches", "checkpoint", "objective", "pairs", "ranks", "stages", "tensorboard"},
+        "metrics": {"batches", "checkpoint", "session"},
         "flow": {
             "batches",
             "checkpoint",
             "learner",
+            "metrics",
             "objective",
-            "pairs",
+            "optimizer",
             "ranks",
+            "refuse",
             "run_folder",
+            "session",
             "stages",
+            "student",
+            "tensorboard",
             "term_modules",
         },
     },
@@ -200,6 +225,9 @@ PACKAGES: dict[str, set[str]] = {
 
 # package -> the only modules that may import it
 DOORS: dict[str, set[str]] = {"h5py": {"softcache.cache.write.shard", "softcache.cache.hdf5_check"}}
+
+# folders whose public names are loaded on first use
+FACES = {PACKAGE, "softcache.dump", "softcache.targets", "softcache.train"}
 
 # module -> rooms, folders and modules that it may not reach by any chain of imports
 NEVER_REACHED: dict[str, set[str]] = {
@@ -325,21 +353,16 @@ def circles(sources: Mapping[str, str]) -> list[str]:
         module: {
             one.name
             for one in imports_of(module, sources)
-            if own(one.name) and one.name != module and one.name in sources and not is_face(one.name, sources)
+            if own(one.name) and one.name != module and one.name in sources and one.name not in FACES
         }
         for module in sources
-        if not is_face(module, sources)
+        if module not in FACES
     }
     try:
         TopologicalSorter(arrows).prepare()
     except CycleError as exc:
         return exc.args[1]
     return []
-
-
-def is_face(module: str, sources: Mapping[str, str]) -> bool:
-    """Whether a module is a folder's __init__ whose public names are loaded on first use."""
-    return "def __getattr__(" in sources[module] and any(other.startswith(module + ".") for other in sources)
 
 
 # ------------------------------------------------------------------------------------------------------------ as it stands

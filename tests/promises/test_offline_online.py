@@ -27,6 +27,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training import run_with
 
 import softcache
 from softcache import dump
@@ -36,6 +37,7 @@ from softcache.models import Model
 from softcache.spec import load_user_file
 from softcache.train import flow as train
 from softcache.train.learner import Learner
+from softcache.train.session import LiveStage, Prepared
 
 BATCH, EPOCHS, COUNT, VIEWS = 8, 2, 78, 2
 STEPS = EPOCHS * 10  # the last batch of an epoch has 6 samples
@@ -164,7 +166,7 @@ REDUCED: dict[str, Callable[..., Tensor]] = {
     "sign": lambda x: (x > 0).to(x.dtype),
     "fsp": fsp,
 }
-STAGES = ("stage1", "stage2", "stage3")
+MAP_ENDS = ("stage1", "stage2", "stage3")
 STORED: dict[str, tuple[str, ...]] = {  # kind of feature -> layers it is dumped of
     "logits": (),
     "head": (),
@@ -172,11 +174,11 @@ STORED: dict[str, tuple[str, ...]] = {  # kind of feature -> layers it is dumped
     "flatten": ("stage3",),
     "cls": ("tokens",),
     "mean_tokens": ("tokens",),
-    "map": STAGES,
-    "attention": STAGES,
+    "map": MAP_ENDS,
+    "attention": MAP_ENDS,
     "gram": ("stage2",),
     "spatial_gram": ("stage1", "stage2"),  # where the map is smaller
-    "sign": STAGES,
+    "sign": MAP_ENDS,
     "fsp": ("stage1+stage2", "stage2+stage3"),
 }
 
@@ -297,8 +299,8 @@ class Live:
             self.visited.update(records)
             known |= self.of_samples([index for index, _ in records])
         pairs = [self.pair(index, part.adapters[index]) for index in range(len(case.layers))]
-        if loss.needs("student_levels"):
-            known |= {"student_levels": [own for own, _ in pairs], "teacher_levels": [theirs for _, theirs in pairs]}
+        if loss.needs("student_maps"):
+            known |= {"student_maps": [own for own, _ in pairs], "teacher_maps": [theirs for _, theirs in pairs]}
             pairs = []
         values: list[Tensor] = []
         for index, (own, theirs) in enumerate(pairs or [(None, None)]):
@@ -431,43 +433,44 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def walk(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
+def walk(world: World, tmp_path: Path) -> Walk:
     """walk(case) -> STEPS steps of `train.run`, each beside the live teacher's."""
 
     def run(case: Case, *, whole: bool = True) -> list[Step]:
         cache = world.cache(case, whole=whole)
         live = Live(world.pieces, case, cache, whole=whole)
         steps: list[Step] = []
-        taken: dict[str, Any] = {}
-        build, forward, make = train.build_objectives, Learner.forward, train.make_optimizer
 
-        def note_parts(*arguments: Any) -> Any:
-            objectives, student = build(*arguments)
-            live.take(arguments[1], objectives[0].parts)
-            return objectives, student
+        def look(prepared: Prepared) -> None:
+            live.take(prepared.model, prepared.objectives[0].term_modules)
 
-        def note_inputs(self: Learner, inputs: Tensor, given: Any, moment: Any) -> Any:
-            live.follow(self.model, self.objective.parts)
-            values = forward(self, inputs, given, moment)
-            taken.update(learner=self, inputs=inputs, loss=self.objective.total(values, moment).item())
+        def step(prepared: Prepared, stage: LiveStage, *rest: Any) -> dict[str, Tensor]:
+            """The cached step, and before the optimiser changes anything the live teacher's on the same inputs."""
+            inputs: list[Tensor] = []
+
+            def before_forward(learner: Learner, arguments: tuple[Any, ...]) -> None:
+                live.follow(learner.model, learner.objective.term_modules)
+                inputs.append(arguments[0])
+
+            def before_step(*_: Any) -> None:
+                loss = live.loss(inputs[-1])
+                loss.backward()
+                cached = flat_gradient(prepared.model), flat_gradient(stage.objective.term_modules)
+                beside = flat_gradient(live.model), flat_gradient(live.parts)
+                compared.append((loss.item(), cached, beside))
+
+            compared: list[Any] = []
+            hooks = [
+                stage.learner.register_forward_pre_hook(before_forward),
+                stage.trained.optimizer.register_step_pre_hook(before_step),
+            ]
+            values = train.one_step(prepared, stage, *rest)
+            for hook in hooks:
+                hook.remove()
+            ((live_loss, cached, beside),) = compared
+            steps.append(Step(values["loss"].item(), live_loss, cached, beside))
             return values
 
-        def compare(*_: Any) -> None:
-            loss = live.loss(taken["inputs"])
-            loss.backward()
-            learner = taken["learner"]
-            cached = flat_gradient(learner.model), flat_gradient(learner.objective.parts)
-            beside = flat_gradient(live.model), flat_gradient(live.parts)
-            steps.append(Step(taken["loss"], loss.item(), cached, beside))
-
-        def make_and_hook(*arguments: Any) -> torch.optim.Optimizer:
-            optimizer = make(*arguments)
-            optimizer.register_step_pre_hook(compare)
-            return optimizer
-
-        monkeypatch.setattr(train, "build_objectives", note_parts)
-        monkeypatch.setattr(Learner, "forward", note_inputs)
-        monkeypatch.setattr(train, "make_optimizer", make_and_hook)
         settings = ",".join((f"weight={WEIGHT}", *case.settings))
         config = TrainConfig(
             data=f"{world.pieces}:images",
@@ -487,7 +490,7 @@ def walk(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Walk:
             threads=1,
             **case.run,
         )
-        train.run(config, quiet=True)
+        run_with(config, step=step, look=look)
         assert len(steps) == STEPS
         if live.visited:  # nothing in views that are mixed
             assert live.visited == dict.fromkeys(live.record_of.values(), config.views_per_visit)
@@ -572,7 +575,7 @@ FURTHER = {
     "the second member's head": Case("hint", "head", ("member=b",), layers=(("head", "head"),), **BOTH_B),
     "the second member's vector": Case("hint", "pool", ("member=b",), layers=(("stage3", "head"),), **BOTH_B),
     "the second member's attention": Case(
-        "at", "attention", ("member=b",), layers=tuple((stage, stage) for stage in STAGES), **BOTH_B
+        "at", "attention", ("member=b",), layers=tuple((stage, stage) for stage in MAP_ENDS), **BOTH_B
     ),
     "the only member with a vector": Case(
         "crd",
@@ -654,7 +657,11 @@ def test_stored_tensors_are_within_their_stated_error(kind: str, dtype: str, wor
         live.teachers["a"](torch.stack([live.pixels(*pair) for pair in pairs]))
     found = {}  # name -> decoded, live, stated
     if kind == "head":
-        found["head"] = targets.head_input("a"), live.seen["a"]["head"], {"float16": 2**-11, "int8": 2 / 254}[dtype]
+        found["head"] = (
+            targets.classifier_input("a"),
+            live.seen["a"]["head"],
+            {"float16": 2**-11, "int8": 2 / 254}[dtype],
+        )
     for name in names:
         feature = cache.features["a"][name]
         arrays = {suffix: targets.arrays["a"][array] for suffix, array in feature.arrays.items()}

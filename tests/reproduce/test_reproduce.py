@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training import at_each_save
 
 import softcache
 from softcache.cli import main
@@ -25,7 +27,6 @@ from softcache.report.chart import figure_of
 from softcache.reproduce import flow as reproduce
 from softcache.reproduce import steps
 from softcache.reproduce.recipe import BUDGETS, Step, parse_recipe, read_recipe, recipe_names
-from softcache.train import flow as train
 from softcache.train.stages import parse_stages
 
 SMALL = """
@@ -261,20 +262,19 @@ def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("small")
-def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_interrupted_goes_on(tmp_path: Path) -> None:
     whole = reproduce.run("small", seeds=[0], out=tmp_path / "whole", quiet=True)
-    save, saved = train.save_progress, []
+    saved: list[str] = []
 
-    def stopped(out: Path, *rest: Any) -> None:
-        save(out, *rest)
+    def stopped(out: Path, _: Any) -> None:
         saved.append(out.name.partition("-")[0])
         if saved == ["teacher", "teacher", "student"]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_progress", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        reproduce.run("small", seeds=[0], out=tmp_path / "parts", quiet=True)
-    rest = reproduce.run("small", seeds=[0], out=tmp_path / "parts", quiet=True)
+    with at_each_save(stopped):
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.run("small", seeds=[0], out=tmp_path / "parts", quiet=True)
+        rest = reproduce.run("small", seeds=[0], out=tmp_path / "parts", quiet=True)
     assert saved == ["teacher", "teacher", "student", "student"]  # two epochs each, none of them twice
     assert (rest.done, rest.reused) == (2, 2)
     assert [row.values for row in rest.rows] == [row.values for row in whole.rows]
@@ -450,7 +450,7 @@ def test_what_was_finished_but_not_noted_is_not_done_again(tmp_path: Path, monke
     first = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
     for note in first.folder.glob("*.result.json"):
         note.unlink()
-    monkeypatch.setattr(train, "save_progress", lambda *_: pytest.fail("it learns again"))
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", lambda *_: pytest.fail("it learns again"))
     monkeypatch.setattr(steps.dump, "run", lambda *_, **__: pytest.fail("it dumps again"))
     again = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
     assert [row.values for row in again.rows] == [row.values for row in first.rows]
@@ -476,8 +476,12 @@ def test_download_is_passed_on_and_makes_no_other_step(tmp_path: Path, monkeypat
         asked.append(settings.pop("download"))
         return open_transfer_set(spec, **settings)
 
-    for module in (steps, train, steps.dump, measure):
-        if hasattr(module, "open_transfer_set"):
+    for name, module in sys.modules.items():
+        if (
+            name.startswith("softcache.")
+            and "open_transfer_set" in vars(module)
+            and not name.startswith("softcache.data")
+        ):
             monkeypatch.setattr(module, "open_transfer_set", opened)
     first = reproduce.run("small", seeds=[0], download=True, out=tmp_path, quiet=True)
     assert set(asked) == {True}

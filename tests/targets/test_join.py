@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
 import softcache
-from softcache import train
+from softcache import losses, train
 from softcache.config import TrainConfig
 from softcache.data.drift import Drift
 from softcache.data.identity import item_digest
@@ -272,10 +272,10 @@ def test_a_rounding_is_told_from_other_pixels_by_the_probe(
     if tolerated:
         drift = cache.check_pixels(items, rows, views, render)
         assert drift == Drift(2, 3, levels)
-        assert f"2 of 3 checked views differ from what the teacher saw, by {levels} level" in str(drift)
+        assert f"2 of 3 checked views differ from what the teacher saw, by {levels} of 255" in str(drift)
         return
     first, last = cache.samples.key(3), cache.samples.key(39)
-    with pytest.raises(DriftError, match=rf"^2 of 3 .*\(up to 3 levels of 255 apart\): {first}, {last}\n") as caught:
+    with pytest.raises(DriftError, match=rf"^2 of 3 .*\(up to 3 of 255 apart\): {first}, {last}\n") as caught:
         cache.check_pixels(items, rows, views, render)
     here = f"softcache {softcache.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     assert caught.value.tip.count(here) == 2  # the cache was made here
@@ -291,7 +291,7 @@ def test_without_a_probe_no_difference_is_tolerated(quick_dump: QuickDump, toy: 
     with pytest.raises(DriftError, match=r"1 of 1 .* than the teacher saw: toy/0011\n"):
         cache.check_pixels([item], *place, lambda row, view: None)
     drift = cache.check_pixels([item], *place, lambda row, view: None, on_drift="warn")
-    assert drift == Drift(1, 1, None) and "an unknown number of levels" in str(drift)
+    assert drift == Drift(1, 1, None) and "by an unknown amount" in str(drift)
 
 
 # --- refused, each by its own error, through both doors --------------------------------------------------------------
@@ -666,3 +666,26 @@ def test_selection_of_a_selection_keeps_the_names(quick_dump: QuickDump, toy: Pa
     assert check_every_pair(joined) == len(again)
     with pytest.raises(MissingSampleError, match="are not in the cache"):
         small.join(open_transfer_set(f"{toy}:images"))
+
+
+@pytest.mark.parametrize("old", ["head", "head_input"])
+def test_old_names_of_the_classifier_warn(quick_dump: QuickDump, toy: Path, old: str) -> None:
+    """`head` is the k largest classes now; the final linear layer is the classifier."""
+    cache = quick_dump(f"{toy}:images", [f"{toy}:network"], codec="linear_head", max_kl=None)
+    member = cache.members[0]
+    if old == "head":
+        with pytest.warns(DeprecationWarning, match=r"Cache\.head is now Cache\.classifier"):
+            found = cache.head(member)
+        assert found is not None
+        wanted = cache.classifier(member)
+        assert wanted is not None and all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        return
+    targets = cache.gather(np.arange(3), np.zeros(3, np.int64))
+    with pytest.warns(DeprecationWarning, match=r"Targets\.head_input is now Targets\.classifier_input"):
+        values = targets.head_input(member)
+    assert torch.equal(values, targets.classifier_input(member)) and values.shape == (3, 32)
+
+
+def test_the_old_name_of_the_classifiers_place_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="CLASSIFIER"):
+        assert losses.HEAD == losses.CLASSIFIER == "head"

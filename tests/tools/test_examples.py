@@ -16,7 +16,8 @@ from PIL import Image
 import softcache
 from softcache import dump
 from softcache.config import DumpConfig
-from softcache.targets.cache import Joined, Targets
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Joined
 
 EXAMPLES = Path(__file__).parents[2] / "tools" / "examples"
 Run = Callable[..., dict[str, float]]

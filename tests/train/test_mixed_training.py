@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import QuickDump
 from torch.utils.data import ConcatDataset, DataLoader, Subset
+from training import run_with
 
 import softcache
 from softcache import losses
@@ -32,6 +33,7 @@ from softcache.losses import LOSSES, ce, kd, make_term, mixed_ce
 from softcache.losses.schedules import Moment
 from softcache.models.weights import read_metadata
 from softcache.spec import load_user_file
+from softcache.train import TrainResult
 from softcache.train import flow as train
 from softcache.train.objective import Given, Labels, Objective
 
@@ -578,18 +580,15 @@ def test_samples_with_other_names_see_the_views_of_their_contents(
 # ---- another resolution ---------------------------------------------------------------------------------------------
 
 
-def record_batches(patch: pytest.MonkeyPatch) -> list[tuple[ViewedSet, LoadedBatch]]:
-    """Every batch that training loads."""
-    seen: list[tuple[ViewedSet, LoadedBatch]] = []
-    load = train.load_batches
+def with_batches(config: TrainConfig) -> tuple[TrainResult, list[LoadedBatch]]:
+    """A run, and every batch that it learned from as it was loaded."""
+    seen: list[LoadedBatch] = []
 
-    def recording(viewed: ViewedSet, *arguments: Any, **more: Any) -> Any:
-        for batch in load(viewed, *arguments, **more):
-            seen.append((viewed, batch))
-            yield batch
+    def noted(prepared: Any, live: Any, loaded: LoadedBatch, *rest: Any) -> Any:
+        seen.append(loaded)
+        return train.one_step(prepared, live, loaded, *rest)
 
-    patch.setattr(train, "load_batches", recording)
-    return seen
+    return run_with(config, step=noted), seen
 
 
 @pytest.mark.parametrize("size", [3, 6, 12])
@@ -599,18 +598,16 @@ def test_another_resolution_shows_the_same_boxes(
     toy: Path,
     pieces: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     size: int,
     mixing: str,
 ) -> None:
     """The teacher saw six pixels a side; targets and draws stay its own."""
     data, policy = f"{pieces}:some", (*RESIZED, mixing) if mixing else RESIZED
     cache = quick_dump(data, [f"{toy}:exact?seed={TEACHER}"], policy=policy, views=2, view_seed=2)
-    seen = record_batches(monkeypatch)
-    result = train.run(settings(tmp_path, toy, data, eval_data=data, **cached(tmp_path, size=size)), quiet=True)
+    result, seen = with_batches(settings(tmp_path, toy, data, eval_data=data, **cached(tmp_path, size=size)))
     world, at_size = World.of(pieces, cache), cache.policy.at_size(size)
     assert at_size.steps[0].parameters["size"] == size
-    for _, batch in seen:
+    for batch in seen:
         for place, (i, view) in enumerate(zip(batch.index.tolist(), batch.views.tolist(), strict=True)):
             pixels, _, share = world.view(at_size, i, view)
             assert pixels.shape == (size, size)
@@ -680,7 +677,6 @@ def test_augmented_views_are_fresh_and_targets_stay(
     toy: Path,
     pieces: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     of_the_cache: tuple[str, ...],
     augment: tuple[str, ...],
     pinned: int | None,
@@ -688,11 +684,10 @@ def test_augmented_views_are_fresh_and_targets_stay(
     """One fixed target, or V of them in turn, under views that never come back."""
     data, count = f"{pieces}:some", 2 if of_the_cache else 1
     cache = quick_dump(data, [f"{toy}:exact?seed={TEACHER}"], policy=of_the_cache, views=count)
-    seen = record_batches(monkeypatch)
     more: dict[str, Any] = {"augment": augment, "view_seed": 6, "view": pinned}
-    result = train.run(settings(tmp_path, toy, data, **cached(tmp_path, **more)), quiet=True)
+    result, seen = with_batches(settings(tmp_path, toy, data, **cached(tmp_path, **more)))
     world, own = World.of(pieces, cache), Policy.parse(augment, 6)
-    assert [set(batch.views.tolist()) for _, batch in seen] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
+    assert [set(batch.views.tolist()) for batch in seen] == [{0}] * 3 + [{1}] * 3 + [{2}] * 3
     for epoch, reported in enumerate(result.metrics):
         target = epoch % count if pinned is None else pinned
         assert reported["view"] == epoch

@@ -17,17 +17,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from small_world import Arrays, Outcome, World, joined, relative, trained, weights_of
+from training import at_each_save, run_with
 
 from softcache import cli
 from softcache.config import TrainConfig
@@ -296,13 +296,12 @@ def with_scores(config: TrainConfig, scores: Sequence[float]) -> tuple[list[dict
     """Train, with evaluations that were made up; the metrics, and how often this rank evaluated."""
     calls = 0
 
-    def evaluate(*_: Any, **__: Any) -> Evaluation:
+    def scored() -> Evaluation:
         nonlocal calls
         calls += 1
         return Evaluation(100, 100, 0.0, top1=scores[min(calls, len(scores)) - 1], nll=1.0)
 
-    with mock.patch.object(train, "evaluate", evaluate):
-        return train.run(config, quiet=True).metrics, calls
+    return run_with(config, measure=scored).metrics, calls
 
 
 def test_the_first_rank_evaluates_and_all_stop_and_keep_the_same(world: World, pair: Pair, tmp_path: Path) -> None:
@@ -320,20 +319,16 @@ def test_the_first_rank_evaluates_and_all_stop_and_keep_the_same(world: World, p
 
 def stopped(config: TrainConfig, after: int) -> int:
     """Train until the checkpoint number `after` has been written, then break off; how many were written."""
-    original, calls = train.save_progress, 0
+    calls = 0
 
-    def counted(*arguments: Any) -> None:
+    def counted(*_: Any) -> None:
         nonlocal calls
-        original(*arguments)
         calls += 1
         if calls == after:
             raise KeyboardInterrupt
 
-    with mock.patch.object(train, "save_progress", counted):
-        try:
-            train.run(config, quiet=True)
-        except KeyboardInterrupt:
-            return calls
+    with at_each_save(counted), suppress(KeyboardInterrupt):
+        train.run(config, quiet=True)
     return calls
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from softcache import cli, dump
 from softcache.config import DumpConfig
 from softcache.errors import ConfigError
-from softcache.train import flow as train
-from softcache.train.flow import _check_last_batch
 from softcache.train.ranks import Ranks
+from softcache.train.refuse import check_last_batch
 
 PIECES = '''
 """Images with labels of some kind, teachers, and students."""
@@ -163,10 +163,10 @@ def refused(
     """refused(flags) -> what the command printed; it must end with code 2, before any step, and leave nothing."""
 
     def run(flags: str) -> str:
-        def step(*_: Any) -> Any:
+        def made(*_: Any) -> Any:
             raise AssertionError("it went on to train")
 
-        monkeypatch.setattr(train, "make_optimizer", step)
+        monkeypatch.setattr(torch.optim.Optimizer, "__init__", made)
         out = tmp_path / "run"
         words = shlex.split(flags.format(path=world.path, pieces=f"{world.path}/pieces.py"))
         argv = ["train", "--out", str(out), "--threads", "1", "--device", "cpu", "--quiet", *words]
@@ -261,7 +261,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "layers that nothing joins": (
         "--cache {path}/maps --student {pieces}:small --loss at",
         "which layers of the student go with stage1:map, stage2:map",
-        "student=LAYER; its stages are body",
+        "student=LAYER; its maps end at body",
     ),
     "no final linear layer": (
         "--cache {path}/vectors --student {pieces}:student?end=scaled --loss hint",
@@ -477,13 +477,13 @@ def test_tensorboard_without_its_package(refused: Refused, monkeypatch: pytest.M
 
 def test_a_last_batch_smaller_than_the_processes() -> None:
     with pytest.raises(ConfigError, match="the last of 65 samples in batches of 32 are 1, fewer than the 2") as caught:
-        _check_last_batch(65, 32, Ranks(0, 2))
+        check_last_batch(65, 32, Ranks(0, 2))
     assert caught.value.tip.endswith("such as 33")
     with pytest.raises(ConfigError) as caught:
-        _check_last_batch(21, 4, Ranks(1, 2))  # batches of 5 have one left as well
+        check_last_batch(21, 4, Ranks(1, 2))  # batches of 5 have one left as well
     assert caught.value.tip.endswith("such as 6")
     with pytest.raises(ConfigError) as caught:
-        _check_last_batch(3, 2, Ranks(0, 4))
+        check_last_batch(3, 2, Ranks(0, 4))
     assert caught.value.tip == "start fewer processes"
-    _check_last_batch(66, 32, Ranks(0, 2))
-    _check_last_batch(65, 32, Ranks())
+    check_last_batch(66, 32, Ranks(0, 2))
+    check_last_batch(65, 32, Ranks())

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training import stopped_after
 
 from softcache import cli
 from softcache.errors import TrainingError
@@ -235,21 +236,9 @@ def everything(folder: Path, out: Path, *more: str) -> list[str]:
     return command(folder, out, *EVERYTHING, *more, settings="--cache {folder}/features")
 
 
-def stop_after(saves: int, argv: list[str], monkeypatch: Any) -> None:
+def stop_after(saves: int, argv: list[str]) -> None:
     """Run until that many checkpoints have been written, and break off."""
-    from softcache.train import flow as train
-
-    original, calls = train.save_progress, 0
-
-    def counted(*arguments: Any) -> None:
-        nonlocal calls
-        original(*arguments)
-        calls += 1
-        if calls == saves:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_progress", counted)
+    with stopped_after(saves):
         assert cli.main(argv) == 130
 
 
@@ -267,11 +256,9 @@ def differing(one: Any, other: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("saves", range(1, SAVES + 1))
-def test_stopped_after_any_step_and_resumed(
-    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: Any, saves: int
-) -> None:
+def test_stopped_after_any_step_and_resumed(folder: Path, undisturbed: Path, tmp_path: Path, saves: int) -> None:
     out = tmp_path / "run"
-    stop_after(saves, everything(folder, out, "--checkpoint-every", "1"), monkeypatch)
+    stop_after(saves, everything(folder, out, "--checkpoint-every", "1"))
     state = torch.load(out / "checkpoint.pt", weights_only=True)["progress"]
     assert (state["stage"], len(state["metrics"]), state["step"]) == ((saves - 1) // 6, saves // 3, saves % 3)
     assert cli.main(everything(folder, out)) == 0
@@ -282,9 +269,9 @@ def test_stopped_after_any_step_and_resumed(
     assert any(name.endswith("student_bank") for name in states[0]["parts"])
 
 
-def test_stopped_after_every_step(folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_stopped_after_every_step(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     for _ in range(SAVES):
-        stop_after(1, everything(folder, tmp_path / "run", "--checkpoint-every", "1"), monkeypatch)
+        stop_after(1, everything(folder, tmp_path / "run", "--checkpoint-every", "1"))
     assert cli.main(everything(folder, tmp_path / "run")) == 0
     assert outcome(tmp_path / "run") == outcome(undisturbed)
 
@@ -360,7 +347,7 @@ def test_a_checkpoint_of_another_student_or_number_of_processes_is_refused(tmp_p
     save_progress(tmp_path, pieces(), Progress(), Ranks())
     _, saved = read_progress(tmp_path, Ranks())
     other = pieces()
-    narrow = Trained(nn.Linear(1, 1), other.parts, other.optimizer, other.scaler)
+    narrow = Trained(nn.Linear(1, 1), other.term_modules, other.optimizer, other.scaler)
     with pytest.raises(TrainingError, match="does not fit this student"):
         restore(tmp_path, narrow, saved, Ranks())
     with pytest.raises(TrainingError, match="was saved by 1 processes, these are 2") as caught:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,8 +19,9 @@ from softcache.config import TrainConfig, resolve
 from softcache.errors import ConfigError, LossError, SoftcacheError
 from softcache.losses.schedules import Moment
 from softcache.models import load_model
-from softcache.train import flow as train
-from softcache.train.stages import freeze, parse_stages, train_mode
+from softcache.train.flow import prepare
+from softcache.train.optimizer import freeze, train_mode
+from softcache.train.stages import parse_stages
 
 
 def config(*stages: str, **settings: Any) -> TrainConfig:
@@ -291,17 +291,8 @@ def test_an_adapter_is_trained_on_a_frozen_student_and_carried_over(world: World
     ],
 )
 def test_which_terms_share_what_they_learned(world: World, tmp_path: Path, second: str, shared: bool) -> None:
-    found: list[Any] = []
-    original = train.build_objectives
-
-    def noted(*arguments: Any) -> Any:
-        objectives, student = original(*arguments)
-        found.extend(objectives)
-        return objectives, student
-
-    with mock.patch.object(train, "build_objectives", noted):
-        world.train(tmp_path / "run", stage=(HINT, second))
-    first, last = ({id(p) for p in objective.parameters()} for objective in found)
+    prepared = prepare(world.config(tmp_path / "run", stage=(HINT, second)))
+    first, last = ({id(p) for p in objective.parameters()} for objective in prepared.objectives)
     assert first
     assert bool(first & last) == shared
     assert (first <= last) == shared

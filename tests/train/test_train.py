@@ -31,9 +31,10 @@ from softcache.errors import (
 )
 from softcache.evaluate import measure
 from softcache.models import load_model, read_metadata, read_saved
+from softcache.targets.teacher import CachedTeacher
 from softcache.train.flow import TrainResult
 from softcache.train.run_folder import STUDENT
-from softcache.train.terms import CachedTeacher, check_term, parse_members, parse_terms
+from softcache.train.terms import check_term, parse_members, parse_terms
 
 PIECES = """
 import numpy as np
@@ -692,7 +693,7 @@ def test_pixels_that_drifted(
     """Another crop is refused; trained on as it is only when asked, with a warning that the run keeps."""
     window = view_steps.window
     monkeypatch.setattr(view_steps, "window", lambda image, dy, dx: window(image, dy, dx + 1))
-    with pytest.raises(DriftError, match=r"64 of 64 .* other pixels than the teacher saw .* levels of 255 apart"):
+    with pytest.raises(DriftError, match=r"64 of 64 .* other pixels than the teacher saw .* of 255 apart"):
         world.train(tmp_path / "run", cache="views")
     assert not (tmp_path / "run").exists()
     world.train(tmp_path / "run", cache="views", on_drift="warn")
@@ -709,7 +710,7 @@ def test_a_rounding_is_one_recorded_warning(
     world.train(tmp_path / "run", cache="views")
     told = capsys.readouterr().err
     drift = json.loads((tmp_path / "run/run.json").read_text())["drift"]
-    assert drift.endswith("of 64 checked views differ from what the teacher saw, by 1 level of 255")
+    assert drift.endswith("of 64 checked views differ from what the teacher saw, by 1 of 255")
     assert told == f"softcache: warning: {drift}; the run records it\n"
 
 

@@ -74,9 +74,11 @@ def entropy(logits: Tensor) -> float:
 
 
 def split(name: str, about: str, probe: Probe, fitted_rows: int) -> Source:
-    inputs = probe.head_input
+    inputs = probe.classifier_input
     both = [
-        Probe(probe.logits[part], None if inputs is None else inputs[part], probe.head_weight, probe.head_bias)
+        Probe(
+            probe.logits[part], None if inputs is None else inputs[part], probe.classifier_weight, probe.classifier_bias
+        )
         for part in (slice(fitted_rows), slice(fitted_rows, None))
     ]
     about = f"{about}; softmax entropy {entropy(both[1].logits):.2f} nat on {len(both[1].logits):,} rows"
@@ -182,7 +184,7 @@ def real_source(model_text: str, data: str, fitted_rows: int, measured_rows: int
 
 
 def moved(probe: Probe, device: torch.device) -> Probe:
-    parts = (probe.logits, probe.head_input, probe.head_weight, probe.head_bias)
+    parts = (probe.logits, probe.classifier_input, probe.classifier_weight, probe.classifier_bias)
     return Probe(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
 
@@ -222,7 +224,7 @@ def array_bytes(arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
 
 
 def batches(probe: Probe) -> Iterator[tuple[Tensor, Tensor | None]]:
-    inputs = probe.head_input
+    inputs = probe.classifier_input
     for start in range(0, len(probe.logits), BATCH):
         part = slice(start, start + BATCH)
         yield probe.logits[part], None if inputs is None else inputs[part]

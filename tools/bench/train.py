@@ -35,9 +35,10 @@ from softcache.losses.schedules import Moment
 from softcache.machine import pick_device
 from softcache.models import Model, load_model, save_student
 from softcache.report.tables import table
-from softcache.targets.cache import Cache, Targets
+from softcache.targets.batch import Targets
+from softcache.targets.cache import Cache
+from softcache.targets.teacher import CachedTeacher
 from softcache.train.objective import Given, Labels, Objective
-from softcache.train.terms import CachedTeacher
 
 CODECS = "float16 float32 int8 headtail topk lowrank linear_head linear_head:dtype=int8"
 

@@ -33,7 +33,7 @@ from softcache.losses import kd
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import load_model
 from softcache.report.tables import table
-from softcache.train.learner import make_optimizer
+from softcache.train.optimizer import make_optimizer
 
 POLICY = ("shift:pixels=3", "rotate:degrees=15")
 TEMPERATURE = 4.0

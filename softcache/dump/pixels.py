@@ -1,0 +1,40 @@
+"""What the teachers see: rendered rows, and that a new member sees what the others saw."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from softcache.cache.reader import CacheReader
+from softcache.data.drift import check_drift
+from softcache.data.identity import pixel_digest
+from softcache.data.loading import LoadedBatch, ViewedSet
+from softcache.dump.choose_codec import CHECKED_SAMPLES, Prober
+
+
+def renderer(viewed: ViewedSet, order: np.ndarray) -> Callable[[int, int], Any]:
+    """(row, view) -> the rendered item."""
+    return lambda row, view: viewed.render(int(order[row]), view)
+
+
+class PixelCheck:
+    """A new member must see what the others saw: every view's pixels against the cache's digests. A rounding is told once."""
+
+    def __init__(self, reader: CacheReader, order: np.ndarray, viewed: ViewedSet) -> None:
+        self._reader, self._render, self._told = reader, renderer(viewed, order), False
+
+    def check_first(self, prober: Prober) -> None:
+        """The first rows of view 0."""
+        digests = np.array([pixel_digest(item) for item in prober.items(0, CHECKED_SAMPLES)], dtype=np.uint32)
+        rows = np.arange(len(digests))
+        check_drift(self._reader, rows, np.zeros_like(rows), digests, self._render)
+
+    def check(self, rows: np.ndarray, batch: LoadedBatch) -> None:
+        assert batch.pixel_digests is not None
+        drift = check_drift(self._reader, rows, batch.views, batch.pixel_digests, self._render)
+        if drift is not None and not self._told:
+            self._told = True
+            print(f"softcache: warning: {drift}", file=sys.stderr)

@@ -1,0 +1,172 @@
+"""The stored targets of one batch: moved to a device as they are, decoded there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softcache.cache.samples import SampleTable
+from softcache.codecs import Codec
+from softcache.codecs.features import StoredFeature
+from softcache.data.philox import Draws, step_key
+from softcache.errors import CacheError, nearest
+from softcache.targets.ensemble import KEEPS_LEVEL, combine
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The stored targets of one batch, still encoded; decoded on whatever device they are moved to.
+
+    Attributes:
+        rows, views: (B,) int64 place of each record in the cache.
+        arrays: member -> data set -> (B, ...) stored values.
+        codecs: member -> codec.
+        samples: the cache's sample table, read only when labels or ids are asked for.
+        features: (member, feature) -> how it is decoded; its stored values are among the member's arrays.
+    """
+
+    rows: np.ndarray
+    views: np.ndarray
+    samples: SampleTable
+    arrays: Mapping[str, Mapping[str, Tensor]]
+    codecs: Mapping[str, Codec]
+    features: Mapping[tuple[str, str], StoredFeature] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Targets:
+        """The same targets with the stored values on another device."""
+        moved = {
+            member: {name: value.to(device, non_blocking=non_blocking) for name, value in arrays.items()}
+            for member, arrays in self.arrays.items()
+        }
+        return replace(self, arrays=moved)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(self.arrays)
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,) int64 class index or -1, or (B, C) bool, on the CPU; as the cache holds them."""
+        return torch.from_numpy(self.samples.labels_of(self.rows))
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(B,) uint64."""
+        return self.samples.ids[self.rows]
+
+    def logits(self, member: str | None = None) -> Tensor:
+        """(B, C) float32 logits of one member (default: the only one).
+
+        Raises:
+            CacheError: no such member, or several and none named.
+        """
+        if member is None:
+            if len(self.arrays) > 1:
+                raise CacheError(
+                    f"this cache has {len(self.arrays)} members: {', '.join(self.arrays)}",
+                    tip="name one: logits(member), or combine them: combined(rule)",
+                )
+            member = next(iter(self.arrays))
+        if member not in self.arrays:
+            raise CacheError(f"no member {member!r}", tip=nearest(member, self.arrays))
+        return self.codecs[member].decode(self.arrays[member])
+
+    def feature(self, name: str, member: str | None = None) -> Tensor:
+        """(B, ...) float32 feature as a loss sees it: reduced as its name says.
+
+        Args:
+            name: `layer:reduction`, as it was dumped and asked for.
+            member: default: the only one that has it.
+
+        Raises:
+            CacheError: it was not gathered, or several members have it.
+        """
+        found = [key for key in self.features if key[1] == name and member in (None, key[0])]
+        if len(found) != 1:
+            known = [feature for _, feature in self.features]
+            raise CacheError(
+                f"{len(found)} members have the feature {name!r} in this batch",
+                tip=(nearest(name, known) if known else "ask for features when gathering: gather(..., features=[...])")
+                if not found
+                else f"name the member: {', '.join(one for one, _ in found)}",
+            )
+        return self.features[found[0]].decode(self.arrays[found[0][0]])
+
+    def classifier_input(self, member: str) -> Tensor:
+        """(B, D) float32 input of a member's final linear layer, where its codec keeps that: linear_head."""
+        return self.codecs[member].classifier_input(self.arrays[member])
+
+    def head_input(self, member: str) -> Tensor:
+        """As `classifier_input`, by its old name: for one version more."""
+        warnings.warn("Targets.head_input is now Targets.classifier_input", DeprecationWarning, stacklevel=2)
+        return self.classifier_input(member)
+
+    def rows_between(self, first: int, last: int) -> Targets:
+        """The targets of rows [first, last) of this batch."""
+        arrays = {}
+        for member, stored in self.arrays.items():
+            own = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
+            if "dense" in stored:
+                inside = (stored["dense_at"] >= first) & (stored["dense_at"] < last)
+                if bool(inside.any()):
+                    own |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - first}
+            arrays[member] = own
+        return replace(self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays)
+
+    def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What a codec that keeps some classes has of them: ids (B, k), logits (B, k), log-sum-exp of the rest at T (B,)."""
+        codec, arrays = self.codecs[member], self.arrays[member]
+        return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
+
+    def log_probs(self, member: str, temperature: float) -> Tensor:
+        """(B, C) float32 logarithm of one member's soft target at a temperature.
+
+        A codec that keeps only some classes spreads the rest's probability evenly.
+        """
+        codec, arrays = self.codecs[member], self.arrays[member]
+        if not codec.complete:
+            return codec.spread(arrays, temperature)
+        return (codec.decode(arrays) / temperature).log_softmax(dim=1)
+
+    def combined(
+        self,
+        rule: str = "mean_logits",
+        *,
+        weights: Mapping[str, float] | None = None,
+        temperature: float = 1.0,
+        link: str = "softmax",
+        draw_seed: int = 0,
+    ) -> Tensor:
+        """(B, C) float32 logits of the ensemble: softmax(result / T) is its soft target at T.
+
+        Args:
+            rule: one of COMBINE_RULES, see `softcache.ensemble.combine`.
+            weights: member -> weight, for the members to use; None = all, equally.
+            temperature: of the loss that asks.
+            link: "softmax", or "sigmoid" for multi-label targets.
+            draw_seed: of the rule "draw", which picks a member per sample and view.
+        """
+        chosen = self.members if weights is None else tuple(weights)
+        logits = [self.logits(member) for member in chosen]
+        if len(logits) == 1 and rule in KEEPS_LEVEL:
+            return logits[0]
+        draws = self._draws(draw_seed) if rule == "draw" else None
+        return combine(
+            logits,
+            rule,
+            weights=None if weights is None else [weights[member] for member in chosen],
+            temperature=temperature,
+            link=link,
+            draws=draws,
+        )
+
+    def _draws(self, seed: int) -> Tensor:
+        """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone."""
+        key = step_key("member", 0)
+        pairs = zip(self.sample_ids.tolist(), self.views.tolist(), strict=True)
+        return torch.tensor([Draws(seed, key, sample, view).uniform() for sample, view in pairs], dtype=torch.float64)

@@ -1,0 +1,72 @@
+"""What a run is refused for before its first step, as far as its settings tell; and a loss that is no number."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from softcache.config import TrainConfig
+from softcache.errors import ConfigError, TrainingError
+from softcache.machine import pick_device
+from softcache.train.ranks import Ranks
+from softcache.train.stages import parse_stages
+from softcache.train.tensorboard import summary_writer
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse numbers and combinations that cannot be, of the run and of each stage."""
+    for name in ("batch_size", "accumulate", "views_per_visit", "eval_every"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"--seed {config.seed}: must be between 0 and 4294967295")
+    if config.checkpoint_every is not None and config.checkpoint_every < 1:
+        raise ConfigError(f"--checkpoint-every {config.checkpoint_every}: must be at least 1")
+    if config.clip_norm is not None and not config.clip_norm > 0:
+        raise ConfigError(f"--clip-norm {config.clip_norm}: must be > 0")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise ConfigError(f"--ema {config.ema}: must be between 0 and 1", tip="0.999 averages about a thousand steps")
+    if config.keep == "best" and not config.eval_data:
+        raise ConfigError("--keep best needs --eval-data", tip="add it, or leave --keep out")
+    if config.cache is not None and config.policy:
+        raise ConfigError(
+            "--policy and --cache cannot be given together",
+            tip="the student sees the cache's own views; leave --policy out",
+        )
+    for name in ("members", "cache_id", "view", "size", "augment"):
+        if config.cache is None and getattr(config, name) not in (None, ()):
+            raise ConfigError(f"--{name.replace('_', '-')} needs --cache")
+    if config.augment and config.size is not None:
+        raise ConfigError("--size and --augment cannot be given together", tip="--augment sets its own size")
+    if config.view is not None and config.views_per_visit > 1:
+        raise ConfigError("--view and --views-per-visit cannot be given together")
+    if config.init_map and not config.init_from:
+        raise ConfigError("--init-map needs --init-from", tip="--init-from MODEL@WEIGHTS, or a run folder")
+    if config.tensorboard:
+        summary_writer()
+    if config.sync_bn and (device := pick_device(config.device)).type != "cuda":
+        raise ConfigError(f"--sync-bn works on GPUs, this is {device.type}", tip="leave it out")
+    parse_stages(config)
+
+
+def check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:
+    """Each process must get at least one sample of the last batch."""
+
+    def last(size: int) -> int:
+        return count % size or size
+
+    if last(batch_size) < ranks.size:
+        better = next((size for size in range(batch_size + 1, count + 1) if last(size) >= ranks.size), None)
+        raise ConfigError(
+            f"the last of {count} samples in batches of {batch_size} are {last(batch_size)}, fewer than the {ranks.size} "
+            "processes",
+            tip=f"choose another --batch-size, such as {better}" if better else "start fewer processes",
+        )
+
+
+def check_finite(loss: Tensor, epoch: int, step: int) -> None:
+    """TrainingError, with the place, for a loss that has become infinite or no number."""
+    if not bool(loss.isfinite()):
+        raise TrainingError(
+            f"the loss is not finite in epoch {epoch}, step {step}",
+            tip="lower --lr, add --clip-norm 1, warm up (--schedule 'warmup(5, cosine)'), or use bf16 instead of fp16",
+        )

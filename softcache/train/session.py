@@ -1,0 +1,118 @@
+"""A run as it is prepared, under way, and in one of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from softcache.config import TrainConfig
+from softcache.data.transfer_set import TransferSet
+from softcache.evaluate.measure import Evaluation, evaluate
+from softcache.machine import autocast_dtype, pick_workers
+from softcache.models import Model
+from softcache.train.batches import Material
+from softcache.train.checkpoint import Progress, Trained
+from softcache.train.objective import Objective
+from softcache.train.pairs import Student
+from softcache.train.ranks import Ranks
+from softcache.train.stages import Stage
+from softcache.train.tensorboard import Board
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with everything made and checked, and nothing learned or written yet.
+
+    Attributes:
+        material: the data, joined with the cache.
+        model, initialised: the student, and what was taken from other weights (None: nothing).
+        sample: two samples, collated, on the CPU.
+        student: the student as its terms see it; None where no term looks into it.
+        objectives: of each stage.
+        term_modules: what the terms of all stages learn or remember.
+        fixed: parameters of the student that are frozen for good.
+        average: of the student's weights; None without --ema.
+    """
+
+    config: TrainConfig
+    stages: list[Stage]
+    device: torch.device
+    ranks: Ranks
+    quiet: bool
+    material: Material
+    model: Model
+    initialised: str | None
+    sample: Any
+    student: Student | None
+    objectives: list[Objective]
+    term_modules: nn.ModuleList
+    fixed: list[str]
+    average: AveragedModel | None
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def kept(self) -> Model:
+        """The student whose weights are evaluated and saved."""
+        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+
+    @cached_property
+    def count(self) -> int:
+        return len(self.material.transfer_set)
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return -(-self.count // self.config.batch_size)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return autocast_dtype(self.config.autocast)
+
+    @property
+    def workers(self) -> int:
+        return pick_workers(self.config.workers, self.device)
+
+    def measure(self, data: TransferSet) -> Evaluation:
+        """How good the kept student is."""
+        policy = self.material.policy.for_evaluation()
+        return evaluate(
+            self.kept, data, policy=policy, device=self.device, workers=self.workers, autocast=self.autocast
+        )
+
+
+@dataclass
+class Session:
+    """A run under way: where it stands, what to put back first (empty: nothing), and its last evaluation."""
+
+    prepared: Prepared
+    progress: Progress
+    saved: dict[str, Any]
+    board: Board | None = None
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class LiveStage:
+    """A stage under way.
+
+    Attributes:
+        learner: student and objective, over all ranks.
+        trained: everything whose state goes from step to step.
+        learned: the parameters that learn.
+    """
+
+    number: int
+    stage: Stage
+    objective: Objective
+    learner: nn.Module
+    trained: Trained
+    learned: list[nn.Parameter]
