@@ -18,7 +18,7 @@ from softcache.cache.write.writer import CacheWriter, Setup
 ROWS, VIEWS, CLASSES = 300, 2, ("ant", "bee", "cat", "dog", "eel", "fox")
 SAMPLES, PROBE = "samples.h5", "probe.h5"
 CODED, DENSE, CONSTANTS = "members/coded/part-00000.h5", "members/coded/dense-00000.h5", "members/coded/constants.h5"
-PLAIN, HEAD, PIXELS = "members/plain/part-00000.h5", "members/head/part-00000.h5", "views/part-00000.h5"
+PLAIN, CLASSIFIER, PIXELS = "members/plain/part-00000.h5", "members/head/part-00000.h5", "views/part-00000.h5"
 CODES = 4  # bytes of codes in a record of the member `coded`
 CODED_BYTES, HEAD_BYTES = 8 + CODES, 21
 

@@ -42,7 +42,7 @@ def read_decoded(cache: softcache.Cache) -> dict[str, np.ndarray]:
     for member in cache.members:
         found[f"{member}/logits"] = targets.logits(member).numpy()
         found |= {f"{member}/{name}": targets.feature(name, member).numpy() for name in cache.features[member]}
-        cache.head(member)
+        cache.classifier(member)
     return found
 
 
