@@ -2,6 +2,7 @@
 
     python tools/bench/cache.py                     # speed: 131,072 x 1000 float16 in one shard, batches of 256
     python tools/bench/cache.py --memory            # private memory of one shuffled epoch, 10k against 1M rows
+    python tools/bench/cache.py --quick             # small, to see that it runs
 
 The logits are random numbers from a stub teacher: only bytes matter here. Everything is warm (in the page cache).
 """
@@ -10,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +30,10 @@ from softcache import dump
 from softcache.config import DumpConfig
 from softcache.report.tables import table
 
-HERE = Path(__file__).name
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.harness import heading, parser_of, write_json
+
+LIMIT = "numpy memmap take (the limit)"
 TURN = 4  # batches a reader reads before it is the next one's turn
 PER_FILE_SAMPLES = 8192  # of the peer with one file per sample
 
@@ -102,69 +104,29 @@ def make_cache(path: Path, count: int, classes: int, *, shard_rows: int | None) 
     )
 
 
+Reader = Callable[[np.ndarray], Any]
+
+
 def bench_speed(root: Path, count: int, classes: int, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     """Median microseconds per shuffled batch, every reader in turn within each round."""
     make_cache(root / "one", count, classes, shard_rows=count)
     make_cache(root / "many", count, classes, shard_rows=None)
-    cache, many = softcache.open(root / "one"), softcache.open(root / "many")
-    pread = softcache.open(root / "one", mode="pread")
+    cache = softcache.open(root / "one")
     joined = cache.join(Rows(count, classes))
-    (file,) = cache.manifest.files_of("logits", "stub")
+    (file,) = cache.manifest.files_of("member", "stub")
     stored = file.arrays["logits"]
     plain = np.memmap(root / "one" / file.path, stored.dtype, "r", stored.offset, (count, classes))
-    handle = h5py.File(root / "one" / file.path, "r")
-    dataset = handle["logits"]
-    folder = root / "files"
-    folder.mkdir()
-    for i in range(min(count, PER_FILE_SAMPLES)):
-        torch.save(torch.from_numpy(plain[i].copy()), folder / f"{i}.pt")
-
-    def one_by_one(batch: np.ndarray) -> Any:
-        return np.stack([dataset[0, int(i)] for i in batch])
-
-    def sorted_list(batch: np.ndarray) -> Any:
-        order = np.argsort(batch)
-        out = np.empty((len(batch), classes), stored.dtype)
-        out[order] = dataset[0, batch[order]]
-        return out
-
-    def per_file(batch: np.ndarray) -> Any:
-        files = (folder / f"{int(i) % PER_FILE_SAMPLES}.pt" for i in batch)
-        return torch.stack([torch.load(file, weights_only=True) for file in files])
-
-    zeros = np.zeros(batch_size, np.int64)
-    readers: dict[str, Callable[[np.ndarray], Any]] = {
-        "numpy memmap take (the limit)": lambda batch: np.take(plain, batch, axis=0),
-        "softcache gather": lambda batch: cache.gather(batch, zeros[: len(batch)]).arrays["stub"]["logits"],
-        "softcache joined.gather": lambda batch: joined.gather(batch).arrays["stub"]["logits"],
-        f"softcache gather, {len(many.manifest.plan.rounds[0].layout)} shards": lambda batch: many.gather(
-            batch, zeros[: len(batch)]
-        ),
-        "softcache gather, pread": lambda batch: pread.gather(batch, zeros[: len(batch)]),
-        "h5py sorted index list": sorted_list,
-        "h5py row by row": one_by_one,
-        "one torch file per sample": per_file,
-    }
-    expected = np.asarray(plain[:batch_size])
-    for name in ("softcache gather", "softcache joined.gather"):
-        assert np.array_equal(readers[name](np.arange(batch_size)).numpy(), expected), name
-    for name, read in readers.items():  # every page is mapped once, by each reader for itself
-        if not name.startswith(("h5py", "one")):
-            for start in range(0, count, batch_size):
-                read(np.arange(start, min(start + batch_size, count)))
-    order, place = np.random.default_rng(1).permutation(count), 0  # a shuffled epoch, read batch by batch
-    times: dict[str, list[float]] = {name: [] for name in readers}
-    for _ in range(rounds):
-        for name, read in readers.items():
-            for turn in range(-1, TURN):
-                place = (place + batch_size) % (count - batch_size)
-                batch = order[place : place + batch_size]
-                begin = time.perf_counter()
-                read(batch)
-                if turn >= 0:  # the first of a turn pays for what the reader before it left in the processor's caches
-                    times[name].append(time.perf_counter() - begin)
-    handle.close()
-    limit, slowest = median(times["numpy memmap take (the limit)"]), median(times["h5py row by row"])
+    with h5py.File(root / "one" / file.path, "r") as handle:
+        others = other_readers(root / "files", plain, handle["logits"])
+        readers = {LIMIT: others.pop(LIMIT), **softcache_readers(root, joined), **others}
+        for name in ("softcache gather", "softcache joined.gather"):
+            assert np.array_equal(readers[name](np.arange(batch_size)).numpy(), plain[:batch_size]), name
+        for name, read in readers.items():  # every page is mapped once, by each reader for itself
+            if not name.startswith(("h5py", "one")):
+                for start in range(0, count, batch_size):
+                    read(np.arange(start, min(start + batch_size, count)))
+        times = shuffled_times(readers, count, batch_size, rounds)
+    limit, slowest = median(times[LIMIT]), median(times["h5py row by row"])
     results = [
         {
             "reader": name,
@@ -176,6 +138,62 @@ def bench_speed(root: Path, count: int, classes: int, batch_size: int, rounds: i
         for name, values in times.items()
     ]
     return [*results, *bench_loader(joined, batch_size, limit)]
+
+
+def softcache_readers(root: Path, joined: softcache.Joined) -> dict[str, Reader]:
+    cache, many, pread = joined.cache, softcache.open(root / "many"), softcache.open(root / "one", mode="pread")
+
+    def first_view(batch: np.ndarray) -> np.ndarray:
+        return np.zeros(len(batch), np.int64)
+
+    return {
+        "softcache gather": lambda batch: cache.gather(batch, first_view(batch)).arrays["stub"]["logits"],
+        "softcache joined.gather": lambda batch: joined.gather(batch).arrays["stub"]["logits"],
+        "softcache gather, many shards": lambda batch: many.gather(batch, first_view(batch)),
+        "softcache gather, pread": lambda batch: pread.gather(batch, first_view(batch)),
+    }
+
+
+def other_readers(folder: Path, plain: np.ndarray, dataset: Any) -> dict[str, Reader]:
+    """NumPy and h5py on the same file, and one file per sample."""
+    count, classes = plain.shape
+    per_file_samples = min(count, PER_FILE_SAMPLES)
+    folder.mkdir()
+    for i in range(per_file_samples):
+        torch.save(torch.from_numpy(plain[i].copy()), folder / f"{i}.pt")
+
+    def sorted_list(batch: np.ndarray) -> Any:
+        order = np.argsort(batch)
+        out = np.empty((len(batch), classes), plain.dtype)
+        out[order] = dataset[0, batch[order]]
+        return out
+
+    def per_file(batch: np.ndarray) -> Any:
+        files = (folder / f"{int(i) % per_file_samples}.pt" for i in batch)
+        return torch.stack([torch.load(file, weights_only=True) for file in files])
+
+    return {
+        LIMIT: lambda batch: np.take(plain, batch, axis=0),
+        "h5py sorted index list": sorted_list,
+        "h5py row by row": lambda batch: np.stack([dataset[0, int(i)] for i in batch]),
+        "one torch file per sample": per_file,
+    }
+
+
+def shuffled_times(readers: Mapping[str, Reader], count: int, batch_size: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds per batch of a shuffled epoch, which is read batch by batch."""
+    order, place = np.random.default_rng(1).permutation(count), 0
+    times: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(rounds):
+        for name, read in readers.items():
+            for turn in range(-1, TURN):
+                place = (place + batch_size) % (count - batch_size)
+                batch = order[place : place + batch_size]
+                begin = time.perf_counter()
+                read(batch)
+                if turn >= 0:  # the first of a turn pays for what the reader before it left in the processor's caches
+                    times[name].append(time.perf_counter() - begin)
+    return times
 
 
 def bench_loader(joined: Any, batch_size: int, limit: float) -> list[dict[str, Any]]:
@@ -230,15 +248,16 @@ def epoch_of(path: Path, count: int, classes: int) -> None:
     sys.stdin.readline()
 
 
-def bench_memory(root: Path, classes: int) -> list[dict[str, Any]]:
+def bench_memory(root: Path, classes: int, counts: tuple[int, int], processes: int) -> list[dict[str, Any]]:
     """Private memory of two readers of one cache after an epoch each: what both map counts as shared, as it is."""
     results = []
-    for count in (10_000, 1_000_000):
+    for count in counts:
         path = root / str(count)
         make_cache(path, count, classes, shard_rows=None)
         command = [sys.executable, __file__, "--epoch-of", str(path), str(count), str(classes)]
         readers = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(processes)
         ]
         found = []
         for step in range(3):
@@ -261,33 +280,32 @@ def bench_memory(root: Path, classes: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=131_072)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--memory", action="store_true", help="measure private memory instead of speed")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--epoch-of", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.epoch_of:
         path, count, classes = arguments.epoch_of
         epoch_of(Path(path), int(count), int(classes))
         return
-    root = Path(tempfile.mkdtemp(prefix="bench-cache-"))
-    try:
+    if arguments.quick:
+        arguments.rows, arguments.classes, arguments.batch_size, arguments.rounds = 1024, 50, 64, 1
+    with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
         if arguments.memory:
-            results = bench_memory(root, 100)
+            sizes = ((1000, 3000), 1) if arguments.quick else ((10_000, 1_000_000), 2)
+            results = bench_memory(Path(folder), 100, *sizes)
         else:
-            results = bench_speed(root, arguments.rows, arguments.classes, arguments.batch_size, arguments.rounds)
-    finally:
-        shutil.rmtree(root)
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-        return
-    print(f"{HERE}: {platform.machine()}, torch {torch.__version__}, numpy {np.__version__}, h5py {h5py.__version__}")
+            results = bench_speed(
+                Path(folder), arguments.rows, arguments.classes, arguments.batch_size, arguments.rounds
+            )
+    print(heading("cache.py", arguments))
     columns = list(results[-1] if arguments.memory else results[0])
     print(table(columns, [[row.get(name) for name in columns] for row in results]))
+    write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

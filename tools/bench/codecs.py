@@ -15,9 +15,8 @@ Rows kept dense are counted in. KL is in nats. Speeds are the fastest of several
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,6 +38,9 @@ from softcache.errors import CodecFitError, CodecRangeError, SoftcacheError
 from softcache.models import final_linear, load_model
 from softcache.report.tables import table
 from softcache.spec import split_term
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.harness import heading, parser_of, write_json
 
 BATCH = 256
 SHOWN = (*CANDIDATES, "lowrank:max_kl=0.001,at_temperature=1")
@@ -425,7 +427,7 @@ def make_sources(arguments: argparse.Namespace) -> list[Source]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     kinds = ("trained", "unstructured", "wide", "real")
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="which sources (default: all)")
     parser.add_argument(
@@ -434,11 +436,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", action="append", default=[], help="data set of the --model at the same place")
     parser.add_argument("--device", default="cpu", help="where codecs run (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument(
         "--png", type=Path, metavar="FILE", help="draw the first source's front there, more settings in it"
     )
-    parser.add_argument("--quick", action="store_true", help="small and untrained, to see that it runs; no goals")
     arguments = parser.parse_args()
     if len(arguments.model) != len(arguments.data):
         parser.error("--model and --data come in pairs")
@@ -449,13 +449,12 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     device, passes = torch.device(arguments.device), 1 if arguments.quick else 5
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{Path(__file__).name}: {where}, {arguments.threads} thread(s), torch {torch.__version__}")
+    print(heading("codecs.py", arguments, device))
     everything: list[Result] = []
     drawn: list[Result] = []
     sources = make_sources(arguments)
     for source in sources:
-        results = [measure(text, source, device, passes=passes) for text in SHOWN]
+        results = [measure(text, source, device, passes=passes) for text in SHOWN[:: 2 if arguments.quick else 1]]
         results.append(measure_reference(source))
         show(source, results)
         everything += results
@@ -465,14 +464,12 @@ def main() -> None:
     if by_codec and not arguments.quick:
         goals = [row for goal in GOALS for row in judge(goal, by_codec[goal.codec])]
         print("\ngoals on `trained`\n" + table(["codec", "what", "goal", "found", "verdict"], goals))
-    if arguments.json:
-        about = {"device": where, "threads": arguments.threads, "torch": torch.__version__}
-        found = {
-            "made_with": about,
-            "sources": {s.name: s.about for s in sources},
-            "results": [asdict(r) for r in everything],
-        }
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = {
+        "made_with": heading("codecs.py", arguments, device),
+        "sources": {s.name: s.about for s in sources},
+        "results": [asdict(r) for r in everything],
+    }
+    write_json(arguments.json, found)
     if arguments.png and sources:
         draw(arguments.png, sources[0], drawn)
 

@@ -2,6 +2,7 @@
 
     python tools/bench/dump.py                                   100,000 samples x 1,000 classes x 8 views, a stub teacher
     python tools/bench/dump.py --samples 4000 --classes 100 --plan-only
+    python tools/bench/dump.py --quick                           small, to see that it runs
 
 The stub teacher is one matrix product on 8 x 8 images, so that the pipeline is measured and not a network; its logits have
 the rank of its 64 inputs. Memory is the resident set without shared file pages, of a process of its own per step, beside that
@@ -27,6 +28,9 @@ import torch
 from torch import nn
 
 from softcache.report.tables import size, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.harness import heading, parser_of, write_json
 
 HERE = Path(__file__)
 POLICY = "crop_flip:padding=1"
@@ -69,8 +73,8 @@ def private_bytes() -> int:
     return 0
 
 
-def step(name: str, arguments: argparse.Namespace, samples: int, cache: str) -> None:
-    """One step in this process; prints its figures as JSON."""
+def step(name: str, arguments: argparse.Namespace, samples: int, cache: str) -> dict[str, Any]:
+    """One step in this process; its figures."""
     from softcache import dump, train
     from softcache.config import DumpConfig, PlanConfig, TrainConfig
     from softcache.dump import forecast as plan
@@ -106,11 +110,13 @@ def step(name: str, arguments: argparse.Namespace, samples: int, cache: str) -> 
         )
         train.run(config, quiet=True)
         shutil.rmtree(cache + "-run")
-    found |= {"seconds": time.monotonic() - begin, "anonymous": private_bytes()}
-    print(json.dumps(found))
+    return found | {"seconds": time.monotonic() - begin, "anonymous": private_bytes()}
 
 
 def run_step(name: str, arguments: argparse.Namespace, samples: int, cache: Path) -> dict[str, Any]:
+    """The same in a process of its own, but for --quick."""
+    if arguments.quick:
+        return step(name, arguments, samples, str(cache))
     command = [sys.executable, str(HERE), "--step", name, "--cache", str(cache), "--samples", str(samples)]
     for flag in ("classes", "views", "codec", "threads"):
         command += [f"--{flag}", str(getattr(arguments, flag))]
@@ -143,8 +149,19 @@ def foresight(arguments: argparse.Namespace, folder: Path, repeats: int) -> dict
     }
 
 
+def memory(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Of a dump of a tenth of the samples, and of an epoch of training from it and from the whole cache."""
+    few = arguments.samples // 10
+    found = {"dump_anonymous_at_a_tenth": run_step("dump", arguments, few, folder / "small")["anonymous"]}
+    for name, samples, cache in (("at_a_tenth", few, "small"), ("whole", arguments.samples, "cache-0")):
+        trained = run_step("train", arguments, samples, folder / cache)
+        found[f"train_anonymous_{name}"] = trained["anonymous"]
+        found[f"train_seconds_{name}"] = trained["seconds"]
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--views", type=int, default=8)
@@ -153,33 +170,24 @@ def main() -> None:
     parser.add_argument("--dumps", type=int, default=3, help="of which the median is compared with the plan")
     parser.add_argument("--plan-only", action="store_true", help="no training, no smaller cache")
     parser.add_argument("--out", type=Path, help="folder for the caches (default: a temporary one)")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        step(arguments.step, arguments, arguments.samples, arguments.cache)
+        print(json.dumps(step(arguments.step, arguments, arguments.samples, arguments.cache)))
         return
-    folder = Path(tempfile.mkdtemp(prefix="bench-dump-", dir=arguments.out))
-    try:
-        found = foresight(arguments, folder, arguments.dumps)
+    if arguments.quick:
+        arguments.samples, arguments.classes, arguments.views, arguments.dumps = 200, 20, 2, 1
+    with tempfile.TemporaryDirectory(prefix="bench-dump-", dir=arguments.out) as folder:
+        found = foresight(arguments, Path(folder), arguments.dumps)
         if not arguments.plan_only:
-            few = arguments.samples // 10
-            small = run_step("dump", arguments, few, folder / "small")
-            found["dump_anonymous_at_a_tenth"] = small["anonymous"]
-            for name, samples, cache in (("at_a_tenth", few, "small"), ("whole", arguments.samples, "cache-0")):
-                trained = run_step("train", arguments, samples, folder / cache)
-                found[f"train_anonymous_{name}"] = trained["anonymous"]
-                found[f"train_seconds_{name}"] = trained["seconds"]
-    finally:
-        shutil.rmtree(folder)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-        return
+            found |= memory(arguments, Path(folder))
     shown = {
         name: size(value) if "anonymous" in name or name.endswith("bytes") else value for name, value in found.items()
     }
+    print(heading("dump.py", arguments))
     print(table(["figure", ""], [[name, f"{v:.3f}" if isinstance(v, float) else str(v)] for name, v in shown.items()]))
+    write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What does kd cost in pieces? Time and memory of `chunked_kd` and of `kd`, alternating in one run; medians and peaks.
 
-    python tools/bench/losses.py [--sizes 64x1000 64x150000] [--repeats 20] [--device cuda] [--json]
+    python tools/bench/losses.py [--sizes 64x1000 64x150000] [--repeats 20] [--device cuda] [--quick]
 
 Forward and backward, float32 logits of formulas. Memory is what a call holds at its peak beyond the student's logits, their
 gradient and the teacher's rows; it must stay below 64 MiB in pieces, else exit code 1. "half, decoded" widens float16 rows
@@ -9,12 +9,10 @@ on the way, some rows at a time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -28,6 +26,9 @@ from softcache.losses.logits import kd
 from softcache.losses.many_classes import LIMIT, chunked_kd
 from softcache.machine import pick_device
 from softcache.report.tables import table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.harness import heading, in_turn, parser_of, write_json
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | None = None) -> int:
@@ -75,6 +76,10 @@ def bench(batch: int, classes: int, repeats: int, device: torch.device) -> list[
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    def fresh(loss: Callable[[], Tensor]) -> None:
+        student.grad = None
+        step(loss)
+
     peaks: dict[str, int] = {}
     gradients: dict[str, Tensor | None] = {}
     for name, loss in kinds.items():
@@ -83,14 +88,7 @@ def bench(batch: int, classes: int, repeats: int, device: torch.device) -> list[
         gradients[name] = student.grad
     exact = gradients["kd"]
     assert exact is not None
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(repeats):
-        names = list(kinds)
-        for name in names if number % 2 else reversed(names):  # neither always first
-            student.grad = None
-            begin = time.perf_counter()
-            step(kinds[name])
-            times[name].append(time.perf_counter() - begin)
+    times = in_turn({name: lambda loss=loss: fresh(loss) for name, loss in kinds.items()}, repeats)  # type: ignore[misc]
     return [
         {
             "loss": f"{batch} x {classes:,} {name}",
@@ -106,24 +104,22 @@ def bench(batch: int, classes: int, repeats: int, device: torch.device) -> list[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["64x1000", "64x150000"], help="batch x classes")
     parser.add_argument("--repeats", type=int, default=20, help="alternated calls of each kind")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.sizes, arguments.repeats = ["8x1000", "8x40000"], 2
     device = pick_device(arguments.device)
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
     results = [row for batch, classes in sizes for row in bench(batch, classes, arguments.repeats, device)]
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-    else:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        print(f"bench_losses.py: {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        print(table(list(results[0]), [list(row.values()) for row in results]))
+    print(heading("losses.py", arguments, device))
+    print(table(list(results[0]), [list(row.values()) for row in results]))
+    write_json(arguments.json, results)
     return 1 if any(row["bound"] == "FAIL" for row in results) else 0
 
 

@@ -1,6 +1,6 @@
 """What does the cache cost a training step? Cached, hard-label and live-teacher steps, alternating in one run; medians.
 
-    python tools/bench/train.py [--steps 200] [--device cuda] [--teacher softcache:resnet56] [--classes 1000]
+    python tools/bench/train.py [--steps 200] [--device cuda] [--teacher softcache:resnet56] [--classes 1000] [--quick]
 
 The small cnn at 32 pixels, batch 128, random images, an untrained teacher: only time matters here.
 """
@@ -8,11 +8,8 @@ The small cnn at 32 pixels, batch 128, random images, an untrained teacher: only
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -39,6 +36,9 @@ from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.objective import Given, Labels, Objective
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.harness import heading, in_turn, parser_of, write_json
 
 CODECS = "float16 float32 int8 headtail topk lowrank linear_head linear_head:dtype=int8"
 
@@ -116,28 +116,38 @@ def make_step(
     return step
 
 
-def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    device = pick_device(arguments.device)
-    data = f"{__file__}:images?classes={arguments.classes}"
-    transfer_set = open_transfer_set(data)
-    teacher: Model = load_model(arguments.teacher, num_classes=arguments.classes, input_shape=(32, 32, 3))
-    save_student(teacher, root / "student.safetensors", metadata={})
-    teacher = teacher.eval().to(device)
-    out = {codec: root / f"cache-{codec.replace(':', '-')}" for codec in arguments.codecs.split(" ")}
-    for codec, path in list(out.items()):
+def make_caches(root: Path, arguments: argparse.Namespace, data: str) -> dict[str, Path]:
+    """Codec -> a cache of the teacher in `root`; codecs that do not fit this teacher are left out."""
+    caches = {}
+    for codec in arguments.codecs.split(" "):
         config = DumpConfig(
             data=data,
             teacher=(f"{arguments.teacher}@{root}",),
-            out=str(path),
+            out=str(root / f"cache-{codec.replace(':', '-')}"),
             codec=codec,
             device=arguments.device,
             threads=arguments.threads,
         )
         try:
             dump.run(config, quiet=True)
+            caches[codec] = Path(config.out)
         except CodecFitError as exc:
             print(f"left out: {exc}", file=sys.stderr)
-            del out[codec]
+    return caches
+
+
+def make_kinds(root: Path, arguments: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Name -> a step of that kind."""
+    data = f"{__file__}:images?count={arguments.samples}&classes={arguments.classes}"
+    transfer_set = open_transfer_set(data)
+    teacher: Model = load_model(arguments.teacher, num_classes=arguments.classes, input_shape=(32, 32, 3))
+    save_student(teacher, root / "student.safetensors", metadata={})
+    teacher = teacher.eval().to(device)
+
+    def step_with(targets_of: Callable[[LoadedBatch, Any], Any], cache: Cache | None = None) -> Callable[[], None]:
+        return make_step(
+            device, transfer_set, arguments.student, targets_of, arguments.batch_size, arguments.workers, cache
+        )
 
     def from_cache(path: Path) -> Callable[[], None]:
         joined = softcache.open(path).join(transfer_set)
@@ -148,25 +158,19 @@ def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             logits: Tensor = teacher(inputs)
         return logits.clone()
 
-    def step_with(targets_of: Callable[[LoadedBatch, Any], Any], cache: Cache | None = None) -> Callable[[], None]:
-        return make_step(
-            device, transfer_set, arguments.student, targets_of, arguments.batch_size, arguments.workers, cache
-        )
-
     kinds = {"hard labels": step_with(lambda batch, inputs: None)}
-    kinds |= {f"cached, {codec}": from_cache(path) for codec, path in out.items()}
+    kinds |= {f"cached, {codec}": from_cache(path) for codec, path in make_caches(root, arguments, data).items()}
     if not arguments.no_live:
         kinds[f"live teacher {arguments.teacher}"] = step_with(live)
+    return kinds
+
+
+def bench(root: Path, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    kinds = make_kinds(root, arguments, device)
     for step in kinds.values():
-        for _ in range(5):
+        for _ in range(min(5, arguments.steps)):
             step()
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(arguments.steps):
-        names = list(kinds)
-        for name in names if number % 2 else reversed(names):  # neither always first
-            begin = time.perf_counter()
-            kinds[name]()
-            times[name].append(time.perf_counter() - begin)
+    times = in_turn(kinds, arguments.steps)
     base = times["hard labels"]
     return [
         {
@@ -181,8 +185,9 @@ def bench(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="alternated steps of each kind")
+    parser.add_argument("--samples", type=int, default=12_800)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--codecs", default=CODECS, help=f"separated by spaces (default: {CODECS})")
@@ -192,22 +197,18 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--no-live", action="store_true", help="leave the live teacher out")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    root = Path(tempfile.mkdtemp(prefix="bench-train-"))
-    try:
-        results = bench(root, arguments)
-    finally:
-        shutil.rmtree(root)
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-        return
+    if arguments.quick:
+        arguments.steps, arguments.samples, arguments.batch_size, arguments.classes = 2, 80, 8, 40
+        arguments.codecs, arguments.teacher = "float16 topk linear_head", "softcache:cnn"
     device = pick_device(arguments.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"bench_train.py: {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
+        results = bench(Path(folder), arguments, device)
+    print(heading("train.py", arguments, device))
     print(table(list(results[0]), [list(row.values()) for row in results]))
+    write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """What trust costs: verify --full against plain sha256, verify --quick of many shards, block checks in a training epoch.
 
-    python tools/bench/verify.py [--rows 65536] [--hashed-rows 2097152] [--classes 1000] [--rounds 5] [--threads 1]
+    python tools/bench/verify.py [--rows 65536] [--hashed-rows 2097152] [--classes 1000] [--rounds 5] [--threads 1] [--quick]
 
 Everything is warm (in the page cache). One core's sha256 speed is hashlib's over bytes in memory, in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import os
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -34,9 +31,9 @@ from softcache.report.tables import table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.cache import make_cache
+from bench.harness import heading, parser_of, write_json
 
 BATCH = 256
-HASHED = 256 * 2**20  # bytes, for the speed of one core
 
 
 def cpu_seconds() -> float:
@@ -52,9 +49,9 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, cpu_seconds() - cpu
 
 
-def bench_full(path: Path, rounds: int) -> dict[str, float]:
-    """GB/s of sha256 (in memory, and of the files) and of verify --full, per core used, in turn."""
-    buffer = np.random.default_rng(0).bytes(HASHED)
+def bench_full(path: Path, rounds: int, hashed: int) -> dict[str, float]:
+    """GB/s of sha256 (of so many bytes in memory, and of the files) and of verify --full, per core used, in turn."""
+    buffer = np.random.default_rng(0).bytes(hashed)
     files = [path / file.path for file in softcache.open(path).manifest.files]
 
     def hash_files() -> None:
@@ -67,7 +64,7 @@ def bench_full(path: Path, rounds: int) -> dict[str, float]:
     assert whole().state == "whole"
     plain, read, per_core, wall = [], [], [], []
     for _ in range(rounds):
-        plain.append(HASHED / timed(lambda: hashlib.sha256(buffer).digest())[1] / 1e9)
+        plain.append(hashed / timed(lambda: hashlib.sha256(buffer).digest())[1] / 1e9)
         read.append(size / timed(hash_files)[1] / 1e9)
         taken = timed(whole)
         per_core.append(size / taken[1] / 1e9)
@@ -122,26 +119,28 @@ def bench_epochs(path: Path, rounds: int) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=65536, help="of the cache that is trained from")
     parser.add_argument("--hashed-rows", type=int, default=2**21, help="of the cache that is verified")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None, help="of torch, in the epochs")
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    root = Path(tempfile.mkdtemp(prefix="bench-verify-"))
-    try:
-        make_cache(root / "many", 512 * 256, 10, shard_rows=256)
+    shards, hashed = 512, 256 * 2**20  # of the cache with many files; bytes, for the speed of one core
+    if arguments.quick:
+        arguments.rows, arguments.hashed_rows, arguments.classes, arguments.rounds = 2048, 4096, 100, 1
+        shards, hashed = 4, 2**22
+    with tempfile.TemporaryDirectory(prefix="bench-verify-") as folder:
+        root = Path(folder)
+        make_cache(root / "many", shards * 256, 10, shard_rows=256)
         quick = bench_quick(root / "many", arguments.rounds)
         make_cache(root / "trained", arguments.rows, arguments.classes, shard_rows=None)
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)  # not before: a dump takes all cores
         epochs = bench_epochs(root / "trained", arguments.rounds)
         make_cache(root / "large", arguments.hashed_rows, arguments.classes, shard_rows=None)
-        full = bench_full(root / "large", arguments.rounds)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+        full = bench_full(root / "large", arguments.rounds, hashed)
+    print(heading("verify.py", arguments))
     rows = [
         ["sha256 of bytes in memory, GB/s of one core", f"{full['sha256_gb_per_s']:.2f}", "1"],
         ["sha256 of the files, GB/s of one core", f"{full['files_gb_per_s']:.2f}", ""],
@@ -154,8 +153,7 @@ def main() -> int:
         ["epoch, every block new, s", f"{epochs['new']:.2f}", f"{epochs['new_ratio']:.3f}"],
     ]
     print(table(["what", "median", "ratio"], rows))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"full": full, "quick": quick, "epochs": epochs}, indent=1))
+    write_json(arguments.json, {"full": full, "quick": quick, "epochs": epochs})
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python tools/bench/views.py --data-root data --out views            (about half an hour on two cores)
     python tools/bench/views.py --data-root data --samples 500 --epochs 4 --seeds 0 --views 1,2 --out /tmp/try
+    python tools/bench/views.py --quick                                 digits instead of MNIST, to see that it runs
 
 6,000 MNIST images, shifted and rotated; a CNN trained on all 60,000 teaches a 2 x 800 MLP. Every student takes the same steps:
 epoch e sees view e mod V. The live teacher sees a fresh view every epoch, and so does the student on hard labels.
@@ -13,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,13 +37,16 @@ from softcache.models import load_model
 from softcache.report.tables import table
 from softcache.train.optimizer import make_optimizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.harness import heading, parser_of, write_json
+
 POLICY = ("shift:pixels=3", "rotate:degrees=15")
 TEMPERATURE = 4.0
 STUDENT = "softcache:mlp?hidden=800,800"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data-root", default="data", help="folder that holds MNIST/raw")
     parser.add_argument(
         "--out", type=Path, default=Path("views"), help="folder for teacher, caches, students and results"
@@ -53,17 +58,24 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(arguments.threads)
-    results = bench(arguments)
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(["targets", "test errors, mean", "s.d.", "each seed", "seconds a run"], rows(results)))
-    picture(results, arguments.out / "views.png")
-
-
-def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     source = f"torchvision:MNIST?root={arguments.data_root}"
     data, test = f"{source}&train=true", f"{source}&train=false"
+    with tempfile.TemporaryDirectory(prefix="bench-views-") as scratch:
+        if arguments.quick:
+            data = test = "digits"
+            arguments.samples, arguments.epochs, arguments.views, arguments.seeds = 100, 2, "1,2", "0"
+            arguments.teacher_epochs, arguments.threads, arguments.out = 1, 1, Path(scratch)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(arguments.threads)
+        results = bench(arguments, data, test)
+        (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(heading("views.py", arguments))
+        print(table(["targets", "test errors, mean", "s.d.", "each seed", "seconds a run"], rows(results)))
+        picture(results, arguments.out / "views.png")
+    write_json(arguments.json, results)
+
+
+def bench(arguments: argparse.Namespace, data: str, test: str) -> dict[str, Any]:
     out, epochs = arguments.out, arguments.epochs
     common = {"data": data, "eval_data": test, "threads": arguments.threads}
 
