@@ -805,17 +805,17 @@ def test_the_page_of_losses_has_the_values_that_the_tool_prints() -> None:
 
 
 def test_the_bench_says_whether_the_bound_holds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["bench_losses.py", "--sizes", "3x500", "--repeats", "2", "--device", "cpu"]
+    argv = ["losses.py", "--sizes", "3x500", "--repeats", "2", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", argv)
     assert bench.main() == 0
     printed = capsys.readouterr().out
     assert printed.count("PASS") == 3 and "3 x 500 chunked_kd" in printed
     monkeypatch.setattr(bench, "LIMIT", 1000)  # less than a row
-    monkeypatch.setattr(sys, "argv", [*argv, "--json"])
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "figures.json")])
     assert bench.main() == 1
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads((tmp_path / "figures.json").read_text())
     assert [row["bound"] for row in rows] == [None, "FAIL", "FAIL", "FAIL"]
     assert rows[0]["gradient_error"] == 0 and 0 < rows[1]["gradient_error"] < 1e-5
 
