@@ -792,16 +792,31 @@ def test_the_table_of_values_has_a_line_for_every_loss() -> None:
 
 
 def test_the_page_of_losses_has_the_values_that_the_tool_prints() -> None:
-    page = (Path(tool.__file__).parents[2] / "softcache/LOSSES.md").read_text()
+    page = tool.PAGE.read_text(encoding="utf-8")
+    _, _, block = page.partition(tool.BEGIN)
+    block, end, _ = block.partition(tool.END)
+    assert end and block.startswith(f"{tool.INPUTS}\n\n"), "python tools/docs/loss_values.py --write"
     printed = tool.markdown(tool.value_of(name) for name in LOSSES).splitlines()
-    listed = [line for line in page.splitlines() if line.startswith("|")]
-    assert len(listed) == len(printed), "python tools/docs/loss_values.py prints the table of softcache/LOSSES.md"
+    listed = [line for line in block.splitlines() if line.startswith("|")]
+    assert len(listed) == len(printed), "python tools/docs/loss_values.py --write"
     for there, now in zip(listed[2:], printed[2:], strict=True):
         name, settings, *numbers = (part.strip() for part in there.strip("|").split("|"))
         same_name, same_settings, *found = (part.strip() for part in now.strip("|").split("|"))
         assert (name, settings) == (same_name, same_settings)
         for one, other in zip(numbers, found, strict=True):
             assert one == other or float(one) == pytest.approx(float(other), rel=1e-4, abs=1e-6), name
+
+
+def test_the_tool_writes_between_its_marks_and_nothing_else() -> None:
+    page = tool.PAGE.read_text(encoding="utf-8")
+    changed = tool.with_values(page, "| other |")
+    assert changed.partition(tool.BEGIN)[0] == page.partition(tool.BEGIN)[0]
+    assert changed.partition(tool.BEGIN)[2] == f"| other |\n{tool.END}" + page.partition(tool.END)[2]
+    block = page.partition(tool.BEGIN)[2].partition(tool.END)[0].removesuffix("\n")
+    assert tool.with_values(changed, block) == page
+    for broken in (page.replace(tool.END, ""), page.replace(tool.BEGIN, ""), page + tool.BEGIN):
+        with pytest.raises(ValueError, match="each once"):
+            tool.with_values(broken, block)
 
 
 def test_the_bench_says_whether_the_bound_holds(

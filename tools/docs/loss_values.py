@@ -1,6 +1,7 @@
 """Prints the table of values of every loss at inputs that a formula gives, as Markdown.
 
-    python tools/loss_values.py [NAME ...]
+    python tools/docs/loss_values.py [NAME ...]
+    python tools/docs/loss_values.py --write      # all of them, into softcache/docs/LOSSES.md
 
 Anyone can repeat it, in any language: wave(shape, rate, phase, height) holds height * sin(rate * k + phase) at its k-th
 element, k from 0 and counted row by row. Everything is float64.
@@ -11,14 +12,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import softcache
 from softcache.features.spec import REDUCTIONS
 from softcache.losses import LOSSES, VECTORS, Loss
 
+PAGE = Path(softcache.__file__).parent / "docs" / "LOSSES.md"
+BEGIN, END = "<!-- values: begin -->\n", "<!-- values: end -->\n"  # of what this tool writes there
 BATCH, CLASSES, WIDTH, MAP = 6, 5, 4, (3, 4, 4)
 LABELS = [0, 1, 2, 3, 4, -1]
 HEAD, HEAD_TEMPERATURE = 2, 4.0
@@ -28,7 +33,7 @@ B = {BATCH}, C = {CLASSES}; wave(shape, rate, phase, height)[k] = height sin(rat
 
 - student_logits = wave((B, C), 0.7, 0, 3), teacher_logits = wave((B, C), 1.1, 1, 3), labels = {LABELS} (-1: none);
 - features of student and teacher: wave(shape, 0.7, 0, 2) and wave(shape, 1.1, 1, 2): vectors (B, {WIDTH}), maps (B, 3, 4, 4)
-  or what the loss's reduction makes of them (of two layers: the second with 0.5 added to the phase); levels: two such maps;
+  or what the loss's reduction makes of them (of two layers: the second with 0.5 added to the phase); maps: two of them;
 - classifier_weight = wave((C, {WIDTH}), 0.9, 2, 1), classifier_bias = wave((C,), 0.9, 2, 1);
 - samples = 0 ... B - 1, sample_ids = 101 ... 100 + B, step = 3, seed = 0; the head of a top-k cache: k = {HEAD}, T = 4;
 - what is learned or remembered: parameters of more than one element are wave(shape, 0.9, 3, 0.5), and so are the rows of
@@ -110,7 +115,7 @@ def made(loss: Loss, inputs: dict[str, Any]) -> Any:
     for side in ("student", "teacher"):
         if f"{side}_features" in inputs:
             known[f"{side}_shape"] = tuple(inputs[f"{side}_features"].shape[1:])
-        known[f"{side}_shapes"] = [tuple(level.shape[1:]) for level in inputs.get(f"{side}_levels", [])]
+        known[f"{side}_shapes"] = [tuple(one.shape[1:]) for one in inputs.get(f"{side}_maps", [])]
     module: nn.Module = loss.module(**{name: known[name] for name in loss.sizes}).double()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -152,6 +157,15 @@ def markdown(values: Iterable[Value]) -> str:
     return "\n".join(lines)
 
 
+def with_values(page: str, made: str) -> str:
+    """The page with `made` between its two marks; ValueError where they are not both there, once."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"the page needs the lines {BEGIN.strip()} and {END.strip()}, each once")
+    return f"{before}{BEGIN}{made}\n{END}{after}"
+
+
 def digits(value: float) -> str:
     """Six of them; what is zero but for rounding as 0."""
     return "0" if abs(value) < 1e-12 else f"{value:.6g}"
@@ -159,9 +173,19 @@ def digits(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(LOSSES), metavar="NAME", help="losses (default: all)")
-    names = parser.parse_args().names
-    print(f"{INPUTS}\n\n{markdown(value_of(name) for name in names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="losses (default: all)")
+    parser.add_argument("--write", action="store_true", help="into the page instead of printing; of all losses")
+    parser.add_argument("--quick", action="store_true", help="of two losses only")
+    arguments = parser.parse_args()
+    if arguments.write and (arguments.names or arguments.quick):
+        parser.error("--write takes neither NAME nor --quick: the page has all losses")
+    if arguments.quick:
+        arguments.names = ["kd", "hint"]
+    made = f"{INPUTS}\n\n{markdown(value_of(name) for name in arguments.names or LOSSES)}"
+    if arguments.write:
+        PAGE.write_text(with_values(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
+    else:
+        print(made)
 
 
 if __name__ == "__main__":
