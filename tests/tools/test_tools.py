@@ -60,6 +60,7 @@ def test_help_says_what_it_does_and_takes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # seconds each, where the machine is idle
 @pytest.mark.parametrize("tool", runnable())
 def test_it_runs_in_its_quick_form(tool: str, tmp_path: Path) -> None:
     if tool in NEEDS:
