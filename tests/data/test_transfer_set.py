@@ -667,7 +667,7 @@ def write_sheets(root: Path) -> np.ndarray:
 
 def test_cifar100_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = write_sheets(tmp_path / "sheets")
-    tool = REPOSITORY / "tools/cifar100_webp.py"
+    tool = REPOSITORY / "tools/data/cifar100_webp.py"
     found = open_transfer_set(f"{tool}:train?root={tmp_path / 'sheets'}")
     check_whole(found)
     assert len(found) == 1000
@@ -710,7 +710,7 @@ def test_real_text() -> None:
 @needs_shared
 def test_real_cifar100() -> None:
     root = f"{SHARED}{os.sep}cifar100-webp"
-    train = open_transfer_set(f"{REPOSITORY / 'tools/cifar100_webp.py'}:train?root={root}&limit=1000")
+    train = open_transfer_set(f"{REPOSITORY / 'tools/data/cifar100_webp.py'}:train?root={root}&limit=1000")
     check_whole(train)
     assert train.labels[:10].tolist() == [19, 29, 0, 11, 1, 86, 90, 28, 23, 31]
     assert train.class_names[19] == "cattle"

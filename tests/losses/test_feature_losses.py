@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from softcache.errors import LossError
 from softcache.features.spec import attention, gram, spatial_gram
+from softcache.losses import LOSSES
 from softcache.losses.adapters import ADAPTERS, fit_map, make_adapter
 from softcache.losses.contrast import Crd
 from softcache.losses.features import Vid, ab, at, cosine, fsp, hint, ickd, nst, srrl
@@ -231,6 +232,17 @@ ROWS: dict[str, Row] = {
 }
 IN_BATCH = [name for name in ROWS if ROWS[name].batch]
 OF_SAMPLES = [name for name in ROWS if not ROWS[name].batch]
+
+
+def test_every_loss_on_features_has_its_formula() -> None:
+    """A row above, or, where a loss has memory or layers of its own, a test that compares it with its formula."""
+    of_features = {name for name, loss in LOSSES.items() if {"student_features", "student_maps"} & set(loss.inputs)}
+    tested = {"crd": test_crd_equals_the_formula_and_keeps_its_first_z, "reviewkd": test_review_equals_the_formula}
+    same = {"simkd": "hint"}  # the mean squared difference, behind a projector
+    assert all(LOSSES[name].function is LOSSES[other].function for name, other in same.items())
+    assert of_features - ROWS.keys() == tested.keys() | same.keys()
+    for name in of_features & ROWS.keys():
+        assert ROWS[name].loss is LOSSES[name].function or name in ("srrl", "vid"), name  # these two bring layers along
 
 
 def value_and_gradient(row: Row, student: Tensor, teacher: Tensor, **settings: float) -> tuple[Tensor, Tensor]:

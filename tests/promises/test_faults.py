@@ -1,11 +1,11 @@
-"""Faults while a cache is written: kills, power cuts, failing calls, full disks, crowds; at length: tools/fault_dump.py."""
+"""Faults while a cache is written: kills, power cuts, failing calls, full disks, crowds; at length: tools/faults."""
 
 from __future__ import annotations
 
 import ast
 import errno
 import fcntl
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -15,6 +15,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -30,18 +31,18 @@ from softcache.errors import DiskSpaceError, DumpError, LockedError, SoftcacheEr
 from softcache.files import durable, locks
 from softcache.files.locks import holder_of, release_lock, sign, take_lock
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "fault_dump.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "faults"
 MEMORY = Path("/dev/shm")  # an fsync costs nothing there
 
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    """tools/fault_dump.py as a module."""
-    spec = importlib.util.spec_from_file_location("fault_dump", TOOL)
-    assert spec is not None and spec.loader is not None
-    sys.modules["fault_dump"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What tools/faults is made of, in one namespace."""
+    sys.path.append(str(TOOL.parent))
+    names = ("small_dump", "watched", "promise", "prefixes", "strace", "failing_calls")
+    return SimpleNamespace(
+        **{k: v for name in names for k, v in vars(importlib.import_module(f"faults.{name}")).items()}
+    )
 
 
 @pytest.fixture
