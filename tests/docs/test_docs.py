@@ -31,7 +31,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 
 COMING = ("help", "completion")  # verbs that README names already: delete this line when the parser has them
-COMING_PAGES = ("CLI.md", "CONTRIBUTING.md")  # likewise, when they are there
+COMING_PAGES = ("CLI.md",)  # likewise, when they are there
 
 README_BYTES = 12_000
 RUN = ("sh", "python", "toml")
