@@ -33,7 +33,7 @@ B = {BATCH}, C = {CLASSES}; wave(shape, rate, phase, height)[k] = height sin(rat
 
 - student_logits = wave((B, C), 0.7, 0, 3), teacher_logits = wave((B, C), 1.1, 1, 3), labels = {LABELS} (-1: none);
 - features of student and teacher: wave(shape, 0.7, 0, 2) and wave(shape, 1.1, 1, 2): vectors (B, {WIDTH}), maps (B, 3, 4, 4)
-  or what the loss's reduction makes of them (of two layers: the second with 0.5 added to the phase); levels: two such maps;
+  or what the loss's reduction makes of them (of two layers: the second with 0.5 added to the phase); maps: two of them;
 - classifier_weight = wave((C, {WIDTH}), 0.9, 2, 1), classifier_bias = wave((C,), 0.9, 2, 1);
 - samples = 0 ... B - 1, sample_ids = 101 ... 100 + B, step = 3, seed = 0; the head of a top-k cache: k = {HEAD}, T = 4;
 - what is learned or remembered: parameters of more than one element are wave(shape, 0.9, 3, 0.5), and so are the rows of
@@ -115,7 +115,7 @@ def made(loss: Loss, inputs: dict[str, Any]) -> Any:
     for side in ("student", "teacher"):
         if f"{side}_features" in inputs:
             known[f"{side}_shape"] = tuple(inputs[f"{side}_features"].shape[1:])
-        known[f"{side}_shapes"] = [tuple(level.shape[1:]) for level in inputs.get(f"{side}_levels", [])]
+        known[f"{side}_shapes"] = [tuple(one.shape[1:]) for one in inputs.get(f"{side}_maps", [])]
     module: nn.Module = loss.module(**{name: known[name] for name in loss.sizes}).double()
     with torch.no_grad():
         for parameter in module.parameters():

@@ -279,14 +279,14 @@ def test_a_repair_that_is_interrupted_leaves_no_half_file(
     damaged = ["members/t1/part-00000.h5", "members/t1/part-00001.h5"]
     for name in damaged:
         flip(cache / name)
-    publish = rewriter.files.publish
+    publish = rewriter.durable.publish
 
     def interrupted(temporary: Path, final: Path) -> None:
         if final.parent.parent.parent == cache and final.name == "part-00001.h5":
             raise KeyboardInterrupt
         publish(temporary, final)
 
-    monkeypatch.setattr(rewriter.files, "publish", interrupted)
+    monkeypatch.setattr(rewriter.durable, "publish", interrupted)
     assert cli.main(["repair", str(cache), "--allow-code"]) == 130
     assert verify.run(cache, full=True, quiet=True).damaged == damaged[1:]
     monkeypatch.undo()

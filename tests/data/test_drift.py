@@ -121,13 +121,13 @@ def change_step(
     patch.setitem(views.STEPS, name, replace(kind, function=changed))
 
 
-def round_by(levels: int) -> Callable[[pytest.MonkeyPatch, tuple[str, ...]], None]:
-    """Every pixel is off by so many levels, as if another decoder had rounded."""
+def round_by(apart: int) -> Callable[[pytest.MonkeyPatch, tuple[str, ...]], None]:
+    """Every pixel is off by so much, as if another decoder had rounded."""
 
     def change(function: Callable[..., Any]) -> Callable[..., Any]:
         def rounded(image: torch.Tensor, draws: Any, **parameters: Any) -> torch.Tensor:
             made = function(image, draws, **parameters).int()
-            return torch.where(made + levels <= 255, made + levels, made - levels).to(torch.uint8)
+            return torch.where(made + apart <= 255, made + apart, made - apart).to(torch.uint8)
 
         return rounded
 
@@ -135,7 +135,7 @@ def round_by(levels: int) -> Callable[[pytest.MonkeyPatch, tuple[str, ...]], Non
 
 
 def round_one_pixel(patch: pytest.MonkeyPatch, policy: tuple[str, ...]) -> None:
-    """One pixel in the middle is off by one level."""
+    """One pixel in the middle is off by one."""
 
     def change(function: Callable[..., Any]) -> Callable[..., Any]:
         def rounded(image: torch.Tensor, draws: Any, **parameters: Any) -> torch.Tensor:
@@ -198,14 +198,14 @@ def wrong_in_view_two(patch: pytest.MonkeyPatch, policy: tuple[str, ...]) -> Non
 
 
 SERIOUS = [round_by(3), another_crop, another_generator, another_arithmetic, shifted_by_a_pixel, another_size]
-SERIOUS_NAMES = ["three levels", "another crop", "another generator", "another arithmetic", "a pixel further", "size"]
+SERIOUS_NAMES = ["three of 255", "another crop", "another generator", "another arithmetic", "a pixel further", "size"]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("apart", [1, 2])
 def test_a_rounding_is_one_recorded_warning(
     quick_dump: QuickDump,
     toy: Path,
@@ -213,10 +213,10 @@ def test_a_rounding_is_one_recorded_warning(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     policy: tuple[str, ...],
-    levels: int,
+    apart: int,
 ) -> None:
     quick_dump(policy=policy, views=3)
-    round_by(levels)(monkeypatch, policy)
+    round_by(apart)(monkeypatch, policy)
     result = train.run(settings(tmp_path, f"{toy}:images"), quiet=True)
     assert len(result.metrics) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if "differ from what the teacher saw" in line]
@@ -224,7 +224,7 @@ def test_a_rounding_is_one_recorded_warning(
     assert line == f"softcache: warning: {recorded(tmp_path)}; the run records it"
     checked = 40
     assert recorded(tmp_path) == (
-        f"{checked} of {checked} checked views differ from what the teacher saw, by {levels} level{'s' * (levels != 1)} of 255"
+        f"{checked} of {checked} checked views differ from what the teacher saw, by {apart} of 255"
     )
 
 
@@ -240,7 +240,7 @@ def test_a_rounding_of_few_pixels_is_one_too(
 def test_a_decoder_that_rounds_otherwise(
     tmp_path: Path, toy: Path, quick_dump: QuickDump, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are the same to the byte, what they decode to is not: by one level a warning, by more an error."""
+    """Files are the same to the byte, what they decode to is not: by one a warning, by more an error."""
     draw = np.random.default_rng(0)
     for i in range(12):
         folder = tmp_path / "images" / ("ant", "bee", "cat", "dog")[i % 4]
@@ -251,7 +251,7 @@ def test_a_decoder_that_rounds_otherwise(
     decode = sources.image_array
     monkeypatch.setattr(sources, "image_array", lambda image, where: decode(image, where) + 1)
     train.run(settings(tmp_path, data), quiet=True)
-    assert "12 of 12 checked views" in recorded(tmp_path) and "by 1 level of" in recorded(tmp_path)
+    assert "12 of 12 checked views" in recorded(tmp_path) and "by 1 of" in recorded(tmp_path)
     monkeypatch.setattr(sources, "image_array", lambda image, where: decode(image, where) + 5)
     with pytest.raises(DriftError, match="up to 5 of 255 apart"):
         train.run(settings(tmp_path, data, out=str(tmp_path / "other")), quiet=True)
@@ -340,7 +340,7 @@ def test_a_changed_image_is_found_by_its_content_first(
 def test_a_changed_image_is_seen_in_its_views(
     quick_dump: QuickDump, others: Path, toy: Path, tmp_path: Path, policy: tuple[str, ...], by: int
 ) -> None:
-    """Even where contents are not compared, and even one level: all else renders as it did, so this is no rounding."""
+    """Even where contents are not compared, and a difference of one: all else renders as it did, so this is no rounding."""
     data = f"{others}:images"
     cache = quick_dump(data, [f"{toy}:exact"], policy=policy, views=2)
     known = probed(cache) | {cache.samples.key(row) for row in _mixed_into_the_probe(cache)}
@@ -353,7 +353,7 @@ def test_a_changed_image_is_seen_in_its_views(
     assert "--samples" in caught.value.tip
     config = settings(tmp_path, f"{data}?changed={number}&by={by}", check_content="none", on_drift="warn")
     train.run(config, quiet=True)
-    assert "by 0 levels" in recorded(tmp_path)
+    assert "by 0 of" in recorded(tmp_path)
 
 
 def _mixed_into_the_probe(cache: softcache.Cache) -> set[int]:
@@ -387,7 +387,7 @@ def without_the_probe(cache: softcache.Cache, tmp_path: Path) -> str:
 def test_a_subset_without_the_probes_samples(
     quick_dump: QuickDump, others: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Digests still tell that views differ; by how much is not known, so that even one level is an error."""
+    """Digests still tell that views differ; by how much is not known, so that even a difference of one is an error."""
     data = f"{others}:images"
     cache = quick_dump(data, [f"{toy}:exact"], policy=CROP, views=2)
     assert len(probed(cache)) == PROBE_RECORDS
@@ -397,7 +397,7 @@ def test_a_subset_without_the_probes_samples(
     with pytest.raises(DriftError, match="64 of 64 checked views render to other pixels than the teacher saw: image/"):
         train.run(settings(tmp_path, data, samples=samples), quiet=True)
     train.run(settings(tmp_path, data, samples=samples, on_drift="warn"), quiet=True)
-    assert "by an unknown number of levels" in recorded(tmp_path)
+    assert "by an unknown amount" in recorded(tmp_path)
 
 
 def test_a_subset_with_some_of_them(
@@ -410,7 +410,7 @@ def test_a_subset_with_some_of_them(
         file.write("\n" + sorted(probed(cache))[7])
     round_by(2)(monkeypatch, CROP)
     train.run(settings(tmp_path, data, samples=samples), quiet=True)
-    assert "by 2 levels" in recorded(tmp_path)
+    assert "by 2 of" in recorded(tmp_path)
 
 
 # ---- no images ------------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def test_the_probe_holds_what_the_teacher_saw(quick_dump: QuickDump, toy: Path) 
 
 
 def test_images_of_many_shapes() -> None:
-    """Grey and coloured, of any size, in one probe; a single changed level is found in each."""
+    """Grey and coloured, of any size, in one probe; a single changed pixel value is found in each."""
     draw = np.random.default_rng(0)
     items = [draw.integers(0, 200, (4 + i, 9 - i, 3)[: 2 + i % 2], dtype=np.uint8) for i in range(5)]
     probe = make_probe(lambda row, view: items[row], 5, 1)
@@ -472,7 +472,7 @@ def test_images_of_many_shapes() -> None:
         def probe(self) -> dict[str, np.ndarray]:
             return probe
 
-    def levels(change: Callable[[int, np.ndarray], Any]) -> int | None:
+    def apart(change: Callable[[int, np.ndarray], Any]) -> int | None:
         place = np.zeros(1, np.int64)
         found = check_drift(
             Reader(),  # type: ignore[arg-type]
@@ -483,18 +483,18 @@ def test_images_of_many_shapes() -> None:
             on_drift="warn",
         )
         assert found is not None
-        return found.levels
+        return found.apart
 
-    assert levels(lambda row, item: item) == 0
-    assert levels(lambda row, item: None) is None
+    assert apart(lambda row, item: item) == 0
+    assert apart(lambda row, item: None) is None
     for which in range(5):
         for amount in (1, 2, 55):
             last = np.zeros_like(items[which])
             last.reshape(-1)[-1] = amount
-            assert levels(lambda row, item, w=which, d=last: item + d if row == w else item) == amount  # type: ignore[misc]
-        assert levels(lambda row, item, w=which: item[1:] if row == w else item) == 255  # type: ignore[misc]
-        assert levels(lambda row, item, w=which: None if row == w else item) == 0  # type: ignore[misc]
-    assert levels(lambda row, item: torch.from_numpy(item.copy())) == 0
+            assert apart(lambda row, item, w=which, d=last: item + d if row == w else item) == amount  # type: ignore[misc]
+        assert apart(lambda row, item, w=which: item[1:] if row == w else item) == 255  # type: ignore[misc]
+        assert apart(lambda row, item, w=which: None if row == w else item) == 0  # type: ignore[misc]
+    assert apart(lambda row, item: torch.from_numpy(item.copy())) == 0
 
 
 def test_mixed_items_make_no_probe() -> None:
@@ -545,7 +545,7 @@ def test_every_view_of_a_new_member_is_checked(
     old = quick_dump(policy=CUTMIX, views=3).id
     with monkeypatch.context() as patch:
         wrong_in_view_two(patch, CUTMIX)
-        with pytest.raises(DriftError, match=r"8 of 8 checked views .*128 levels"):
+        with pytest.raises(DriftError, match=r"8 of 8 checked views .*128 of 255"):
             add_member(tmp_path, toy)
     assert softcache.open(tmp_path / "cache").id == old
     assert add_member(tmp_path, toy).members == ("exact", "network")
@@ -562,7 +562,7 @@ def test_a_new_member_may_see_a_rounding(
     before = quick_dump(policy=CROP, views=3)
     round_by(1)(monkeypatch, CROP)
     after = add_member(tmp_path, toy)
-    assert capsys.readouterr().err.count("differ from what the teacher saw, by 1 level of") == 1
+    assert capsys.readouterr().err.count("differ from what the teacher saw, by 1 of") == 1
     rows, view = np.divmod(np.arange(120), 3)
     old, new = (cache.reader.gather(None, "pixel_digests", rows, view) for cache in (before, after))
     assert np.array_equal(old, new)
