@@ -67,6 +67,10 @@ def test_every_public_name_is_there() -> None:
             assert f"\n- `{field}: " in page, f"{kind}.{field}"
 
 
+def test_every_loss_of_the_list_is_public() -> None:
+    assert {loss.function.__name__ for loss in losses.LOSSES.values()} <= loss_functions().keys()
+
+
 def test_every_error_is_there_with_its_exit_code() -> None:
     lines = re.findall(r"^- `softcache\.errors\.(\w+)\((\w+)\)`, exit code (\d+): ", PAGE.read_text(), re.MULTILINE)
     kinds = [one for one in vars(errors).values() if inspect.isclass(one) and issubclass(one, errors.SoftcacheError)]
