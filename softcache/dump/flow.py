@@ -40,20 +40,46 @@ from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_wo
 
 @dataclass(frozen=True)
 class DumpResult:
-    """What a dump left behind: the manifest, or None while other parts are still missing."""
+    """What a dump left behind.
+
+    Attributes:
+        path: the cache's folder.
+        manifest: of the finished cache; None while other parts are still missing.
+        samples_per_s: records that this process made in a second.
+        wait_share: of the time, in [0, 1], spent waiting for the loader.
+        seconds: of the whole call.
+    """
 
     path: Path
     manifest: Manifest | None
     samples_per_s: float
-    wait_share: float  # of the time, spent waiting for the loader
+    wait_share: float
     seconds: float
 
 
 def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     """Run the teachers once over the transfer set and commit the cache; resumes a dump that was interrupted.
 
+    Sets torch's number of threads for the process.
+
+    Args:
+        config: what `softcache dump` has as flags.
+        quiet: nothing on stderr.
+
     Raises:
-        SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
+        ConfigError: settings that cannot be, before anything is written.
+        DataError, ModelError: the transfer set or a teacher cannot be opened.
+        TeacherError: logits that are not finite, not repeatable, or none.
+        CodecRangeError, CodecFitError: logits that the codec cannot hold, or a promise that a record breaks.
+        DumpError: the folder, the plan, the disk or another process is in the way. Whatever was finished before an error stays,
+            and is resumed by the same call.
+
+    Example:
+        >>> from softcache import dump
+        >>> from softcache.config import DumpConfig
+        >>> result = dump.run(DumpConfig(data="synthetic:images?count=64", teacher=("runs/teacher",), out="caches/b"), quiet=True)
+        >>> result.manifest.id == softcache.open("caches/b").id
+        True
     """
     started = time.monotonic()
     out, part = Path(config.out), _part(config)

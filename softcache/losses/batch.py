@@ -96,7 +96,7 @@ def class_correlation(student_logits: Tensor, teacher_logits: Tensor, temperatur
     Raises:
         ValueError: temperature is not positive, or the shapes differ.
 
-    Source: as `batch_correlation`.
+    Source: Jin, Wang, Lin, "Multi-Level Logit Distillation" (MLKD, 2023), see `batch_correlation`.
     """
     q, p = _probabilities(student_logits, teacher_logits, temperature)
     u, v = q - p, q + p  # q' q - p' p = (u' v + v' u) / 2

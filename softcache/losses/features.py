@@ -71,7 +71,8 @@ def cosine(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Mean over rows of 1 - cos(student, teacher).
 
     Args:
-        student_features, teacher_features: (B, D), or (B, L, D) of which each token is a row.
+        student_features, teacher_features: (B, D), or (B, L, D) of which each token is a row; any float dtype, half types
+            are computed in float32.
 
     Returns:
         Scalar in [0, 2]; zero when the two point the same way, so when they are equal. Ratio to the textbook form: 1. Computed
@@ -93,7 +94,8 @@ def srrl(
     """Mean squared difference of the vectors, plus KL of the teacher's classifier on the one and on the other.
 
     Args:
-        student_features, teacher_features: (B, D), the input of the teacher's final linear layer.
+        student_features, teacher_features: (B, D), the input of the teacher's final linear layer; any float dtype, half types
+            are computed in float32.
         classifier_weight: (C, D) of that layer, frozen.
         classifier_bias: (C,).
 
@@ -124,7 +126,8 @@ def at(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Mean squared difference of attention maps scaled to length 1 over H W; the caller sums over layers.
 
     Args:
-        student_features, teacher_features: (B, H, W) the channels' mean of squares, not yet scaled (reduction `attention`).
+        student_features, teacher_features: (B, H, W) the channels' mean of squares, not yet scaled (reduction `attention`); any
+            float dtype, half types are computed in float32.
 
     Returns:
         Scalar >= 0; zero when the maps are proportional, so when they are equal; a map of zeros counts as no attention. The
@@ -147,7 +150,8 @@ def nst(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     mean k(t, t') + mean k(s, s') - 2 mean k(s, t) is this distance of the Grams sum_c f_c f_c^T / C; the widths may differ.
 
     Args:
-        student_features, teacher_features: (B, H W, H W) (reduction `spatial_gram`).
+        student_features, teacher_features: (B, H W, H W) (reduction `spatial_gram`); any float dtype, half types
+            are computed in float32.
 
     Returns:
         Scalar >= 0; zero when the Grams are equal. Ratio to that form with means over the channels' pairs, as RepDistiller has
@@ -166,7 +170,8 @@ def fsp(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Mean squared difference of FSP matrices over all elements; the caller sums over pairs of layers.
 
     Args:
-        student_features, teacher_features: (B, C1, C2) (reduction `fsp`), of equal widths.
+        student_features, teacher_features: (B, C1, C2) (reduction `fsp`), of equal widths; any float dtype, half types
+            are computed in float32.
 
     Returns:
         Scalar >= 0; zero when the matrices are equal. The mean over B x C1 x C2: 1 / (C1 C2) of the paper's squared distance of
@@ -188,7 +193,8 @@ def ickd(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Squared distance of the channels' Grams, each row scaled to length 1.
 
     Args:
-        student_features, teacher_features: (B, C, C) (reduction `gram`) of equal widths; their scale cancels.
+        student_features, teacher_features: (B, C, C) (reduction `gram`) of equal widths; their scale cancels. Any float dtype;
+            half types are computed in float32.
 
     Returns:
         Scalar in [0, 4]; zero when the Grams are equal; a row of zeros stays zero. The sum over C x C divided by B x C, as the
@@ -207,7 +213,7 @@ def ab(student_features: Tensor, teacher_features: Tensor, margin: float = 1.0) 
     """How far the student's pre-activations are from being active by `margin` where the teacher's are, inactive elsewhere.
 
     Args:
-        student_features: (B, ...) before the activation.
+        student_features: (B, ...) before the activation, any float dtype; half types are computed in float32.
         teacher_features: (B, ...) of that shape: the same of the teacher, or its `sign`; > 0 means active.
         margin: > 0.
 
@@ -235,10 +241,11 @@ class Vid(nn.Module):
         teacher_shape: (C, H, W) with a variance for each C; (D,) or (L, D) with one for each D.
         initial_variance: > 1e-5.
 
-    forward takes student_features (adapted: the mean) and teacher_features, both (B, *teacher_shape), and gives a scalar: the
-    mean over all elements of [(student - teacher)**2 / variance + log variance] / 2. With equal inputs that is half the mean
-    log variance, log(5) / 2 = 0.805 at the start; it may become negative. Ratio to the paper's sum over elements: 1 / (B n); the
-    constant log(2 pi) / 2 is left out. Published weight 1, with a student's map through three 1x1 convolutions.
+    forward takes student_features (adapted: the mean) and teacher_features, both (B, *teacher_shape) of any float dtype (half
+    types are computed in float32), and gives a scalar: the mean over all elements of [(student - teacher)**2 / variance + log
+    variance] / 2. With equal inputs that is half the mean log variance, log(5) / 2 = 0.805 at the start; it may become
+    negative. Ratio to the paper's sum over elements: 1 / (B n); the constant log(2 pi) / 2 is left out. Published weight 1,
+    with a student's map through three 1x1 convolutions.
 
     Raises:
         ValueError: the shapes differ, or the variance cannot be that small.

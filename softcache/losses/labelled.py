@@ -15,12 +15,23 @@ def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with hard labels, averaged over the labelled rows.
 
     Args:
-        student_logits: (B, C).
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy averaged over
             batch and classes.
 
     Returns:
         Scalar >= 0, in nats; zero (with a zero gradient) when no row of the batch is labelled. Ratio to the textbook form: 1.
+
+    Raises:
+        ValueError: labels of another shape.
+        IndexError: a label beyond the classes.
+
+    Source: Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs" (1990).
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [5.0, -5.0]])
+        >>> round(ce(logits, torch.tensor([1, -1])).item(), 3)  # the second row has no label
+        0.693
     """
     student = at_least_float32(student_logits)
     if labels.ndim == 2:
@@ -34,13 +45,17 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
     """Cross-entropy of views that are a blend of two samples: shares x ce(labels) + (1 - shares) x ce(partner labels).
 
     Args:
-        student_logits: (B, C).
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy.
         shares: (B,) in [0, 1], weight of a sample's own label.
 
     Returns:
         Scalar >= 0, in nats, over the labelled weight of the batch: equal to `ce` where every share is 1. Zero when nothing
         is labelled. Ratio to the textbook form: 1.
+
+    Raises:
+        ValueError: labels of another shape.
+        IndexError: a label beyond the classes.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix" (2019).
     """

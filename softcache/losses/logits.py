@@ -75,6 +75,13 @@ def kd(
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2; Sun et al., "Logit
         Standardization in Knowledge Distillation" (2024).
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+        >>> round(kd(student, teacher, temperature=1.0).item(), 3), round(kd(student, teacher, temperature=4.0).item(), 3)
+        (0.328, 0.485)
+        >>> kd(teacher, teacher).item()
+        0.0
     """
     student, teacher = checked(student_logits, teacher_logits, temperature)
     if standardized:
@@ -221,7 +228,8 @@ def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean squared difference of raw logits, over batch and classes. Needs the teacher's level, not only its softmax.
 
     Args:
-        student_logits, teacher_logits: (B, C).
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        teacher_logits: (B, C), same classes in the same order, at the level that the teacher gave.
 
     Returns:
         Scalar >= 0; zero when the logits are equal. The mean over B x C: 1 / C of the summed form.
@@ -230,6 +238,10 @@ def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         ValueError: the shapes differ.
 
     Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?" (2014), equation 1 (there: half the sum over classes).
+
+    Example:
+        >>> mse_logits(torch.zeros(2, 4), torch.full((2, 4), 3.0)).item()
+        9.0
     """
     student, teacher = checked(student_logits, teacher_logits)
     return F.mse_loss(student, teacher)

@@ -38,7 +38,11 @@ class Targets:
     features: Mapping[tuple[str, str], StoredFeature] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Targets:
-        """The same targets with the stored values on another device."""
+        """The same targets with the stored values on another device, where they are then decoded.
+
+        Args:
+            non_blocking: do not wait for the copy, where the memory is pinned.
+        """
         moved = {
             member: {name: value.to(device, non_blocking=non_blocking) for name, value in arrays.items()}
             for member, arrays in self.arrays.items()
@@ -47,6 +51,7 @@ class Targets:
 
     @property
     def members(self) -> tuple[str, ...]:
+        """The names of the members that were gathered."""
         return tuple(self.arrays)
 
     @property
@@ -56,14 +61,19 @@ class Targets:
 
     @property
     def sample_ids(self) -> np.ndarray:
-        """(B,) uint64."""
+        """(B,) uint64 ids of the samples."""
         return self.samples.ids[self.rows]
 
     def logits(self, member: str | None = None) -> Tensor:
-        """(B, C) float32 logits of one member (default: the only one).
+        """(B, C) float32 logits of one member (default: the only one), before softmax, on the targets' device.
 
         Raises:
-            CacheError: no such member, or several and none named.
+            CacheError: no such member, several and none named, or a codec that keeps some classes only.
+
+        Example:
+            >>> targets = joined.gather([joined[i][1] for i in range(4)])
+            >>> targets.logits().shape, targets.logits("teacher").dtype
+            (torch.Size([4, 10]), torch.float32)
         """
         if member is None:
             if len(self.arrays) > 1:
@@ -98,7 +108,7 @@ class Targets:
         return self.features[found[0]].decode(self.arrays[found[0][0]])
 
     def classifier_input(self, member: str) -> Tensor:
-        """(B, D) float32 input of a member's final linear layer, where its codec keeps that: linear_head."""
+        """(B, D) float32 input of a member's final linear layer, where its codec keeps that: linear_head; else CacheError."""
         return self.codecs[member].classifier_input(self.arrays[member])
 
     def head_input(self, member: str) -> Tensor:
@@ -107,7 +117,7 @@ class Targets:
         return self.classifier_input(member)
 
     def rows_between(self, first: int, last: int) -> Targets:
-        """The targets of rows [first, last) of this batch."""
+        """The targets of rows [first, last) of this batch: last - first of them."""
         arrays = {}
         for member, stored in self.arrays.items():
             own = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
@@ -119,14 +129,28 @@ class Targets:
         return replace(self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays)
 
     def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What a codec that keeps some classes has of them: ids (B, k), logits (B, k), log-sum-exp of the rest at T (B,)."""
+        """What a codec that keeps k classes has of a member: of topk.
+
+        Returns:
+            (B, k) int64 ids and (B, k) float32 logits of the classes, and (B,) float32 log of the sum of exp(logit / T) over all
+            others, at the level of the logits.
+
+        Raises:
+            CacheError: the codec keeps every class.
+            ValueError: a temperature that the codec does not serve.
+        """
         codec, arrays = self.codecs[member], self.arrays[member]
         return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
 
     def log_probs(self, member: str, temperature: float) -> Tensor:
-        """(B, C) float32 logarithm of one member's soft target at a temperature.
+        """(B, C) float32 logarithm of one member's soft target at a temperature, in nats.
 
         A codec that keeps only some classes spreads the rest's probability evenly.
+
+        Example:
+            >>> targets = joined.gather([joined[i][1] for i in range(4)])
+            >>> bool((targets.log_probs("teacher", 4.0).exp().sum(dim=1) - 1).abs().max() < 1e-5)
+            True
         """
         codec, arrays = self.codecs[member], self.arrays[member]
         if not codec.complete:
@@ -145,11 +169,25 @@ class Targets:
         """(B, C) float32 logits of the ensemble: softmax(result / T) is its soft target at T.
 
         Args:
-            rule: one of COMBINE_RULES, see `softcache.ensemble.combine`.
-            weights: member -> weight, for the members to use; None = all, equally.
+            rule: "mean_logits", "mean_probs_at_t" (of the probabilities at T), "mean_probs" (at 1, tempered afterwards), "vote"
+                (one-hot of the class with most votes), or "draw" (one member per sample and view). Only "mean_logits" and "draw"
+                keep the members' level.
+            weights: member -> weight, for the members to use; they are normalised. None = all, equally.
             temperature: of the loss that asks.
             link: "softmax", or "sigmoid" for multi-label targets.
-            draw_seed: of the rule "draw", which picks a member per sample and view.
+            draw_seed: of the rule "draw": the member is a function of it, the sample's id and the view.
+
+        Raises:
+            LossError: an unknown rule, a temperature that is not positive, or weights that are not numbers >= 0 with a sum > 0.
+            CacheError: a member that was not gathered, or one whose codec keeps some classes only.
+
+        Example:
+            >>> ensemble = softcache.open("caches/ensemble")
+            >>> targets = ensemble.gather(np.arange(4), np.zeros(4, np.int64))
+            >>> a, b = (targets.logits(member) for member in targets.members)
+            >>> mixed = targets.combined("mean_logits", weights={"a": 3.0, "b": 1.0})
+            >>> torch.allclose(mixed, 0.75 * a + 0.25 * b, atol=1e-5)
+            True
         """
         chosen = self.members if weights is None else tuple(weights)
         logits = [self.logits(member) for member in chosen]

@@ -39,7 +39,16 @@ __all__ = ["Cache", "Joined", "Targets", "open"]
 
 
 class Cache:
-    """A committed cache, opened for reading. Pickles by path and id; nothing is written into the folder."""
+    """A committed cache, opened for reading: what `softcache.open` gives. Nothing is written into its folder.
+
+    It pickles by path and id, so that a worker process opens maps of its own. `len(cache)` is its number of samples, N.
+
+    Attributes:
+        reader: the stored arrays, undecoded.
+        codecs: member -> its codec.
+        features: member -> feature (`layer:reduction`) -> how it is stored.
+        allow_code: whether transforms that the cache names may be called.
+    """
 
     def __init__(self, reader: CacheReader, *, allow_code: bool = False) -> None:
         self.reader, self.allow_code = reader, allow_code
@@ -84,29 +93,36 @@ class Cache:
 
     @property
     def manifest(self) -> Manifest:
+        """What was dumped and how, and every file with its hash: the one that was opened, whatever is added later."""
         return self.reader.manifest
 
     @property
     def id(self) -> str:
+        """The manifest's sha256 in hex: another id, another cache."""
         return self.manifest.id
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """C names, in the order of the logits' columns."""
         return tuple(self.manifest.plan.class_names)
 
     @property
     def num_classes(self) -> int:
+        """C."""
         return len(self.manifest.plan.class_names)
 
     @property
     def num_views(self) -> int:
+        """V, the views of each sample."""
         return self.manifest.plan.views.count
 
     @property
     def members(self) -> tuple[str, ...]:
+        """The names of the ensemble's members; one for a single teacher."""
         return tuple(member.name for member in self.manifest.plan.members)
 
     def member(self, name: str) -> MemberInfo:
+        """What the manifest says of a member: model, fingerprint, output, codec, features; CacheError where there is none."""
         for member in self.manifest.plan.members:
             if member.name == name:
                 return member
@@ -114,18 +130,25 @@ class Cache:
 
     @property
     def samples(self) -> SampleTable:
+        """Who the samples are, by row: ids (N,) uint64, labels, keys and content digests (N, 16) uint8."""
         return self.reader.samples
 
     @property
     def policy(self) -> Policy:
-        """The view policy that the teacher's inputs were rendered with."""
+        """The view policy that the teacher's inputs were rendered with; ConfigError where this version renders it otherwise."""
         return Policy.of_cache(self.manifest.plan.views, allow_code=self.allow_code)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
-        """(N,) int64 row of each sample key, -1 where the cache does not hold it."""
+        """(len(keys),) int64 row of each sample key, -1 where the cache does not hold it.
+
+        Example:
+            >>> row, missing = cache.find(["synthetic/train/000003", "nobody"]).tolist()
+            >>> cache.samples.key(row), missing
+            ('synthetic/train/000003', -1)
+        """
         return find_ids(self.samples.ids, sample_ids(keys))
 
     def gather(
@@ -136,16 +159,23 @@ class Cache:
         members: Sequence[str] | None = None,
         features: Sequence[str] = (),
     ) -> Targets:
-        """The targets of B (row, view) pairs.
+        """The targets of B (row, view) pairs, in their order, on the CPU and still encoded.
 
         Args:
             rows, views: (B,) integers.
             members: which members to read; None = all.
-            features: which features to read as well, of every one of these members that has them.
+            features: which features to read as well (`layer:reduction`), of every one of these members that has them.
 
         Raises:
             IndexError: a row or view outside the cache.
             CacheError: no such member, or none of them has a feature.
+            DamagedCacheError: a block of 64 KiB that is read has other bytes than were written.
+
+        Example:
+            >>> targets = cache.gather(np.array([5, 0, 5]), np.array([1, 0, 1]))
+            >>> logits = targets.logits()
+            >>> logits.shape, logits.dtype, torch.equal(logits[0], logits[2])
+            (torch.Size([3, 10]), torch.float32, True)
         """
         names = self.members if members is None else members
         arrays = {}
@@ -173,7 +203,14 @@ class Cache:
         return self.classifier(member)
 
     def classifier(self, member: str) -> tuple[Tensor, Tensor | None] | None:
-        """(C, D) weight and (C,) bias of a member's final linear layer; None where the cache does not keep it."""
+        """(C, D) float32 weight and (C,) float32 bias (None: it has none) of a member's final linear layer, on the CPU.
+
+        Returns:
+            None where the cache does not keep it: it is there beside features, and in the codec linear_head.
+
+        Raises:
+            CacheError: no such member, or what is stored is no layer of its classes.
+        """
         stored = self.reader.constants(member)
         for prefix in ("head_", "codec_") if self.codecs[member].needs_classifier else ("head_",):
             if f"{prefix}weight" in stored:
@@ -216,10 +253,31 @@ class Cache:
         check_content: ContentCheck | None = None,
         whole: Any = None,
     ) -> Joined:
-        """The data set with each sample's place in this cache; see `softcache.data.join.join` for arguments and errors.
+        """The data set with each sample's place in this cache, after every check.
 
         Args:
+            dataset: map-style, of N samples; its names are asked for (`sample_keys`), through `Subset` and `ConcatDataset` too.
+            keys: N names of its samples in its order, where it does not know them itself.
+            by: "key", or "content": by the digests of what the samples hold.
+            labels: "dataset" allows labels that differ from the cache's.
+            check_content: compare what samples hold with what the teacher saw: "none", "spread" (64 samples) or "full".
+                None: "spread", where the data set gives digests as the dump did.
             whole: under a policy that mixes, where partners are found; None: the data set itself, or what it was selected from.
+
+        Raises:
+            MissingSampleError: samples that the cache does not hold.
+            LabelMismatchError: labels that differ from the cache's.
+            ContentMismatchError: samples that hold something else than the teacher saw.
+            ClassMismatchError: other classes, or in another order.
+            JoinError: a data set that can only be iterated, or whose samples have no names.
+
+        Example:
+            >>> joined = cache.join(data)
+            >>> len(joined), joined.labels_changed
+            (64, 0)
+            >>> (image, label), record = joined[3]
+            >>> image.shape, label == int(data.labels[3])
+            ((32, 32, 3), True)
         """
         rows, changed = join(
             self.samples,
@@ -236,12 +294,19 @@ class Cache:
     def check_pixels(
         self, items: Sequence[Any], rows: np.ndarray, views: np.ndarray, render: Render, *, on_drift: str = "error"
     ) -> Drift | None:
-        """Compare rendered items with what the teacher saw; see `softcache.drift.check_drift` for the verdict and errors.
+        """Compare rendered items with what the teacher saw; and judge.
 
         Args:
             items: B rendered views.
             rows, views: (B,) their places in the cache.
             render: (row, view) -> the rendered item, None where the sample is not at hand; for the probe.
+            on_drift: "error", or "warn", which tolerates any difference.
+
+        Returns:
+            None where all pixels are the teacher's; a Drift where they are at most 2 of 255 apart.
+
+        Raises:
+            DriftError: they are further apart, or a sample is another one.
         """
         digests = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
         return check_drift(self.reader, rows, views, digests, render, on_drift=on_drift)
@@ -315,7 +380,16 @@ class Joined(Dataset[Any]):
         return Partners(self.whole, find_ids(sample_ids(dataset_keys(self.whole)), self.cache.samples.ids))
 
     def for_view(self, view: int) -> Joined:
-        """The same join, its items rendered at another view: one per epoch, `epoch % cache.num_views`."""
+        """The same join, its items rendered at another view: one per epoch, `epoch % cache.num_views`.
+
+        Raises:
+            IndexError: the cache has no such view.
+
+        Example:
+            >>> second = joined.for_view(1)
+            >>> second[3][1] - joined[3][1] == len(cache)
+            True
+        """
         if not 0 <= view < self.cache.num_views:
             raise IndexError(f"view {view} is outside 0..{self.cache.num_views - 1}")
         return Joined(
@@ -325,7 +399,22 @@ class Joined(Dataset[Any]):
     def gather(
         self, records: Tensor | np.ndarray, *, members: Sequence[str] | None = None, features: Sequence[str] = ()
     ) -> Targets:
-        """The targets of a batch of records, in the batch's order; arguments as `Cache.gather`."""
+        """The targets of a batch of records, in the batch's order.
+
+        Args:
+            records: (B,) int64, as `joined[i]` gave them and a DataLoader collated them.
+            members, features: as `Cache.gather`.
+
+        Raises:
+            IndexError, CacheError, DamagedCacheError: as `Cache.gather`.
+
+        Example:
+            >>> loader = DataLoader(joined, batch_size=16, shuffle=True)
+            >>> (images, labels), records = next(iter(loader))
+            >>> targets = joined.gather(records)
+            >>> targets.logits().shape, torch.equal(targets.labels, labels)
+            (torch.Size([16, 10]), True)
+        """
         if isinstance(records, Tensor):
             records = records.cpu().numpy()
         views, rows = np.divmod(np.asarray(records, dtype=np.int64), len(self.cache))
@@ -339,7 +428,12 @@ class Joined(Dataset[Any]):
         members: Sequence[str] | None = None,
         features: Sequence[str] = (),
     ) -> Targets:
-        """The targets of samples given by their position in the data set, at the given views."""
+        """The targets of samples given by their position in the data set, at the given views.
+
+        Args:
+            index, views: (B,) int64.
+            members, features: as `Cache.gather`.
+        """
         return self.cache.gather(self.rows[index].astype(np.int64), views, members=members, features=features)
 
 
@@ -367,6 +461,15 @@ def open(
         allow_code: a view may be made by a transform that the cache names, and rendering it then calls that code of yours.
 
     Raises:
-        CacheError: not a cache; UnfinishedCacheError: a dump under way; DamagedCacheError: files that do not fit the manifest.
+        CacheError: not a cache, of another format version, or no manifest of that id.
+        UnfinishedCacheError: a dump under way.
+        DamagedCacheError: files that do not fit the manifest.
+
+    Example:
+        >>> cache = softcache.open("caches/a")
+        >>> len(cache), cache.num_views, cache.num_classes, cache.members
+        (64, 2, 10, ('teacher',))
+        >>> softcache.open("caches/a", id=cache.id[:12]).id == cache.id
+        True
     """
     return Cache(CacheReader(path, id=id, mode=mode, check_blocks=check_blocks), allow_code=allow_code)

@@ -52,7 +52,14 @@ from softcache.train.term_modules import Sizes
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, one dict of metrics per epoch, and the last evaluation (None without eval data)."""
+    """A finished run.
+
+    Attributes:
+        path: its folder, with `student.safetensors`.
+        metrics: one row per epoch, as in metrics.jsonl.
+        evaluation: of the student that is kept; None without evaluation data.
+        parameters: how many numbers the student has.
+    """
 
     path: Path
     metrics: list[dict[str, Any]]
@@ -63,8 +70,29 @@ class TrainResult:
 def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     """Train a student; resumes a run that was interrupted, and returns a finished one as it is.
 
+    Sets torch's seed and number of threads for the process. What does not fit is refused before the first step.
+
+    Args:
+        config: what `softcache train` has as flags.
+        quiet: no progress on stderr.
+
     Raises:
-        SoftcacheError: and its children, before the first step wherever that is possible.
+        ConfigError, DataError, ModelError, CacheError: settings, data, student or cache that cannot be used.
+        JoinError, DriftError: data that is not what the teacher saw.
+        LossError: a term that cannot be, or that the cache cannot serve.
+        TrainingError: a loss that is not finite, or a run folder of another run.
+        LockedError: another process trains in this folder.
+
+    Example:
+        >>> from softcache import train
+        >>> from softcache.config import TrainConfig
+        >>> config = TrainConfig(
+        ...     cache="caches/a", data="synthetic:images?count=64", student="softcache:mlp?hidden=8", epochs=1,
+        ...     loss=("kd:temperature=4,weight=0.9", "ce:weight=0.1"), out="runs/student",
+        ... )
+        >>> result = train.run(config, quiet=True)
+        >>> sorted(result.metrics[0])
+        ['ce', 'epoch', 'kd', 'loss', 'lr', 'seconds', 'view']
     """
     check(config)
     out, device = claim_folder(config), pick_device(config.device)

@@ -27,6 +27,7 @@ from softcache.data.color import OPERATIONS, adjust_contrast, shuffled
 from softcache.data.identity import pixel_digest
 from softcache.data.philox import Draws, step_key
 from softcache.data.view_steps import Box, draw_box, middle_box
+from softcache.data.views import STEPS
 from softcache.errors import DataError
 
 UNIT = 65536
@@ -184,6 +185,17 @@ CASES = [
     "randaugment:ops=4,magnitude=17",
     "randaugment:ops=1,magnitude=0",
 ]
+# steps whose oracle is in a test of their own: in cache/test_format.py, in test_replay.py
+ELSEWHERE = {"middle_crop", "seeded"}
+
+
+def test_every_step_has_an_oracle() -> None:
+    """In one of three tables: of NumPy slices in test_views.py, of torchvision here, of pairs in test_mixing.py."""
+    import test_mixing
+    import test_views
+
+    assert {*ORACLES, *test_views.ORACLES, *test_mixing.ORACLES, *ELSEWHERE} == set(STEPS)
+    assert {case.partition(":")[0] for case in CASES} == set(ORACLES)
 
 
 def channels_first(item: Any) -> Tensor:

@@ -263,6 +263,7 @@ CASES: dict[str, Case] = {
 }
 OF_TEACHER = [name for name, case in CASES.items() if "teacher" in case.takes]
 OF_LABELS = [name for name, case in CASES.items() if "labels" in case.takes]
+OF_TEMPERATURE = [name for name in CASES if name == "chunked_kd" or "temperature" in LOSSES[name].defaults]
 TWICE = [  # a gradient of the value as the formula has it, not of a part that is held fixed
     name for name in CASES if name != "wsld"
 ]
@@ -853,7 +854,7 @@ def test_logits_that_are_no_rows_are_refused(name: str, shape: tuple[int, ...]) 
         call(CASES[name], torch.zeros(shape), torch.zeros(shape), labels_of(shape[0], 10))
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name in ("chunked_kd",) or case.settings])
+@pytest.mark.parametrize("name", OF_TEMPERATURE)
 @pytest.mark.parametrize("t", [0.0, -1.0, math.nan])
 def test_a_temperature_that_is_not_positive_is_refused(name: str, t: float) -> None:
     with pytest.raises(ValueError, match=f"temperature must be > 0, got {t}"):
