@@ -155,6 +155,7 @@ def _words_of(name: str, verb: Verb) -> dict[str, Any]:
         "description": verb.summary,
         "epilog": f"examples:\n{examples}\n",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,  # a mistyped flag is told, also where it begins like another
     }
 
 
