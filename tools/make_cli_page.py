@@ -1,11 +1,16 @@
-"""Write softcache/docs/CLI.md from the verbs' own words: python tools/make_cli_page.py
+"""Write softcache/docs/CLI.md from the verbs' own words.
+
+    python tools/make_cli_page.py
+    python tools/make_cli_page.py --quick      # makes the page, writes nothing, and says whether it is the one there
 
 The page does not go through argparse's help, whose lines differ between Python versions.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import sys
 import typing
 
 from softcache.commands import VERBS
@@ -65,10 +70,17 @@ def _row(usage: str, text: str) -> str:
     return f"- `{usage}`: {text}"
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="write nothing; exit code 1 where the page is another")
+    if parser.parse_args().quick:
+        same = PAGE.read_text(encoding="utf-8") == page()
+        print(f"{PAGE}: {'as it is made' if same else 'is another'}")
+        return int(not same)
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

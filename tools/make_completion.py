@@ -1,4 +1,7 @@
-"""Write the completion scripts that `softcache completion` prints, from the parsers: python tools/make_completion.py
+"""Write the completion scripts that `softcache completion` prints, from the parsers.
+
+    python tools/make_completion.py
+    python tools/make_completion.py --quick    # makes the scripts, writes nothing, and says whether they are those there
 
 Needs the extra `completion` (shtab). The test of the scripts compares them with what this makes.
 """
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import shtab
@@ -42,12 +46,19 @@ def place_of(shell: str) -> Path:
     return SCRIPTS / f"softcache.{shell}"
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="write nothing; exit code 1 where a script is another")
+    if parser.parse_args().quick:
+        other = [shell for shell in SHELLS if place_of(shell).read_text(encoding="utf-8") != script(shell)]
+        print(f"{SCRIPTS}: {', '.join(other) or 'none'} of {', '.join(SHELLS)} other than it is made")
+        return int(bool(other))
     SCRIPTS.mkdir(exist_ok=True)
     for shell in SHELLS:
         place_of(shell).write_text(script(shell), encoding="utf-8")
         print(place_of(shell))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
