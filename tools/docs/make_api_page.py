@@ -1,11 +1,16 @@
-"""Writes softcache/docs/API.md from the signatures and docstrings of the public names: python tools/docs/make_api_page.py
+"""Writes softcache/docs/API.md from the signatures and docstrings of the public names.
+
+    python tools/docs/make_api_page.py
+    python tools/docs/make_api_page.py --quick     # makes the page, writes nothing, and says whether it is the one there
 
 It reads the source text alone, so that every Python makes the same page and nothing has to be installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -273,10 +278,17 @@ def page() -> str:
     return "\n".join(part for part in parts if part)
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="write nothing; exit code 1 where the page is another")
+    if parser.parse_args().quick:
+        same = PAGE.read_text(encoding="utf-8") == page()
+        print(f"{PAGE}: {'as it is made' if same else 'is another'}")
+        return int(not same)
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
