@@ -124,6 +124,7 @@ def test_a_flipped_bit_outside_the_data(cache: Path, path: str) -> None:
     assert faults(cache, full=True) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES, PROBE])
 @pytest.mark.parametrize(

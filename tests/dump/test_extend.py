@@ -511,6 +511,7 @@ def test_a_manifest_that_came_between_is_not_overwritten(
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

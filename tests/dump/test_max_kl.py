@@ -588,6 +588,7 @@ def test_the_promises_below_pick_different_codecs(pieces: Path) -> None:
     assert len(picks) >= 4 and "float32" in picks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_kl", "temperature"), PROMISES)
 def test_the_smallest_codec_that_holds_on_the_probe_is_picked(
     pieces: Path, tmp_path: Path, max_kl: float, temperature: float

@@ -413,6 +413,7 @@ def test_rows_without_a_label(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ number types
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_single_and_half_types_are_computed_in_float32(name: str, dtype: torch.dtype) -> None:

@@ -428,6 +428,7 @@ def test_a_trained_one_stands_for_itself(here: Path, capsys: pytest.CaptureFixtu
         assert torch.equal(net.eval()(**batch).logits, logits_of(after, texts))
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["train", "--data", "tsv:texts.tsv", "--out", "run", "--student", "hf:bert", "--epochs", "1", *QUIET]
     assert cli.main(run) == 0
@@ -439,6 +440,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(here: Path, capsys: pytest.
     assert "this run began with other samples, labels or another vocabulary" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_new_classifier_is_for_a_student(bert: Path, tmp_path: Path) -> None:
     lose(bert, "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias")
     lost = ("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")
@@ -460,6 +462,7 @@ def test_a_new_classifier_is_for_a_student(bert: Path, tmp_path: Path) -> None:
     assert again.untrained == () and torch.equal(again.net.get_submodule("classifier").weight, heads[0])
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_another_model(made: Path, bert: Path, tmp_path: Path) -> None:
     student = loaded(f"hf:{made}")
     save_student(student, tmp_path / "student.safetensors", metadata={})

@@ -90,6 +90,7 @@ def test_the_count_of_parameters_is_the_benchmark_s(name: str) -> None:
     assert sum(p.numel() for p in shapes_only(name).parameters()) == COUNTS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"), [*((name, (32, 32)) for name in COUNTS), *((name, (40, 24)) for name in ("resnet8", *KINDS))]
 )

@@ -178,6 +178,7 @@ def test_an_exported_file_answers_as_the_model_does(
     assert meanings.get(kind, "0 to 255, channels first") in call["meaning"]
 
 
+@pytest.mark.slow
 def test_the_accuracies_are_those_of_eval(images: str, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", trained("cnn"), images)
     result = exported(run, "program")
@@ -191,6 +192,7 @@ def test_the_accuracies_are_those_of_eval(images: str, tmp_path: Path) -> None:
     assert "takes input: uint8 (batch, 1, 8, 8), 0 to 255, channels first; scaled and normalised inside" in text
 
 
+@pytest.mark.slow
 def test_float_items_are_taken_as_floats(images: str, toy: Path, tmp_path: Path) -> None:
     (tmp_path / "floats.py").write_text(
         f"import importlib.util\nspec = importlib.util.spec_from_file_location('t', {str(toy)!r})\n"
@@ -229,6 +231,7 @@ def test_a_factory_comes_back_from_safetensors(nets: Path, images: str, tmp_path
     assert read_metadata(result.path)["softcache_cache"] == "abc"
 
 
+@pytest.mark.slow
 def test_the_policy_of_the_run_is_used(images: str, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", trained("cnn"), images, policy="resize:size=12")
     result = exported(run, "program")
@@ -529,6 +532,7 @@ def test_on_a_gpu(images: str, texts: str, tmp_path: Path) -> None:
         assert module(model.input.collate(items)).device.type == "cpu"  # the file is one for any machine
 
 
+@pytest.mark.slow
 def test_a_file_uses_no_statistics_of_the_batch(images: str, tmp_path: Path) -> None:
     """As one made of a model in training mode would."""
     result = exported(run_folder(tmp_path / "run", trained("cnn"), images), "program")

@@ -563,6 +563,7 @@ def with_batches(config: TrainConfig) -> tuple[TrainResult, list[LoadedBatch]]:
     return run_with(config, step=noted), seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 6, 12])
 @pytest.mark.parametrize("mixing", ["", "mixup:alpha=1", "cutmix"])
 def test_another_resolution_shows_the_same_boxes(

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("softcache", "tests", "tools", "README.md", "LICENSE", "pyproject.toml")
-SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache")
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="bugs whose name holds this")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="what is run (default: the whole quick tier)")
-    parser.add_argument("--processes", default="auto", help="as pytest -n takes them (default: auto)")
+    parser.add_argument("--processes", help="as pytest -n takes them (default: auto, with --quick 0)")
     parser.add_argument("--quick", action="store_true", help="two bugs, each against the tests beside its module")
     arguments = parser.parse_args(argv)
+    processes = arguments.processes or ("0" if arguments.quick else "auto")
     chosen = [bug for bug in BUGS if arguments.only in bug.name and (bug.name in QUICK or not arguments.quick)]
     wrong = [f"{bug.file}: {count} times, not once: {bug.right!r}" for bug in BUGS if (count := occurrences(bug)) != 1]
     if wrong or not chosen:
@@ -137,24 +136,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="softcache-bugs-") as folder:
         copy = Path(folder)
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, copy / name, ignore=SKIPPED)
-            else:
-                shutil.copy(ROOT / name, copy / name)
+        copy_checkout(copy)
         tests = sorted({bug.beside for bug in chosen}) if arguments.quick else arguments.tests
         print(f"{len(chosen)} bugs, against: {' '.join(tests)}", flush=True)
-        failed = failing_test(copy, tests, arguments.processes)
+        failed = failing_test(copy, tests, processes)
         if failed:
             print(f"the copy without a bug fails: {failed}", file=sys.stderr)
             return 2
         missed = 0
         for bug in chosen:
-            found = try_bug(copy, bug, [bug.beside] if arguments.quick else tests, arguments.processes)
+            found = try_bug(copy, bug, [bug.beside] if arguments.quick else tests, processes)
             missed += not found
             print(f"{bug.name}: " + (f"found by {found}" if found else "NOT FOUND"), flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} found")
     return 1 if missed else 0
+
+
+def copy_checkout(copy: Path) -> None:
+    """Every file that git knows; of an unpacked source distribution every file."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in listed.stdout.split("\0") if name]
+    if listed.returncode:
+        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
+    for name in names:
+        if (ROOT / name).is_file():  # git knows what was just deleted, too
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
 
 
 def occurrences(bug: Bug) -> int:
@@ -177,7 +184,8 @@ def failing_test(copy: Path, tests: Sequence[str], processes: str) -> str:
     argv = [sys.executable, "-m", "pytest", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
     argv += ["-m", "not slow", "-n", processes, *tests]
     # written once and changed within a second: Python must not take the old file's bytecode for the new one's
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**inherited, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(argv, cwd=copy, env=environment, capture_output=True, text=True)
     found = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", done.stdout, re.M)
     if not found and done.returncode:
