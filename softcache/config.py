@@ -10,7 +10,7 @@ import shlex
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,11 +20,34 @@ from softcache.spec import convert
 Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] = (), metavar: str | None = None) -> Any:
-    """A setting with its help text; `...` as default makes it required."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    metavar: str | None = None,
+    positional: bool = False,
+    repeat: bool = False,
+) -> Any:
+    """A setting with its help text.
+
+    Args:
+        default: `...` makes it required.
+        choices: the only values it may have.
+        metavar: what stands for its value in help; the name of a positional one.
+        positional: on the command line it is a word of its own, not a flag.
+        repeat: of a list: each use of the flag is one value, with commas of its own; otherwise commas separate values.
+    """
     return field(
         default=None if default is ... else default,
-        metadata={"help": help, "choices": tuple(choices), "metavar": metavar, "required": default is ...},
+        metadata={
+            "help": help,
+            "choices": tuple(choices),
+            "metavar": metavar,
+            "required": default is ...,
+            "positional": positional,
+            "repeat": repeat,
+        },
     )
 
 
@@ -78,7 +101,9 @@ CODEC_HELP = (
 class StorageOptions(MachineOptions, DataOptions):
     """What a dump stores, and how: the same for `dump` and `plan`."""
 
-    teacher: tuple[str, ...] = option(..., "MODEL@WEIGHTS or a run folder; repeat for an ensemble", metavar="TEACHER")
+    teacher: tuple[str, ...] = option(
+        ..., "MODEL@WEIGHTS or a run folder; repeat for an ensemble", metavar="TEACHER", repeat=True
+    )
     codec: str | None = option(None, CODEC_HELP, metavar="CODEC")
     max_kl: float | None = option(
         None, "promise: KL(teacher || stored) of every record at most this, in nats; picks a codec", metavar="NATS"
@@ -93,7 +118,9 @@ class StorageOptions(MachineOptions, DataOptions):
         metavar="LOSSES",
     )
     feature_dtype: str = option("float16", "how features are stored", choices=("float16", "int8"))
-    policy: tuple[str, ...] = option((), "one step of the view policy, name:key=value,...; repeat", metavar="STEP")
+    policy: tuple[str, ...] = option(
+        (), "one step of the view policy, name:key=value,...; repeat", metavar="STEP", repeat=True
+    )
     views: int | None = option(None, "views per sample (default: 1)", metavar="V")
     view_seed: int = option(0, "root seed of the views", metavar="SEED")
     batch_size: int = option(256, "samples per teacher call; part of the plan", metavar="B")
@@ -143,7 +170,7 @@ class TrainConfig(MachineOptions, DataOptions):
     eval_every: int = option(1, "evaluate only after every N-th epoch, and a stage's last", metavar="N")
     cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
     cache_id: str | None = option(None, "pin a manifest of the cache by its id", metavar="ID")
-    loss: tuple[str, ...] = option((), "name:weight=W,key=value,...; repeat to add terms", metavar="LOSS")
+    loss: tuple[str, ...] = option((), "name:weight=W,key=value,...; repeat to add terms", metavar="LOSS", repeat=True)
     combine: str = option(
         "mean_logits", "how members combine: mean_logits, mean_probs_at_t, mean_probs, vote, draw", metavar="RULE"
     )
@@ -162,9 +189,12 @@ class TrainConfig(MachineOptions, DataOptions):
         (),
         "one step of a policy of the student's own: views that are not the targets'; known to lose; repeat",
         metavar="STEP",
+        repeat=True,
     )
     on_drift: str = option("error", "when views render to other pixels than the teacher saw", choices=("error", "warn"))
-    policy: tuple[str, ...] = option((), "one step of the view policy, without a cache; repeat", metavar="STEP")
+    policy: tuple[str, ...] = option(
+        (), "one step of the view policy, without a cache; repeat", metavar="STEP", repeat=True
+    )
     view_seed: int = option(0, "root seed of the views, without a cache and of --augment", metavar="SEED")
     epochs: int = option(20, "passes over the data", metavar="N")
     batch_size: int = option(128, "samples per step", metavar="B")
@@ -185,6 +215,7 @@ class TrainConfig(MachineOptions, DataOptions):
         (),
         "one stage of several, with what differs in it: 'epochs=5 lr=0.01 freeze=* loss=hint loss=ce:weight=0.1'; repeat",
         metavar="SETTINGS",
+        repeat=True,
     )
     clip_norm: float | None = option(None, "scale a larger gradient down to this length", metavar="NORM")
     accumulate: int = option(1, "compute a batch in this many pieces, one after the other", metavar="N")
@@ -212,7 +243,9 @@ class EvalConfig(MachineOptions, DataOptions):
     combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
     batch_size: int = option(512, "samples per forward pass", metavar="B")
-    policy: tuple[str, ...] = option((), "deterministic view steps (default: those of the run)", metavar="STEP")
+    policy: tuple[str, ...] = option(
+        (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
+    )
     bias: tuple[str, ...] = option(
         (), "add to the logits of classes before anything is measured: 3=3.5 or 7=-7.6,8=-7.6", metavar="CLASS=B"
     )
@@ -243,7 +276,9 @@ class ExportConfig:
         None, "the file (default: export.safetensors, .pt2 or .onnx in the run folder)", metavar="FILE"
     )
     data: str | None = option(None, "evaluation set (default: the run's own --eval-data)", metavar="DATA")
-    policy: tuple[str, ...] = option((), "deterministic view steps (default: those of the run)", metavar="STEP")
+    policy: tuple[str, ...] = option(
+        (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
+    )
     download: bool = option(False, "let torchvision download a data set that is not there")
     batch_size: int = option(512, "samples per forward pass of the verification", metavar="B")
     device: str = option("auto", "where the verification runs; ONNX always on the CPU", metavar="DEVICE")
@@ -283,20 +318,25 @@ def resolve(
             name = f"{name}_" if f"{name}_" in known else name  # a Python keyword
             if name not in known:
                 raise ConfigError(f"{origin}: unknown setting {key!r}", tip=nearest(name, known))
-            where = flag_of(name) if origin == "flag" else f"{origin}: {name}"
-            values[name] = coerce(value, hints[name], where)
+            values[name] = coerce(value, hints[name], _place(known[name], origin))
             origins[name] = origin
     for name, f in known.items():
         choices = f.metadata["choices"]
         if name in values and choices and values[name] not in choices:
-            raise ConfigError(
-                f"{flag_of(name) if origins[name] == 'flag' else f'{origins[name]}: {name}'} cannot be {values[name]!r}",
-                tip=nearest(str(values[name]), choices),
-            )
+            place = _place(f, origins[name])
+            raise ConfigError(f"{place} cannot be {values[name]!r}", tip=nearest(str(values[name]), choices))
         if f.metadata["required"] and not values.get(name):
-            flag = flag_of(name)
-            raise ConfigError(f"{flag} is missing", tip=f"{flag} {f.metadata['metavar']}: {f.metadata['help']}")
+            place, metavar = _place(f, "flag"), f.metadata["metavar"]
+            usage = place if f.metadata["positional"] else f"{place} {metavar}"
+            raise ConfigError(f"{place} is missing", tip=f"{usage}: {f.metadata['help']}")
     return Resolved(kind(**values), origins)
+
+
+def _place(one: Field[Any], origin: str) -> str:
+    """How a message names a setting: as it was given."""
+    if origin != "flag":
+        return f"{origin}: {one.name}"
+    return str(one.metadata["metavar"]) if one.metadata["positional"] else flag_of(one.name)
 
 
 def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

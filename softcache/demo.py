@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,6 +22,7 @@ TRAIN_DATA, TEST_DATA = "digits", "digits?split=test"
 TEACHER = "softcache:cnn?width=32"
 STUDENT = "softcache:mlp?hidden=64,64"
 TEMPERATURES = (2, 4)
+TEACHER_EPOCHS, STUDENT_EPOCHS = 20, 60
 
 
 @dataclass(frozen=True)
@@ -32,54 +33,94 @@ class Arm:
     errors: list[float]
 
 
-def run(out: Path, *, seeds: Sequence[int]) -> str:
-    """Run the demo in `out` (what is there already is reused) and return the text to print."""
+@dataclass(frozen=True)
+class Demo:
+    """A finished demo.
+
+    Attributes:
+        arms: hard labels first.
+        teacher_errors: of the teachers, in percent of the test digits.
+        teacher_parameters: of each.
+        cache, nbytes: of the one dump.
+        picture: of three digits and all students.
+        seconds: that all of it took.
+    """
+
+    arms: Sequence[Arm]
+    seeds: Sequence[int]
+    teacher_errors: Sequence[float]
+    teacher_parameters: int
+    cache: Path
+    nbytes: int
+    picture: Path
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**asdict(self), "cache": str(self.cache), "picture": str(self.picture)}
+
+    def text(self) -> str:
+        """For people."""
+        teachers = ", ".join(f"{error:.1f} %" for error in self.teacher_errors)
+        parameters = f"{self.teacher_parameters:,} parameters each"
+        lines = [
+            f"teachers: {teachers} test error ({parameters}); one dump of {self.nbytes / 1e3:.0f} kB",
+            "",
+            table(
+                ["student (64-64-10 MLP), test error in %", "mean", "s.d.", *(f"seed {s}" for s in self.seeds)],
+                [
+                    [a.name, f"{mean(a.errors):.2f}", f"{_spread(a.errors):.2f}", *(f"{e:.1f}" for e in a.errors)]
+                    for a in self.arms
+                ],
+            ),
+            "",
+            *(f"{arm.name}: {_comparison(self.arms[0], arm)}" for arm in self.arms[1:]),
+            "500 test digits: one more error is 0.2 %. The students at both temperatures learned from one and the same dump.",
+            "",
+            f"picture: {self.picture}",
+            f"look:    softcache inspect {self.cache} --sample digits/000001",
+            f"time:    {self.seconds:.0f} s",
+        ]
+        return "\n".join(lines)
+
+
+def run(out: Path, *, seeds: Sequence[int], quiet: bool = False) -> Demo:
+    """Run the demo in `out`; what is there already is reused."""
     require_extra("sklearn", "demo", "softcache demo")
     require_extra("matplotlib", "demo", "softcache demo's picture")
     started = time.monotonic()
 
-    _say(f"1/3  training three teachers ({TEACHER}) on 1,297 digits")
-    teachers = [_teacher(out, seed) for seed in range(3)]
+    _say(f"1/3  training three teachers ({TEACHER}) on 1,297 digits", quiet)
+    teachers = [_teacher(out, seed, quiet) for seed in range(3)]
 
-    _say("2/3  running them once over the digits: softcache dump")
+    _say("2/3  running them once over the digits: softcache dump", quiet)
     cache = out / "cache"
     made = dump.run(
-        DumpConfig(data=TRAIN_DATA, teacher=tuple(str(t.path) for t in teachers), out=str(cache)),
+        DumpConfig(data=TRAIN_DATA, teacher=tuple(str(t.path) for t in teachers), out=str(cache)), quiet=quiet
     )
     assert made.manifest is not None
 
-    _say(f"3/3  training students ({STUDENT}): hard labels, then the same cache at two temperatures")
-    arms = [Arm("hard labels, no cache", [_student(out, "hard", seed) for seed in seeds])]
+    _say(f"3/3  training students ({STUDENT}): hard labels, then the same cache at two temperatures", quiet)
+    arms = [Arm("hard labels, no cache", [_student(out, "hard", seed, quiet) for seed in seeds])]
     for t in TEMPERATURES:
         loss = {"cache": str(cache), "loss": (f"kd:temperature={t}",), "combine": "mean_probs"}
-        arms.append(Arm(f"from the cache, T={t}", [_student(out, f"kd-t{t}", seed, **loss) for seed in seeds]))
+        arms.append(Arm(f"from the cache, T={t}", [_student(out, f"kd-t{t}", seed, quiet, **loss) for seed in seeds]))
 
     picture = out / "demo.png"
     _draw(picture, cache, arms)
-    teacher_errors = ", ".join(f"{_error(t):.1f} %" for t in teachers)
-    parameters = f"{teachers[0].parameters:,} parameters each"
-    lines = [
-        f"teachers: {teacher_errors} test error ({parameters}); one dump of {made.manifest.nbytes / 1e3:.0f} kB",
-        "",
-        table(
-            ["student (64-64-10 MLP), test error in %", "mean", "s.d.", *(f"seed {s}" for s in seeds)],
-            [
-                [a.name, f"{mean(a.errors):.2f}", f"{_spread(a.errors):.2f}", *(f"{e:.1f}" for e in a.errors)]
-                for a in arms
-            ],
-        ),
-        "",
-        *(f"{arm.name}: {_comparison(arms[0], arm)}" for arm in arms[1:]),
-        "500 test digits: one more error is 0.2 %. The students at both temperatures learned from one and the same dump.",
-        "",
-        f"picture: {picture}",
-        f"look:    softcache inspect {cache} --sample digits/000001",
-        f"time:    {time.monotonic() - started:.0f} s",
-    ]
-    return "\n".join(lines)
+    return Demo(
+        arms,
+        seeds,
+        [_error(teacher) for teacher in teachers],
+        teachers[0].parameters,
+        cache,
+        made.manifest.nbytes,
+        picture,
+        time.monotonic() - started,
+    )
 
 
-def _teacher(out: Path, seed: int) -> train.TrainResult:
+def _teacher(out: Path, seed: int, quiet: bool) -> train.TrainResult:
     return train.run(
         TrainConfig(
             data=TRAIN_DATA,
@@ -87,30 +128,32 @@ def _teacher(out: Path, seed: int) -> train.TrainResult:
             student=TEACHER,
             out=str(out / f"runs/teacher-{seed}"),
             policy=("shift:pixels=1",),
-            epochs=20,
+            epochs=TEACHER_EPOCHS,
             batch_size=64,
             lr=3e-3,
             schedule="warmup(1, cosine)",
             seed=seed,
             threads=1,
-        )
+        ),
+        quiet=quiet,
     )
 
 
-def _student(out: Path, name: str, seed: int, **changes: Any) -> float:
+def _student(out: Path, name: str, seed: int, quiet: bool, **changes: Any) -> float:
     result = train.run(
         TrainConfig(
             data=TRAIN_DATA,
             eval_data=TEST_DATA,
             student=STUDENT,
             out=str(out / f"runs/student-{name}-{seed}"),
-            epochs=60,
+            epochs=STUDENT_EPOCHS,
             batch_size=64,
             lr=3e-3,
             seed=seed,
             threads=1,  # so small a network gains nothing from a second one
             **changes,
-        )
+        ),
+        quiet=quiet,
     )
     return _error(result)
 
@@ -134,8 +177,9 @@ def _comparison(base: Arm, arm: Arm) -> str:
     return f"{change:+.2f} points on average; better in {better} of {len(pairs)} seeds, worse in {worse}"
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _draw(path: Path, cache_path: Path, arms: Sequence[Arm]) -> None:

@@ -79,7 +79,7 @@ class LockedError(DumpError):
 
 
 class DiskSpaceError(DumpError):
-    """Not enough room for the next shard."""
+    """Not enough room for what is to be written."""
 
 
 class CacheError(SoftcacheError):

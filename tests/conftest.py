@@ -1,10 +1,11 @@
-"""Shared by the tests: a user's file with a small data set and small teachers, and a dump of them in one call."""
+"""Shared by the tests: users' files, one of them with a small data set and small teachers; and a dump of them in one call."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,67 +27,31 @@ MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
-TOY = '''
-"""A user's file. Data: `{toy}:images?count=40`. Teachers: `{toy}:exact?seed=1`, `{toy}:network?seed=1`."""
 
-from math import prod
-
-import numpy as np
-import torch
-from torch import nn
-
-CLASS_NAMES = ("ant", "bee", "cat", "dog")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole", action="store_true", help="also run the long counts of which the other tests run a part"
+    )
+    if find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "a limit for each test: it is kept where pytest-timeout is installed")
 
 
-class Images(torch.utils.data.Dataset):
-    """Random 8 x 8 images with keys, labels and class names; no two are alike."""
-
-    def __init__(self, count, seed, rgb, multi_label):
-        draw = np.random.default_rng(seed)
-        self.images = draw.integers(0, 256, (count, 8, 8, 3) if rgb else (count, 8, 8)).astype(np.uint8)
-        self.labels = draw.integers(0, 2, (count, 4)).astype(bool) if multi_label else draw.integers(0, 4, count)
-        self.sample_keys = [f"toy/{i:04d}" for i in range(count)]
-        self.class_names = CLASS_NAMES
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), self.labels[i]
+@pytest.hookimpl(tryfirst=True)  # before what -m deselects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip("a long count, of which other tests run a part: pytest --whole")
+    for item in items:
+        if item.get_closest_marker("whole"):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(3600) if config.getoption("--whole") else skip)
 
 
-class Exact(nn.Module):
-    """A linear teacher of whole numbers / 1024: exact in float32, so equal for any batch, order and thread count."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(torch.from_numpy(weight).float() / 1024)
-
-    def collate(self, items):
-        return torch.stack([torch.as_tensor(np.asarray(item)) for item in items])  # pixels as they are, 0..255
-
-    def forward(self, batch):
-        return batch.flatten(1).float() @ self.weight.T
+WORLDS = Path(__file__).parent / "worlds"  # users' files: data sets, teachers and students
 
 
-def images(count: int = 40, seed: int = 0, rgb: bool = False, multi_label: bool = False):
-    return Images(count, seed, rgb, multi_label)
+def needs(package: str, extra: str) -> pytest.MarkDecorator:
+    """Marks what is skipped where the package of an extra is not installed."""
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs the extra softcache[{extra}]")
 
-
-def exact(num_classes, input_shape, seed: int = 0):
-    return Exact(np.random.default_rng(seed).integers(-8, 9, (num_classes, prod(input_shape))))
-
-
-def network(num_classes, input_shape, seed: int = 0, scale: float = 4.0, level: float = 0.0):
-    """A network whose logits spread by about `scale` around `level`, and depend on the batch in their last bits."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), 32), nn.Tanh(), nn.Linear(32, num_classes))
-        nn.init.normal_(net[1].weight, std=0.3)
-        nn.init.normal_(net[3].weight, std=scale / 32**0.5)
-        nn.init.constant_(net[3].bias, level)
-    return net
-'''
 
 QuickDump = Callable[..., softcache.Cache]
 
@@ -102,11 +67,9 @@ def _one_seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's .py file: a data set and teachers, see TOY."""
-    path = tmp_path_factory.mktemp("user") / "toy.py"
-    path.write_text(TOY)
-    return path
+def toy() -> Path:
+    """A user's .py file: a data set and teachers."""
+    return WORLDS / "toy.py"
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import socket
 import struct
@@ -26,6 +25,11 @@ from softcache.cache.file_entry import StoredFile
 from softcache.cache.open_file import open_checked
 from softcache.cache.schema import FORMAT_VERSION
 from softcache.errors import CacheError
+
+try:
+    import resource
+except ImportError:  # not a POSIX system: caches are read there, and their HDF5 structure is not checked
+    resource = None  # type: ignore[assignment]
 
 CHILD = (sys.executable, "-P", "-m", "softcache.cache.hdf5_check")
 START_S = 120.0  # until the child has imported h5py: long only on a machine that does something else
@@ -67,7 +71,7 @@ def structure_faults(
     """Each file with where its HDF5 structure differs from the manifest's entry. Ask for files whose sha256 has matched.
 
     Raises:
-        CacheError: the child process cannot be started.
+        CacheError: the child process cannot be started, or not be limited.
         DamagedCacheError: a file is missing, has another size, or is no regular file.
     """
     limits = limits or Limits()
@@ -97,6 +101,12 @@ class _Child:
     """The process that opens HDF5: asked file by file, until it dies or is ended."""
 
     def __init__(self, limits: Limits) -> None:
+        if resource is None:
+            raise CacheError(
+                "HDF5 structure is checked by a process with little memory and time, and Python on "
+                f"{sys.platform} has no module 'resource' to limit one",
+                tip="check it on Linux; `verify` without --full does not need it",
+            )
         self._limits, self.cause_of_death = limits, ""
         self._channel, theirs = socket.socketpair()
         with theirs:

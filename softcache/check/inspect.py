@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,36 +125,78 @@ def _divergence(s: MemberStatistics, temperature: str) -> str:
     return f"{s.mean_kl(temperature):.2g} / {s.kl[temperature].worst:.2g}"
 
 
-def sample_report(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> str:
-    """One sample's soft target at several temperatures, as bars; one block per member, then the ensemble's."""
+@dataclass(frozen=True)
+class SoftTarget:
+    """What the teachers answered to one view of one sample.
+
+    Attributes:
+        id: in hex.
+        labels: indices of its classes; several where the data is multi-label, none where it is unlabelled.
+        blocks: title (a member, or the ensemble) -> temperature -> (C,) float64 probabilities.
+    """
+
+    key: str
+    id: str
+    row: int
+    view: int
+    labels: Sequence[int]
+    class_names: Sequence[str]
+    blocks: Mapping[str, Mapping[float, np.ndarray]]
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        blocks = {
+            title: {f"{t:g}": probabilities.tolist() for t, probabilities in by_temperature.items()}
+            for title, by_temperature in self.blocks.items()
+        }
+        about = {"key": self.key, "id": self.id, "row": self.row, "view": self.view, "labels": list(self.labels)}
+        return {**about, "classes": list(self.class_names), "probabilities": blocks}
+
+    def text(self) -> str:
+        """As bars, one block per member, then the ensemble's."""
+        names = self.class_names
+        named = ", ".join(names[i] for i in self.labels) or "none"
+        lines = [f"{self.key}: row {self.row}, view {self.view}, id {self.id}, label {named}"]
+        for title, tables in self.blocks.items():
+            order = np.argsort(-tables[1.0], kind="stable")[:SHOWN_CLASSES]
+            width = max(len(names[i]) for i in order)
+            lines += ["", title, " " * (width + 4) + "".join(f"{f'T={t:g}':<22}" for t in tables)]
+            for i in order:
+                mark = "*" if int(i) in self.labels else " "
+                cells = [f"{100 * p[i]:6.2f} % {bar(float(p[i]), 12):<12}" for p in tables.values()]
+                lines.append(f"{mark} {names[i]:<{width}}  " + " ".join(cells).rstrip())
+            if len(names) > SHOWN_CLASSES:
+                lines.append(f"  ... {len(names) - SHOWN_CLASSES} more classes")
+        return "\n".join(lines)
+
+
+def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> SoftTarget:
+    """One sample's soft target at several temperatures: of each member, then of the ensemble."""
     cache = open_cache(path)
     if not 0 <= view < cache.num_views:
         raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
     row = row_of(cache, key)
-    rows, views = np.array([row]), np.array([view])
-    targets = cache.gather(rows, views)
+    targets = cache.gather(np.array([row]), np.array([view]))
     samples = cache.samples
-    label = samples.labels_of(rows)[0]
-    truth = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
-    named = ", ".join(cache.class_names[i] for i in truth) or "none"
-    lines = [f"{samples.key(row)}: row {row}, view {view}, id {int(samples.ids[row]):016x}, label {named}"]
+    label = samples.labels_of(np.array([row]))[0]
+    labels = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
     served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in cache.codecs.values())]
-    blocks = {member: [targets.log_probs(member, t) for t in served] for member in cache.members}
+    blocks = {member: {t: targets.log_probs(member, t) for t in served} for member in cache.members}
     if len(cache.members) > 1 and all(codec.complete for codec in cache.codecs.values()):
-        combined = [targets.combined(combine, temperature=t) / t for t in served]
-        blocks[f"ensemble ({combine})"] = [logits.log_softmax(dim=1) for logits in combined]
-    for title, log_probs in blocks.items():
-        tables = {t: row[0].double().exp().numpy() for t, row in zip(served, log_probs, strict=True)}
-        order = np.argsort(-tables[1.0], kind="stable")[:SHOWN_CLASSES]
-        width = max(len(cache.class_names[i]) for i in order)
-        lines += ["", title, " " * (width + 4) + "".join(f"{f'T={t:g}':<22}" for t in served)]
-        for i in order:
-            mark = "*" if int(i) in truth else " "
-            cells = [f"{100 * tables[t][i]:6.2f} % {bar(float(tables[t][i]), 12):<12}" for t in served]
-            lines.append(f"{mark} {cache.class_names[i]:<{width}}  " + " ".join(cells).rstrip())
-        if len(cache.class_names) > SHOWN_CLASSES:
-            lines.append(f"  ... {len(cache.class_names) - SHOWN_CLASSES} more classes")
-    return "\n".join(lines)
+        combined = {t: targets.combined(combine, temperature=t) / t for t in served}
+        blocks[f"ensemble ({combine})"] = {t: logits.log_softmax(dim=1) for t, logits in combined.items()}
+    return SoftTarget(
+        samples.key(row),
+        f"{int(samples.ids[row]):016x}",
+        row,
+        view,
+        labels,
+        cache.class_names,
+        {
+            title: {t: log_probs[0].double().exp().numpy() for t, log_probs in found.items()}
+            for title, found in blocks.items()
+        },
+    )
 
 
 def row_of(cache: Cache, key: str) -> int:

@@ -101,6 +101,8 @@ def run(path: Path, means: Means, *, quiet: bool = False) -> Repaired:
     damaged = [file.path for file in damaged_files(path, manifest, quiet=quiet)]
     if not damaged:
         return result
+    sizes = {file.path: file.nbytes for file in manifest.files}
+    durable.require_room(path, sum(sizes[name] for name in damaged), "the damaged files need")
     with Rewriter(path, manifest, damaged) as out:
         if means.source is not None:
             left = [name for name in damaged if not out.copy(means.source, name)]

@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from typing import Any
-
-from tqdm import tqdm
 
 from softcache.cache.checksums import Damage, bad_blocks, damage_of, sha256_of
 from softcache.cache.file_entry import StoredFile
@@ -22,6 +21,7 @@ from softcache.cache.reader import read_samples
 from softcache.cache.schema import CRC_SUFFIX, MANIFESTS, SAMPLES
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import DamagedCacheError, DriftError, UnfinishedCacheError, first_offenders
+from softcache.report.progress import Meter
 
 WHOLE, DAMAGED, UNFINISHED = 0, 1, 3
 
@@ -148,39 +148,33 @@ def _checked(
     path: Path, manifest: Manifest, *, full: bool, quiet: bool
 ) -> Iterator[tuple[StoredFile, Sequence[Found]]]:
     """(file, what is wrong with it) of every file that is not as the manifest says."""
-    whole = []
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,  # hashing lets other threads run
-        tqdm(
-            total=manifest.nbytes if full else 0,
-            desc="verify",
-            unit="B",
-            unit_scale=True,
-            disable=quiet or not full or None,
-            leave=False,
-        ) as bar,
-    ):
-        for file, found in zip(
-            manifest.files, pool.map(lambda one: _file_faults(path, one, full), manifest.files), strict=True
-        ):
-            bar.update(file.nbytes)
-            if found:
-                yield file, found
-            else:
-                whole.append(file)
+    whole, stopped = [], Event()
+    pool = ThreadPoolExecutor(os.cpu_count())  # hashing lets other threads run
+    try:
+        with Meter(f"verify {path}", manifest.nbytes, unit="B", quiet=quiet or not full) as meter:
+            checked = pool.map(lambda one: _file_faults(path, one, full, stopped), manifest.files)
+            for file, found in zip(manifest.files, checked, strict=True):
+                meter.add(file.nbytes)
+                if found:
+                    yield file, found
+                else:
+                    whole.append(file)
+    finally:  # after Ctrl-C nobody waits for files of many GB
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
     if full:  # HDF5 is opened where every byte is known to be the writer's
         for file, faults in structure_faults(path, whole):
             if faults:
                 yield file, faults
 
 
-def _file_faults(path: Path, file: StoredFile, full: bool) -> Sequence[Found]:
+def _file_faults(path: Path, file: StoredFile, full: bool, stopped: Event) -> Sequence[Found]:
     try:
         fd = open_checked(path, file)
     except DamagedCacheError as exc:
         return [exc.message.removeprefix(f"{path / file.path}: ")]
     try:
-        found = sha256_of(fd) if full else file.sha256
+        found = sha256_of(fd, stop=stopped.is_set) if full else file.sha256
         if found == file.sha256:
             return []
         # the checksums say where: they need no look while the whole file's hash is right

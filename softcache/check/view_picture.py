@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from softcache.check.inspect import row_of
 from softcache.check.replay import Replay
 from softcache.data.identity import pixel_digest
 from softcache.errors import ConfigError, DataError
+from softcache.files.durable import require_room
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 
@@ -22,10 +24,40 @@ SHOWN_CLASSES = 3
 LINE = 13
 
 
+@dataclass(frozen=True)
+class Picture:
+    """What a picture shows: `shown` of a sample's `views`, of which `same` render as the teacher saw them."""
+
+    path: str
+    sample: str
+    shown: int
+    views: int
+    same: int
+
+    def text(self) -> str:
+        shown = f"{self.shown} of {self.views} views of {self.sample}"
+        return f"{self.path}: {shown}; {self.same} render as the teacher saw them"
+
+
+@dataclass(frozen=True)
+class ShownView:
+    """A view as it is drawn.
+
+    Attributes:
+        item: as it was rendered.
+        as_dumped: whether its pixels are those that the teacher saw.
+        lines: what is written below it.
+    """
+
+    item: Any
+    as_dumped: bool
+    lines: list[str]
+
+
 def draw_views(
     path: Path, key: str, out: Path, *, data: str | None = None, allow_code: bool = False, most: int = 24
-) -> str:
-    """Write a PNG of up to `most` views of one sample; returns a line that says what it shows.
+) -> Picture:
+    """Write a PNG of up to `most` views of one sample.
 
     Args:
         path: the cache.
@@ -40,12 +72,22 @@ def draw_views(
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: the picture is a PNG", tip="give a name that ends in .png")
     replay = Replay(path, data, allow_code=allow_code)
+    views = shown_views(replay, key, most)
+    grid = _grid([_cell(_image(view.item, key), view.lines) for view in views])
+    require_room(out.parent, 3 * grid.width * grid.height, "the picture needs")
+    grid.save(out)
     cache = replay.cache
-    row = row_of(cache, key)
+    name, same = cache.samples.key(row_of(cache, key)), sum(view.as_dumped for view in views)
+    return Picture(str(out), name, len(views), cache.num_views, same)
+
+
+def shown_views(replay: Replay, key: str, most: int) -> list[ShownView]:
+    """The first views of a sample, at most `most`, with what is written below each of them."""
+    cache, row = replay.cache, row_of(replay.cache, key)
     count = min(most, cache.num_views)
     targets = cache.gather(np.full(count, row), np.arange(count))
     stored = cache.reader.gather(None, "pixel_digests", targets.rows, targets.views)
-    cells, same = [], 0
+    views = []
     for view in range(count):
         rendered = replay.rendered(row, view)
         if rendered is None:
@@ -55,15 +97,11 @@ def draw_views(
                 tip="give --data as it was when the cache was made",
             )
         as_dumped = pixel_digest(rendered.item) == int(stored[view])
-        same += as_dumped
         title = f"view {view}" + ("" if as_dumped else ": NOT what the teacher saw")
         if rendered.partner_row >= 0:
             title += f", {rendered.share:.2f} of it"
-        cells.append(_cell(_image(rendered.item, key), [title, *_answers(cache, targets, view)]))
-    _grid(cells).save(out)
-    return (
-        f"{out}: {count} of {cache.num_views} views of {cache.samples.key(row)}; {same} render as the teacher saw them"
-    )
+        views.append(ShownView(rendered.item, as_dumped, [title, *_answers(cache, targets, view)]))
+    return views
 
 
 def _answers(cache: Cache, targets: Targets, view: int) -> list[str]:

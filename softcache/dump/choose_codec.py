@@ -55,10 +55,27 @@ CANDIDATES = (
 
 
 class Prober:
-    """Runs teachers on some of the rows, at view 0: what codecs are fitted on and compared by, whatever is dumped later."""
+    """Runs teachers on some of the rows, at view 0: what codecs are fitted on and compared by, whatever is dumped later.
 
-    def __init__(self, viewed: ViewedSet, order: np.ndarray, batch_size: int) -> None:
+    Args:
+        viewed: renders the samples.
+        order: of the rows, as they are dumped.
+        batch_size: of the teachers.
+        fitted_rows: the first ones, on which codecs are fitted.
+        measured_rows: those behind them, on which codecs are compared.
+    """
+
+    def __init__(
+        self,
+        viewed: ViewedSet,
+        order: np.ndarray,
+        batch_size: int,
+        *,
+        fitted_rows: int = FITTED_ROWS,
+        measured_rows: int = MEASURED_ROWS,
+    ) -> None:
         self._viewed, self._order, self._batch_size = viewed, order, batch_size
+        self._fitted_rows, self._measured_rows = fitted_rows, measured_rows
         self._rows: dict[tuple[str, int, int], Probe] = {}
 
     def items(self, start: int, count: int) -> list[Any]:
@@ -71,12 +88,12 @@ class Prober:
 
     def fitting_rows(self, teacher: Teacher) -> Probe:
         """What a codec is fitted on."""
-        return self._run(teacher, 0, _at_most(FITTED_ROWS, teacher.num_classes))
+        return self._run(teacher, 0, _at_most(self._fitted_rows, teacher.num_classes))
 
     def measuring_rows(self, teacher: Teacher) -> Probe:
         """Rows behind those of the fit, where there are enough; else the same."""
-        start, count = _at_most(FITTED_ROWS, teacher.num_classes), _at_most(MEASURED_ROWS, teacher.num_classes)
-        start = min(start, max(0, len(self._order) - count))
+        count = _at_most(self._measured_rows, teacher.num_classes)
+        start = min(_at_most(self._fitted_rows, teacher.num_classes), max(0, len(self._order) - count))
         return self._run(teacher, start, count)
 
     def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
@@ -142,10 +159,10 @@ class Surveyed:
     refused: str = ""
 
 
-def candidates(num_classes: int) -> list[str]:
+def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES) -> list[str]:
     """The codecs worth comparing: none whose head would be the whole row."""
-    heads = {text: asked_codec(text, num_classes, None) for text in CANDIDATES if text.startswith(("headtail", "topk"))}
-    return [text for text in CANDIDATES if text not in heads or getattr(heads[text], "k", 0) < num_classes]
+    heads = {text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk"))}
+    return [text for text in codecs if text not in heads or getattr(heads[text], "k", 0) < num_classes]
 
 
 def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise | None) -> Surveyed:
@@ -184,14 +201,22 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     )
 
 
-def pick_codec(teachers: Sequence[Teacher], prober: Prober, promise: Promise, records: int) -> str:
+def pick_codec(
+    teachers: Sequence[Teacher],
+    prober: Prober,
+    promise: Promise,
+    records: int,
+    *,
+    codecs: Sequence[str] = CANDIDATES,
+) -> str:
     """The codec that keeps every class and, with headroom, the promise on the probed rows of every teacher in the least space.
 
     Args:
         records: of one teacher; constants are stored once for all of them.
+        codecs: to pick from.
     """
     best: tuple[float, str] | None = None
-    for text in candidates(teachers[0].num_classes):
+    for text in candidates(teachers[0].num_classes, codecs):
         found = [survey_codec(text, teacher, prober, promise) for teacher in teachers]
         if all(keeps(one, promise) for one in found):
             size = sum(records * one.record_bytes + constants_bytes(one.constants) for one in found)
@@ -210,9 +235,15 @@ def keeps(found: Surveyed, promise: Promise) -> bool:
 
 
 def choose_storages(
-    config: StorageOptions, job: Job, teachers: Sequence[Teacher], prober: Prober, out: Path | None
+    config: StorageOptions,
+    job: Job,
+    teachers: Sequence[Teacher],
+    prober: Prober,
+    out: Path | None,
+    *,
+    codecs: Sequence[str] = CANDIDATES,
 ) -> dict[str, Storage]:
-    """Member -> how it is stored: as the cache or an interrupted dump has it, as --codec says, or as --max-kl picks.
+    """Member -> how it is stored: as the cache or an interrupted dump has it, as --codec says, or as --max-kl picks of `codecs`.
 
     The teachers' taps are set to what their storage needs.
     """
@@ -227,7 +258,7 @@ def choose_storages(
     text = config.codec
     if text is None and not all(known.values()):
         records = len(job.order) * job.views
-        text = pick_codec(teachers, prober, promise, records) if promise is not None else DEFAULT_CODEC
+        text = pick_codec(teachers, prober, promise, records, codecs=codecs) if promise is not None else DEFAULT_CODEC
     storages = {}
     for teacher in teachers:
         before, wanted = known[teacher.name], asked_codec(text, num_classes, promise) if text is not None else None

@@ -24,7 +24,15 @@ from softcache.data.drift import make_probe
 from softcache.data.loading import Partners, ViewedSet
 from softcache.data.transfer_set import TransferSet
 from softcache.dump import flow as dump
-from softcache.dump.choose_codec import Prober, Surveyed, candidates, choose_storages, survey_codec
+from softcache.dump.choose_codec import (
+    CANDIDATES,
+    MEASURED_ROWS,
+    Prober,
+    Surveyed,
+    candidates,
+    choose_storages,
+    survey_codec,
+)
 from softcache.dump.job import Job, new_job
 from softcache.dump.layout import (
     Arrays,
@@ -40,10 +48,12 @@ from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError
 from softcache.machine import pick_device, pick_threads
+from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
 
 TRIAL_SECONDS = 6.0  # how long the larger trial dump should take
 FEWEST_ROWS, MOST_ROWS = 512, 16384
+TRIALS = 3  # dumps
 
 
 @dataclass(frozen=True)
@@ -172,31 +182,50 @@ class Forecast:
         }
 
 
-def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
+def run(
+    config: PlanConfig,
+    *,
+    quiet: bool = False,
+    codecs: Sequence[str] = CANDIDATES,
+    measured_rows: int = MEASURED_ROWS,
+    trial_rows: tuple[int, int] = (FEWEST_ROWS, MOST_ROWS),
+    trial_seconds: float = TRIAL_SECONDS,
+) -> Forecast:
     """Measure codecs on the teachers' own rows, and small dumps for the time; nothing is kept.
+
+    Args:
+        config: of the dump that is planned.
+        quiet: as for the other verbs; nothing is printed here.
+        codecs: to compare, and to pick from where --max-kl asks for it.
+        measured_rows: on which codecs are compared.
+        trial_rows: the fewest and the most rows of a trial dump.
+        trial_seconds: how long the larger trial dump should take.
 
     Raises:
         SoftcacheError: and its children, as the dump would raise them.
     """
     torch.set_num_threads(pick_threads(config.threads))
     begin = time.monotonic()
-    _open(config)
+    _open(config, measured_rows)
     middle = time.monotonic()
-    transfer_set, job, viewed, prober, teachers = _open(config)
+    transfer_set, job, viewed, prober, teachers = _open(config, measured_rows)
     once = max(0.0, 2 * middle - begin - time.monotonic())  # what a process loads the first time, as a dump's will
     promise = promise_of(config, multi_label=transfer_set.multi_label)
-    storages = choose_storages(config, job, teachers, prober, None)
+    storages = choose_storages(config, job, teachers, prober, None, codecs=codecs)
     chosen = storages[teachers[0].name].codec.text
     # as a dump would write them, so that the chosen one is not there twice
     classes = transfer_set.num_classes
-    texts = list(dict.fromkeys([*(asked_codec(t, classes, promise).text for t in candidates(classes)), chosen]))
-    surveyed = {text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in texts}
-    tried = chosen
-    try:
-        rates = _rates(config, transfer_set, job, tried)
-    except CodecFitError:  # it suits the whole set, and not the few samples of a trial
-        tried = "float32"
-        rates = _rates(config, transfer_set, job, tried)
+    texts = list(dict.fromkeys([*(asked_codec(t, classes, promise).text for t in candidates(classes, codecs)), chosen]))
+    with Meter("plan", len(texts) + TRIALS, unit="trials", quiet=quiet) as meter:
+        surveyed = {
+            text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in meter.over(texts)
+        }
+        tried = chosen
+        try:
+            rates = _rates(config, transfer_set, job, tried, trial_rows, trial_seconds, meter)
+        except CodecFitError:  # it suits the whole set, and not the few samples of a trial
+            tried = "float32"
+            rates = _rates(config, transfer_set, job, tried, trial_rows, trial_seconds, meter)
     rates, probe_bytes = replace(rates, fixed=rates.fixed + once), _probe_bytes(viewed, job)
     classifiers = {t.name: _classifier_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
     features = {
@@ -223,12 +252,12 @@ def run(config: PlanConfig, *, quiet: bool = False) -> Forecast:
     )
 
 
-def _open(config: PlanConfig) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
+def _open(config: PlanConfig, measured_rows: int) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
     """What a dump opens before its first row."""
     transfer_set, _ = open_samples(config)
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
-    prober = Prober(viewed, job.order, config.batch_size)
+    prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows)
     teachers = dump.open_teachers(config, prober, transfer_set, pick_device(config.device))
     return transfer_set, job, viewed, prober, teachers
 
@@ -300,9 +329,17 @@ def _probe_bytes(viewed: ViewedSet, job: Job) -> int:
     return file_bytes([ArraySpec(n, a.dtype.newbyteorder("<").str, a.shape) for n, a in probe.items()]) if probe else 0
 
 
-def _rates(config: PlanConfig, transfer_set: TransferSet, job: Job, codec: str) -> Rates:
+def _rates(
+    config: PlanConfig,
+    transfer_set: TransferSet,
+    job: Job,
+    codec: str,
+    trial_rows: tuple[int, int],
+    trial_seconds: float,
+    meter: Meter,
+) -> Rates:
     """From small dumps of this command: a first one to see how long it takes, two of different size, one of two views."""
-    count = len(transfer_set)
+    count, (fewest, most) = len(transfer_set), trial_rows
     with tempfile.TemporaryDirectory(prefix="softcache-plan-") as folder:
 
         def trial(rows: int, views: int) -> tuple[float, float]:
@@ -314,14 +351,15 @@ def _rates(config: PlanConfig, transfer_set: TransferSet, job: Job, codec: str) 
             values = {f.name: getattr(config, f.name) for f in fields(PlanConfig)}
             values |= {"samples": str(keys), "codec": codec, "views": views, "max_kl": None}
             done = dump.run(DumpConfig(**values, out=str(Path(folder) / f"cache-{number}")), quiet=True)
+            meter.add()
             per_view = 1 / done.samples_per_s
             return max(0.0, done.seconds - len(chosen) * views * per_view), per_view
 
-        few, views = min(count, FEWEST_ROWS), min(2, job.views)
+        few, views = min(count, fewest), min(2, job.views)
         trial(few, views)  # the first one also pays for what every process loads once
         before, per_view = trial(few, views)
         taken = before + few * views * per_view
-        rows = min(count, MOST_ROWS, max(2 * few, int(few * TRIAL_SECONDS / max(taken, 0.01))))
+        rows = min(count, most, max(2 * few, int(few * trial_seconds / max(taken, 0.01))))
         if rows <= few:  # the whole set was tried
             return Rates(before, 0.0, per_view)
         before_more, per_view = trial(rows, views)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from softcache.cache.write.writer import SpanTarget
 from softcache.data.loading import LoadedBatch
 from softcache.files.durable import free_bytes
+from softcache.report.progress import Meter
 
 
 class DumpProgress:
-    """Progress on stderr: samples/s, MB/s, share of time spent waiting for data, ETA, GB left on the disk."""
+    """Meter on stderr: samples/s, MB/s, share of time spent waiting for data, ETA, GB left on the disk."""
 
     def __init__(self, writer: SpanTarget, total: int, *, quiet: bool) -> None:
         self._writer = writer
-        self._bar = tqdm(total=total, unit="view", unit_scale=True, desc=f"dump {writer.path}", disable=quiet)
-        self._started, self._waited, self._done, self._shown = time.monotonic(), 0.0, 0, 0.0
+        self._shown = Meter(f"dump {writer.path}", total, unit="views", quiet=quiet)
+        self._started, self._waited, self._noted = time.monotonic(), 0.0, 0.0
 
     def wait_for(self, loaded: Iterator[LoadedBatch]) -> LoadedBatch:
         begin = time.monotonic()
@@ -27,16 +26,15 @@ class DumpProgress:
         return batch
 
     def count(self, records: int) -> None:
-        self._done += records
-        self._bar.update(records)
         now = time.monotonic()
-        if not self._bar.disable and now - self._shown > 0.5:
-            self._shown = now
+        if self._shown.shown and now - self._noted > 0.5:
+            self._noted = now
             left = free_bytes(self._writer.path) / 1e9
-            self._bar.set_postfix_str(
+            self._shown.note(
                 f"{self._writer.bytes_written / 1e6 / max(1e-9, now - self._started):.1f} MB/s, "
-                f"waiting {100 * self.wait_share:.0f} %, {left:.0f} GB left"
+                f"waiting {100 * self.wait_share:.0f} %, {left:.0f} GB free"
             )
+        self._shown.add(records)
 
     @property
     def wait_share(self) -> float:
@@ -44,7 +42,7 @@ class DumpProgress:
 
     @property
     def samples_per_s(self) -> float:
-        return self._done / max(1e-9, time.monotonic() - self._started)
+        return self._shown.done / max(1e-9, time.monotonic() - self._started)
 
     def close(self) -> None:
-        self._bar.close()
+        self._shown.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from tqdm import tqdm
 
 from softcache.cache.samples import SampleTable, build_table, pack_labels
 from softcache.config import StorageOptions
@@ -12,6 +11,7 @@ from softcache.data.loading import LoadedBatch, ViewedSet, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, first_offenders
+from softcache.report.progress import Meter
 
 
 def open_samples(config: StorageOptions) -> tuple[TransferSet, np.ndarray]:
@@ -46,11 +46,11 @@ def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) ->
     viewed = ViewedSet(transfer_set, Policy(), (), digests=True)
     pairs = ([(i, 0) for i in range(start, min(start + 1024, count))] for start in range(0, count, 1024))
     digests = np.empty((count, 16), np.uint8)
-    with tqdm(total=count, unit="sample", desc="reading samples", disable=quiet, leave=False) as bar:
+    with Meter("reading samples", count, unit="samples", quiet=quiet) as meter:
         for batch in load_batches(viewed, pairs, workers=workers):
             assert batch.content_digests is not None
             digests[batch.index] = batch.content_digests
-            bar.update(len(batch.index))
+            meter.add(len(batch.index))
     return digests
 
 

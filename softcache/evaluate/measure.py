@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from softcache.config import EvalConfig
 from softcache.data.join import batches, check_same_classes
@@ -27,6 +25,7 @@ from softcache.errors import ConfigError, ModelError
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
+from softcache.report.progress import track
 from softcache.report.tables import percent, table
 from softcache.targets.cache import Joined, is_cache
 from softcache.targets.cache import open as open_cache
@@ -121,7 +120,7 @@ def evaluate(
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
-    for batch in tqdm(loaded, total=-(-count // batch_size), desc="eval", disable=not progress, leave=False):
+    for batch in track(loaded, "eval", -(-count // batch_size), unit="batches", quiet=not progress):
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits = model(to_device(batch.inputs[0], device))
         _check_finite(logits, batch.index)
@@ -151,6 +150,7 @@ def evaluate_cache(
     combine: str = "mean_logits",
     batch_size: int = 512,
     bias: Mapping[str, float] | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """How good the combined soft targets of a cache are, at view 0: its teachers together, without running them.
 
@@ -161,7 +161,8 @@ def evaluate_cache(
     started, bias = time.monotonic(), bias or {}
     sums = Sums(transfer_set.num_classes)
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names])
-    for index in np.array_split(np.arange(len(transfer_set)), -(-len(transfer_set) // batch_size)):
+    pieces = np.array_split(np.arange(len(transfer_set)), -(-len(transfer_set) // batch_size))
+    for index in track(pieces, "eval", len(pieces), unit="batches", quiet=not progress):
         logits = joined.gather_samples(index, np.zeros_like(index)).combined(combine, temperature=1.0)
         sums.add_labels(logits + added, torch.from_numpy(transfer_set.labels[index]))
     result = _result(sums, transfer_set, started, 1.0, bias)
@@ -249,7 +250,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())
     if is_cache(model_text, finished=False):
-        return _run_cache(model_text, transfer_set, config)
+        return _run_cache(model_text, transfer_set, config, quiet=quiet)
     joined = None
     if config.cache is not None:
         joined = open_cache(config.cache, allow_code=config.allow_code).join(transfer_set)
@@ -275,7 +276,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         temperature=config.temperature,
         bias=bias,
         order=_order(model_text, model, transfer_set),
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
     )
 
 
@@ -323,7 +324,7 @@ def _how(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig) -> Evaluation:
+def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig, *, quiet: bool) -> Evaluation:
     """A cache in the place of a model."""
     told = {"--cache": config.cache, "--policy": config.policy, "--fit-bias": config.fit_bias}
     for flag, given in told.items():
@@ -333,7 +334,9 @@ def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig) -> Eval
         raise ConfigError("--bias is of models; votes have no logits", tip="leave it out, or name a model")
     joined = open_cache(path, allow_code=config.allow_code).join(transfer_set)
     bias = parse_bias(config.bias, transfer_set.class_names)
-    return evaluate_cache(joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias)
+    return evaluate_cache(
+        joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias, progress=not quiet
+    )
 
 
 def _fitted_bias(

@@ -205,6 +205,24 @@ def append_line(path: Path, line: bytes) -> None:
         sync_folder(path.parent)
 
 
+def require_room(folder: Path, nbytes: int, what: str) -> None:
+    """Nothing, where a folder's file system has so many bytes free. The folder need not exist yet.
+
+    Args:
+        what: begins the message: "the next shards need".
+
+    Raises:
+        DiskSpaceError: with both numbers.
+    """
+    there = next((one for one in (folder, *folder.absolute().parents) if one.is_dir()), folder)
+    free = free_bytes(there)
+    if free < nbytes:
+        raise DiskSpaceError(
+            f"{folder}: {what} {nbytes / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
+            tip="free some space and run the same command again: what was finished is kept",
+        )
+
+
 def free_bytes(folder: Path) -> int:
     with explained("statvfs", folder):
         return shutil.disk_usage(folder).free

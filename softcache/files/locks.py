@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +15,11 @@ from pathlib import Path
 from softcache.errors import DumpError, SoftcacheError
 from softcache.files import durable
 from softcache.files.durable import OpenFile
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: caches are read there, and nothing is written that needs a lock
+    fcntl = None  # type: ignore[assignment]
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 HOLDER = re.compile(r"host [^\x00-\x1f]{1,255}, pid [0-9]{1,10}, since [0-9T:+-]{1,32}")
@@ -30,8 +35,14 @@ def take_lock(path: Path, *, wait: bool = False) -> OpenFile:
 
     Raises:
         BlockingIOError: another process has it; with `wait`, its end is waited for instead.
-        DumpError: the file system cannot lock.
+        DumpError: the file system, or this platform, cannot lock.
     """
+    if fcntl is None:
+        raise DumpError(
+            f"{path}: cannot be locked: Python on {sys.platform} has no module 'fcntl', and without a lock two processes could "
+            "write the same files at once",
+            tip="dump, train and repair on Linux; a finished cache can be read here",
+        )
     file = durable.open_or_create(path)
     try:
         fcntl.flock(file.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -163,13 +163,20 @@ def run(
     return _finished(bench, chosen, "table.only" if only else "table")
 
 
-def listing() -> str:
-    """All recipes, with what each budget takes."""
-    rows = []
+def recipes() -> list[dict[str, str]]:
+    """All recipes: "recipe" (its name), "table" (what it makes again), and what each budget takes."""
+    found = []
     for name in recipe_names():
-        paper, short, smoke = (read_recipe(name, budget) for budget in ("paper", "short", "smoke"))
-        rows.append([name, paper.title, smoke.estimate, short.estimate, paper.estimate])
-    return table(["recipe", "table", "smoke", "short", "paper"], rows, words=True)
+        by_budget = {budget: read_recipe(name, budget) for budget in ("smoke", "short", "paper")}
+        takes = {budget: recipe.estimate for budget, recipe in by_budget.items()}
+        found.append({"recipe": name, "table": by_budget["paper"].title, **takes})
+    return found
+
+
+def listing() -> str:
+    """The same as a table."""
+    found = recipes()
+    return table(list(found[0]), [list(one.values()) for one in found], words=True)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softcache.cache.card import card
 from softcache.cache.dump_folder import read_planned, work_folder
@@ -34,6 +33,8 @@ from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
 from softcache.data.selection import of_classes, read_keys
 from softcache.errors import CacheError, ConfigError, DataError, DumpError, first_offenders, nearest
+from softcache.files.durable import require_room
+from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 from softcache.targets.cache import open as open_cache
@@ -76,13 +77,25 @@ class Chosen:
 
 
 def run(
-    path: Path, out: Path, choice: Choice, *, id: str | None = None, license: str | None = None, quiet: bool = False
+    path: Path,
+    out: Path,
+    choice: Choice,
+    *,
+    id: str | None = None,
+    license: str | None = None,
+    quiet: bool = False,
+    shard_rows: int | None = None,
+    batch_rows: int = BATCH_ROWS,
+    batch_logits: int = BATCH_LOGITS,
 ) -> Manifest:
     """Write the chosen part of the cache in `path` to `out`; goes on with a subset that was interrupted.
 
     Args:
         id: of the parent's manifest; None: the newest, or the one that an interrupted subset began with.
         license: of the child; None: the parent's.
+        quiet: no progress.
+        shard_rows: of the child's shards; None: as the layout derives them.
+        batch_rows, batch_logits: how many of them are held in memory at once.
 
     Raises:
         SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
@@ -91,7 +104,8 @@ def run(
     _refuse_same_folder(path, out)
     cache = open_cache(path, id=id or _begun_with(path, out))
     chosen = choose(cache, choice)
-    plan = make_plan(cache, chosen, license)
+    plan = make_plan(cache, chosen, license, shard_rows)
+    batch = max(1, min(batch_rows, batch_logits // cache.num_classes))
     setup = Setup(
         cut_samples(cache.samples, chosen.rows),
         cut_probe(cache.reader.probe(), chosen),
@@ -103,9 +117,10 @@ def run(
         if finished and spans and not quiet:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         total = sum(span.rows * span.views for span in spans)
-        with tqdm(total=total, unit="view", unit_scale=True, desc=f"subset {out}", disable=quiet or None) as bar:
+        require_room(out, sum(_span_bytes(span, cache, chosen) for span in spans), "the shards need")
+        with Meter(f"subset {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
-                _write_span(writer, span, cache, chosen, bar)
+                _write_span(writer, span, cache, chosen, batch, meter)
         manifest = writer.commit(card, _provenance(path, choice, started, total))
     if manifest is None:
         raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
@@ -187,7 +202,7 @@ def _listed(table: SampleTable, path: Path) -> np.ndarray:
     return listed
 
 
-def make_plan(cache: Cache, chosen: Chosen, license: str | None) -> Plan:
+def make_plan(cache: Cache, chosen: Chosen, license: str | None, shard_rows: int | None = None) -> Plan:
     """The child's plan: the parent's, cut, in one round. The writer adds the samples' fingerprint."""
     parent = cache.manifest.plan
     layout = plan_layout(
@@ -195,6 +210,7 @@ def make_plan(cache: Cache, chosen: Chosen, license: str | None) -> Plan:
         chosen.views,
         len(chosen.members),
         max(sum(spec.nbytes for spec in _array_specs(cache, name, 1, 1)) for name in chosen.members),
+        shard_rows=shard_rows,
     )
     whole = len(chosen.rows) == len(cache)
     return replace(
@@ -264,10 +280,15 @@ def cut_probe(probe: dict[str, np.ndarray], chosen: Chosen) -> dict[str, np.ndar
     }
 
 
-def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, bar: Any) -> None:
+def _span_bytes(span: Span, cache: Cache, chosen: Chosen) -> int:
+    """Of a part's data, pixel digests included."""
+    specs = [spec for name in chosen.members for spec in _array_specs(cache, name, span.views, span.rows)]
+    return sum(spec.nbytes + spec.checksums.nbytes for spec in specs) + 4 * span.views * span.rows
+
+
+def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, batch: int, meter: Meter) -> None:
     """Every record of a part, in the parent's own order of rows."""
     specs = {name: _array_specs(cache, name, span.views, span.rows) for name in chosen.members}
-    batch = max(1, min(BATCH_ROWS, BATCH_LOGITS // cache.num_classes))
     with writer.span(span, specs) as out:
         for view in range(span.view_start, span.view_stop):
             for start in range(span.row_start, span.row_stop, batch):
@@ -276,7 +297,7 @@ def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, b
                 out.append(None, {"pixel_digests": cache.reader.gather(None, "pixel_digests", rows, views)})
                 for name in chosen.members:
                     _copy(out, name, cache, rows, views)
-                bar.update(len(rows))
+                meter.add(len(rows))
 
 
 def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: np.ndarray) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softcache.config import ExportConfig
 from softcache.data.join import batches
@@ -30,6 +28,7 @@ from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ClassMismatchError, ConfigError, ExportError, require_extra
 from softcache.evaluate.measure import Evaluation, Sums, run_policy
+from softcache.files.durable import require_room
 from softcache.machine import pick_device, pick_threads, pick_workers
 from softcache.models import (
     METADATA_KEY,
@@ -41,6 +40,7 @@ from softcache.models import (
     save_student,
     split_weights,
 )
+from softcache.report.progress import track
 from softcache.report.tables import percent, size, table
 from softcache.spec import parse_spec
 from softcache.students.traced_program import (
@@ -143,6 +143,8 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     output = TensorFact(model.output, dtype_name(logits.dtype), ("batch", *logits.shape[1:]), "one number per class")
     metadata = _metadata(model, model_text, config.to, batch.facts, output)
 
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    require_room(out.parent, weights, "the exported weights need")
     aside = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     try:
         aside.touch()  # a folder that cannot be written is found out before the work
@@ -225,7 +227,7 @@ def _compare(
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=False)
     steps = 1 + -(-(count - 1) // batch_size)
     with _exact_float32():
-        for batch in tqdm(loaded, total=steps, desc="verify", disable=quiet or None, leave=False, file=sys.stderr):
+        for batch in track(loaded, f"verify {where}", steps, unit="batches", quiet=quiet):
             outputs = []
             for place, forward in enumerate((lambda x: model(to_device(x, device)), exported)):
                 started = time.monotonic()

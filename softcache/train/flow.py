@@ -21,13 +21,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, epoch_order, load_batches, to_device
 from softcache.evaluate.measure import Evaluation
+from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device, pick_threads
 from softcache.models import load_weights, save_student
 from softcache.train.batches import open_material, views_of, visits
 from softcache.train.checkpoint import Trained, read_progress, restore, save_progress
 from softcache.train.learner import Learner, backward, over_ranks, tapped
-from softcache.train.metrics import epoch_bar, epoch_row, is_best, is_stale
+from softcache.train.metrics import epoch_row, is_best, is_stale
 from softcache.train.objective import Given, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
 from softcache.train.ranks import ALONE, Ranks, joined_ranks
@@ -42,7 +43,7 @@ from softcache.train.run_folder import (
     only_writer,
     write_metrics,
 )
-from softcache.train.session import LiveStage, Prepared, Session
+from softcache.train.session import LiveStage, Prepared, Session, bytes_of
 from softcache.train.stages import parse_stages
 from softcache.train.student import build_student
 from softcache.train.tensorboard import Board
@@ -99,9 +100,10 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         prepared = prepare(config, ranks, quiet=quiet or not ranks.first)
         rehearse(prepared)
         session = begin(prepared)
-        for live in stages_to_do(session):
-            while session.progress.epoch < live.stage.config.epochs:
-                one_epoch(session, live)
+        with session.meter:
+            for live in stages_to_do(session):
+                while session.progress.epoch < live.stage.config.epochs:
+                    one_epoch(session, live)
         return finish(session)
 
 
@@ -152,6 +154,7 @@ def begin(prepared: Prepared) -> Session:
     check_same_data(prepared.out, data)
     session = Session(prepared, *read_progress(prepared.out, ranks))
     if ranks.first:
+        require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
         facts = material.facts(prepared.config, data, prepared.initialised)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
@@ -187,18 +190,17 @@ def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str
     steps, every, started = prepared.steps, prepared.config.checkpoint_every, time.monotonic()
     train_mode(prepared.model.net)
     prepared.term_modules.train()
-    with epoch_bar(session, live) as bar:
-        for loaded, moment, number in epoch_batches(session, live):
-            for name, value in (step or one_step)(prepared, live, loaded, moment, number).items():
-                progress.sums[name] = progress.sums.get(name, 0.0) + value  # stays on the device: no wait for it
-            done = moment.step + 1
-            if done % 20 == 1 or done == steps:
-                check_finite(progress.sums["loss"], len(progress.metrics), moment.step)
-                bar.set_postfix_str(f"loss {progress.sums['loss'].item() / done:.4f}")
-            bar.update()
-            if every and done % every == 0 and done < steps:
-                progress.step = done
-                save_progress(prepared.out, live.trained, progress, prepared.ranks)
+    for loaded, moment, number in epoch_batches(session, live):
+        for name, value in (step or one_step)(prepared, live, loaded, moment, number).items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + value  # stays on the device: no wait for it
+        done = moment.step + 1
+        if done % 20 == 1 or done == steps:
+            check_finite(progress.sums["loss"], len(progress.metrics), moment.step)
+            session.meter.note(f"epoch {len(progress.metrics) + 1}, loss {progress.sums['loss'].item() / done:.4f}")
+        session.meter.add()
+        if every and done % every == 0 and done < steps:
+            progress.step = done
+            save_progress(prepared.out, live.trained, progress, prepared.ranks)
     end_epoch(session, live, moment, started)
 
 
@@ -264,8 +266,7 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
 def finish(session: Session) -> TrainResult:
     """Save the student that is kept, evaluated as it is saved."""
     prepared, eval_set = session.prepared, session.prepared.material.eval_set
-    best = prepared.config.keep == "best"
-    if best:
+    if best := prepared.config.keep == "best":
         load_weights(prepared.kept, str(prepared.out / BEST))
     if prepared.ranks.first:
         if eval_set is not None and (session.evaluation is None or best):

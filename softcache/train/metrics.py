@@ -1,17 +1,14 @@
-"""An epoch's row of metrics and its progress bar; which epoch is the best so far, and when a stage no longer gains."""
+"""An epoch's row of metrics; which epoch is the best so far, and when a stage no longer gains."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from tqdm import tqdm
 
 from softcache.losses.schedules import Moment
 from softcache.train.batches import views_of
 from softcache.train.checkpoint import Progress
-from softcache.train.session import LiveStage, Prepared, Session
+from softcache.train.session import LiveStage, Prepared
 
 
 def epoch_row(prepared: Prepared, live: LiveStage, progress: Progress, moment: Moment) -> dict[str, Any]:
@@ -27,21 +24,6 @@ def epoch_row(prepared: Prepared, live: LiveStage, progress: Progress, moment: M
     row |= live.objective.scalars(moment)
     sums = {name: ranks.total(value).item() for name, value in progress.sums.items()}
     return row | {name: value / ranks.size / prepared.steps for name, value in sums.items()}
-
-
-def epoch_bar(session: Session, live: LiveStage) -> Any:
-    """The steps of an epoch as a progress bar."""
-    prepared, progress = session.prepared, session.progress
-    seen, to_come = len(progress.metrics), sum(stage.config.epochs for stage in prepared.stages[live.number :])
-    return tqdm(
-        total=prepared.steps,
-        initial=progress.step,
-        desc=f"epoch {seen + 1}/{seen - progress.epoch + to_come}",
-        unit="step",
-        disable=prepared.quiet or None,
-        leave=False,
-        file=sys.stderr,
-    )
 
 
 def is_best(row: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> bool:

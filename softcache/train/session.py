@@ -16,6 +16,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.evaluate.measure import Evaluation, evaluate
 from softcache.machine import autocast_dtype, pick_workers
 from softcache.models import Model
+from softcache.report.progress import Meter
 from softcache.train.batches import Material
 from softcache.train.checkpoint import Progress, Trained
 from softcache.train.objective import Objective
@@ -99,6 +100,14 @@ class Session:
     board: Board | None = None
     evaluation: Evaluation | None = None
 
+    @cached_property
+    def meter(self) -> Meter:
+        """How far the run is, in steps over all its epochs."""
+        prepared, progress = self.prepared, self.progress
+        total = prepared.steps * sum(stage.config.epochs for stage in prepared.stages)
+        done = prepared.steps * len(progress.metrics) + progress.step
+        return Meter(f"train {prepared.out}", total, unit="steps", done=done, quiet=prepared.quiet)
+
 
 @dataclass(frozen=True)
 class LiveStage:
@@ -116,3 +125,15 @@ class LiveStage:
     learner: nn.Module
     trained: Trained
     learned: list[nn.Parameter]
+
+
+def bytes_of(prepared: Prepared) -> int:
+    """What a run needs on the disk at most: a checkpoint beside the next one, and its students."""
+    config = prepared.config
+    weights, own, averaged = (
+        sum(tensor.nbytes for tensor in one.state_dict().values()) if one is not None else 0
+        for one in (prepared.model.net, prepared.term_modules, prepared.average)
+    )
+    states = {"sgd": 1 if config.momentum else 0}.get(config.optimizer, 2)  # of the optimiser, for each weight
+    checkpoint = (1 + states) * (weights + own) + averaged
+    return 2 * checkpoint + weights * (2 if config.keep == "best" else 1)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QuickDump
+from conftest import WORLDS, QuickDump
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.data import DataLoader
 
@@ -25,34 +26,6 @@ from softcache.cache.manifest import Manifest
 from softcache.data.transfer_set import open_transfer_set
 from softcache.share import subset
 
-UNLABELLED = """
-import numpy as np
-import torch
-
-
-class Unlabelled(torch.utils.data.Dataset):
-    def __init__(self, count, classes):
-        self.images = np.random.default_rng(1).integers(0, 256, (count, 8, 8)).astype(np.uint8)
-        self.sample_keys = [f"u/{i}" for i in range(count)]
-        self.class_names = [f"kind {i}" for i in range(classes)]
-        self.labels = np.full(count, -1)
-        self.labels[:count // 4] = 0 if classes == 4 else -1
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), self.labels[i]
-
-
-def unlabelled(count: int = 40, classes: int = 50):
-    return Unlabelled(count, classes)
-
-
-def inverted():
-    return lambda image: 255 - image
-"""
-
 CROPPED = ("crop_flip:padding=1",)
 
 
@@ -60,7 +33,7 @@ CROPPED = ("crop_flip:padding=1",)
 def more(tmp_path: Path) -> str:
     path = tmp_path / "folder of the maker" / "more.py"
     path.parent.mkdir()
-    path.write_text(UNLABELLED)
+    shutil.copy(WORLDS / "few_labels.py", path)
     return str(path)
 
 

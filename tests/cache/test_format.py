@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 
 import softcache
 from softcache import dump
@@ -47,71 +48,6 @@ from softcache.features.spec import REDUCTIONS, FeatureSpec
 FORMAT = (Path(softcache.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 VECTORS = {name: json.loads(body) for name, body in re.findall(r"^```json ([\w-]+)\n(.*?)^```$", FORMAT, re.M | re.S)}
 COUNT, VIEWS, PADDING, BATCH = 300, 4, 2, 100
-
-WIDE = '''
-import numpy as np
-import torch
-from torch import nn
-
-CLASSES = 101
-
-
-class Images(torch.utils.data.Dataset):
-    """Random 9 x 8 colour images, some without a label; a few are dark."""
-
-    def __init__(self, count):
-        draw = np.random.default_rng(3)
-        self.images = draw.integers(0, 256, (count, 9, 8, 3)).astype(np.uint8)
-        self.images[7::60] //= 8
-        self.labels = draw.integers(-1, CLASSES, count)
-        self.sample_keys = [f"wide/{i:04d}" for i in range(count)]
-        self.class_names = tuple(f"class {i}" for i in range(CLASSES))
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), self.labels[i]
-
-
-class Net(nn.Module):
-    """Modules of every shape that features are made of, and a final linear layer; `odd` bends dark images off it."""
-
-    def __init__(self, num_classes, odd):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 4, 3)
-        self.conv2 = nn.Conv2d(4, 6, 3, stride=2)
-        self.point1, self.point2 = nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d(1)
-        self.tokens = nn.Flatten(2)
-        self.body = nn.Linear(36, 12)
-        self.head = nn.Linear(12, num_classes)
-        nn.init.normal_(self.body.weight)
-        nn.init.normal_(self.head.weight, std=2)
-        self.odd = nn.Linear(216, num_classes) if odd else None
-
-    def collate(self, items):
-        return torch.stack([torch.from_numpy(item) for item in items]).permute(0, 3, 1, 2) / 255
-
-    def forward(self, batch):
-        first = self.conv1(batch)
-        second = self.conv2(first.relu())
-        self.point1(first), self.point2(second)
-        logits = self.head(self.body(self.tokens(second).flatten(1)).tanh())
-        if self.odd is None:
-            return logits
-        dark = batch.mean(dim=(1, 2, 3))[:, None] < 0.2
-        return torch.where(dark, logits + 100 * self.odd(batch.flatten(1)), logits)
-
-
-def images(count: int = 300):
-    return Images(count)
-
-
-def net(num_classes, seed: int = 0, odd: bool = False):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net(num_classes, odd)
-'''
 
 
 def section(number: int) -> str:
@@ -584,11 +520,9 @@ SUMMED_AT_WILL = ("lowrank", "linear_head")  # codecs whose sums may be taken in
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide() -> Path:
     """A user's file: colour images, and networks of 101 classes."""
-    path = tmp_path_factory.mktemp("wide") / "wide.py"
-    path.write_text(WIDE)
-    return path
+    return WORLDS / "wide.py"
 
 
 def teacher_of(wide: Path, member: str) -> str:
@@ -705,6 +639,7 @@ def test_the_strangers_reader_is_short_and_knows_only_what_it_may() -> None:
     assert set(names["REDUCE"]) == set(REDUCTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", [member for member in MEMBERS if member != "few"])
 def test_the_reader_gives_the_live_teachers_logits(reader: Any, live: Live, member: str) -> None:
     assert sorted(reader.keys) == live.keys
@@ -720,6 +655,7 @@ def test_the_reader_gives_the_live_teachers_logits(reader: Any, live: Live, memb
         assert (wrong > 2 * eps).all()  # so the row of another sample does not fit within eps
 
 
+@pytest.mark.slow
 def test_the_reader_gives_topk_targets_of_the_live_teacher(reader: Any, live: Live) -> None:
     for view in range(VIEWS):
         for row, key in zip(live.logits("few", view), live.keys, strict=True):
@@ -735,6 +671,7 @@ def test_the_reader_gives_topk_targets_of_the_live_teacher(reader: Any, live: Li
                 assert np.exp(target).sum() == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_reader_finds_what_softcache_finds(reader: Any, cache: Path) -> None:
     opened = softcache.open(cache)
     assert reader.id == opened.id
@@ -756,6 +693,7 @@ def test_the_reader_finds_what_softcache_finds(reader: Any, cache: Path) -> None
         np.testing.assert_array_equal([bound for _, bound in found], opened.eps(member, rows, views))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["low", "input", "narrow"])
 def test_eps_counts_other_orders_of_summation(reader: Any, live: Live, member: str) -> None:
     classes, constants = 101, reader.open(f"members/{member}/constants.h5")
@@ -784,6 +722,7 @@ def test_eps_counts_other_orders_of_summation(reader: Any, live: Live, member: s
         assert (own + bound) * (1 - 1e-3) - 4 * slack <= float(eps) <= (own + bound) * (1 + 2e-3) + 4 * slack
 
 
+@pytest.mark.slow
 def test_dense_rows_are_among_those_read(reader: Any) -> None:
     dense = [sum(int(reader.record(key, view, "low")[0]["records"][4:8].view("<u4")[0]) > 0 for key in reader.keys)
              for view in range(VIEWS)]  # fmt: skip
@@ -793,6 +732,7 @@ def test_dense_rows_are_among_those_read(reader: Any) -> None:
     assert 0 < sum(dense) < COUNT
 
 
+@pytest.mark.slow
 def test_older_manifests_show_the_cache_as_it_was(reader: Any, cache: Path, ids: list[str]) -> None:
     kind = strangers_code()[0]["StrangersReader"]
     assert {path.stem for path in (cache / "manifests").iterdir()} == set(ids)
@@ -811,6 +751,7 @@ def test_older_manifests_show_the_cache_as_it_was(reader: Any, cache: Path, ids:
             older.logits(newest, "wide/0007", VIEWS - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", [member for member, (_, features, _) in MEMBERS.items() if features])
 def test_features_are_the_live_modules_outputs(reader: Any, cache: Path, live: Live, member: str) -> None:
     opened = softcache.open(cache)
@@ -838,6 +779,7 @@ def test_features_are_the_live_modules_outputs(reader: Any, cache: Path, live: L
         np.testing.assert_allclose(ours, own, rtol=0, atol=1e-6 * max(1.0, np.abs(own).max()))
 
 
+@pytest.mark.slow
 def test_features_of_every_stored_form_are_in_the_cache(reader: Any) -> None:
     features = [info for member in reader.members.values() for info in member["features"]]
     assert {info["name"].rpartition(":")[2] for info in features} == set(REDUCTIONS)
@@ -845,6 +787,7 @@ def test_features_of_every_stored_form_are_in_the_cache(reader: Any) -> None:
         (True, True), (True, False), (False, False)}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_constants_are_the_live_heads(reader: Any, user: ModuleType) -> None:
     for member, prefix in (("plain", "head_"), ("bytes", "head_"), ("input", "codec_"), ("narrow", "codec_")):
         head = user.net(101, seed=list(MEMBERS).index(member)).head
@@ -856,6 +799,7 @@ def test_constants_are_the_live_heads(reader: Any, user: ModuleType) -> None:
     assert kept == {"plain", "bytes", "low", "input", "narrow"}
 
 
+@pytest.mark.slow
 def test_pixel_digests_are_those_of_views_rendered_without_softcache(reader: Any, live: Live) -> None:
     for view in range(VIEWS):
         for i in range(view % 2, COUNT, 2):
@@ -864,6 +808,7 @@ def test_pixel_digests_are_those_of_views_rendered_without_softcache(reader: Any
             assert found == int.from_bytes(digest, "little")
 
 
+@pytest.mark.slow
 def test_the_probe_holds_pixels_of_the_first_rounds_views(reader: Any, live: Live) -> None:
     probe = reader.open("probe.h5")
     count = min(64, COUNT * (VIEWS - 1))
@@ -882,16 +827,12 @@ def test_a_probe_of_grey_items_has_an_axis_of_0_and_texts_have_none(quick_dump: 
     (file,) = quick_dump().reader.manifest.files_of("probe")
     with h5py.File(tmp_path / "cache" / file.path, "r") as opened:
         assert opened["shapes"][...].tolist() == [[8, 8, 0]] * 40
-    words_ = tmp_path / "words.py"
-    words_.write_text(
-        "import numpy as np\n"
-        "def data():\n    return [(f'text {i}', i % 2) for i in range(9)]\n"
-        "def model(num_classes):\n    return lambda texts: np.array([[len(t), 1.5] for t in texts])\n"
-    )
+    words_ = WORLDS / "short_texts.py"
     texts = quick_dump(data=f"{words_}:data", teacher=[f"{words_}:model"], out="texts")
     assert list(texts.reader.manifest.files_of("probe")) == []
 
 
+@pytest.mark.slow
 def test_labels_digests_and_fingerprint_of_the_samples(reader: Any, live: Live) -> None:
     samples, info = reader.open("samples.h5"), reader.manifest["samples"]
     place = {key: i for i, key in enumerate(live.keys)}
@@ -905,6 +846,7 @@ def test_labels_digests_and_fingerprint_of_the_samples(reader: Any, live: Live) 
     assert (info["count"], info["digest_kind"], info["has_keys"], info["multi_label"]) == (COUNT, "item", True, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", ["bytes", "few", "low"])
 def test_statistics_are_of_the_records_of_their_file(reader: Any, live: Live, member: str) -> None:
     labels = reader.open("samples.h5")["labels"]
@@ -1215,6 +1157,7 @@ def test_color_draws() -> None:
 NEAREST = (1, 2, 5)  # operations that round to the nearest level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(12, 15, 3), (17, 9, 1), (40, 30, 3)], ids=str)
 def test_operations_of_randaugment(shape: tuple[int, int, int]) -> None:
     image, seen = image_of(*shape, seed=6), set()
@@ -1296,17 +1239,7 @@ def test_seeded_generators(tmp_path: Path) -> None:
     own = torch.rand(1, generator=torch.Generator().manual_seed(drawn[2]))
     assert own == torch.tensor(float(vector["torch.rand(1)"]))
     # a transform that shows what it was given: twice in one policy, so each has a stream of its own
-    file = tmp_path / "noise.py"
-    file.write_text(
-        "import random, numpy as np, torch\n"
-        "def make(scale: int = 1):\n"
-        "    made = random.random()\n"
-        "    def noise(image):\n"
-        "        drawn = [made, random.random(), np.random.random(), float(torch.rand(1))]\n"
-        "        moved = image.long() + scale * torch.tensor([int(256 * x) for x in drawn])\n"
-        "        return (moved % 256).to(torch.uint8)\n"
-        "    return noise\n"
-    )
+    file = WORLDS / "shows_draws.py"
     text = f"{file}:make?scale=2"
     policy = Policy((make_step("seeded", {"transform": text}), make_step("seeded", {"transform": text})), 3)
     assert policy.replay == "seeded"
@@ -1590,6 +1523,7 @@ def field_names(value: Any, path: str = "") -> Iterator[str]:
             yield from field_names(inner, f"{path}[]")
 
 
+@pytest.mark.slow
 def test_the_manifest_has_the_fields_of_the_page_and_no_others(cache: Path) -> None:
     data = (cache / "manifest.json").read_bytes()
     manifest = json.loads(data)
@@ -1608,6 +1542,7 @@ def test_the_manifest_has_the_fields_of_the_page_and_no_others(cache: Path) -> N
     assert {entry["kind"] for entry in manifest["files"]} == set(re.findall(r"`(\w+)`", kinds[1]))
 
 
+@pytest.mark.slow
 def test_the_fields_and_data_sets_are_those_of_the_page(cache: Path) -> None:
     manifest = json.loads((cache / "manifest.json").read_bytes())
     for entry in manifest["files"]:
@@ -1650,6 +1585,7 @@ def page_fields_of(codec: dict[str, Any], manifest: dict[str, Any]) -> list[dict
     )
 
 
+@pytest.mark.slow
 def test_plan_journal_and_provenance_hold_what_the_page_says(cache: Path, ids: list[str]) -> None:
     text = section(16)
     assert {path.name for path in (cache / "dump").iterdir() if path.is_dir()} == {
@@ -1675,6 +1611,7 @@ def test_plan_journal_and_provenance_hold_what_the_page_says(cache: Path, ids: l
     assert names == {re.split("[/ ]", cell)[0] for cell in first_cells(section(2))}
 
 
+@pytest.mark.slow
 def test_files_stand_in_the_order_of_the_page(cache: Path) -> None:
     manifest = json.loads((cache / "manifest.json").read_bytes())
     there = {entry["path"]: entry for entry in manifest["files"]}
@@ -1703,6 +1640,7 @@ def test_files_stand_in_the_order_of_the_page(cache: Path) -> None:
 # --- the files
 
 
+@pytest.mark.slow
 def test_files_are_plain_contiguous_aligned_hdf5(cache: Path) -> None:
     for entry in json.loads((cache / "manifest.json").read_bytes())["files"]:
         data = (cache / entry["path"]).read_bytes()
@@ -1750,6 +1688,7 @@ def test_a_cache_without_keys_and_with_an_empty_key(quick_dump: Any) -> None:
     assert table.key(0) == ""
 
 
+@pytest.mark.slow
 def test_dumps_made_seconds_apart_have_equal_bytes(settings: DumpConfig, tmp_path: Path) -> None:
     started = int(time.time())
     dump.run(replace(settings, out=str(tmp_path / "a")), quiet=True)

@@ -10,42 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import WORLDS
 
 import softcache
 from softcache import cli
 from softcache.cache.schema import MANIFEST
 from softcache.check import verify
 from softcache.errors import CacheError, DamagedCacheError
-
-PIECES = """
-import numpy as np
-import torch
-from torch import nn
-
-
-class Toy:
-    class_names = tuple(f"class-{i}" for i in range(12))
-
-    def __init__(self, count=520, shift=0):
-        self.images = np.random.default_rng(0).integers(0, 256, (count, 6, 6), dtype=np.uint8) + np.uint8(shift)
-        self.labels = np.arange(count) % 12
-        self.sample_keys = [f"toy/{i:04d}.png" for i in range(count)]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy(shift=0):
-    return Toy(shift=shift)
-
-
-def network(seed=1):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 12))
-"""
 
 CODEC = {"lowrank": "lowrank:max_kl=1e-6,at_temperature=4", "int8": "int8", "linear_head": "linear_head"}
 
@@ -62,7 +33,7 @@ def teacher(folder: Path, seed: int) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("repair")
-    (path / "pieces.py").write_text(PIECES)
+    shutil.copy(WORLDS / "twelve_classes.py", path / "pieces.py")
     return path
 
 
@@ -129,6 +100,7 @@ def test_every_single_file_can_be_made_again(
         assert contents(cache) == wanted
 
 
+@pytest.mark.slow
 def test_all_at_once_missing_cut_and_flipped(pristine: Path, cache: Path) -> None:
     wanted = contents(pristine)
     for number, name in enumerate(files_of(cache)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import WORLDS
 
 import softcache
 from softcache import cli
@@ -21,39 +24,12 @@ from softcache.cache.manifest import Manifest, canonical_json
 from softcache.check import verify
 from softcache.errors import CacheError, SoftcacheError
 
-PIECES = """
-import numpy as np
-
-
-class Toy:
-    class_names = tuple(f"class-{i}" for i in range(40))
-
-    def __init__(self):
-        self.images = np.random.default_rng(0).integers(0, 256, (600, 8, 8), dtype=np.uint8)
-        self.labels = np.arange(600) % 40
-        self.sample_keys = [f"toy/{i:04d}.png" for i in range(600)]
-
-    def __len__(self):
-        return 600
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy():
-    return Toy()
-
-
-def teacher():
-    return lambda batch: batch[:, :40] - batch[:, 20:60]
-"""
-
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One span of 600 rows, 2 views, float32: 192,000 bytes of logits, three blocks."""
     folder = tmp_path_factory.mktemp("verify")
-    (folder / "pieces.py").write_text(PIECES)
+    shutil.copy(WORLDS / "forty_classes.py", folder / "pieces.py")
     argv = ["dump", "--data", f"{folder}/pieces.py:toy", "--teacher", f"{folder}/pieces.py:teacher", "--quiet"]
     argv += ["--codec", "float32", "--policy", "shift", "--views", "2", "--threads", "1", "--device", "cpu"]
     assert cli.main([*argv, "--out", str(folder / "cache")]) == 0
@@ -131,6 +107,7 @@ def test_one_flipped_bit_names_file_data_set_and_block(
     assert faults(cache, full=False) == []  # names and sizes cannot show it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [SHARD, VIEWS, SAMPLES, PROBE])
 def test_a_flipped_bit_outside_the_data(cache: Path, path: str) -> None:
     """In the checksums, in the HDF5 headers, and in the padding."""
@@ -348,3 +325,30 @@ def test_damage_is_met_by_readers_as_well(cache: Path) -> None:
     opened = softcache.open(cache)
     with pytest.raises(SoftcacheError, match=r"part-00000\.h5: has \d+ bytes"):
         opened.gather(np.arange(2), np.zeros(2, np.int64))
+
+
+def test_ctrl_c_waits_for_no_file_that_is_being_hashed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards may be of many GB, and every core reads one."""
+    given_up, hash_of = [], verify.sha256_of
+
+    def slow(fd: int, *, stop: Callable[[], bool]) -> str:
+        begin = time.monotonic()
+        while not stop() and time.monotonic() - begin < 20:
+            time.sleep(0.01)
+        given_up.append(time.monotonic() - begin)
+        return hash_of(fd, stop=stop)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    first = next(iter(softcache.open(cache).manifest.files))
+    monkeypatch.setattr(verify, "sha256_of", lambda fd, *, stop: (hash_of if is_of(fd, first) else slow)(fd, stop=stop))
+    monkeypatch.setattr("softcache.report.progress.Meter.add", interrupted)
+    monkeypatch.setattr(verify.os, "cpu_count", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        verify.run(cache, full=True, quiet=True)
+    assert given_up and max(given_up) < 10
+
+
+def is_of(fd: int, file: Any) -> bool:
+    return os.fstat(fd).st_size == file.nbytes

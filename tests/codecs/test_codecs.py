@@ -109,13 +109,13 @@ def a_tenth(classes: int) -> int:
 @pytest.mark.parametrize("classes", sorted({*SMALL, *CLASSES}))
 @over_bounded
 def test_error_and_kl_are_within_the_stored_eps(case: str, classes: int) -> None:
-    """A tenth of the slow test's rows."""
+    """A tenth of the whole test's rows."""
     for kind in ROWS:
         rows = given(kind, a_tenth(classes), classes, seed=1)
         check_bounds(codec_of(case, classes), kind, rows, all_held=kind not in FAR)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("classes", CLASSES)
 @over_bounded
 def test_no_row_breaks_its_bound(case: str, classes: int) -> None:
@@ -401,15 +401,17 @@ def check_topk(codec: TopkCodec, logits: Tensor, kind: str) -> None:
         assert (np.abs(exact(stored) - (math.log(classes - kept) - gap)) <= slack * (1 + 1e-3)).all(), kind
 
 
-@pytest.mark.parametrize("classes", sorted({*SMALL, *CLASSES}))
+@pytest.mark.parametrize(
+    "classes", [pytest.param(n, marks=[pytest.mark.slow] * (n > 1000)) for n in sorted({*SMALL, *CLASSES})]
+)
 @over_topk
 def test_topk_keeps_the_largest_and_what_the_others_sum_to(case: str, classes: int) -> None:
-    """A tenth of the slow test's rows."""
+    """A tenth of the whole test's rows."""
     for kind in ROWS:
         check_topk(topk_of(case, classes), given(kind, a_tenth(classes), classes, seed=1), kind)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("classes", CLASSES)
 @over_topk
 def test_no_row_breaks_topks_word(case: str, classes: int) -> None:

@@ -196,6 +196,7 @@ def property_rows(classes: int) -> int:
 TENTH = [("lowrank", classes) for classes in CLASSES] + [("lowrank, loose", classes) for classes in CLASSES[:3]]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "classes"), TENTH)
 def test_lowrank_holds_a_tenth_of_the_property(case: str, classes: int) -> None:
@@ -203,13 +204,14 @@ def test_lowrank_holds_a_tenth_of_the_property(case: str, classes: int) -> None:
     check_kinds(codec, property_rows(classes) // 10, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("classes", CLASSES)
 @over_lowrank
 def test_lowrank_breaks_no_bound_and_no_promise(case: str, classes: int) -> None:
     check_kinds(by_hand(case, classes) if classes == 10 else fitted(case, classes), property_rows(classes), seed=2)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", CLASSES)
 @over_heads
@@ -217,7 +219,7 @@ def test_linear_head_holds_a_tenth_of_the_property(case: str, classes: int) -> N
     check_inputs(case, classes, property_rows(classes) // 10, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("classes", CLASSES)
 @over_heads
 def test_linear_head_breaks_no_bound(case: str, classes: int) -> None:
@@ -346,6 +348,7 @@ def test_restored_from_its_constants_it_is_the_same(case: str) -> None:
     assert all(value.device.type == "cpu" and value.is_contiguous() for value in codec.constants.values())
 
 
+@pytest.mark.slow
 @over_cases
 def test_fitting_twice_gives_the_same_constants(case: str) -> None:
     name, parameters = CASES[case]
@@ -415,6 +418,7 @@ def test_float32_precision_set_for_one_backend_is_put_back() -> None:
 # ------------------------------------------------------------------------------------------------------------- what it costs
 
 
+@pytest.mark.slow
 def test_lowrank_is_small_and_seldom_dense() -> None:
     """24 directions of a thousand classes: less than a tenth of int8, on rows that the fit has not seen."""
     for case in LOWRANK:
@@ -424,12 +428,14 @@ def test_lowrank_is_small_and_seldom_dense() -> None:
         assert arrays["records"].shape[1] < 100
 
 
+@pytest.mark.slow
 def test_a_smaller_kl_takes_more_bytes() -> None:
     probe = teacher_rows(100, 512, seed=0)
     sizes = [LowRankCodec(100, max_kl, 4.0).fit(probe).arrays["records"][1][0] for max_kl in (1e-2, 1e-3, 1e-4, 1e-5)]
     assert sizes == sorted(set(sizes))
 
 
+@pytest.mark.slow
 def test_a_measured_size_is_no_worse_than_its_neighbours() -> None:
     """What the fit minimises, on the rows that it does not see: records and dense rows together."""
     codec, fresh = lowrank("lowrank", 1000), teacher_rows(1000, 2000, seed=8).logits
@@ -443,6 +449,7 @@ def test_a_measured_size_is_no_worse_than_its_neighbours() -> None:
     assert cost(codec) < cost(coarser)
 
 
+@pytest.mark.slow
 def test_error_feedback_serves_the_likely_classes() -> None:
     """Against rounding each coordinate to the nearest code, with the same bytes: far less KL at T=1, at little cost at T=4."""
     generator = torch.Generator().manual_seed(9)
@@ -572,6 +579,7 @@ def test_parameters_that_cannot_be(name: str, parameters: dict[str, str], messag
         make_codec(name, parameters, 100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "classes", "message"),
     [

@@ -18,128 +18,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import WORLDS
 
 import softcache
 from softcache import cli
+from softcache.commands import VERBS
 from softcache.files import durable
-
-VERBS = (
-    "demo",
-    "plan",
-    "dump",
-    "train",
-    "eval",
-    "export",
-    "reproduce",
-    "losses",
-    "inspect",
-    "views",
-    "verify",
-    "repair",
-    "subset",
-)
-
-PIECES = """
-import os
-import signal
-import time
-from pathlib import Path
-
-import numpy as np
-from torch import nn
-
-
-class Toy:
-    class_names = ("ant", "bee", "cat")
-
-    def __init__(self, count):
-        draw = np.random.default_rng(0)
-        self.images, self.labels = draw.integers(0, 256, (count, 4, 4), dtype=np.uint8), draw.integers(0, 3, count)
-        self.sample_keys = [f"toy/{i:03d}.png" for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy(count: int = 40):
-    return Toy(count)
-
-
-def keyless():
-    return iter(Toy(40))
-
-
-def good():
-    return lambda batch: batch[:, :3] / 50
-
-
-def nan():
-    return lambda batch: batch[:, :3] * np.float32("nan")
-
-
-def wide():
-    return lambda batch: batch[:, :5]
-
-
-def interrupted():
-    def run(batch):
-        raise KeyboardInterrupt
-
-    return run
-
-
-def terminated():
-    def run(batch):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)  # the signal arrives here
-        return batch[:, :3]
-
-    return run
-
-
-def slow():
-    def run(batch):
-        if len(list(Path.cwd().glob("caches/slow/members/slow/*.tmp*"))):
-            (Path.cwd() / "writing").touch()
-            time.sleep(0.2)
-        return batch[:, :3] / 50
-
-    return run
-
-
-def needs_more():
-    import softcache_is_not_a_package_xyz
-
-
-def student(num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
-
-
-class Slow(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.fc = nn.Linear(16, num_classes)
-
-    def forward(self, batch):
-        if self.training:
-            (Path.cwd() / "training").touch()
-            time.sleep(0.05)
-        return self.fc(batch.flatten(1))
-
-
-def slow_student(num_classes):
-    return Slow(num_classes)
-"""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pieces.py, a cache, and a run trained from it."""
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "pieces.py").write_text(PIECES)
+    shutil.copy(WORLDS / "command_line.py", folder / "pieces.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert cli.main(["dump", *DATA, "--teacher", "pieces.py:good", "--out", "cache", *QUIET]) == 0
@@ -171,46 +62,9 @@ def test_help_imports_neither_torch_nor_numpy(argv: list[str]) -> None:
         "heavy = {'torch', 'numpy', 'h5py', 'torchvision', 'tqdm', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    assert time.monotonic() - start < 5  # a sanity bound; the measured time is far below
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verbs_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        cli.main([verb, "--help"])
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    assert re.search(rf"examples:\n+ +softcache {verb}", text)
-    assert verb in cli.SUMMARIES and cli.SUMMARIES[verb].split()[0] in text
-
-
-def test_the_main_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    text = capsys.readouterr().out
-    assert set(VERBS) == set(cli.SUMMARIES) == set(cli.EXAMPLES)
-    assert all(re.search(rf"^ +{verb} ", text, re.MULTILINE) for verb in VERBS)
-
-
-def test_examples_in_help_parse() -> None:
-    """Every example is a command line that the parser takes."""
-    parser = cli._build_parser()
-    seen = 0
-    for text in cli.EXAMPLES.values():
-        for line in text.replace("\\\n", " ").splitlines():
-            words = line.split("   (")[0].split()
-            if not words or "..." in words or "...)" in words:
-                continue
-            if words[0] == "torchrun":
-                words = words[words.index("-m") + 1 :]
-            assert words[0] == "softcache"
-            parser.parse_args([word for word in words[1:] if word != "..."])
-            seen += 1
-    assert seen >= len(VERBS)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -318,10 +172,14 @@ def row(
 MISTAKES = [
     # spelling
     row("no verb", [], "arguments are required: VERB", "softcache --help"),
-    row("unknown verb", ["dmup"], r"invalid choice: 'dmup'", "--help"),
+    row("unknown verb", ["dmup"], "there is no verb 'dmup'", "did you mean 'dump'"),
+    row("verb of no likeness", ["xyz"], "there is no verb 'xyz'", "see `softcache --help`"),
+    row("mistyped flag", ["verify", "cache", "--repaly", "3"], "arguments: --repaly", "did you mean '--replay'.*verify"),
+    row("shortened flag", ["verify", "cache", "--repla", "3"], "arguments: --repla", "did you mean '--replay'.*verify"),
     row("unknown flag", ["verify", "cache", "--fast"], "unrecognized arguments: --fast", "--help"),
     row("flag of another verb", [*dump_of(), "--epochs", "3"], "unrecognized arguments: --epochs 3", "--help"),
     row("flag without value", ["dump", "--data"], "--data: expected one argument", "dump --help"),
+    row("no cache named", ["inspect"], "CACHE is missing", "CACHE: folder of the cache"),
     row("two depths", ["verify", "cache", "--quick", "--full"], "not allowed with", "verify --help"),
     row("flag missing", ["dump", *DATA, "--out", "new"], "--teacher is missing", "--teacher TEACHER: MODEL@WEIGHTS"),
     row("number", train_on("--lr", "fast"), "--lr: 'fast' is not a number", None),
@@ -353,7 +211,7 @@ MISTAKES = [
         "toy/",
     ),
     row("views by code of the cache", ["views", "cache", "--sample", "toy/001.png"], "toy, which is code", "--allow-code"),
-    row("views without a sample", ["views", "cache"], "required: --sample", "views --help"),
+    row("views without a sample", ["views", "cache"], "--sample is missing", "--sample KEY: whose views"),
     row("views of no kind", ["views", "cache", "--sample", "toy/001.png", "--out", "v.gif"], "is a PNG", ".png"),
     row("policy step", [*dump_of(), "--policy", "crop_filp"], "unknown view step 'crop_filp'", "'crop_flip'"),
     row("policy parameter", [*dump_of(), "--policy", "shift:pixel=2"], "no parameter 'pixel'", "'pixels'"),
@@ -386,7 +244,7 @@ MISTAKES = [
     row("weights", dump_of("softcache:mlp@none.pt"), "there are no weights none.pt", "exists"),
     row("run unfinished", dump_of("cache"), "holds no student.safetensors", "finished"),
     row("teacher not a module as student", train_on(student="pieces.py:good"), "must be an nn.Module", "teachers"),
-    row("classes of a run", dump_of("run", data="digits"), "trained on 3 classes, the data has 10", ""),
+    row("classes of a run", dump_of("run", data="pieces.py:four"), "trained on 3 classes, the data has 4", ""),
     row("classes of a teacher", dump_of("pieces.py:wide"), r"shape \(40, 5\).*3 classes", "these classes"),
     row("weights of another model", dump_of("softcache:mlp?hidden=5@run"), "3 of another shape: 0.weight", "name and param"),
     row("eval of nothing", ["eval", "nowhere", *DATA, *QUIET], "neither a run folder nor a model", ""),
@@ -618,21 +476,8 @@ def test_quiet_means_quiet(here: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_a_cache_says_cannot_give_orders_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rude.py").write_text(
-        "import numpy as np\n"
-        "class Rude:\n"
-        "    class_names, labels = ('\\x1b[2Jcat', 'dog\\u202e'), [0, 1] * 4\n"
-        "    sample_keys = [f'\\x1b]0;{i}\\x07' for i in range(8)]\n"
-        "    def __len__(self):\n"
-        "        return 8\n"
-        "    def __getitem__(self, i):\n"
-        "        return np.full((2, 2), i, np.uint8)\n"
-        "def rude():\n"
-        "    return Rude()\n"
-        "def teacher():\n"
-        "    return lambda batch: batch[:, :2]\n"
-    )
-    argv = ["dump", "--data", f"{tmp_path}/rude.py:rude", "--teacher", f"{tmp_path}/rude.py:teacher", "--quiet"]
+    rude = WORLDS / "rude.py"
+    argv = ["dump", "--data", f"{rude}:rude", "--teacher", f"{rude}:teacher", "--quiet"]
     assert cli.main([*argv, "--out", str(tmp_path / "cache")]) == 0
     shard = tmp_path / "cache/members/teacher/part-00000.h5"
     data = bytearray(shard.read_bytes())

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QuickDump
+from conftest import WORLDS, QuickDump
 from PIL import Image
 
 import softcache
 from softcache import cli, dump, train
 from softcache.check import view_picture
+from softcache.check.replay import Replay
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data import philox, sources, views
 from softcache.data.drift import PROBE_RECORDS, check_drift, make_probe
@@ -32,70 +33,10 @@ MIXUP = ("crop_flip:padding=1", "mixup:alpha=1")
 CUTMIX = ("shift:pixels=1", "cutmix")
 POLICIES = [pytest.param(CROP, id="crop"), pytest.param(MIXUP, id="mixup"), pytest.param(CUTMIX, id="cutmix")]
 
-OTHERS = '''
-"""Data sets that are no images, and images of which some were changed."""
-import numpy as np
-import torch
-from torch import nn
-
-
-class Items(torch.utils.data.Dataset):
-    class_names = ("ant", "bee", "cat", "dog")
-
-    def __init__(self, items, prefix):
-        self.items, self.labels = items, [i % 4 for i in range(len(items))]
-        self.sample_keys = [f"{prefix}/{i}" for i in range(len(items))]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i], self.labels[i]
-
-
-def images(count: int = 300, changed: int = -1, by: int = 99):
-    images = np.random.default_rng(0).integers(0, 156, (count, 6, 6)).astype(np.uint8)
-    if changed >= 0:
-        images[changed] += by
-    return Items(images, "image")
-
-
-def vectors(count: int = 40, changed: int = -1):
-    items = torch.randn(count, 5, generator=torch.Generator().manual_seed(0))
-    if changed >= 0:
-        items[changed, 2] += 1e-6
-    return Items(items, "vector")
-
-
-def texts(count: int = 40, changed: int = -1):
-    return Items([f"word{i % 7} and word{i % 5}" + "!" * (i == changed) for i in range(count)], "text")
-
-
-class Lengths(nn.Module):
-    """A teacher of strings."""
-
-    def collate(self, items):
-        return torch.tensor([[len(item), item.count("a"), item.count("3"), 1.0] for item in items])
-
-    def forward(self, batch):
-        return batch
-
-
-def lengths():
-    return Lengths()
-
-
-def linear():
-    torch.manual_seed(0)
-    return nn.Linear(5, 4)
-'''
-
 
 @pytest.fixture(scope="session")
-def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("others") / "others.py"
-    path.write_text(OTHERS)
-    return path
+def others() -> Path:
+    return WORLDS / "changed_items.py"
 
 
 def settings(tmp_path: Path, data: str, **more: Any) -> TrainConfig:
@@ -702,15 +643,12 @@ def test_the_picture_shows_every_view(
 def test_at_most_so_many_views(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
     quick_dump(policy=CROP, views=4)
     told = view_picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "few.png", allow_code=True, most=3)
-    assert "3 of 4 views of toy/0001; 3 render as the teacher saw them" in told
+    assert "3 of 4 views of toy/0001; 3 render as the teacher saw them" in told.text()
 
 
-def test_the_picture_names_answers_and_shares(
-    quick_dump: QuickDump, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_picture_names_answers_and_shares(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
     cache = quick_dump(policy=MIXUP, views=3)
-    lines = drawn_lines(monkeypatch)
-    view_picture.draw_views(tmp_path / "cache", "toy/0003", tmp_path / "grid.png", allow_code=True)
+    lines = drawn_lines(tmp_path / "cache", "toy/0003")
     joined = cache.join(open_transfer_set(f"{toy}:images"))
     assert len(lines) == 3
     for view, (title, *answers) in enumerate(lines):
@@ -722,27 +660,19 @@ def test_the_picture_names_answers_and_shares(
         assert answers == [f"{100 * shares[i]:5.1f} % {cache.class_names[i]}" for i in best]
 
 
-def drawn_lines(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What is written below each cell, once a picture was drawn."""
-    lines: list[list[str]] = []
-    cell = view_picture._cell
-
-    def noting(image: Image.Image, text: list[str]) -> Image.Image:
-        lines.append(text)
-        return cell(image, text)
-
-    monkeypatch.setattr(view_picture, "_cell", noting)
-    return lines
+def drawn_lines(cache: Path, key: str) -> list[list[str]]:
+    """What is written below each view of a picture."""
+    return [view.lines for view in view_picture.shown_views(Replay(cache, None, allow_code=True), key, 24)]
 
 
 def test_the_picture_marks_what_the_teacher_did_not_see(
     quick_dump: QuickDump, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick_dump(policy=CROP, views=4)
-    lines = drawn_lines(monkeypatch)
     wrong_in_view_two(monkeypatch, CROP)
+    lines = drawn_lines(tmp_path / "cache", "toy/0001")
     told = view_picture.draw_views(tmp_path / "cache", "toy/0001", tmp_path / "grid.png", allow_code=True)
-    assert "4 of 4 views of toy/0001; 3 render as the teacher saw them" in told
+    assert "4 of 4 views of toy/0001; 3 render as the teacher saw them" in told.text()
     assert ["NOT what the teacher saw" in title for title, *_ in lines] == [False, False, True, False]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from view_oracles import (
     LAYOUTS,
     SAMPLE,
@@ -101,6 +100,7 @@ def test_the_share_is_the_weight_of_the_samples_own_pixels() -> None:
 
 @pytest.mark.parametrize("alpha", [0.15, 0.2, 0.5, 0.51, 1.0, 2.0, 8.0])
 def test_shares_are_distributed_as_beta(alpha: float) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="compares with scipy's distributions")
     key, count = step_key("mixup", 0), 4000
     numbers = [symmetric_beta(alpha, Draws(0, key, sample, 0)) for sample in range(count)]
     assert abs(np.mean(numbers) - 0.5) < 4 * math.sqrt(1 / (4 * (2 * alpha + 1)) / count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from torch.utils.data import Dataset
 
 from softcache.data import seeded_transform, view_steps
@@ -24,66 +26,6 @@ from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import STEPS, Policy
 from softcache.errors import ConfigError, DataError
 from softcache.spec import load_user_file
-
-USER = '''
-"""A user's file: images of one size, and transforms that draw from every global generator there is."""
-
-import random
-
-import numpy as np
-import torch
-from PIL import Image
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, count):
-        self.images = np.random.default_rng(0).integers(0, 256, (count, 20, 24, 3)).astype(np.uint8)
-        self.labels = np.arange(count) % 4
-        self.sample_keys = [f"toy/{i:04d}" for i in range(count)]
-        self.class_names = ("ant", "bee", "cat", "dog")
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        if i == 13 and len(self) == 14:
-            raise OSError("the disk is gone")
-        return self.images[i].copy(), self.labels[i]
-
-
-def images(count: int = 40):
-    return Images(count)
-
-
-class Noise:
-    """Adds noise of all three generators; writes into the image it is given; gives what `kind` says."""
-
-    def __init__(self, strength, kind):
-        self.strength, self.kind = strength, kind
-        self.offset = random.randrange(100) + np.random.randint(100) + int(torch.randint(100, ()))
-
-    def __call__(self, image):
-        image += random.randrange(self.strength)
-        image[:, :4] += torch.randint(0, self.strength, (4, 24), dtype=torch.uint8)
-        image[:, 4:8] += torch.from_numpy(np.random.randint(0, self.strength, (4, 24)).astype(np.uint8))
-        image[:, 8:12] = self.offset % 256
-        if self.kind == "broken" and random.random() < 2:
-            raise RuntimeError("the transform broke")
-        if self.kind == "tensor":
-            return image
-        array = image.permute(1, 2, 0).numpy()
-        return {"pil": Image.fromarray(array), "array": array, "floats": image / 255, "none": None, "flat": array.ravel()}[
-            self.kind
-        ]
-
-
-def noise(strength: int = 30, kind: str = "tensor"):
-    return Noise(strength, kind)
-
-
-def not_callable():
-    return 3
-'''
 
 COUNT = 40
 POLICIES: list[tuple[str, ...]] = [
@@ -121,7 +63,7 @@ SEED = 11
 @pytest.fixture(autouse=True)
 def _in_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The policies name the user's file as it is seen from here, which is not where the test run began."""
-    (tmp_path / "user.py").write_text(USER)
+    shutil.copy(WORLDS / "global_draws.py", tmp_path / "user.py")
     monkeypatch.chdir(tmp_path)
     yield
     seeded_transform._open.cache_clear()
@@ -219,6 +161,7 @@ def test_in_this_process() -> None:
     check_through_loaders(range(0, COUNT, 3), 0, None)
 
 
+@pytest.mark.slow
 def test_forked_workers() -> None:
     check_through_loaders(range(1, COUNT, 3), 2, "fork")
 
@@ -227,6 +170,7 @@ def test_a_subset_in_another_order_mixes_with_the_whole_set() -> None:
     check_through_loaders([31, 2, 17, 5, 39], 0, None, size=4)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than there may be cores
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -243,6 +187,7 @@ def test_a_spawned_worker_does_not_need_every_file_that_this_process_ever_loaded
     check_through_loaders([3, 1, 4], 1, "spawn", size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_share_the_batches(workers: int) -> None:
     check_through_loaders(range(0, COUNT, 2), workers, "spawn" if workers else None, ranks=2, size=5)

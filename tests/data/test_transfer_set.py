@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import shutil
 import struct
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import WORLDS
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -24,74 +26,6 @@ from softcache.errors import ConfigError, DataError, MissingExtraError, Softcach
 REPOSITORY = Path(__file__).parents[2]
 SHARED = next((p for p in (REPOSITORY / "shared/data", REPOSITORY.parent / "shared/data") if p.is_dir()), None)
 needs_shared = pytest.mark.skipif(SHARED is None, reason="the real data sets (shared/data) are not here")
-
-FACTORIES = """
-import numpy as np, torch
-from PIL import Image
-from softcache.data.transfer_set import open_transfer_set
-
-class Plain:
-    class_names = ("cat", "dog")
-    def __init__(self, count=4): self.count = count
-    def __len__(self): return self.count
-    def __getitem__(self, i):
-        if i >= self.count: raise IndexError(i)
-        return np.full((2, 2), i, np.uint8), i % 2
-
-class Keyed(Plain):
-    def __getitem__(self, i): return {"text": f"line {i}", "label": i % 2, "extra": 1}
-    def sample_keys(self): return [f"k{i}" for i in range(self.count)]
-
-class Fast(Plain):  # would fail if labels were asked for by reading samples
-    labels = torch.tensor([1, 0, 1, -1])
-    def __getitem__(self, i): raise RuntimeError("read")
-
-class Transformed(Plain):
-    targets = [9, 9, 9, 9]
-    target_transform = staticmethod(lambda label: label)
-
-class Multi(Plain):
-    class_names = None
-    def __getitem__(self, i): return torch.full((3,), float(i)), [i % 2, 1, 0]
-
-class Folder(Plain):
-    root = "/somewhere"
-    samples = [(f"/somewhere/a/{i}.png", 0) for i in range(4)]
-
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self): return iter([1, 2])
-
-class Bad(Plain):
-    def __init__(self, sample=None, **attributes):
-        super().__init__()
-        self.sample = sample
-        self.__dict__.update(attributes)
-    def __getitem__(self, i): return self.sample if self.sample is not None else (i, 0)
-
-def plain(count: int = 4): return Plain(count)
-def keyed(): return Keyed()
-def fast(): return Fast()
-def transformed(): return Transformed()
-def multi(): return Multi()
-def folder(): return Folder()
-def stream(): return Stream()
-def generator(): return (i for i in range(3))
-def images(): return [(Image.new("RGBA", (3, 2), (1, 2, 3, 4)), None)]
-def digits(): return open_transfer_set("digits?split=test").select(np.arange(5))
-def empty(): return []
-def few_keys(): return Bad(sample_keys=["a"])
-def number_keys(): return Bad(sample_keys=[1, 2, 3, 4])
-def out_of_range(): return Bad(labels=[0, 1, 2, 0])
-def below(): return Bad(labels=[0, 1, -2, 0])
-def halves(): return Bad(labels=[0, 0.5, 1, 0])
-def words(): return Bad(labels=["cat", "dog", "cat", "dog"])
-def ragged(): return [(0, [0, 1]), (1, [0, 1, 1])]
-def twos(): return Bad(labels=np.full((4, 2), 2))
-def columns(): return Bad(labels=np.zeros((4, 3)))
-def twins(): return Bad(class_names=("cat", "cat"))
-def triple(): return Bad(sample=(1, 2, 3))
-def nameless(): return Bad(sample={"input_ids": 1, "label": 0})
-"""
 
 
 def write_png(path: Path, pixels: Any, mode: str | None = None, **save: Any) -> np.ndarray:
@@ -125,7 +59,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 @pytest.fixture
 def factories(tmp_path: Path) -> str:
-    return str(write(tmp_path / "mine.py", FACTORIES))
+    return shutil.copy(WORLDS / "odd_data_sets.py", str(tmp_path / "mine.py"))
 
 
 @pytest.fixture
@@ -180,6 +114,7 @@ def check_whole(transfer_set: TransferSet) -> None:
 
 
 def test_digits_splits_are_fixed_disjoint_stratified_and_cover_everything() -> None:
+    pytest.importorskip("sklearn", reason="needs the extra softcache[demo]")
     train, test = open_transfer_set("digits"), open_transfer_set("digits?split=test")
     assert (len(train), len(test)) == (1297, 500)
     assert not set(train.keys) & set(test.keys)
@@ -192,9 +127,8 @@ def test_digits_splits_are_fixed_disjoint_stratified_and_cover_everything() -> N
 
 
 def test_digits_are_scikit_learns_by_original_row_scaled_to_grey() -> None:
-    from sklearn.datasets import load_digits
-
-    bunch, test = load_digits(), open_transfer_set("digits?split=test")
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs the extra softcache[demo]")
+    bunch, test = datasets.load_digits(), open_transfer_set("digits?split=test")
     check_whole(test)
     for index in (0, 77, 499):
         row = int(test.keys[index].removeprefix("digits/"))
@@ -557,6 +491,7 @@ def test_factory_with_images_and_no_labels(factories: str) -> None:
 
 
 def test_factory_with_a_transfer_set_keeps_it(factories: str, animals: Path) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra softcache[demo]")
     found, digits = open_transfer_set(f"{factories}:digits"), open_transfer_set("digits?split=test")
     check_whole(found)
     assert list(found.keys) == list(digits.keys)[:5]
@@ -569,7 +504,7 @@ def test_factory_with_a_transfer_set_keeps_it(factories: str, animals: Path) -> 
 
 def test_factory_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "somepackage/__init__.py", "")
-    write(tmp_path / "somepackage/sets.py", FACTORIES)
+    shutil.copy(WORLDS / "odd_data_sets.py", tmp_path / "somepackage" / "sets.py")
     monkeypatch.syspath_prepend(str(tmp_path))
     check_whole(open_transfer_set("somepackage.sets:plain"))
 
@@ -732,7 +667,7 @@ def write_sheets(root: Path) -> np.ndarray:
 
 def test_cifar100_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = write_sheets(tmp_path / "sheets")
-    tool = REPOSITORY / "tools/cifar100_webp.py"
+    tool = REPOSITORY / "tools/data/cifar100_webp.py"
     found = open_transfer_set(f"{tool}:train?root={tmp_path / 'sheets'}")
     check_whole(found)
     assert len(found) == 1000
@@ -775,7 +710,7 @@ def test_real_text() -> None:
 @needs_shared
 def test_real_cifar100() -> None:
     root = f"{SHARED}{os.sep}cifar100-webp"
-    train = open_transfer_set(f"{REPOSITORY / 'tools/cifar100_webp.py'}:train?root={root}&limit=1000")
+    train = open_transfer_set(f"{REPOSITORY / 'tools/data/cifar100_webp.py'}:train?root={root}&limit=1000")
     check_whole(train)
     assert train.labels[:10].tolist() == [19, 29, 0, 11, 1, 86, 90, 28, 23, 31]
     assert train.class_names[19] == "cattle"

@@ -30,9 +30,6 @@ DOCS = ROOT / "softcache" / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 
-COMING = ("help", "completion")  # verbs that README names already: delete this line when the parser has them
-COMING_PAGES = ("CLI.md",)  # likewise, when they are there
-
 README_BYTES = 12_000
 RUN = ("sh", "python", "toml")
 ILLUSTRATION = "illustration:"
@@ -306,7 +303,7 @@ def anchors_of(text: str) -> set[str]:
     return found
 
 
-def broken_links(page: Path, coming: Sequence[str] = ()) -> list[str]:
+def broken_links(page: Path) -> list[str]:
     """The relative links of a page that lead nowhere: no such file, or no such heading in it."""
     broken = []
     for target in re.findall(r"]\(([^)\s]+)\)", prose_of(read(page))):
@@ -314,8 +311,6 @@ def broken_links(page: Path, coming: Sequence[str] = ()) -> list[str]:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if file.name in coming and not file.exists():
-            continue
         if not file.exists() or (anchor and anchor not in anchors_of(read(file))):
             broken.append(target)
     return broken
@@ -323,7 +318,7 @@ def broken_links(page: Path, coming: Sequence[str] = ()) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    assert broken_links(page, COMING_PAGES) == []
+    assert broken_links(page) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -335,11 +330,6 @@ def test_every_tool_that_is_named_is_there(page: Path) -> None:
 def test_readme_links_every_page() -> None:
     linked = {Path(target).name for target in re.findall(r"]\((softcache/docs/[\w.]+)", read(README))}
     assert {page.name for page in DOCS.glob("*.md")} <= linked
-
-
-def test_what_was_coming_is_taken_off_the_lists() -> None:
-    assert [verb for verb in COMING if verb in verbs_of_the_parser()] == [], "delete them from COMING"
-    assert [name for name in COMING_PAGES if (DOCS / name).exists()] == [], "delete them from COMING_PAGES"
 
 
 # --------------------------------------------------------------------------------------------------------------- README
@@ -368,8 +358,7 @@ def verbs_of_readme(text: str) -> list[str]:
 def test_readme_has_every_verb_of_the_parser_and_no_other() -> None:
     told, there = verbs_of_readme(read(README)), verbs_of_the_parser()
     assert len(there) > 10 and len(told) == len(set(told))
-    assert sorted({*told} - {*COMING}) == sorted({*there} - {*COMING})
-    assert {*COMING} <= {*told}
+    assert sorted(told) == sorted(there)
 
 
 # ------------------------------------------------------------------------------------------------------------------ FAQ
@@ -422,7 +411,6 @@ def test_a_planted_broken_link_is_found(tmp_path: Path) -> None:
     for target in ("GONE.md", "THERE.md#three-words", "#gone", "../GONE.md"):
         page, _ = planted(tmp_path, f"{good}[f]({target})\n")
         assert broken_links(page) == [target]
-    assert broken_links(planted(tmp_path, "[f](GONE.md)")[0], ("GONE.md",)) == []
 
 
 @pytest.mark.parametrize(

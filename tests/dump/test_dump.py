@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS, needs
 
 import softcache
 from softcache import cli, train
@@ -45,171 +47,6 @@ from softcache.models import load_model
 CLASSES = ("ant", "bee", "cat", "dog")
 SHARD_ROWS = 256
 
-PIECES = '''
-"""Data and teachers of the dump tests. Weights are small whole numbers, so that sums are exact in any order."""
-import time
-from pathlib import Path
-
-import numpy as np
-import torch
-from torch import nn
-
-HERE = Path(__file__).parent
-CLASSES = ("ant", "bee", "cat", "dog")
-
-
-class Toy:
-    def __init__(self, images, labels, class_names, keys):
-        self.images, self.labels, self.class_names, self.sample_keys = images, labels, class_names, keys
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy(count: int = 300, flipped: bool = False, multi: bool = False, twice: bool = False):
-    """Images and labels from the arrays beside this file; `flipped`: the classes in the opposite order."""
-    images, labels = np.load(HERE / "images.npy")[:count], np.load(HERE / "labels.npy")[:count]
-    names, keys = CLASSES, [f"toy/{i:04d}.png" for i in range(count)]
-    if flipped:
-        labels, names = np.where(labels < 0, -1, 3 - labels), CLASSES[::-1]
-    if multi:
-        labels = np.stack([labels == 0, labels == 1, images[:, 0, 0] > 99, images[:, 0, 1] > 200], axis=1)
-    if twice:
-        keys[17] = keys[4]
-    return Toy(images, labels, names, keys)
-
-
-def weights():
-    generator = np.random.default_rng(11)
-    return generator.integers(-3, 4, (4, 64)), generator.integers(-50, 50, 4)
-
-
-class Exact(nn.Module):
-    """Whole-number logits of the raw pixels, up to a few thousand."""
-
-    def __init__(self, sign: int = 1, classes: int = 4):
-        super().__init__()
-        weight, bias = weights()
-        self.fc = nn.Linear(64, classes)
-        with torch.no_grad():
-            self.fc.weight.copy_(sign * torch.from_numpy(weight)[:classes])
-            self.fc.bias.copy_(torch.from_numpy(bias)[:classes])
-
-    def collate(self, items):
-        return torch.stack([torch.as_tensor(np.asarray(item)).float().reshape(-1) for item in items])
-
-    def forward(self, batch):
-        return self.fc(batch)
-
-
-def exact(sign: int = 1):
-    return Exact(sign)
-
-
-def opposite():
-    net = Exact()
-    net.class_names = CLASSES[::-1]
-    return net
-
-
-def others():
-    net = Exact()
-    net.class_names = ("ant", "bee", "cow", "dog")
-    return net
-
-
-def three():
-    return Exact(classes=3)
-
-
-class ByConvolution(Exact):
-    """The same logits without a final nn.Linear: under autocast they come out in the half type."""
-
-    def __init__(self):
-        super().__init__()
-        weight = self.fc.weight.data
-        del self.fc
-        self.conv = nn.Conv1d(64, 4, 1, bias=False)
-        self.conv.weight.data = weight[:, :, None].clone()
-
-    def forward(self, batch):
-        return self.conv(batch[:, :, None])[:, :, 0]
-
-
-def convolution():
-    return ByConvolution()
-
-
-class Callable:
-    def __init__(self, output, function):
-        self.output, self.function = output, function
-
-    def __call__(self, batch):
-        return self.function(batch)
-
-
-def slow(seconds: float = 0.015):
-    """The exact logits, after a pause."""
-    weight, bias = weights()
-
-    def run(batch):
-        time.sleep(seconds)
-        return batch @ weight.T.astype(np.float32) + bias.astype(np.float32)
-
-    return Callable("logits", run)
-
-
-def softmax_of(kind: str = "log_probs", declared: bool = True):
-    weight, bias = weights()
-
-    def run(batch):
-        logits = (batch.astype(np.float64) @ weight.T + bias) / 500
-        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        return logits if kind == "log_probs" else np.exp(logits)
-
-    return Callable(kind if declared else None, run)
-
-
-def yes_no():
-    """Multi-label probabilities: pixel / 255 of the first four pixels, so that 0 and 1 occur."""
-    return Callable("probs", lambda batch: batch[:, :4].astype(np.float64) / 255)
-
-
-def bad(value: float, pixel: int = 255):
-    """Logits that are fine until the first pixel is `pixel`."""
-
-    def run(batch):
-        logits = np.tile(np.arange(4, dtype=np.float32), (len(batch), 1))
-        logits[batch[:, 0] == pixel, 2] = value
-        return logits
-
-    return Callable("logits", run)
-
-
-def neighbours():
-    from sklearn.neighbors import KNeighborsClassifier
-
-    data = toy(120)
-    known = data.labels >= 0
-    return KNeighborsClassifier(3).fit(data.images[known].reshape(known.sum(), -1), data.labels[known])
-
-
-def ridge():
-    from sklearn.linear_model import RidgeClassifier
-
-    data = toy(120)
-    known = data.labels >= 0
-    names = np.array(CLASSES[::-1])[data.labels[known]]  # fitted on strings: sorted by name
-    return RidgeClassifier().fit(data.images[known].reshape(known.sum(), -1), names)
-
-
-def student(num_classes, class_names):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
-'''
-
 
 class World:
     """A folder with pieces.py and its arrays."""
@@ -222,7 +59,7 @@ class World:
         self.images[::97, 0, 0] = 255
         self.images[1, 0, 0] = 255
         path.mkdir(exist_ok=True)
-        (path / "pieces.py").write_text(PIECES)
+        shutil.copy(WORLDS / "whole_numbers.py", path / "pieces.py")
         self.save()
 
     def save(self) -> None:
@@ -431,12 +268,12 @@ def test_a_run_folder_trained_with_another_class_order(world: World) -> None:
 
 
 def test_scikit_learn_probabilities_with_zeros(world: World) -> None:
-    from sklearn.neighbors import KNeighborsClassifier
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="needs the extra softcache[demo]")
 
     manifest = world.dump(teacher=("neighbours",))
     index, stored = everything(world.open())
     known = np.flatnonzero(world.labels[:120] >= 0)
-    oracle = KNeighborsClassifier(3).fit(world.images[known].reshape(len(known), -1), world.labels[known])
+    oracle = neighbors.KNeighborsClassifier(3).fit(world.images[known].reshape(len(known), -1), world.labels[known])
     p = oracle.predict_proba(world.images[index].reshape(len(index), -1))
     np.testing.assert_allclose(stored, np.log(np.maximum(p, 2.0**-24)), rtol=1e-6)
     assert manifest.statistics["neighbours"].floored == (p == 0).sum() > 0
@@ -444,12 +281,12 @@ def test_scikit_learn_probabilities_with_zeros(world: World) -> None:
 
 
 def test_scikit_learn_decision_function_and_string_classes(world: World) -> None:
-    from sklearn.linear_model import RidgeClassifier
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="needs the extra softcache[demo]")
 
     manifest = world.dump(teacher=("ridge",))
     index, stored = everything(world.open())
     known = np.flatnonzero(world.labels[:120] >= 0)
-    oracle = RidgeClassifier().fit(world.images[known].reshape(len(known), -1), world.labels[known])
+    oracle = linear_model.RidgeClassifier().fit(world.images[known].reshape(len(known), -1), world.labels[known])
     scores = oracle.decision_function(world.images[index].reshape(len(index), -1))
     np.testing.assert_allclose(stored, scores[:, ::-1], rtol=1e-4, atol=1e-4)
     assert manifest.plan.members[0].output == "logits"
@@ -598,13 +435,10 @@ def test_image_files_are_digested_as_files(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8), 30 * i, np.uint8)).save(path)
     world = World(tmp_path / "toys")
-    (world.path / "two.py").write_text(
-        "import numpy as np\ndef two():\n    return lambda batch: np.stack([batch[:, 0], batch[:, 1]], axis=1)\n"
-    )
     dump.run(
         DumpConfig(
             data=f"imagefolder:{tmp_path}/photos",
-            teacher=(f"{world.path}/two.py:two",),
+            teacher=(world.spec("two"),),
             out=str(world.path / "cache"),
             device="cpu",
             threads=1,
@@ -653,7 +487,13 @@ def test_bf16_autocast_counts_the_rounding_of_a_half_last_layer(world: World) ->
         pytest.param({"codec": "float15"}, ConfigError, "unknown codec", id="codec"),
         pytest.param({"part": "4/3"}, ConfigError, "not i/n", id="part"),
         pytest.param({"teacher": ("softmax_of?output=logits",)}, TeacherError, "log-probabilities", id="log_probs"),
-        pytest.param({"teacher": ("neighbours?output=logits",)}, TeacherError, "probabilities", id="probs"),
+        pytest.param(
+            {"teacher": ("neighbours?output=logits",)},
+            TeacherError,
+            "probabilities",
+            id="probs",
+            marks=needs("sklearn", "demo"),
+        ),
         pytest.param({"teacher": ("exact?output=odds",)}, ConfigError, "unknown output 'odds'", id="output"),
         pytest.param(
             {"teacher": ("bad?value=1e6",), "codec": "float16"}, CodecRangeError, "65504.*", id="float16 overflow"
@@ -958,7 +798,7 @@ def test_killed_at_any_moment_and_resumed(shared: World, undisturbed: Manifest, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.whole] * (n > 4)) for n in range(20)])
 def test_kill_dash_nine_of_the_command(shared: World, undisturbed: Manifest, tmp_path: Path, seed: int) -> None:
     moment, out = random.Random(1000 + seed), tmp_path / "cache"
     argv = shared.argv(str(out), teacher=("slow",), **SIX_SPANS)
@@ -992,6 +832,7 @@ def test_two_dumps_at_once(shared: World, server: Any, tmp_path: Path) -> None:
         softcache.open(out)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_one_process_two_ranks_and_three_parts_give_the_same_bytes(shared: World, tmp_path: Path) -> None:
     settings: dict[str, Any] = {

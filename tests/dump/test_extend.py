@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QuickDump
+from conftest import WORLDS, QuickDump
 from training import stopped_after
 
 import softcache
@@ -44,111 +44,10 @@ from softcache.train import flow as train
 
 MIXED = ("crop_flip:padding=1", "cutmix")
 
-PIECES = '''
-"""Data sets that are nearly the toy's, and a teacher that takes its time."""
-import os
-import time
-
-import numpy as np
-import torch
-from torch import nn
-
-CLASS_NAMES = ("ant", "bee", "cat", "dog")
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, count, names, keys, label, changed):
-        draw = np.random.default_rng(0)
-        self.images = draw.integers(0, 256, (count, 8, 8)).astype(np.uint8)
-        self.images[changed] ^= 255
-        self.labels = np.full(count, label)
-        self.sample_keys, self.class_names = keys, names
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), self.labels[i]
-
-
-def images(count: int = 40, first: int = 0, label: int = -1, reverse: bool = False, changed: str = ""):
-    keys = [f"some/{i}" for i in range(first, first + count)]
-    return Images(count, CLASS_NAMES[:: -1 if reverse else 1], keys, label, [int(i) for i in changed.split("-") if i])
-
-
-class Slow(nn.Module):
-    """Whole numbers / 1024 of the pixels, after a pause: exact in any order."""
-
-    class_names = CLASS_NAMES
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.from_numpy(np.random.default_rng(5).integers(-8, 9, (4, 64))).float() / 1024)
-        self.seconds = float(os.environ.get("TEACHER_PAUSE_S", "0"))
-
-    def collate(self, items):
-        return torch.stack([torch.as_tensor(np.asarray(item)) for item in items])
-
-    def forward(self, batch):
-        time.sleep(self.seconds)
-        return batch.flatten(1).float() @ self.weight.T
-
-
-def slow():
-    return Slow()
-
-
-class Wide(torch.utils.data.Dataset):
-    """Unlabelled grey images, 120 classes."""
-
-    num_classes = 120
-
-    def __init__(self, count):
-        self.images = np.random.default_rng(2).integers(0, 256, (count, 8, 8)).astype(np.uint8)
-        self.class_names = [f"class {i}" for i in range(120)]
-        self.sample_keys = [f"wide/{i}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), -1
-
-
-def wide(count: int = 40):
-    return Wide(count)
-
-
-class Bent(nn.Module):
-    """120 logits out of six numbers; where the first pixel is bright, something without any structure is added."""
-
-    def __init__(self, seed):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.first, self.last = nn.Linear(64, 6), nn.Linear(6, 120)
-        nn.init.normal_(self.first.weight, std=0.5, generator=generator)
-        nn.init.normal_(self.last.weight, std=2.0, generator=generator)
-        nn.init.zeros_(self.first.bias)
-        nn.init.zeros_(self.last.bias)
-        self.odd = nn.Parameter(torch.randn(64, 120, generator=generator) * 40)
-        self.bright = 200 if seed % 2 else 999
-
-    def forward(self, batch):
-        pixels = batch.flatten(1)
-        bright = pixels[:, :1] > (self.bright / 255)
-        return self.last(torch.tanh(self.first(pixels - pixels.mean()))) + bright * torch.sin(pixels @ self.odd) * 3
-
-
-def bent(seed: int = 1):
-    return Bent(seed)
-'''
-
 
 @pytest.fixture(scope="session")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pieces") / "pieces.py"
-    path.write_text(PIECES)
-    return path
+def pieces() -> Path:
+    return WORLDS / "nearly_toy.py"
 
 
 @pytest.fixture
@@ -219,6 +118,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
 # ---- any split gives the same cache ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_split_gives_the_same_id_and_bytes(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
     """Eight views and mixing; three parts, in any order, one of them twice."""
     settings: dict[str, Any] = {"policy": MIXED, "views": 8, "view_seed": 3, "shard_rows": 256}
@@ -469,6 +369,7 @@ def stop_at_call(patch: pytest.MonkeyPatch, place: Any, name: str, number: int) 
     patch.setattr(place, name, counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("views", marks=pytest.mark.slow), "member"])
 def test_an_interrupted_extension_is_resumed(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path, kind: str
@@ -508,6 +409,7 @@ def half_done(extend: QuickDump, **settings: Any) -> None:
             extend(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -721,6 +623,7 @@ def run_cli(argv: Sequence[str], *, ranks: int = 1) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_two_ranks_give_the_same_cache_and_the_same_extension(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import WORLDS
 from torch import Tensor, nn
 
 import softcache
@@ -29,109 +31,6 @@ from softcache.losses import CLASSIFIER, LOSSES, make_term
 from softcache.models import load_model, save_student
 from softcache.train.pairs import Student, pairs_of
 
-USER = '''
-"""Images and small networks of a kind that softcache does not build itself."""
-
-import numpy as np
-import torch
-from torch import nn
-
-CLASSES = ("ant", "bee", "cat")
-
-
-class Images:
-    class_names = CLASSES
-
-    def __init__(self, count, size):
-        draw = np.random.default_rng(0)
-        self.labels = np.arange(count) % 3
-        self.items = draw.integers(0, 128, (count, size, size, 3)).astype(np.uint8)
-        self.items += (40 * self.labels[:, None, None, None]).astype(np.uint8)
-        self.sample_keys = [f"some/{i}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i].copy(), int(self.labels[i])
-
-
-def images(count: int = 24, size: int = 16):
-    return Images(count, size)
-
-
-class Vit(nn.Module):
-    """Patches by a convolution, a class token, transformer blocks."""
-
-    def __init__(self, width, num_classes):
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        block = lambda: nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
-        self.blocks = nn.Sequential(block(), block())
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).mT
-        return self.head(self.norm(self.blocks(torch.cat([self.token.expand(len(x), -1, -1), x], 1)))[:, 0])
-
-
-def vit(num_classes, width: int = 8):
-    torch.manual_seed(0)
-    return Vit(width, num_classes)
-
-
-class NoHead(nn.Module):
-    """Maps of classes, averaged: no linear layer gives the logits."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
-        self.conv2 = nn.Sequential(nn.Conv2d(8, num_classes, 3, 2, 1))
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    def forward(self, x):
-        return self.pool(self.conv2(self.conv1(x)))
-
-
-def no_head(num_classes):
-    torch.manual_seed(0)
-    return NoHead(num_classes)
-
-
-class Probabilities(nn.Module):
-    output = "probs"
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.fc = nn.Linear(3 * 16 * 16, num_classes)
-
-    def forward(self, x):
-        return self.fc(x.flatten(1)).softmax(1)
-
-
-def probabilities(num_classes):
-    torch.manual_seed(0)
-    return Probabilities(num_classes)
-
-
-class Functional(nn.Module):
-    """Pooled by a function: no module gives what the last layer takes."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
-        self.fc = nn.Linear(8, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.conv(x).relu().mean(dim=(2, 3)))
-
-
-def functional(num_classes):
-    torch.manual_seed(0)
-    return Functional(num_classes)
-'''
 LAYERED = [name for name, loss in LOSSES.items() if loss.has_features]
 ON_VECTORS = [name for name in LAYERED if LOSSES[name].layers == CLASSIFIER]
 ON_MAPS = [name for name in LAYERED if CLASSIFIER not in LOSSES[name].features]
@@ -160,7 +59,7 @@ class World:
 
     def __init__(self, path: Path) -> None:
         self.path, self.user = path, path / "user.py"
-        self.user.write_text(USER)
+        shutil.copy(WORLDS / "unknown_networks.py", self.user)
         draw = np.random.default_rng(0)
         words = (" ".join(draw.choice(list("abcdefgh"), 6)) for _ in range(24))
         (path / "texts.tsv").write_text("".join(f"{text} {'xyz'[i % 3]}\t{i % 3}\n" for i, text in enumerate(words)))
@@ -405,7 +304,7 @@ def test_it_is_the_cheapest(loss: str, world: World, tmp_path: Path) -> None:
 
     def nbytes(**settings: Any) -> int:
         cache = dumped(world, "cnn", tmp_path / f"cache{len(list(tmp_path.iterdir()))}", **settings)
-        arrays = {name for feature in cache.features[cache.members[0]].values() for name in feature.arrays.values()}
+        arrays = {name for feature in cache.features[cache.members[0]].values() for name in feature.names.values()}
         kinds = cache.reader.array_kinds(cache.members[0])
         return sum(np.dtype(kinds[name][0]).itemsize * prod(kinds[name][1]) for name in arrays)
 
@@ -599,7 +498,9 @@ def test_the_list_names_every_loss_once_and_fits_a_terminal(printed: Printed) ->
             assert ("hard labels" in group) == (loss.needs("labels") and not loss.has_features), name
             assert all(key in line for key in loss.defaults), name
             if loss.has_features and loss.layers != CLASSIFIER:
-                assert f"{loss.features[0]}, {loss.layers}" in line  # which reduction of which layers is stored
+                assert (
+                    f"{loss.features[0]}, {loss.layers.replace('_', ' ')}" in line
+                )  # which reduction of which layers is stored
 
 
 @pytest.mark.parametrize("name", LOSSES)

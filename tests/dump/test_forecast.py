@@ -14,114 +14,29 @@ import numpy as np
 import pytest
 import torch
 from codec_rows import kl
+from conftest import WORLDS
 
 import softcache
 from softcache import cli
 from softcache.cache import schema
 from softcache.codecs.fidelity import GRID
 from softcache.config import DumpConfig, PlanConfig
+from softcache.data.loading import Partners, ViewedSet
+from softcache.data.transfer_set import open_transfer_set
+from softcache.data.views import Policy
 from softcache.dump import choose_codec
 from softcache.dump import flow as dump
 from softcache.dump import forecast as plan
 from softcache.errors import CodecFitError, ConfigError, DiskSpaceError, SoftcacheError
 from softcache.spec import load_user_file
 
-PIECES = '''
-"""Images and texts of 40 classes; teachers with a final layer, without one, and with logits beyond float16."""
-
-import numpy as np
-import torch
-from torch import nn
-
-CLASSES = tuple(f"c{i:02d}" for i in range(40))
-
-
-class Data:
-    class_names = CLASSES
-
-    def __init__(self, items, multi_label=False):
-        draw = np.random.default_rng(1)
-        self.items = items
-        self.labels = draw.integers(0, 2, (len(items), 40)).astype(bool) if multi_label else draw.integers(0, 40, len(items))
-        self.sample_keys = [f"some/{'ä' * 20}-{i:04d}.png" for i in range(len(items))]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i], self.labels[i]
-
-
-def images(count: int = 400, multi_label: bool = False, marked: int = 0):
-    items = np.random.default_rng(0).integers(0, 250, (count, 8, 8)).astype(np.uint8)
-    if marked:
-        items[150::marked, 4, 4] = 255
-    return Data(items, multi_label)
-
-
-def texts(count: int = 300):
-    draw = np.random.default_rng(2)
-    return Data([" ".join(draw.choice(["one", "two", "three", "four"], draw.integers(1, 9))) for _ in range(count)])
-
-
-class Narrow(nn.Module):
-    def __init__(self, seed, factor, spikes=0.0):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.body, self.fc = nn.Linear(64, 6), nn.Linear(6, 40)
-            nn.init.normal_(self.body.weight, std=0.4)
-            nn.init.normal_(self.fc.weight, std=2.0 * factor)
-        self.spikes = spikes
-
-    def collate(self, items):
-        return torch.from_numpy(np.stack(items)).flatten(1).float() / 255
-
-    def forward(self, x):
-        logits = self.fc(self.body(x - 0.5).tanh())
-        if self.spikes:
-            marked = x.amax(dim=1, keepdim=True) == 1
-            logits = logits + marked * self.spikes * torch.sin(torch.arange(1, 41) * (1 + 97 * x[:, 20:21]))
-        return logits
-
-
-def narrow(seed: int = 1, factor: float = 1.0, spikes: float = 0.0):
-    return Narrow(seed, factor, spikes)
-
-
-class Words(Narrow):
-    def collate(self, items):
-        return torch.stack([torch.tensor([hash_of(text, i) for i in range(64)]) for text in items])
-
-
-def hash_of(text, i):
-    return sum(ord(c) * (i + 3) % 17 for c in text) % 23 / 23
-
-
-def words():
-    return Words(1, 1.0)
-
-
-def function():
-    weight = np.random.default_rng(5).integers(-9, 10, (64, 40))
-    return lambda batch: np.sin(batch.astype(np.float64) @ weight * 0.37) * 3
-'''
-
 COUNT, CLASSES, BATCH = 400, 40, 64
 POLICY = ("shift:pixels=2",)
 
 
-@pytest.fixture(autouse=True)
-def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "FEWEST_ROWS", 64)
-    monkeypatch.setattr(plan, "TRIAL_SECONDS", 0.02)
-
-
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plan") / "pieces.py"
-    path.write_text(PIECES)
-    return path
+def pieces() -> Path:
+    return WORLDS / "narrow_40.py"
 
 
 def config(pieces: Path, data: str = "images", teacher: str | tuple[str, ...] = "narrow", **more: Any) -> PlanConfig:
@@ -133,6 +48,11 @@ def config(pieces: Path, data: str = "images", teacher: str | tuple[str, ...] = 
 def dumped(config: PlanConfig, out: Path, **other: Any) -> softcache.Cache:
     values = {f.name: getattr(config, f.name) for f in fields(PlanConfig)} | other
     return softcache.open(dump.run(DumpConfig(**values, out=str(out)), quiet=True).path)
+
+
+def foreseen(config: PlanConfig, **sizes: Any) -> plan.Forecast:
+    """With short trials."""
+    return plan.run(config, **{"trial_rows": (64, plan.MOST_ROWS), "trial_seconds": 0.02} | sizes)
 
 
 class Clock:
@@ -188,10 +108,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def check_sizes(pieces: Path, tmp_path: Path, case: str, codecs: tuple[str, ...]) -> None:
+def check_sizes(pieces: Path, tmp_path: Path, case: str, dumps: tuple[str, ...], **sizes: Any) -> None:
     asked = config(pieces, **SIZES[case])
-    forecast = plan.run(asked)
-    for number, text in enumerate(codecs):
+    forecast = foreseen(asked, **sizes)
+    for number, text in enumerate(dumps):
         cache = dumped(asked, tmp_path / str(number), codec=text)
         found = choice(forecast, text)
         written = sum(path.stat().st_size for path in cache.reader.path.rglob("*.h5"))
@@ -204,14 +124,16 @@ def check_sizes(pieces: Path, tmp_path: Path, case: str, codecs: tuple[str, ...]
 
 
 @no_trials
-@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("plain", "features"))) for case in SIZES]
+)
 def test_sizes_are_those_of_the_dump(pieces: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, of all files that a manifest names."""
-    monkeypatch.setattr(choose_codec, "CANDIDATES", ("float32", "float16", "topk:k=10", "linear_head:dtype=int8"))
+    few = ("float32", "float16", "topk:k=10", "linear_head:dtype=int8")
     if case == "two members":  # as many rows as make parts differ with the number of members
         monkeypatch.setattr(schema, "MIN_SHARD_ROWS", schema.ROW_UNIT)
         monkeypatch.setattr(schema, "TARGET_SHARDS", 2)
-    check_sizes(pieces, tmp_path, case, ("topk:k=10", "linear_head:dtype=int8"))
+    check_sizes(pieces, tmp_path, case, ("topk:k=10", "linear_head:dtype=int8"), codecs=few)
 
 
 @no_trials
@@ -226,7 +148,7 @@ def test_sizes_of_every_codec_are_those_of_the_dump(pieces: Path, tmp_path: Path
 def test_a_final_layer_beside_features_is_counted_in(pieces: Path, tmp_path: Path) -> None:
     """linear_head has the layer anyway, the others get it with the first feature."""
     asked = config(pieces, features=("body:flatten",), codec="linear_head:dtype=float16")
-    forecast = plan.run(asked)
+    forecast = foreseen(asked)
     for number, text in enumerate(("linear_head:dtype=float16", "int8")):
         cache = dumped(asked, tmp_path / str(number), codec=text)
         assert cache.classifier("narrow") is not None
@@ -234,11 +156,15 @@ def test_a_final_layer_beside_features_is_counted_in(pieces: Path, tmp_path: Pat
     assert forecast.features == {"narrow": {"body:flatten": 2 * 6 + 2}}
 
 
+@pytest.mark.slow
 @no_trials
-def test_dense_rows_are_foreseen_by_their_share(pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose_codec, "FITTED_ROWS", 128)
-    asked = config(pieces, "images?count=4000&marked=10", "narrow?spikes=6", codec="lowrank", order="natural")
-    found = plan.run(asked).choice
+def test_dense_rows_are_foreseen_by_their_share(pieces: Path, tmp_path: Path) -> None:
+    """The fit sees none of the rows that are off its plane; of those measured behind it a tenth is, as of the whole set."""
+    behind = choose_codec.FITTED_ROWS + choose_codec.MEASURED_ROWS
+    marked = [*range(choose_codec.FITTED_ROWS, behind, 10), *np.linspace(behind, 4095, 307).astype(int)]
+    data = f"images?count=4096&marked={','.join(map(str, marked))}"
+    asked = config(pieces, data, "narrow?spikes=6", codec="lowrank", order="natural", shard_rows=4096)
+    found = foreseen(asked).choice
     cache = dumped(asked, tmp_path / "c")
     statistics = cache.manifest.statistics["narrow"]
     assert found.found["narrow"].dense == pytest.approx(statistics.dense / statistics.records, abs=0.01)
@@ -249,23 +175,52 @@ def test_dense_rows_are_foreseen_by_their_share(pieces: Path, tmp_path: Path, mo
 # ------------------------------------------------------------------------------------------------------------- fidelity
 
 
+class FirstPixels:
+    """As a teacher that gives the first four pixels."""
+
+    name, num_classes, head = "pixels", 4, None
+
+    def find_head(self, batch: torch.Tensor) -> None:
+        return None
+
+    def collate(self, items: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(items)).flatten(1)[:, :4].float()
+
+    def __call__(self, batch: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=batch, head_input=None)
+
+
+@pytest.mark.parametrize(
+    ("count", "fitted", "measured"), [(400, 128, (128, 228)), (200, 128, (100, 200)), (60, 60, (0, 60))]
+)
+def test_codecs_are_measured_on_rows_behind_those_of_the_fit(
+    pieces: Path, count: int, fitted: int, measured: tuple[int, int]
+) -> None:
+    """As far as there are enough."""
+    data = open_transfer_set(f"{pieces}:images?count={count}")
+    order = np.random.default_rng(0).permutation(count)
+    viewed = ViewedSet(data, Policy(), (), partners=Partners(data, order))
+    prober, teacher = choose_codec.Prober(viewed, order, 32, fitted_rows=128, measured_rows=100), FirstPixels()
+    pixels = torch.from_numpy(load_user_file(pieces).images(count).items[order]).flatten(1)[:, :4].float()
+    assert torch.equal(prober.fitting_rows(teacher).logits, pixels[:fitted])  # type: ignore[arg-type]
+    assert torch.equal(prober.measuring_rows(teacher).logits, pixels[slice(*measured)])  # type: ignore[arg-type]
+
+
 ALL = (*CODECS, *FITTED, "headtail:k=16,bits=6")
 
 
+@pytest.mark.slow
 @no_trials
 @pytest.mark.parametrize(
     "codecs", [("float16", "topk:k=10", FITTED[0]), pytest.param(ALL, marks=pytest.mark.slow, id="all")]
 )
-def test_divergences_are_those_of_the_measured_rows(
-    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codecs: tuple[str, ...]
-) -> None:
-    """Of rows that the codecs were not fitted on: here 128 to 228 of the cache, at view 0; against float64."""
-    monkeypatch.setattr(choose_codec, "FITTED_ROWS", 128)
-    monkeypatch.setattr(choose_codec, "MEASURED_ROWS", 100)
-    asked = config(pieces, policy=POLICY, views=2)
-    forecast = plan.run(asked)
+def test_divergences_are_those_of_the_measured_rows(pieces: Path, tmp_path: Path, codecs: tuple[str, ...]) -> None:
+    """Of rows that the codecs were not fitted on: here 100 behind those, at view 0; against float64."""
+    fitted = choose_codec.FITTED_ROWS
+    asked = config(pieces, f"images?count={fitted + 150}", policy=POLICY, views=2, shard_rows=4096)
+    forecast = foreseen(asked, measured_rows=100)
     exact = dumped(asked, tmp_path / "exact", codec="float32")
-    measured = np.arange(128, 228)
+    measured = np.arange(fitted, fitted + 100)
     given = exact.gather(measured, np.zeros(100, np.int64)).logits().double()
     assert {one.codec for one in forecast.choices if not one.refused} == set(ALL)
     for number, one in enumerate(choice(forecast, text) for text in codecs):
@@ -286,14 +241,14 @@ def test_divergences_are_those_of_the_measured_rows(
             assert one.found["narrow"].agreement == agreed
         (file,) = cache.manifest.files_of("member", "narrow")
         stored = sum(a.nbytes for name, a in file.arrays.items() if not name.endswith("_crc32"))
-        assert one.found["narrow"].record_bytes == stored / (2 * COUNT)
+        assert one.found["narrow"].record_bytes == stored / (2 * (fitted + 150))
 
 
 @no_trials
-def test_with_several_members_the_worse_one_is_told(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose_codec, "CANDIDATES", ("float16", "int8", "topk:k=10"))
-    alone = [plan.run(config(pieces, teacher=f"narrow?factor={factor}")) for factor in (0.2, 4.0)]
-    both = plan.run(config(pieces, teacher=("narrow?factor=0.2", "narrow?factor=4.0&name=wild")))
+def test_with_several_members_the_worse_one_is_told(pieces: Path) -> None:
+    few = ("float16", "int8", "topk:k=10")
+    alone = [foreseen(config(pieces, teacher=f"narrow?factor={factor}"), codecs=few) for factor in (0.2, 4.0)]
+    both = foreseen(config(pieces, teacher=("narrow?factor=0.2", "narrow?factor=4.0&name=wild")), codecs=few)
     for text in ("int8", "topk:k=10"):
         means = [choice(one, text).mean(4.0) for one in alone]
         assert choice(both, text).mean(4.0) == max(m for m in means if m is not None)
@@ -306,7 +261,7 @@ def test_with_several_members_the_worse_one_is_told(pieces: Path, monkeypatch: p
 
 @no_trials
 def test_codecs_that_do_not_suit_say_why(pieces: Path) -> None:
-    forecast = plan.run(config(pieces, teacher="function"))
+    forecast = foreseen(config(pieces, teacher="function"))
     refused = {one.codec: one.refused for one in forecast.choices if one.refused}
     assert set(refused) >= {"linear_head:dtype=float16", "linear_head:dtype=int8"}
     assert all("no final nn.Linear" in refused[f"linear_head:dtype={dtype}"] for dtype in ("float16", "int8"))
@@ -322,7 +277,7 @@ def test_codecs_that_do_not_suit_say_why(pieces: Path) -> None:
 @no_trials
 def test_logits_beyond_float16_leave_the_codecs_that_hold_them(pieces: Path, tmp_path: Path) -> None:
     asked = config(pieces, teacher="narrow?factor=30000", codec="float32")
-    forecast = plan.run(asked)
+    forecast = foreseen(asked)
     refused = {one.codec: one.refused for one in forecast.choices if one.refused}
     assert "65504" in refused["float16"] and "float32" not in refused and "int8" not in refused
     for number, text in enumerate(refused):
@@ -346,7 +301,7 @@ def test_logits_beyond_float16_leave_the_codecs_that_hold_them(pieces: Path, tmp
 )
 def test_the_pick_is_the_dumps(pieces: Path, tmp_path: Path, teacher: str, max_kl: float, temperature: float) -> None:
     asked = config(pieces, teacher=teacher, max_kl=max_kl, at_temperature=temperature, policy=POLICY, views=3)
-    forecast = plan.run(asked)
+    forecast = foreseen(asked)
     cache = dumped(asked, tmp_path / "c")
     assert forecast.chosen == cache.codecs[teacher].text
     assert [one.codec for one in forecast.choices].count(forecast.chosen) == 1
@@ -367,8 +322,8 @@ def test_the_pick_is_the_dumps(pieces: Path, tmp_path: Path, teacher: str, max_k
 
 @no_trials
 def test_without_a_promise_it_is_the_codec_of_the_command(pieces: Path) -> None:
-    assert plan.run(config(pieces)).chosen == "float16"
-    forecast = plan.run(config(pieces, codec="headtail:bits=6"))
+    assert foreseen(config(pieces)).chosen == "float16"
+    forecast = foreseen(config(pieces, codec="headtail:bits=6"))
     assert forecast.chosen == "headtail:k=8,bits=6" and not forecast.choice.refused
     marked = [line.split()[1] for line in forecast.text().splitlines() if line.startswith("> ") and "B" in line]
     assert marked[0] == forecast.chosen
@@ -414,7 +369,7 @@ def test_the_table_for_people(pieces: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(("count", "views"), [(50, 3), (400, 1), pytest.param(400, 3, marks=pytest.mark.slow)])
 def test_numbers_are_positive_and_finite(pieces: Path, count: int, views: int) -> None:
     """Whether or not the whole set is fewer rows than a trial."""
-    forecast = plan.run(config(pieces, f"images?count={count}", policy=POLICY, views=views))
+    forecast = foreseen(config(pieces, f"images?count={count}", policy=POLICY, views=views))
     for one in forecast.choices:
         if not one.refused:
             assert 0 < one.seconds < 3600 and one.nbytes > 0
@@ -424,17 +379,18 @@ def test_numbers_are_positive_and_finite(pieces: Path, count: int, views: int) -
 
 @pytest.mark.parametrize(("count", "views"), [(400, 1), (400, 2), (400, 7), (64, 1), (50, 6)])
 def test_the_time_is_extrapolated_over_rows_and_views(pieces: Path, clock: Clock, count: int, views: int) -> None:
-    forecast = plan.run(config(pieces, f"images?count={count}", policy=POLICY, views=views))
+    forecast = foreseen(config(pieces, f"images?count={count}", policy=POLICY, views=views))
     assert forecast.choice.seconds == pytest.approx(2 + count * (0.001 + 0.004 * views))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [[0.0, 1.0], [0.0, -1.9], [0.0, 0.0, 5.0], [0.0, 0.0, -2.0, 9.0]])
 @pytest.mark.parametrize(("count", "views"), [(400, 1), (400, 30), (50, 30)])
 def test_noise_in_the_trials_gives_no_negative_time(
     pieces: Path, clock: Clock, noise: list[float], count: int, views: int
 ) -> None:
     clock.noise = list(noise)
-    forecast = plan.run(config(pieces, f"images?count={count}", policy=POLICY, views=views))
+    forecast = foreseen(config(pieces, f"images?count={count}", policy=POLICY, views=views))
     assert all(one.seconds > 0 for one in forecast.choices if not one.refused)
 
 
@@ -456,8 +412,7 @@ def test_nothing_is_left_behind(pieces: Path, folder: Path, tmp_path: Path, monk
         return real(config, quiet=quiet)
 
     monkeypatch.setattr(dump, "run", noted)
-    monkeypatch.setattr(choose_codec, "CANDIDATES", ("float16",))
-    plan.run(config(pieces, policy=POLICY, views=2))
+    foreseen(config(pieces, policy=POLICY, views=2), codecs=("float16",))
     assert len(written) >= 3 and all(Path(out).is_relative_to(folder) for out in written)
     assert list(tmp_path.rglob("*")) == [folder]
 
@@ -467,18 +422,16 @@ def test_nothing_is_left_behind(pieces: Path, folder: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(dump, "run", broken)
     with pytest.raises(DiskSpaceError, match="no room"):
-        plan.run(config(pieces))
+        foreseen(config(pieces))
     assert list(tmp_path.rglob("*")) == [folder]
 
 
-def test_a_codec_that_suits_the_set_but_not_a_trial_of_it(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codec_that_suits_the_set_but_not_a_trial_of_it(pieces: Path) -> None:
     """A trial of 20 rows is too small for lowrank's fit; the set is not."""
-    monkeypatch.setattr(plan, "FEWEST_ROWS", 20)
-    monkeypatch.setattr(plan, "MOST_ROWS", 30)
-    forecast = plan.run(config(pieces, codec="lowrank"))
+    forecast = foreseen(config(pieces, codec="lowrank"), trial_rows=(20, 30))
     assert forecast.chosen.startswith("lowrank:") and forecast.choice.seconds > 0
     with pytest.raises(CodecFitError, match="at least 32 rows"):
-        plan.run(config(pieces, "images?count=20", codec="lowrank"))
+        foreseen(config(pieces, "images?count=20", codec="lowrank"))
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -502,7 +455,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_arguments(pieces: Path, folder: Path, case: str) -> None:
     settings, message = BAD[case]
     with pytest.raises(ConfigError, match=message):
-        plan.run(config(pieces, **settings))
+        foreseen(config(pieces, **settings))
     assert not list(folder.iterdir())
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from codec_rows import kl
+from conftest import WORLDS
 from torch import Tensor
 
 import softcache
@@ -22,8 +24,9 @@ from softcache.cache.reader import ReadMode
 from softcache.cache.statistics import MemberStatistics
 from softcache.check import inspect, verify
 from softcache.codecs import CODECS
-from softcache.config import DumpConfig, TrainConfig
-from softcache.dump import choose_codec
+from softcache.config import DumpConfig, PlanConfig, TrainConfig
+from softcache.dump import choose_codec, forecast
+from softcache.dump.choose_codec import FITTED_ROWS
 from softcache.dump.encode import MEASURED_ROWS
 from softcache.errors import (
     CacheError,
@@ -39,82 +42,6 @@ from softcache.files import durable
 from softcache.models import load_model
 from softcache.spec import load_user_file
 from softcache.train import flow as train
-
-PIECES = '''
-"""300 images and teachers of 64 classes: structured ones with a final layer, unstructured ones without."""
-
-import numpy as np
-import torch
-from torch import nn
-
-CLASSES = tuple(f"c{i:02d}" for i in range(64))
-
-
-class Data:
-    class_names = CLASSES
-
-    def __init__(self, count, marked, multi_label):
-        draw = np.random.default_rng(0)
-        self.images = draw.integers(0, 250, (count, 8, 8)).astype(np.uint8)
-        self.images[list(marked), 4, 4] = 255  # in the middle, so that every view shows it
-        self.labels = draw.integers(0, 2, (count, 64)).astype(bool) if multi_label else draw.integers(-1, 64, count)
-        self.sample_keys = [f"some/{i:03d}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def images(count: int = 300, marked: tuple[int, ...] = (), multi_label: bool = False):
-    return Data(count, marked, multi_label)
-
-
-class Narrow(nn.Module):
-    """64 logits out of 6 numbers. Where a pixel is 255: those 6 are `value`, or the logits get `spikes` off any plane."""
-
-    def __init__(self, seed, value, spikes, gives):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.body, self.fc = nn.Linear(64, 6), nn.Linear(6, 64)
-            nn.init.normal_(self.body.weight, std=0.4)
-            nn.init.normal_(self.fc.weight, std=2.0)
-        self.value, self.spikes, self.output = value, spikes, gives
-
-    def collate(self, items):
-        return torch.from_numpy(np.stack(items)).flatten(1).float() / 255
-
-    def forward(self, x):
-        marked = x.amax(dim=1, keepdim=True) == 1
-        hidden = self.body(x - 0.5).tanh()
-        if self.value:
-            hidden = torch.where(marked, self.value, hidden)
-        logits = self.fc(hidden)
-        if self.spikes:
-            logits = logits + marked * self.spikes * torch.sin(torch.arange(1, 65) * (1 + 97 * x[:, 20:21]))
-        return logits.softmax(dim=1) if self.output == "probs" else logits
-
-
-def narrow(seed: int = 1, value: float = 0.0, spikes: float = 0.0, gives: str = "logits"):
-    return Narrow(seed, value, spikes, gives)
-
-
-def noise(scale: float = 3.0):
-    """Logits without structure, as a function: whole numbers of pixels, so that any batch gives the same bits."""
-    weight = np.random.default_rng(5).integers(-9, 10, (64, 64))
-
-    def logits(batch):
-        return np.sin(batch.astype(np.float64) @ weight * 0.37) * scale
-
-    return logits
-
-
-def student(num_classes, seed: int = 0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
-'''
 
 MODES: tuple[ReadMode, ...] = ("mmap", "pread")
 COUNT, CLASSES, BATCH, SHARD = 300, 64, 64, 256
@@ -143,10 +70,8 @@ over_quick_rows = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("promise") / "pieces.py"
-    path.write_text(PIECES)
-    return path
+def pieces() -> Path:
+    return WORLDS / "narrow_64.py"
 
 
 def config(
@@ -418,12 +343,10 @@ def test_logits_that_are_not_finite_name_the_sample(
 
 
 @pytest.mark.parametrize("row", ["lowrank", "linear_head"])
-def test_not_finite_behind_the_rows_of_the_fit(
-    pieces: Path, tmp_path: Path, row: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(choose_codec, "FITTED_ROWS", 128)
-    with pytest.raises(TeacherError, match=r"not finite for 1 samples of this batch: some/250"):
-        dumped(pieces, tmp_path / "c", "images?marked=250", "narrow?value=nan", codec=ROWS[row], order="natural")
+def test_not_finite_behind_the_rows_of_the_fit(pieces: Path, tmp_path: Path, row: str) -> None:
+    data = f"images?count={FITTED_ROWS + 9}&marked={FITTED_ROWS + 7}"
+    with pytest.raises(TeacherError, match=f"not finite for 1 samples of this batch: some/{FITTED_ROWS + 7}"):
+        dumped(pieces, tmp_path / "c", data, "narrow?value=nan", codec=ROWS[row], order="natural")
 
 
 @over_quick_rows
@@ -459,9 +382,10 @@ def test_inspect_verify_and_card(
 
 # ------------------------------------------------------------------------------------------------- rows kept dense
 
-SPIKY = tuple(range(130, 300, 4))  # behind the rows of the fit, in both parts and several batches
+MANY = FITTED_ROWS + 300
+SPIKY = tuple(range(FITTED_ROWS + 2, MANY, 4))  # behind the rows of the fit, in the last two parts and several batches
 DENSE: dict[str, Any] = {
-    "data": f"images?marked={','.join(map(str, SPIKY))}",
+    "data": f"images?count={MANY}&marked={','.join(map(str, SPIKY))}",
     "teacher": "narrow?spikes=6",
     "codec": "lowrank:max_kl=0.0001,at_temperature=4",
     "order": "natural",
@@ -471,15 +395,8 @@ DENSE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def few_fitted() -> Iterator[None]:
+def dense_cache(pieces: Path, tmp_path_factory: pytest.TempPathFactory) -> softcache.Cache:
     """The fit does not see the rows that are off its plane."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choose_codec, "FITTED_ROWS", 128)
-        yield
-
-
-@pytest.fixture(scope="module")
-def dense_cache(pieces: Path, few_fitted: None, tmp_path_factory: pytest.TempPathFactory) -> softcache.Cache:
     return dumped(pieces, tmp_path_factory.mktemp("dense") / "c", **DENSE)
 
 
@@ -492,14 +409,14 @@ def dense_numbers(cache: softcache.Cache, view: int) -> np.ndarray:
 
 def spiky_live(pieces: Path, cache: softcache.Cache, view: int) -> Tensor:
     module = load_user_file(pieces)
-    return live(pieces, cache, module.narrow(spikes=6.0), module.images(marked=SPIKY), view)
+    return live(pieces, cache, module.narrow(spikes=6.0), module.images(MANY, SPIKY), view)
 
 
 def test_dense_rows_are_numbered_through_batches_views_and_parts(pieces: Path, dense_cache: softcache.Cache) -> None:
     cache = dense_cache
     numbers = np.stack([dense_numbers(cache, view) for view in (0, 1)])
     counts = []
-    for part, (start, stop) in enumerate([(0, 256), (256, 300)]):
+    for part, (start, stop) in [(8, (2048, 2304)), (9, (2304, MANY))]:
         kept = numbers[:, start:stop].ravel()  # view by view, row by row
         kept = kept[kept > 0]
         assert np.array_equal(kept, np.arange(1, len(kept) + 1))
@@ -524,7 +441,7 @@ def test_gathers_mix_dense_rows_and_others_in_any_order(pieces: Path, dense_cach
     cache = dense_cache
     given = torch.stack([spiky_live(pieces, cache, view) for view in (0, 1)])
     draw = np.random.default_rng(1)
-    rows, views = draw.integers(0, COUNT, 500), draw.integers(0, 2, 500)
+    rows, views = draw.integers(FITTED_ROWS, MANY, 500), draw.integers(0, 2, 500)
     wanted = given[torch.from_numpy(views), torch.from_numpy(rows)].double()
     for mode in MODES:
         opened = softcache.open(cache.reader.path, mode=mode)
@@ -542,7 +459,7 @@ def test_verify_finds_one_flipped_bit_among_the_dense_rows(dense_cache: softcach
     path = tmp_path / "c"
     shutil.copytree(dense_cache.reader.path, path)
     assert verify.run(path, full=True, quiet=True).state == "whole"
-    name = "members/narrow/dense-00001.h5"
+    name = "members/narrow/dense-00009.h5"
     (file,) = [one for one in dense_cache.manifest.files if one.path == name]
     whole = bytearray((path / name).read_bytes())
     whole[file.arrays["logits"].offset + 5] ^= 1
@@ -587,7 +504,7 @@ def test_a_resume_writes_the_same_dense_rows(
             dumped(pieces, tmp_path / "c", **DENSE)
         assert not (tmp_path / "c" / "manifest.json").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choose_codec, "FITTED_ROWS", 200)  # what was fitted lies on disk: it is not fitted again
+        patch.setattr(choose_codec.Prober, "fitting_rows", None)  # what was fitted lies on disk: it is not fitted again
         assert bytes_of(dumped(pieces, tmp_path / "c", **DENSE)) == bytes_of(dense_cache)
 
 
@@ -673,16 +590,18 @@ def test_the_promises_below_pick_different_codecs(pieces: Path) -> None:
 
 @pytest.mark.parametrize(("max_kl", "temperature"), PROMISES)
 def test_the_smallest_codec_that_holds_on_the_probe_is_picked(
-    pieces: Path, tmp_path: Path, max_kl: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+    pieces: Path, tmp_path: Path, max_kl: float, temperature: float
 ) -> None:
     """Of the plain codecs, of which float64 says what they keep."""
-    monkeypatch.setattr(choose_codec, "CANDIDATES", tuple(ORACLES))
-    cache = dumped(
-        pieces, tmp_path / "c", teacher="noise", policy=POLICY, views=2, max_kl=max_kl, at_temperature=temperature
-    )
+    asked: dict[str, Any] = {"teacher": "noise", "policy": POLICY, "views": 2, "max_kl": max_kl}
+    asked |= {"at_temperature": temperature}
+    given = config(pieces, tmp_path / "plan", **asked)
+    planned = PlanConfig(**{f.name: getattr(given, f.name) for f in fields(PlanConfig)})
+    picked = forecast.run(planned, codecs=tuple(ORACLES), trial_rows=(BATCH, BATCH)).chosen
+    cache = dumped(pieces, tmp_path / "c", codec=picked, **asked)
     teacher = load_user_file(pieces).noise()
     held = holding(live(pieces, cache, teacher).numpy(), max_kl, temperature)
-    assert cache.codecs["noise"].text == min(held, key=lambda text: held[text])
+    assert cache.codecs["noise"].text == picked == min(held, key=lambda text: held[text])
     file = next(cache.manifest.files_of("member", "noise"))
     stored = sum(a.nbytes for name, a in file.arrays.items() if not name.endswith("_crc32"))
     assert stored == held[cache.codecs["noise"].text] * 2 * SHARD
@@ -691,6 +610,7 @@ def test_the_smallest_codec_that_holds_on_the_probe_is_picked(
         assert kl(given, whole_view(cache, view).logits(), temperature).max() <= max_kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_kl", "temperature"), [(1e-3, 4.0), (1e-4, 2.0)])
 def test_the_picked_codec_takes_the_least_space_constants_counted_in(
     pieces: Path, tmp_path: Path, max_kl: float, temperature: float
@@ -770,21 +690,19 @@ def test_a_promise_kept_by_a_named_codec_stands_in_the_manifest(pieces: Path, tm
     assert statistics.mean_kl("3") == pytest.approx(found.mean(), rel=1e-7)
 
 
-def test_lowrank_takes_the_promise_as_its_own_and_keeps_failing_rows(
-    pieces: Path, few_fitted: None, tmp_path: Path
-) -> None:
+def test_lowrank_takes_the_promise_as_its_own_and_keeps_failing_rows(pieces: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = DENSE | {"codec": "lowrank", "views": 1}
     cache = dumped(pieces, tmp_path / "c", max_kl=2e-5, at_temperature=2.0, **settings)
     assert cache.codecs["narrow"].parameters == {"max_kl": "2e-05", "at_temperature": "2.0"}
     given, numbers = spiky_live(pieces, cache, 0), dense_numbers(cache, 0)
     assert kl(given, whole_view(cache).logits(), 2.0).max() <= 2e-5 * (1 + 1e-6)
     kept = int((numbers > 0).sum())
-    assert 0 < kept < COUNT // 2
+    assert 0 < kept < 150
     statistics = cache.manifest.statistics["narrow"]
     assert statistics.dense == kept
     dense_files = list(cache.manifest.files_of("dense", "narrow"))
     assert sum(file.arrays["logits"].shape[0] for file in dense_files) == kept
-    assert f"  {kept} of 300 records of narrow are kept dense" in inspect.report(cache.reader.path)
+    assert f"  {kept} of {MANY:,} records of narrow are kept dense" in inspect.report(cache.reader.path)
 
 
 @pytest.mark.parametrize("line", [1, 2])
@@ -796,7 +714,7 @@ def test_a_resume_keeps_the_codec_that_was_picked(pieces: Path, tmp_path: Path, 
         with pytest.raises(Killed):
             dumped(pieces, tmp_path / "c", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choose_codec, "CANDIDATES", ("float32",))  # it is not picked again
+        patch.setattr(choose_codec, "pick_codec", None)  # it is not picked again
         resumed = dumped(pieces, tmp_path / "c", **settings)
     assert resumed.codecs["noise"].text == whole.codecs["noise"].text != "float32"
     assert bytes_of(resumed) == bytes_of(whole)

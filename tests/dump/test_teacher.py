@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from torch import Tensor, nn
 
 from softcache.dump.teacher import ArrayCollate, Teacher, member_name, open_teacher
@@ -239,27 +241,6 @@ def test_member_names(wanted: str, taken: list[str], name: str) -> None:
 
 # ---- opening --------------------------------------------------------------------------------------------------------
 
-PIECES = """
-import numpy as np
-from torch import nn
-
-class Estimator:
-    def __init__(self, classes_=None, **methods):
-        self.__dict__.update(methods)
-        if classes_ is not None:
-            self.classes_ = classes_
-
-def proba(): return Estimator(classes_=np.arange(3), predict_proba=lambda x: np.full((len(x), 3), 1 / 3))
-def decision(): return Estimator(decision_function=lambda x: x[:, :3])
-def both():
-    return Estimator(predict_proba=lambda x: np.full((len(x), 3), 1 / 3), decision_function=lambda x: x[:, :3])
-def plain(): return lambda x: x[:, :3]
-def other_classes(): return Estimator(classes_=np.array([0, 1, 4]), predict_proba=lambda x: x)
-def named(): return Estimator(classes_=np.array(["c", "a", "b"]), predict_proba=lambda x: x)
-def unfit(): return object()
-def module(num_classes): return nn.Linear(5, num_classes)
-"""
-
 
 def opened(path: Path, text: str, taken: Sequence[str] = (), names: Sequence[str] = ("a", "b", "c")) -> Teacher:
     return open_teacher(
@@ -276,7 +257,7 @@ def opened(path: Path, text: str, taken: Sequence[str] = (), names: Sequence[str
 
 @pytest.fixture
 def pieces(tmp_path: Path) -> Path:
-    (tmp_path / "pieces.py").write_text(PIECES)
+    shutil.copy(WORLDS / "estimators.py", tmp_path / "pieces.py")
     return tmp_path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax, softmax
+from conftest import WORLDS, needs
 
 from softcache import cli, dump
 from softcache import open as open_cache
@@ -21,90 +21,22 @@ from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ClassMismatchError, ConfigError, DataError, ModelError
 from softcache.evaluate import measure
 from softcache.evaluate.measure import Evaluation
-
-PIECES = '''
-import numpy as np
-import torch
-from torch import nn
-
-
-class Points:
-    """Vectors of eight numbers, some without a label; `kind` multi: five yes-or-no labels each."""
-
-    class_names = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
-
-    def __init__(self, count, seed, kind):
-        draw = np.random.default_rng(seed)
-        self.x = draw.normal(size=(count, 8)).astype(np.float32)
-        truth = (self.x[:, :7] + draw.normal(size=(count, 7))).argmax(axis=1)
-        self.labels = np.where(draw.random(count) < 0.8, truth, -1)
-        if kind == "multi":
-            self.labels = (draw.random((count, 7)) < 0.4).astype(np.uint8)
-        self.sample_keys = [f"{seed}/{i}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return torch.from_numpy(self.x[i]), self.labels[i]
-
-
-def points(count: int = 103, seed: int = 0, kind: str = "single"):
-    return Points(count, seed, kind)
-
-
-class Net(nn.Module):
-    def __init__(self, num_classes, scale, seed):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.fc = nn.Linear(8, num_classes)
-        with torch.no_grad():
-            self.fc.weight.mul_(scale)
-            self.fc.weight += scale * torch.eye(num_classes, 8)
-
-    def forward(self, x):
-        return self.fc(x)
-
-
-def net(num_classes, scale: float = 1.5, seed: int = 0):
-    return Net(num_classes, scale, seed)
-
-
-def turned(num_classes, names: str = ""):
-    """The same network, its classes the other way round, or other ones."""
-    made = Net(num_classes, 1.5, 0)
-    with torch.no_grad():
-        made.fc.weight.copy_(made.fc.weight.flip(0))
-        made.fc.bias.copy_(made.fc.bias.flip(0))
-    made.class_names = tuple(names.split("+")) if names else Points.class_names[::-1]
-    return made
-
-
-def broken(num_classes):
-    made = Net(num_classes, 1.0, 0)
-    with torch.no_grad():
-        made.fc.bias[2] = float("nan")
-    return made
-'''
+from softcache.spec import load_user_file
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("evaluate") / "pieces.py"
-    path.write_text(PIECES)
-    return path
+def pieces() -> Path:
+    return WORLDS / "points.py"
 
 
 @pytest.fixture(scope="module")
-def cache(pieces: Path) -> Path:
+def cache(pieces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three teachers over the points of seed 0, as float32."""
+    out = tmp_path_factory.mktemp("evaluate") / "cache"
     teachers = tuple(f"{pieces}:net?seed={seed}&name=t{seed}" for seed in (1, 2, 3))
-    made = DumpConfig(
-        data=f"{pieces}:points", teacher=teachers, out=str(pieces.parent / "cache"), codec="float32", threads=1
-    )
+    made = DumpConfig(data=f"{pieces}:points", teacher=teachers, out=str(out), codec="float32", threads=1)
     dump.run(made, quiet=True)
-    return pieces.parent / "cache"
+    return out
 
 
 def measured(model: str, data: str, **settings: Any) -> Evaluation:
@@ -113,11 +45,18 @@ def measured(model: str, data: str, **settings: Any) -> Evaluation:
 
 def logits_of(pieces: Path, data: TransferSet, **settings: Any) -> np.ndarray:
     """(N, C) float64, without the package's models and loaders."""
-    namespace: dict[str, Any] = {}
-    exec(PIECES, namespace)
-    made = namespace["net"](7, **settings).double()
+    made = load_user_file(pieces).net(7, **settings).double()
     x = torch.stack([data.load(i)[0] for i in range(len(data))]).double()
     return np.asarray(made(x).detach().numpy())
+
+
+def log_softmax(logits: np.ndarray, axis: int) -> np.ndarray:
+    shifted = logits - logits.max(axis=axis, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True)))
+
+
+def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
+    return np.asarray(np.exp(log_softmax(logits, axis)))
 
 
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray) -> float:
@@ -251,10 +190,11 @@ def test_a_fitted_bias_is_of_the_held_out_data_and_of_the_twin(pieces: Path) -> 
         ({"bias_data": "digits"}, ConfigError, r"--bias-data and --bias-model need --fit-bias"),
         ({"fit_bias": ("0-6",), "bias_data": "{points}"}, ConfigError, r"same number for all classes changes nothing"),
         ({"fit_bias": ("cat",), "bias_data": "{points}", "bias": ("2=1",)}, ConfigError, r"both name class 'cat'"),
-        (
+        pytest.param(
             {"fit_bias": ("cat",), "bias_data": "digits"},
             ClassMismatchError,
-            r"the data set has 10 classes, .*pieces.py:points 7",
+            r"the data set has 10 classes, .*points.py:points 7",
+            marks=needs("sklearn", "demo"),
         ),
     ],
 )
@@ -324,7 +264,7 @@ def test_some_samples_of_a_cache_in_another_order(pieces: Path, cache: Path) -> 
         (["--fit-bias", "cat", "--bias-data", "digits"], r"--fit-bias is of models"),
         (["--combine", "vote", "--bias", "cat=1"], r"--bias is of models; votes have no logits"),
         (["--batch-size", "0"], r"--batch-size 0: must be at least 1"),
-        (["--data", "digits"], "class"),
+        pytest.param(["--data", "digits"], "class", marks=needs("sklearn", "demo"), id="other classes"),
     ],
 )
 def test_what_a_cache_cannot_be_asked(

@@ -235,6 +235,17 @@ IN_BATCH = [name for name in ROWS if ROWS[name].batch]
 OF_SAMPLES = [name for name in ROWS if not ROWS[name].batch]
 
 
+def test_every_loss_on_features_has_its_formula() -> None:
+    """A row above, or, where a loss has memory or layers of its own, a test that compares it with its formula."""
+    of_features = {name for name, loss in LOSSES.items() if {"student_features", "student_maps"} & set(loss.inputs)}
+    tested = {"crd": test_crd_equals_the_formula_and_keeps_its_first_z, "reviewkd": test_review_equals_the_formula}
+    same = {"simkd": "hint"}  # the mean squared difference, behind a projector
+    assert all(LOSSES[name].function is LOSSES[other].function for name, other in same.items())
+    assert of_features - ROWS.keys() == tested.keys() | same.keys()
+    for name in of_features & ROWS.keys():
+        assert ROWS[name].loss is LOSSES[name].function or name in ("srrl", "vid"), name  # these two bring layers along
+
+
 def value_and_gradient(row: Row, student: Tensor, teacher: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
     student = student.clone().requires_grad_()
     value = row(student, teacher, **settings)
@@ -547,6 +558,7 @@ def test_an_adapter_is_an_affine_map_of_each_position(case: str, kind: str) -> N
     np.testing.assert_allclose(last.detach().numpy().reshape(-1, 3), wanted, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_gradients_through_an_adapter(kind: str) -> None:
     shape, target = ((4, 4, 4), (4, 2, 2)) if kind == "identity" else ((5, 4, 4), (4, 2, 2))
@@ -706,6 +718,7 @@ def test_gradients_of_review_reach_every_level_and_parameter() -> None:
     assert all(x.grad is not None and bool(x.grad.any()) for x in student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_hierarchical_context(size: int) -> None:
     student, teacher = maps_of([(3, size, size)], 1)[0], maps_of([(3, size, size)], 2)[0]

@@ -24,8 +24,8 @@ from softcache.losses.logits import bce, hard, jsd, kd, mse_logits, reverse_kl, 
 from softcache.losses.many_classes import chunked_kd
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-bench = importlib.import_module("bench_losses")
-tool = importlib.import_module("loss_values")
+bench = importlib.import_module("bench.losses")
+tool = importlib.import_module("docs.loss_values")
 
 Row = np.ndarray  # logits or probabilities of one sample
 
@@ -745,6 +745,7 @@ def test_chunked_kd_has_no_gradient_of_its_gradient() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoded", [False, True], ids=["tensor", "decoded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("limit", [2**15, 2**18], ids="{} bytes".format)
@@ -796,10 +797,10 @@ def test_the_page_of_losses_has_the_values_that_the_tool_prints() -> None:
     page = tool.PAGE.read_text(encoding="utf-8")
     _, _, block = page.partition(tool.BEGIN)
     block, end, _ = block.partition(tool.END)
-    assert end and block.startswith(f"{tool.INPUTS}\n\n"), "python tools/loss_values.py --write"
+    assert end and block.startswith(f"{tool.INPUTS}\n\n"), "python tools/docs/loss_values.py --write"
     printed = tool.markdown(tool.value_of(name) for name in LOSSES).splitlines()
     listed = [line for line in block.splitlines() if line.startswith("|")]
-    assert len(listed) == len(printed), "python tools/loss_values.py --write"
+    assert len(listed) == len(printed), "python tools/docs/loss_values.py --write"
     for there, now in zip(listed[2:], printed[2:], strict=True):
         name, settings, *numbers = (part.strip() for part in there.strip("|").split("|"))
         same_name, same_settings, *found = (part.strip() for part in now.strip("|").split("|"))
@@ -821,17 +822,17 @@ def test_the_tool_writes_between_its_marks_and_nothing_else() -> None:
 
 
 def test_the_bench_says_whether_the_bound_holds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["bench_losses.py", "--sizes", "3x500", "--repeats", "2", "--device", "cpu"]
+    argv = ["losses.py", "--sizes", "3x500", "--repeats", "2", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", argv)
     assert bench.main() == 0
     printed = capsys.readouterr().out
     assert printed.count("PASS") == 3 and "3 x 500 chunked_kd" in printed
     monkeypatch.setattr(bench, "LIMIT", 1000)  # less than a row
-    monkeypatch.setattr(sys, "argv", [*argv, "--json"])
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "figures.json")])
     assert bench.main() == 1
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads((tmp_path / "figures.json").read_text())
     assert [row["bound"] for row in rows] == [None, "FAIL", "FAIL", "FAIL"]
     assert rows[0]["gradient_error"] == 0 and 0 < rows[1]["gradient_error"] < 1e-5
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from softcache.errors import ConfigError, MissingExtraError, ModelError, SoftcacheError
 from softcache.models import ImageInput, load_model, read_saved, save_student
+
+timm = pytest.importorskip("timm", reason="needs the extra softcache[timm]")
 
 
 def test_a_timm_model_takes_items_and_gives_logits() -> None:

@@ -279,6 +279,7 @@ def test_refused_for_other_classes_and_twice() -> None:
 # --- it lasts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["map", "vector", "head"])
 def test_a_grafted_student_survives(kind: str, tmp_path: Path) -> None:
     model = example(kind)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import WORLDS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -51,43 +53,11 @@ def logits_of(model: Any, items: list[Any]) -> torch.Tensor:
         return model.eval()(model.input.collate(items))
 
 
-FACTORIES = """
-import torch
-from torch import nn
-
-def plain(num_classes, input_shape=None, width: int = 3):
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, width), nn.Linear(width, num_classes))
-
-class Lengths(nn.Module):
-    output = "probs"
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.fc = nn.Linear(1, num_classes)
-
-    def collate(self, items):
-        return {"lengths": torch.tensor([[float(len(item))] for item in items])}
-
-    def forward(self, batch):
-        return self.fc(batch["lengths"]).softmax(1)
-
-class Odd(nn.Module):
-    output = "scores"
-
-class Pair(nn.Module):
-    def forward(self, x):
-        return x, x
-
-def not_a_module():
-    return print
-"""
-
-
 @pytest.fixture
 def factories(tmp_path: Path) -> str:
     path = tmp_path / "me@work" / "nets.py"  # an '@' that does not announce weights
     path.parent.mkdir()
-    path.write_text(FACTORIES)
+    shutil.copy(WORLDS / "odd_modules.py", path)
     return str(path)
 
 

@@ -107,6 +107,7 @@ def test_every_relu_can_be_tapped(name: str) -> None:
     assert calls and set(calls) == {1}
 
 
+@pytest.mark.slow
 @over_kinds
 @pytest.mark.parametrize("shape", [(1, 28, 28), (4, 33, 47)], ids=str)
 def test_sizes_and_channels(name: str, shape: tuple[int, int, int]) -> None:
@@ -114,6 +115,7 @@ def test_sizes_and_channels(name: str, shape: tuple[int, int, int]) -> None:
     assert net(torch.empty(2, *shape, device="meta")).shape == (2, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20", *KINDS])
 def test_the_pooled_feature_has_a_name(name: str) -> None:
     net, x = made(name).net, torch.rand(2, 3, 16, 16)
@@ -132,6 +134,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     model.zero_grad()
 
 
+@pytest.mark.slow
 @over_kinds
 def test_same_seed_same_network(name: str) -> None:
     def drawn(seed: int) -> str:

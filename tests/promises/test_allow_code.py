@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import WORLDS
 
 import softcache
 from softcache import cli
@@ -17,27 +19,7 @@ from softcache.spec import call_factory, load_factory, parse_spec
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
     """A cache whose views are made by a transform, and the folder in which that leaves a mark when it is called."""
-    (tmp_path / "theirs.py").write_text(
-        "from pathlib import Path\n"
-        "import numpy as np\n"
-        "class Images:\n"
-        "    sample_keys = [f'k{i}' for i in range(8)]\n"
-        "    class_names, labels = ('a', 'b'), [0, 1] * 4\n"
-        "    def __len__(self):\n"
-        "        return 8\n"
-        "    def __getitem__(self, i):\n"
-        "        return np.full((4, 4), 30 * i, np.uint8)\n"
-        "def images():\n"
-        "    Path(__file__).with_name('called-data').touch()\n"
-        "    return Images()\n"
-        "def teacher():\n"
-        "    return lambda batch: batch[:, :2]\n"
-        "def darker():\n"
-        "    def change(image):\n"
-        "        Path(__file__).with_name('called-transform').touch()\n"
-        "        return image // 2\n"
-        "    return change\n"
-    )
+    shutil.copy(WORLDS / "leaves_marks.py", tmp_path / "theirs.py")
     argv = ["dump", "--data", f"{tmp_path}/theirs.py:images", "--teacher", f"{tmp_path}/theirs.py:teacher", "--quiet"]
     argv += ["--policy", f"{tmp_path}/theirs.py:darker", "--out", str(tmp_path / "cache"), "--threads", "1"]
     assert cli.main(argv) == 0

@@ -1,11 +1,11 @@
-"""Faults while a cache is written: kills, power cuts, failing calls, full disks, crowds; at length: tools/fault_dump.py."""
+"""Faults while a cache is written: kills, power cuts, failing calls, full disks, crowds; at length: tools/faults."""
 
 from __future__ import annotations
 
 import ast
 import errno
 import fcntl
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -15,6 +15,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -30,18 +31,18 @@ from softcache.errors import DiskSpaceError, DumpError, LockedError, SoftcacheEr
 from softcache.files import durable, locks
 from softcache.files.locks import holder_of, release_lock, sign, take_lock
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "fault_dump.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "faults"
 MEMORY = Path("/dev/shm")  # an fsync costs nothing there
 
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    """tools/fault_dump.py as a module."""
-    spec = importlib.util.spec_from_file_location("fault_dump", TOOL)
-    assert spec is not None and spec.loader is not None
-    sys.modules["fault_dump"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What tools/faults is made of, in one namespace."""
+    sys.path.append(str(TOOL.parent))
+    names = ("small_dump", "watched", "promise", "prefixes", "strace", "failing_calls")
+    return SimpleNamespace(
+        **{k: v for name in names for k, v in vars(importlib.import_module(f"faults.{name}")).items()}
+    )
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_power_cuts(tool: Any, quick: Path) -> None:
     assert report.counts["killed, resumed, power cut: new"] == 10
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_power_cut_after_every_call(tool: Any, quick: Path) -> None:
     report = tool.prefixes(quick, seed=2, resumed_at=lambda calls: tool.one_of_each(calls)[::8])
     assert report.failures == []
@@ -112,13 +113,14 @@ def test_faults_of_calls(tool: Any, quick: Path) -> None:
     assert went_on <= 0.1 * report.counts["trials"]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_fault_of_every_third_call(tool: Any, quick: Path) -> None:
     report = tool.errnos(quick, at=lambda calls: tool.everywhere(calls)[::3], in_turn=True)
     assert report.failures == []
     assert report.counts["handled"] == report.counts["trials"] == -(-report.counts["calls of the file layer"] // 3)
 
 
+@pytest.mark.slow
 def test_the_kernel_sees_what_the_file_layer_records(quick: Path, tool: Any) -> None:
     if not tool.may_trace():
         pytest.skip("strace is not installed, or not allowed")
@@ -126,12 +128,14 @@ def test_the_kernel_sees_what_the_file_layer_records(quick: Path, tool: Any) -> 
     assert counts["recorded calls"] == counts["calls that the kernel saw"] > 300
 
 
+@pytest.mark.slow
 def test_a_full_disk(quick: Path) -> None:
     counts = command(quick, "fulldisk", "--steps", "5")
     assert counts["trials"] == counts["as promised"] == 5
     assert sum(n for name, n in counts.items() if name.startswith("DiskSpaceError")) >= 4
 
 
+@pytest.mark.slow
 def test_several_dumpers_and_readers_at_once(quick: Path) -> None:
     counts = command(quick, "many", "--dumpers", "4", "--readers", "4")
     assert counts["trials"] == counts["as promised"]

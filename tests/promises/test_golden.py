@@ -108,6 +108,7 @@ def test_it_is_within_its_bound_of_the_live_teacher(path: Path) -> None:
             assert torch.equal(found, given.topk(5, dim=1).indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CACHES, ids=IDS)
 def test_it_is_whole_and_renders_what_the_teacher_saw(path: Path) -> None:
     cache, _ = golden(path)
@@ -163,7 +164,7 @@ def test_another_version_says_what_was_found_what_is_read_and_what_to_do(
 def test_goldens_are_not_written_again() -> None:
     before = {path: path.read_bytes() for path in GOLDEN.rglob("*.json")}
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools/make_golden_cache.py")], capture_output=True, text=True
+        [sys.executable, str(REPOSITORY / "tools/golden/make_caches.py")], capture_output=True, text=True
     )
     assert done.returncode == 2 and "written once" in done.stderr
     assert {path: path.read_bytes() for path in GOLDEN.rglob("*.json")} == before

@@ -24,8 +24,8 @@ from softcache.check import verify
 from softcache.errors import CacheError, DamagedCacheError
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-hostile = importlib.import_module("hostile_cache")
-fuzzing = importlib.import_module("fuzz_cache")
+corpus, honest_cache, judge = (importlib.import_module(f"hostile.{name}") for name in ("corpus", "honest", "judge"))
+fuzzing, damaging = (importlib.import_module(f"fuzz.{name}") for name in ("mutants", "damages"))
 
 ROOT = Path(softcache.__file__).parent
 
@@ -42,8 +42,8 @@ class Honest:
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Honest:
     root = tmp_path_factory.mktemp("hostile") / "honest"
-    hostile.make_honest(root)
-    return Honest(root, hostile.read_everything(root))
+    honest_cache.make_honest(root)
+    return Honest(root, judge.read_everything(root))
 
 
 def test_the_honest_cache_is_whole(honest: Honest) -> None:
@@ -52,18 +52,18 @@ def test_the_honest_cache_is_whole(honest: Honest) -> None:
     assert (verdict.state, verdict.faults) == ("whole", [])
     kinds = {file.kind for file in read_manifest(honest.root).files}
     assert kinds == {"samples", "probe", "views", "constants", "member", "dense"}
-    assert hostile.same(honest.numbers, hostile.read_everything(honest.root))
+    assert judge.same(honest.numbers, judge.read_everything(honest.root))
 
 
-IN_HDF5 = [name for name, case in hostile.CASES.items() if name.startswith("h5/") and case.gate == "verify"]
-ELSEWHERE = [name for name in hostile.CASES if name not in IN_HDF5]
+IN_HDF5 = [name for name, case in corpus.CASES.items() if name.startswith("h5/") and case.gate == "verify"]
+ELSEWHERE = [name for name in corpus.CASES if name not in IN_HDF5]
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_hostile_cache_is_refused(name: str, honest: Honest, tmp_path: Path) -> None:
-    case = hostile.CASES[name]
+    case = corpus.CASES[name]
     how = {"verifying": case.gate == "verify", "at_most": 120}
-    outcomes = list(hostile.try_case(case, honest.root, honest.numbers, tmp_path, **how))
+    outcomes = list(judge.try_case(case, honest.root, honest.numbers, tmp_path, **how))
     assert [(outcome.case, outcome.fault) for outcome in outcomes if outcome.fault] == []
     assert outcomes
 
@@ -74,9 +74,9 @@ def in_hdf5(honest: Honest, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("structure")
     reading, changed = {}, []
     for name in IN_HDF5:
-        (made,) = hostile.try_case(hostile.CASES[name], honest.root, honest.numbers, folder, verifying=False)
+        (made,) = judge.try_case(corpus.CASES[name], honest.root, honest.numbers, folder, verifying=False)
         reading[name] = made.reading
-        root = folder / hostile.folder_name(name)
+        root = folder / judge.folder_name(name)
         old = {file.path: file.sha256 for file in read_manifest(honest.root).files}
         (file,) = (file for file in read_manifest(root).files if file.sha256 != old[file.path])
         with (root / file.path).open("rb") as handle:
@@ -119,9 +119,9 @@ def test_the_fault_says_what_it_is(name: str, fault: str, in_hdf5: dict[str, tup
 
 
 def test_verify_full_runs_the_structural_check(honest: Honest, tmp_path: Path) -> None:
-    (outcome,) = hostile.try_case(hostile.CASES["h5/external link"], honest.root, honest.numbers, tmp_path)
-    assert outcome.verifying == f"{hostile.PLAIN}: 'logits' is a link to somewhere else"
-    assert verify.run(tmp_path / hostile.folder_name("h5/external link"), full=False, quiet=True).state == "whole"
+    (outcome,) = judge.try_case(corpus.CASES["h5/external link"], honest.root, honest.numbers, tmp_path)
+    assert outcome.verifying == f"{honest_cache.PLAIN}: 'logits' is a link to somewhere else"
+    assert verify.run(tmp_path / judge.folder_name("h5/external link"), full=False, quiet=True).state == "whole"
 
 
 # ------------------------------------------------------------------------------------------------------- the child's limits
@@ -177,11 +177,13 @@ def test_a_child_that_dies_costs_one_file(
     assert found == [[], [f"the HDF5 library did not survive it ({cause})"], []]
 
 
+@pytest.mark.slow
 def test_the_childs_time_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shard: StoredFile) -> None:
     found = answers(monkeypatch, tmp_path, shard, "while True: pass", cpu_s=0)
     assert found == [[], ["the HDF5 library did not survive it (signal 24, SIGXCPU)"], []]
 
 
+@pytest.mark.slow
 def test_the_childs_memory_is_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shard: StoredFile) -> None:
     evil = "taken = bytearray(100 * 2**20); return ['it fitted']"
     assert answers(monkeypatch, tmp_path, shard, evil, memory_bytes=200 * 2**20) == [[], ["it fitted"], []]
@@ -319,11 +321,12 @@ def test_mutants(tmp_path: Path) -> None:
     check_mutants(tmp_path, 300, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_more_mutants(tmp_path: Path) -> None:
     check_mutants(tmp_path, 4000, seed=2)
 
 
+@pytest.mark.slow
 def test_mutants_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And each is kept with its bytes, its seed and what it did, so that it can become a case of the corpus."""
     monkeypatch.setattr(checksums.BlockChecks, "check", lambda *_: None)
@@ -338,8 +341,8 @@ def test_mutants_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeyp
 
 def test_the_corpus_would_show_an_open_gate(honest: Honest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "check_manifest", lambda *_: None)
-    case = hostile.CASES["place/two entries for the same bytes"]
-    (outcome,) = hostile.try_case(case, honest.root, honest.numbers, tmp_path, verifying=False)
+    case = corpus.CASES["place/two entries for the same bytes"]
+    (outcome,) = judge.try_case(case, honest.root, honest.numbers, tmp_path, verifying=False)
     assert outcome.fault == "reading accepts it"
 
 
@@ -352,8 +355,8 @@ def test_the_mutants_metadata_checksums_are_hdf5s(tmp_path: Path) -> None:
 
 
 def check_damages(tmp_path: Path, flips: int, truncations: int) -> None:
-    hostile.make_honest(tmp_path / "cache")
-    counts = fuzzing.damages(tmp_path / "cache", flips, truncations, seed=3)
+    honest_cache.make_honest(tmp_path / "cache")
+    counts = damaging.damages(tmp_path / "cache", flips, truncations, seed=3)
     assert counts["flips found by verify --full"] == counts["flips"] == flips
     assert counts["truncations found by verify --full"] == counts["truncations"] == truncations
     assert counts["truncations found by verify --quick"] == truncations
@@ -361,17 +364,19 @@ def check_damages(tmp_path: Path, flips: int, truncations: int) -> None:
     assert counts["flips refused with check_blocks=always"] > flips / 4
 
 
+@pytest.mark.slow
 def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
     check_damages(tmp_path, 40, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_more_flipped_bits_and_cut_files(tmp_path: Path) -> None:
     check_damages(tmp_path, 300, 50)
 
 
+@pytest.mark.slow
 def test_damages_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hostile.make_honest(tmp_path / "cache")
+    honest_cache.make_honest(tmp_path / "cache")
     monkeypatch.setattr(checksums.BlockChecks, "check", lambda *_: None)
-    counts = fuzzing.damages(tmp_path / "cache", 30, 0, seed=3)
+    counts = damaging.damages(tmp_path / "cache", 30, 0, seed=3)
     assert any("SILENTLY" in name for name in counts)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import WORLDS
 from torch import Tensor, nn
 from training import run_with
 
@@ -44,100 +46,6 @@ STEPS = EPOCHS * 10  # the last batch of an epoch has 6 samples
 WEIGHT, SEED = 0.7, 5
 MEMBERS = {"a": 1, "b": 2}  # name -> seed of its weights
 KEPT = 4  # of 5 classes by topk: what is left is one, and exact
-
-PIECES = '''
-"""Images, teachers (exact in float16 or not) and students of small maps."""
-
-import numpy as np
-import torch
-from torch import nn
-
-CLASSES = ("ant", "bee", "cat", "dog", "elk")
-
-
-class Images:
-    """Random images; every fifth has no label."""
-
-    class_names = CLASSES
-
-    def __init__(self):
-        draw = np.random.default_rng(0)
-        self.items = draw.integers(0, 256, (78, 8, 8)).astype(np.uint8)
-        self.labels = np.where(np.arange(78) % 5 == 3, -1, draw.integers(0, 5, 78))
-        self.sample_keys = [f"some/{i:02d}" for i in range(78)]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i], self.labels[i]
-
-
-def images():
-    return Images()
-
-
-class Whole(nn.Module):
-    """Whole numbers up to 5 in size, over 4."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def forward(self, x):
-        return (x / self.step).round().clamp(-5, 5) / 4
-
-
-class Tokens(nn.Module):
-    def forward(self, x):
-        return x.flatten(2).mT  # (B, H W, C)
-
-
-class Net(nn.Module):
-    """Three stages of maps, tokens made of the last, and a linear layer on their mean."""
-
-    def __init__(self, classes, widths, strides, seed, whole=False):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            before = 1
-            for i, (width, stride) in enumerate(zip(widths, strides), start=1):
-                conv = nn.Conv2d(before, width, 3, stride=stride, padding=1)
-                after = Whole((16, 4, 4)[i - 1]) if whole else nn.Identity()
-                setattr(self, f"stage{i}", nn.Sequential(conv, after))
-                before = width
-            self.tokens = Tokens()
-            self.fc = nn.Linear(before, classes)
-            if whole:
-                for name, parameter in self.named_parameters():
-                    top = 4 if name.startswith("fc") else 3
-                    parameter.data = torch.randint(1 - top, top, parameter.shape).float()
-
-    def collate(self, items):
-        return torch.stack([torch.from_numpy(item) for item in items])[:, None].float() // 32  # whole numbers up to 7
-
-    def forward(self, x):
-        x = self.stage2(self.stage1(x).relu())
-        return self.fc(self.tokens(self.stage3(x.relu())).mean(dim=1))
-
-
-def teacher(seed: int = 1, whole: bool = True):
-    return Net(5, (4, 8, 8), (1, 2, 2), seed, whole)
-
-
-def student(num_classes, wide: bool = False):
-    return Net(num_classes, (4, 8, 8) if wide else (3, 5, 6), (1, 2, 2), 9)
-
-
-def small(num_classes):
-    """Its maps are 4 x 4, 2 x 2 and 2 x 2."""
-    return Net(num_classes, (3, 5, 6), (2, 2, 1), 9)
-
-
-def long(num_classes):
-    """Its maps are 8 x 8, 8 x 4 and 8 x 2."""
-    return Net(num_classes, (3, 5, 6), (1, (1, 2), (1, 2)), 9)
-'''
 
 
 # --- the live side ---------------------------------------------------------------------------------------------------
@@ -192,7 +100,7 @@ class Case:
         kind: of feature that the cache holds, a key of STORED.
         settings: of the term, as on the command line.
         values: what they mean, settings of the formula.
-        student: factory in PIECES.
+        student: factory in worlds/three_maps.py.
         layers: (teacher's, student's) by pair; "head" is the input of the final linear layer.
         sizes: to which the teacher's maps are averaged down, by pair.
         cache: settings of the dump.
@@ -404,7 +312,7 @@ class World:
 
     def __init__(self, path: Path) -> None:
         self.path, self.pieces = path, path / "pieces.py"
-        self.pieces.write_text(PIECES)
+        shutil.copy(WORLDS / "three_maps.py", self.pieces)
         self.caches: dict[Any, softcache.Cache] = {}
 
     def cache(self, case: Case, *, whole: bool) -> softcache.Cache:
@@ -634,6 +542,7 @@ FURTHER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FURTHER)
 def test_further_ways(what: str, walk: Walk) -> None:
     check(walk(FURTHER[what]), f"{FURTHER[what].loss}: {what}")
@@ -664,7 +573,7 @@ def test_stored_tensors_are_within_their_stated_error(kind: str, dtype: str, wor
         )
     for name in names:
         feature = cache.features["a"][name]
-        arrays = {suffix: targets.arrays["a"][array] for suffix, array in feature.arrays.items()}
+        arrays = {suffix: targets.arrays["a"][array] for suffix, array in feature.names.items()}
         stated = cache.manifest.statistics["a"].feature_errors[name]
         found[name] = feature.codec.decode(arrays), stored_form(live, name), stated
     for name, (decoded, given, stated) in found.items():

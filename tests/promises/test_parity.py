@@ -351,6 +351,7 @@ def test_a_live_ensemble(
     check(walk(cache, data, toy, term, rule, weights), loss, temperature, codec, what)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_votes_that_hang_on_the_codec_are_counted(codec: str, quick_dump: QuickDump, toy: Path) -> None:
     """Logits around 100 lose up to 1 / 32 in float16: some members then have no clear favourite, the others still agree."""

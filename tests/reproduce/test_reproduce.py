@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import needs
 from PIL import Image
 from training import at_each_save
 
@@ -233,6 +234,7 @@ def test_unknown_recipes_and_budgets() -> None:
 # ------------------------------------------------------------------------------------------------------------ working through
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Path) -> None:
     first = reproduce.run("small", seeds=[0, 1], out=tmp_path, quiet=True)
@@ -450,9 +452,9 @@ def test_what_was_finished_but_not_noted_is_not_done_again(tmp_path: Path, monke
     first = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
     for note in first.folder.glob("*.result.json"):
         note.unlink()
-    monkeypatch.setattr(torch.optim.Optimizer, "__init__", lambda *_: pytest.fail("it learns again"))
     monkeypatch.setattr(steps.dump, "run", lambda *_, **__: pytest.fail("it dumps again"))
-    again = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
+    with at_each_save(lambda *_: pytest.fail("it learns again"), before=True):
+        again = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
     assert [row.values for row in again.rows] == [row.values for row in first.rows]
 
 
@@ -566,6 +568,7 @@ def test_a_model_in_the_place_of_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
+@needs("matplotlib", "demo")
 def test_the_table_as_text_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = reproduce.run("small", seeds=[0, 1], out=tmp_path)
     lines = done.text().splitlines()
@@ -584,6 +587,7 @@ def test_the_table_as_text_json_and_picture(tmp_path: Path, capsys: pytest.Captu
     assert "1/4  train teacher" in capsys.readouterr().err
 
 
+@needs("matplotlib", "demo")
 def test_the_picture_shows_every_seed_the_mean_and_the_papers_number_in_its_row() -> None:
     def row(label: str, metric: str, paper: float | None, *values: float) -> reproduce.Row:
         return reproduce.Row(label, metric, paper, values, values, "", 1.0)
@@ -612,6 +616,7 @@ def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
     assert "in step 'teacher' of recipe 'small'" in caught.value.__notes__
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_runs_at_smoke_budget(name: str, tmp_path: Path) -> None:
@@ -650,6 +655,7 @@ def test_no_shift_of_classes_that_nobody_has() -> None:
 
 
 def test_rows_of_any_set() -> None:
+    pytest.importorskip("sklearn", reason="needs the extra softcache[demo]")
     whole = open_transfer_set("digits")
     part = open_transfer_set("digits?rows=10-19")
     assert list(part.keys) == list(whole.keys)[10:20] and (part.labels == whole.labels[10:20]).all()

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QuickDump
+from conftest import WORLDS, QuickDump
 
 import softcache
 from softcache import cli, dump, train
-from softcache.cache import schema
 from softcache.cache.reader import CacheReader
 from softcache.cache.statistics import MemberStatistics
 from softcache.check import verify
@@ -32,59 +31,6 @@ from softcache.errors import (
 )
 from softcache.share import subset
 from softcache.share.subset import Choice
-
-PIECES = '''
-"""24 classes, some samples without a label; a teacher whose logits some rows break out of."""
-import numpy as np
-import torch
-from torch import nn
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, count, multi):
-        draw = np.random.default_rng(3)
-        self.images = draw.integers(0, 256, (count, 6, 6)).astype(np.uint8)
-        self.labels = draw.integers(-1, 24, count) if not multi else draw.integers(0, 8, (count, 24)) == 0
-        self.sample_keys = [f"some/{i}" for i in range(count)]
-        self.class_names = ["3", *(f"class {i}" for i in range(1, 24))]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), self.labels[i]
-
-
-def images(count: int = 520, multi: bool = False):
-    return Images(count, multi)
-
-
-class Bent(nn.Module):
-    """24 logits out of six numbers; where the mean pixel is bright, something without any structure is added."""
-
-    def __init__(self, seed, bright):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.first, self.last = nn.Linear(36, 6), nn.Linear(6, 24)
-        nn.init.normal_(self.first.weight, std=0.5, generator=generator)
-        nn.init.normal_(self.last.weight, std=2.0, generator=generator)
-        nn.init.normal_(self.last.bias, generator=generator)
-        nn.init.zeros_(self.first.bias)
-        self.odd = nn.Parameter(torch.randn(36, 24, generator=generator) * 40)
-        self.bright = bright
-
-    def forward(self, batch):
-        pixels = batch.flatten(1)
-        hidden = torch.tanh(self.first(pixels - pixels.mean(1, keepdim=True)))
-        logits = self.last(hidden)
-        if self.bright:
-            logits = logits + (pixels.mean(1, keepdim=True) > 0.55) * torch.sin(pixels @ self.odd) * 3
-        return logits
-
-
-def bent(seed: int = 1, bright: bool = False):
-    return Bent(seed, bright)
-'''
 
 CODECS = (
     "float32",
@@ -102,10 +48,8 @@ ROWS, VIEWS = 520, 3  # two full parts of 256 rows and a short one
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("pieces") / "pieces.py"
-    path.write_text(PIECES)
-    return str(path)
+def pieces() -> str:
+    return str(WORLDS / "bent.py")
 
 
 def dumped(pieces: str, out: Path, **settings: Any) -> softcache.Cache:
@@ -145,14 +89,11 @@ def plain(parents: Callable[[str], softcache.Cache]) -> softcache.Cache:
     return parents("float16")
 
 
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 256 rows, so that few samples make several."""
-    monkeypatch.setattr(schema, "MIN_SHARD_ROWS", 256)
+SMALL_PARTS = {"shard_rows": 256}  # so that few samples make several
 
 
-def cut(parent: softcache.Cache, out: Path, **choice: Any) -> softcache.Cache:
-    subset.run(parent.reader.path, out, Choice(**choice), quiet=True)
+def cut(parent: softcache.Cache, out: Path, sizes: Mapping[str, int] | None = None, **choice: Any) -> softcache.Cache:
+    subset.run(parent.reader.path, out, Choice(**choice), quiet=True, **(sizes or {}))
     return softcache.open(out)
 
 
@@ -214,11 +155,9 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("codec", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in CODECS])
-def test_every_target_is_the_parents(
-    parents: Callable[[str], softcache.Cache], codec: str, tmp_path: Path, small_parts: None
-) -> None:
+def test_every_target_is_the_parents(parents: Callable[[str], softcache.Cache], codec: str, tmp_path: Path) -> None:
     parent = parents(codec)
-    child = cut(parent, tmp_path / "child", views="1-2", members=("b",), drop_labels=("0-11",))
+    child = cut(parent, tmp_path / "child", SMALL_PARTS, views="1-2", members=("b",), drop_labels=("0-11",))
     labels = parent.samples.labels
     assert 256 < len(child) == int(((labels < 0) | (labels > 11)).sum()) < ROWS
     assert (child.num_views, child.members) == (2, ("b",))
@@ -241,9 +180,9 @@ def test_every_target_is_the_parents(
 
 @pytest.mark.parametrize("codec", ["float16", "topk:k=3", "lowrank:max_kl=0.001,at_temperature=4"])
 def test_statistics_are_those_of_the_stored_records(
-    parents: Callable[[str], softcache.Cache], codec: str, tmp_path: Path, small_parts: None
+    parents: Callable[[str], softcache.Cache], codec: str, tmp_path: Path
 ) -> None:
-    child = cut(parents(codec), tmp_path / "child", views="0-1", drop_labels=("0-5",))
+    child = cut(parents(codec), tmp_path / "child", SMALL_PARTS, views="0-1", drop_labels=("0-5",))
     for file in child.manifest.files_of("member", "a"):
         assert file.rows is not None and file.views is not None and file.statistics is not None
         rows, views = (part.ravel() for part in np.meshgrid(np.arange(*file.rows), np.arange(*file.views)))
@@ -568,10 +507,9 @@ def test_the_same_choice_gives_the_same_bytes(
     parents: Callable[[str], softcache.Cache],
     codec: str,
     tmp_path: Path,
-    small_parts: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    choice = {"views": "0-1", "drop_labels": ("0-5",)}
+    choice: dict[str, Any] = {"views": "0-1", "drop_labels": ("0-5",), "sizes": SMALL_PARTS}
     one = cut(parents(codec), tmp_path / "one", **choice)
     measure, threads = subset._statistics, set()
 
@@ -608,28 +546,31 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 def test_an_interrupted_subset_goes_on(
     parents: Callable[[str], softcache.Cache],
     tmp_path: Path,
-    small_parts: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     parent = parents("lowrank:max_kl=0.001,at_temperature=4")
-    argv = ["subset", str(parent.reader.path)]
-    choice = ["--views", "0-1", "--drop-labels", "5"]
+
+    def ask(out: str) -> None:
+        choice = Choice(views="0-1", drop_labels=("5",))
+        subset.run(parent.reader.path, tmp_path / out, choice, **SMALL_PARTS)
+
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, after=1)
-        assert cli.main([*argv, str(tmp_path / "cut"), *choice]) == 130
+        with pytest.raises(KeyboardInterrupt):
+            ask("cut")
     with pytest.raises(
         UnfinishedCacheError, match=r"the subset is not finished: 1 of 2 spans(.|\n)*`softcache subset`"
     ):
         softcache.open(tmp_path / "cut")
     with pytest.raises(PlanMismatchError, match="started with another plan"):
-        cut(parent, tmp_path / "cut", views="0-2", drop_labels=("5",))
+        cut(parent, tmp_path / "cut", SMALL_PARTS, views="0-2", drop_labels=("5",))
     first = tmp_path / "cut" / "members" / "a" / "part-00000.h5"
     written = first.stat().st_mtime_ns
     capsys.readouterr()
-    assert cli.main([*argv, str(tmp_path / "cut"), *choice]) == 0
+    ask("cut")
     assert "1 of 2 spans are there already" in capsys.readouterr().err
     assert first.stat().st_mtime_ns == written
-    assert cli.main([*argv, str(tmp_path / "whole"), *choice]) == 0
+    ask("whole")
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
@@ -659,12 +600,10 @@ def test_few_rows_are_held_at_once(plain: softcache.Cache, tmp_path: Path, monke
         return gather(self, member, name, rows, views)
 
     monkeypatch.setattr(CacheReader, "gather", watched)
-    monkeypatch.setattr(subset, "BATCH_ROWS", 100)
-    child = cut(plain, tmp_path / "child", drop_labels=("7",))
+    child = cut(plain, tmp_path / "child", {"batch_rows": 100}, drop_labels=("7",))
     assert max(sizes) == 100
-    monkeypatch.setattr(subset, "BATCH_LOGITS", 24 * 17)
     sizes.clear()
-    cut(plain, tmp_path / "smaller", drop_labels=("7",))
+    cut(plain, tmp_path / "smaller", {"batch_rows": 100, "batch_logits": 24 * 17}, drop_labels=("7",))
     assert max(sizes) == 17
     check_same(child, plain)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS, needs
 from torch import Tensor
 
 from softcache import cli
@@ -31,80 +32,16 @@ from softcache.evaluate.measure import evaluate
 from softcache.models import Model, Projector, graft, load_model, read_metadata, save_student
 from softcache.students import export, traced_program
 
+ONNX = needs("onnx", "onnx")
 CLASSES = ("ant", "bee", "cat", "dog")  # of the toy images
 WORDS = tuple("abcdefg")
 TEXTS = ["a b", "c", "a b c d e f g a b c", "g f e d", "", "b b b b b b", "a " * 64, "a " * 99, "a b c d e"]
 KINDS = ("mlp", "cnn", "textcnn", "grafted")
 
-NETS = """
-import numpy as np
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.fc = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        return self.fc(x.flatten(1))
-
-
-class Branch(Net):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
-
-
-class ThreeAtATime(Net):
-    def forward(self, x):
-        return self.fc(x.reshape(3, 64)) if len(x) == 3 else super().forward(x)
-
-
-class Counting(Net):
-    calls = 0
-
-    def forward(self, x):
-        Counting.calls += 1
-        return super().forward(x) + Counting.calls
-
-
-class Eigenvalues(Net):
-    def forward(self, x):
-        return super().forward(x) + torch.linalg.eigvals(x[:, 0]).real.sum(1, keepdim=True)
-
-
-class Two(Net):
-    def collate(self, items):
-        pixels = torch.from_numpy(np.stack(items)).flatten(1)
-        return {"pixels": pixels, "sums": pixels.float().sum(1)}
-
-    def forward(self, batch):
-        return super().forward(batch["pixels"].float() / 255) - batch["sums"][:, None] / 9999
-
-
-class Listed(Two):
-    def collate(self, items):
-        return list(super().collate(items).values())
-
-    def forward(self, batch):
-        return super().forward({"pixels": batch[0], "sums": batch[1]})
-
-
-class Strings(Net):
-    def collate(self, items):
-        return [str(item) for item in items]
-
-    def forward(self, batch):
-        return torch.zeros(len(batch), self.fc.out_features)
-"""
-
 
 @pytest.fixture(scope="session")
-def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("user") / "nets.py"
-    path.write_text(NETS)
-    return path
+def nets() -> Path:
+    return WORLDS / "hard_to_export.py"
 
 
 @pytest.fixture
@@ -161,8 +98,7 @@ def open_program(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra softcache[onnx]")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, given.name, taken.shape[0], given.shape[0]) == ("input", "logits", "batch", "batch")
@@ -184,8 +120,7 @@ def told_by(path: Path) -> dict[str, Any]:
         torch.export.load(path, extra_files=extra)
         found = json.loads(extra["softcache.json"])
     else:
-        import onnxruntime
-
+        onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra softcache[onnx]")
         found = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     return {key: json.loads(value) if value[0] in "[{" else value for key, value in found.items()}
 
@@ -194,7 +129,12 @@ def told_by(path: Path) -> dict[str, Any]:
 
 
 WHOLE = [
-    pytest.param(kind, to, marks=[pytest.mark.slow] if to == "onnx" and kind != "mlp" else [], id=f"{kind}-{to}")
+    pytest.param(
+        kind,
+        to,
+        marks=[ONNX, pytest.mark.slow] if to == "onnx" else [pytest.mark.slow] * (to == "program" and kind != "mlp"),
+        id=f"{kind}-{to}",
+    )
     for kind in KINDS
     for to in OPEN
 ]
@@ -266,7 +206,7 @@ def test_float_items_are_taken_as_floats(images: str, toy: Path, tmp_path: Path)
     torch.testing.assert_close(module(torch.full((1, 1, 8, 8), 0.25)), model(model.input.collate([item])))
 
 
-@pytest.mark.parametrize("to", ["program", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("to", ["program", pytest.param("onnx", marks=[ONNX, pytest.mark.slow])])
 def test_a_batch_of_two_tensors(to: str, nets: Path, images: str, tmp_path: Path) -> None:
     model = load_model(f"{nets}:Two", num_classes=4)
     torch.save(model.net.state_dict(), tmp_path / "w.pt")
@@ -399,7 +339,7 @@ def test_an_interruption_leaves_nothing(images: str, tmp_path: Path, monkeypatch
     ("name", "to", "message"),
     [
         ("Branch", "program", r"cannot trace its network: GuardOnDataDependent[^\n]+\n  tip: [^\n]*--to safetensors"),
-        ("Branch", "onnx", "torch.export cannot trace its network"),
+        pytest.param("Branch", "onnx", "torch.export cannot trace its network", marks=ONNX),
         ("ThreeAtATime", "program", "torch.export cannot trace its network: [^\n]*batch"),
         ("Counting", "program", "allowed is a difference"),
         pytest.param(
@@ -430,6 +370,7 @@ def test_weights_alone_need_no_graph(name: str, nets: Path, images: str, tmp_pat
     assert exported(text, "safetensors", data=images, out=str(tmp_path / "x.safetensors")).max_difference == 0
 
 
+@ONNX
 def test_more_weights_than_one_onnx_file_holds(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traced_program, "ONNX_BYTES", 100)
     with pytest.raises(ExportError, match=r"1.4 kB of weights; one ONNX file holds 2 GB"):
@@ -533,6 +474,7 @@ def test_mistakes_leave_no_file(
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
+@ONNX
 def test_onnx_needs_its_extra(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_folder(tmp_path / "run", trained("mlp"), images)
     find_spec = importlib.util.find_spec

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import QuickDump
+from conftest import WORLDS, QuickDump
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
@@ -156,12 +156,14 @@ def check_with_workers(cache: Cache, toy: Path, workers: int, method: str | None
     assert seen == 22
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # torch counts the cores
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_forked_workers(workers: int, quick_dump: QuickDump, toy: Path) -> None:
     check_with_workers(quick_dump(policy=("shift",), views=2), toy, workers, "fork")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [2, 4])
@@ -296,62 +298,10 @@ def test_without_a_probe_no_difference_is_tolerated(quick_dump: QuickDump, toy: 
 
 # --- refused, each by its own error, through both doors --------------------------------------------------------------
 
-FAULTS = """
-import importlib.util
-import numpy as np
-
-spec = importlib.util.spec_from_file_location("toy_copy", r"{toy}")
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
-
-def good(): return toy.images()
-
-def one_label():
-    data = good()
-    data.labels[7] = (data.labels[7] + 1) % 4
-    return data
-
-def seven_labels():
-    data = good()
-    data.labels[10:17] = (data.labels[10:17] + 1) % 4
-    return data
-
-def one_image():
-    data = good()
-    data.images[7, 2, 3] ^= 1
-    return data
-
-def one_more(): return toy.images(count=41)
-
-def one_key():
-    data = good()
-    data.sample_keys[7] = "toy/7"
-    return data
-
-def renamed():
-    data = good()
-    data.class_names = ("ant", "bee", "cow", "dog")
-    return data
-
-def permuted():
-    data = good()
-    data.class_names, data.labels = ("ant", "cat", "bee", "dog"), np.array([0, 2, 1, 3])[data.labels]
-    return data
-
-def a_class_more():
-    data = good()
-    data.class_names += ("eel",)
-    return data
-
-def several_labels(): return toy.images(multi_label=True)
-"""
-
 
 @pytest.fixture
-def faults(tmp_path: Path, toy: Path) -> Path:
-    path = tmp_path / "faults.py"
-    path.write_text(FAULTS.replace("{toy}", str(toy)))
-    return path
+def faults() -> Path:
+    return WORLDS / "toy_edited.py"
 
 
 @pytest.mark.parametrize("door", ["join", "train"])
@@ -466,19 +416,14 @@ def test_labels_changed_on_purpose_are_allowed_and_counted(quick_dump: QuickDump
     assert json.loads((tmp_path / "run/run.json").read_text())["labels_changed"] == 7
 
 
-def test_how_many_contents_are_checked(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
+def test_how_many_contents_are_checked(quick_dump: QuickDump, toy: Path, faults: Path) -> None:
     """`spread` looks at 64 samples, the first and the last among them; `full` at all; `none` at none."""
-    file = tmp_path / "edited.py"
-    file.write_text(
-        FAULTS.replace("{toy}", str(toy))
-        + "def edited(at: int):\n    data = toy.images(count=200)\n    data.images[at] ^= 1\n    return data\n"
-    )
     cache = quick_dump(f"{toy}:images?count=200")
 
     def found(at: int, how: Any) -> str:
         """What the join says when sample `at` is another; nothing when it did not notice."""
         try:
-            cache.join(open_transfer_set(f"{file}:edited?at={at}"), check_content=how)
+            cache.join(open_transfer_set(f"{faults}:edited?at={at}"), check_content=how)
         except ContentMismatchError as exc:
             return exc.message
         return ""
@@ -518,16 +463,9 @@ def test_join_by_content_when_only_the_names_changed(quick_dump: QuickDump, toy:
         cache.join(Plain(plain.items, plain.own_labels, targets=(plain.own_labels + 1) % 4), by="content")
 
 
-def test_a_cache_that_holds_a_content_twice_cannot_be_joined_by_content(
-    quick_dump: QuickDump, toy: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "twice.py"
-    file.write_text(
-        FAULTS.replace("{toy}", str(toy))
-        + "def twice():\n    data = good()\n    data.images[3] = data.images[9] = data.images[30]\n    return data\n"
-    )
-    cache = quick_dump(f"{file}:twice")
-    dataset = open_transfer_set(f"{file}:twice")
+def test_a_cache_that_holds_a_content_twice_cannot_be_joined_by_content(quick_dump: QuickDump, faults: Path) -> None:
+    cache = quick_dump(f"{faults}:alike")
+    dataset = open_transfer_set(f"{faults}:alike")
     with pytest.raises(JoinError, match="2 samples of the cache have the same content as another"):
         cache.join(dataset, by="content")
     joined = cache.join(dataset)

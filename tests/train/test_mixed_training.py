@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QuickDump
+from conftest import WORLDS, QuickDump
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from training import run_with
 
@@ -44,38 +44,10 @@ CUTMIX = ("shift:pixels=1", "cutmix")
 MIXES = [pytest.param(MIXUP, id="mixup"), pytest.param(CUTMIX, id="cutmix")]
 RESIZED = ("resized_crop_flip:size=6,scale_min=0.3",)
 
-PIECES = '''
-"""Images of which some have no label, and images with several labels."""
-import numpy as np
-import torch
-
-
-class Some(torch.utils.data.Dataset):
-    class_names = ("ant", "bee", "cat", "dog")
-
-    def __init__(self, count, multi, prefix):
-        draw = np.random.default_rng(8)
-        self.images = draw.integers(0, 256, (99, 8, 8)).astype(np.uint8)[:count]
-        self.labels = (draw.integers(0, 2, (99, 4)).astype(bool) if multi else draw.integers(-1, 4, 99))[:count]
-        self.sample_keys = [f"{prefix}/{i}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), self.labels[i]
-
-
-def some(count: int = 40, multi: bool = False, prefix: str = "some"):
-    return Some(count, multi, prefix)
-'''
-
 
 @pytest.fixture(scope="session")
-def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixed") / "mixed.py"
-    path.write_text(PIECES)
-    return path
+def pieces() -> Path:
+    return WORLDS / "some_labels.py"
 
 
 # ---- the formulas ---------------------------------------------------------------------------------------------------

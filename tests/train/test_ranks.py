@@ -36,6 +36,8 @@ from softcache.evaluate.measure import Evaluation
 from softcache.train import flow as train
 from softcache.train.ranks import joined_ranks
 
+pytestmark = pytest.mark.slow  # two processes that talk to each other
+
 STEPS = 3  # of an epoch: batches of 128, 128 and 45; of the last, one rank takes 23 samples and the other 22
 
 # ------------------------------------------------------------------------------------------------ two processes, many orders
@@ -270,8 +272,8 @@ def outcome_of(config: TrainConfig) -> list[dict[str, Any]]:
     "losses",
     [
         pytest.param(("kd",), id="kd"),
-        pytest.param((*RKD, "sp:weight=3000"), id="rkd-sp", marks=pytest.mark.slow),
-        pytest.param(("dist",), id="dist", marks=pytest.mark.slow),
+        pytest.param((*RKD, "sp:weight=3000"), id="rkd-sp"),
+        pytest.param(("dist",), id="dist"),
         pytest.param(CRD, id="crd"),
     ],
 )
@@ -411,7 +413,6 @@ def torchrun(argv: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, *argv], env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-@pytest.mark.slow
 def test_torchrun_says_nothing_twice_and_ends_where_one_process_does(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,14 +434,13 @@ def test_torchrun_says_nothing_twice_and_ends_where_one_process_does(
     assert metrics_apart(*rows) < 1e-3
 
 
-@pytest.mark.slow
 def test_torchrun_warns_of_nothing_where_some_parameters_are_left_alone(world: World, tmp_path: Path) -> None:
     ran = torchrun([*argv_of(world.config(tmp_path / "run", "fitnet:layer=early,student=early")), "--quiet"])
     _, err = ran.communicate(timeout=120)
     assert (ran.returncode, err) == (0, "")
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_torchrun_killed_and_resumed_is_bit_for_bit_the_same(world: World, tmp_path: Path) -> None:
     student = world.spec("net?norm=true&dropout=0.3")
     losses = ("kd", *CRD, "reviewkd:width=8")

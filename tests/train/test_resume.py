@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from torch import nn
 from training import stopped_after
 
@@ -27,66 +29,12 @@ from softcache.train.ranks import Ranks
 
 EPOCHS, STEPS = 3, 12
 
-PIECES = '''
-import os
-import time
-
-import numpy as np
-import torch
-from torch import nn
-
-
-class Toy:
-    class_names = ("ant", "bee", "cat", "dog")
-
-    def __init__(self):
-        draw = np.random.default_rng(0)
-        self.images = draw.integers(0, 256, (180, 8, 8), dtype=np.uint8)
-        self.labels = draw.integers(0, 4, 180)
-        self.sample_keys = [f"toy/{i}" for i in range(180)]
-
-    def __len__(self):
-        return 180
-
-    def __getitem__(self, i):
-        return self.images[i], self.labels[i]
-
-
-def toy():
-    return Toy()
-
-
-def teacher(num_classes):
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
-
-
-class Slow(nn.Module):
-    """A student with dropout, BatchNorm and a pause in every training step."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, num_classes)
-        )
-        self.seconds = float(os.environ.get("STUDENT_PAUSE_S", "0"))
-
-    def forward(self, batch):
-        if self.training:
-            time.sleep(self.seconds)
-        return self.layers(batch)
-
-
-def student(num_classes):
-    return Slow(num_classes)
-'''
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pieces.py, and a cache of two random views."""
     folder = tmp_path_factory.mktemp("resume")
-    (folder / "pieces.py").write_text(PIECES)
+    shutil.copy(WORLDS / "slow_student.py", folder / "pieces.py")
     argv = ["dump", "--data", f"{folder}/pieces.py:toy", "--teacher", f"{folder}/pieces.py:teacher"]
     argv += ["--policy", "crop_flip:padding=1", "--views", "2", "--threads", "1", "--device", "cpu", "--quiet"]
     assert cli.main([*argv, "--out", str(folder / "cache")]) == 0
@@ -174,6 +122,7 @@ def check(server: Any, folder: Path, tmp_path: Path, settings: str, workers: int
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_epoch_and_resumed(server: Any, folder: Path, tmp_path: Path) -> None:
     check(server, folder, tmp_path, CACHED, workers=0, kills=1, seed=1)
 
@@ -188,6 +137,7 @@ def test_killed_several_times(
     check(server, folder, tmp_path, settings, workers, kills=3, seed=10 + seed)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_after_an_epoch_goes_on(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Interrupted between two epochs, before the metrics were written, and after the last epoch."""
     from softcache.train import flow as train
@@ -269,6 +219,7 @@ def test_stopped_after_any_step_and_resumed(folder: Path, undisturbed: Path, tmp
     assert any(name.endswith("student_bank") for name in states[0]["parts"])
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     for _ in range(SAVES):
         stop_after(1, everything(folder, tmp_path / "run", "--checkpoint-every", "1"))

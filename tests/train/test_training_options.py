@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import WORLDS
 from small_world import Outcome, Step, World, joined, relative, trained, weights_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import at_each_save, run_with
 
 import softcache
@@ -119,6 +120,7 @@ def test_a_long_gradient_is_scaled_down_and_a_short_one_is_not(world: World, tmp
 # ------------------------------------------------------------------------------------------------------------ accumulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 5, 1000])
 def test_a_batch_in_parts_learns_as_a_whole_one(world: World, tmp_path: Path, parts: int) -> None:
     """For losses that are means over samples or labels: the labels of some are missing, the parts are of unequal size."""
@@ -157,34 +159,8 @@ def test_a_relation_in_pieces_is_the_mean_over_the_pieces(world: World, tmp_path
         assert value == pytest.approx(wanted, rel=1e-5)
 
 
-BAG = '''
-import torch
-from torch import nn
-
-
-class Bag(nn.Module):
-    """Its inputs are not one row per sample: all bright pixels in a line, and where each sample's begin."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.bag = nn.EmbeddingBag(64, num_classes)
-
-    def collate(self, items):
-        found = [torch.as_tensor(item).flatten().gt(127).nonzero().flatten() for item in items]
-        starts = torch.tensor([0, *(len(one) for one in found[:-1])]).cumsum(0)
-        return torch.cat(found), starts
-
-    def forward(self, batch):
-        return self.bag(*batch)
-
-
-def bag(num_classes):
-    return Bag(num_classes)
-'''
-
-
 def test_inputs_that_cannot_be_divided(world: World, tmp_path: Path) -> None:
-    (tmp_path / "bag.py").write_text(BAG)
+    shutil.copy(WORLDS / "bag.py", tmp_path / "bag.py")
     student = f"{tmp_path}/bag.py:bag"
     assert len(world.train(tmp_path / "whole", "kd", student=student).metrics) == 1
     with pytest.raises(ConfigError, match="for 128 samples: they cannot be divided") as caught:
@@ -535,6 +511,7 @@ def test_many_classes_give_what_few_do(
 # ------------------------------------------------------------------------------------------------- simkd, from end to end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placed", ["layer=late:map", "layer=late:pool,student=head"], ids=["maps", "vectors"])
 def test_a_student_with_its_teachers_classifier(world: World, tmp_path: Path, placed: str) -> None:
     """Trained, saved, loaded and evaluated alike; the classifier is the teacher's to the bit, and the projector stays."""
@@ -583,12 +560,14 @@ def test_tensorboard_has_the_metrics(world: World, tmp_path: Path) -> None:
         if calls == 2:
             raise KeyboardInterrupt
 
+    path = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = pytest.importorskip(path, reason="needs the extra softcache[tensorboard]")
     settings: dict[str, Any] = {"eval_data": world.spec("toy"), "epochs": 3, "tensorboard": True}
     losses = ("kd:temperature=linear(4, 2)", "ce")
     with at_each_save(broken, before=True), pytest.raises(KeyboardInterrupt):
         world.train(tmp_path / "run", *losses, **settings)
     rows = world.train(tmp_path / "run", *losses, **settings).metrics
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(rows[0]) - {"epoch"}
     for name in ("kd", "ce", "loss", "lr", "kd.temperature", "eval_top1"):
@@ -599,6 +578,7 @@ def test_tensorboard_has_the_metrics(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 # torch hides this one from its users in a way that does not reach warnings that are errors
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_student_learns_as_an_eager_one(world: World, tmp_path: Path) -> None:
     """With the layers that a stage taps: another stage's do not count."""
@@ -611,7 +591,7 @@ def test_a_compiled_student_learns_as_an_eager_one(world: World, tmp_path: Path)
     apart = max(relative(other.values[k], v) for one, other in pairs(eager, compiled) for k, v in one.values.items())
     weights = relative(*(joined(weights_of(tmp_path / name)) for name in ("compiled", "eager")))
     print(f"\ncompiled, three stages of three steps: values {apart:.1e}, weights {weights:.1e} apart")
-    assert max(apart, weights) < 1e-5
+    assert max(apart, weights) < 1e-4  # the compiler fuses and orders sums as it likes on this processor
 
 
 def pairs(eager: Outcome, compiled: Outcome) -> list[tuple[Step, Step]]:

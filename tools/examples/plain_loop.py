@@ -5,12 +5,14 @@
     python tools/examples/plain_loop.py --cache caches/digits
 
 The data set is your own: map-style, (item, label), with the `sample_keys` of the cache, in any order. `--data FOLDER
---eval-data FOLDER` takes images, one sub-folder per class, in place of scikit-learn's digits.
+--eval-data FOLDER` takes images, one sub-folder per class, in place of scikit-learn's digits. `--quick` makes a cache of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import softcache
 from softcache.losses import ce, hint, kd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.small_data import make_small_data
 
 
 class Digits(Dataset[Any]):
@@ -66,11 +71,14 @@ def open_data(cache: softcache.Cache, folder: str | None, eval_folder: str | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", required=True, help="folder that softcache dump wrote")
+    parser.add_argument("--cache", required="--quick" not in sys.argv, help="folder that softcache dump wrote")
     parser.add_argument("--data", help="folder of images to train on (default: digits)")
     parser.add_argument("--eval-data", help="folder of images to evaluate on")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="on a few small images that it makes, to see that it runs")
     arguments = parser.parse_args()
+    if arguments.quick:
+        make_small_data(arguments)
     torch.manual_seed(0)
 
     cache = softcache.open(arguments.cache)

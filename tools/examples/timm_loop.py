@@ -5,13 +5,15 @@
     python tools/examples/timm_loop.py --cache caches/views --data DATA/train --eval-data DATA/val --model resnet18
 
 The student sees the cache's own views: timm's random transforms are not used for training, since the teacher did not see
-what they would make. Its normalisation, which is the same for all views, is.
+what they would make. Its normalisation, which is the same for all views, is. `--quick` makes images and a cache of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TIMM_DATASET_MAX_RETRIES", "1")  # an image that cannot be read must not become its neighbour
@@ -28,6 +30,9 @@ from torch.utils.data import Dataset
 
 import softcache
 from softcache.losses import ce, kd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.small_data import make_small_data
 
 
 class Records(Dataset[Any]):
@@ -56,15 +61,20 @@ def evaluate(model: nn.Module, loader: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", required=True, help="folder that softcache dump wrote")
-    parser.add_argument("--data", required=True, help="folder of images to train on, one sub-folder per class")
-    parser.add_argument("--eval-data", required=True, help="folder of images to evaluate on")
+    needed = "--quick" not in sys.argv
+    parser.add_argument("--cache", required=needed, help="folder that softcache dump wrote")
+    parser.add_argument("--data", required=needed, help="folder of images to train on, one sub-folder per class")
+    parser.add_argument("--eval-data", required=needed, help="folder of images to evaluate on")
     parser.add_argument("--model", default="resnet18", help="student: any classification model of timm")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="on a few small images that it makes, to see that it runs")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.model, arguments.batch_size = "test_resnet", 8
+        make_small_data(arguments)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -40,7 +40,7 @@ from softcache.cache.schema import (
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.strict_json import JOURNALED, PLANNED, read_shape
 from softcache.cache.write.shard import ShardWriter, write_shard
-from softcache.errors import CacheError, DiskSpaceError, DumpError, LockedError, PlanMismatchError, SoftcacheError
+from softcache.errors import CacheError, DumpError, LockedError, PlanMismatchError, SoftcacheError
 from softcache.files import durable
 from softcache.files.durable import OpenFile
 from softcache.files.locks import holder_of, release_lock, sign, take_lock, waiting_lock
@@ -349,12 +349,7 @@ class SpanWriter:
         self._shards: dict[str | None, ShardWriter] = {}
         self._dense: dict[str, list[np.ndarray]] = {}
         planned = sum(spec.nbytes + spec.checksums.nbytes for specs in member_arrays.values() for spec in specs)
-        free = durable.free_bytes(writer.path)
-        if free < planned:
-            raise DiskSpaceError(
-                f"{writer.path}: the next shards need {planned / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB left",
-                tip="free some space and run the same command again: finished shards are kept",
-            )
+        durable.require_room(writer.path, planned, "the next shards need")
         try:
             if writer.plan.rounds[-1].new_views:
                 pixels = [ArraySpec("pixel_digests", "<u4", (span.views, span.rows))]

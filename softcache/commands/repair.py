@@ -1,0 +1,59 @@
+"""softcache repair: flags, examples and printing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from softcache.commands.flags import Output, Verb
+from softcache.config import option
+from softcache.errors import printable
+
+
+@dataclass(frozen=True)
+class RepairConfig:
+    """softcache repair: make damaged files again."""
+
+    cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
+    from_: str | None = option(None, "take damaged files from another copy of the cache", metavar="DIR")
+    data: str | None = option(None, "the transfer set (default: as the dump was given it)", metavar="DATA")
+    teacher: tuple[str, ...] = option(
+        (), "repeat (default: as the dump was given them)", metavar="TEACHER", repeat=True
+    )
+    device: str = option("auto", "as it was at the dump: bytes may depend on it", metavar="DEVICE")
+    allow_code: bool = option(
+        False, "run code that the cache names: transforms of its views, factories of its data and teachers"
+    )
+    workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
+
+
+def run(config: RepairConfig, output: Output) -> int:
+    from softcache.check import repair
+
+    means = repair.Means(
+        source=Path(config.from_) if config.from_ else None,
+        data=config.data,
+        teachers=config.teacher,
+        device=config.device,
+        workers=config.workers,
+        allow_code=config.allow_code,
+    )
+    result = repair.run(Path(config.cache), means, quiet=output.quiet or output.json)
+    print(json.dumps(dataclasses.asdict(result)) if output.json else printable(result.text()))
+    return result.exit_code
+
+
+VERB = Verb(
+    config=RepairConfig,
+    run=run,
+    summary="make damaged or missing files again, and prove that they are the same bytes",
+    examples="""
+softcache repair caches/digits
+softcache repair caches/digits --from /backup/digits
+softcache repair caches/digits --data digits --teacher runs/teacher
+""",
+    after_stop="mended files stay; the same command goes on with the others",
+    writes=True,
+)

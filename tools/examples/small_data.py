@@ -1,0 +1,65 @@
+"""A few small images in folders by class, a teacher that needs no training, and its cache: for the examples' --quick."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from softcache import dump
+from softcache.config import DumpConfig
+
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+
+
+class Colours(nn.Module):
+    """How much there is of each colour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(3, 3)
+        with torch.no_grad():
+            self.fc.weight.copy_(20 * torch.eye(3).flip(0))
+            self.fc.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.mean(images))
+        return logits
+
+
+def colours() -> Colours:
+    """The teacher, as a factory for `softcache dump`."""
+    return Colours()
+
+
+def make_small_data(arguments: argparse.Namespace) -> None:
+    """Set cache, data, eval_data and epochs to something small in a temporary folder."""
+    scratch = tempfile.TemporaryDirectory(prefix="softcache-example-")
+    atexit.register(scratch.cleanup)
+    root, draw = Path(scratch.name), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 2)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(draw.normal(colour, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    made = DumpConfig(
+        data=f"imagefolder:{root / 'train'}",
+        teacher=(f"{__file__}:colours",),
+        policy=("to_rgb", "resized_crop_flip:size=32,scale_min=0.5"),
+        views=2,
+        for_=("kd", "hint"),
+        out=str(root / "cache"),
+        threads=1,
+        workers=0,
+    )
+    dump.run(made, quiet=True)
+    arguments.cache, arguments.epochs = str(root / "cache"), 2
+    arguments.data, arguments.eval_data = str(root / "train"), str(root / "val")
