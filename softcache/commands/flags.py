@@ -102,7 +102,7 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _meant(name: str, known: Iterable[str], see: str) -> str:
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
     return (f"did you mean {' or '.join(map(repr, close))}? " if close else "") + f"see `{see}`"
 
 
