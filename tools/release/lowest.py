@@ -3,8 +3,8 @@
     python3.11 tools/release/lowest.py                           # about 6 GB of packages; everything is removed again
     python3.11 tools/release/lowest.py --keep lowest -- -n auto  # keeps the environment; more arguments for pytest
 
-`tools/release/constraints-lowest.txt` names these versions and must agree with pyproject.toml, bound by bound. `--quick` compares the
-two and prints what would be done, without doing it. Exit code 1 where they disagree or a test fails.
+`tools/release/constraints-lowest.txt` names these versions and must agree with pyproject.toml, bound by bound. `--quick` compares
+the two and prints what would be done, without doing it. Exit code 1 where they disagree or a test fails.
 """
 
 from __future__ import annotations
