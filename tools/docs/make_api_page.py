@@ -43,7 +43,8 @@ CLASSES = (
     ("## Reading a cache\n", "softcache", "targets/cache.py", ("open", "Cache", "Joined")),
     ("", "softcache", "targets/batch.py", ("Targets",)),
     ("## Dumping and training\n", "softcache.dump", "dump/flow.py", ("run", "DumpResult")),
-    ("", "softcache.train", "train/flow.py", ("run", "TrainResult")),
+    ("", "softcache.train", "train/flow.py", ("run",)),
+    ("", "softcache.train", "train/session.py", ("TrainResult",)),
 )
 NO_LOSSES = ("Loss", "LossTerm", "make_term")  # public in softcache.losses: what makes a term of a loss
 
