@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from softcache import cli
+from softcache.cache import hdf5_check
+from softcache.files import locks
+
 NEXT = "---- next ----"
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 WITHOUT = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"  # their import raises ImportError
@@ -49,6 +55,36 @@ def without_them(script: str, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", WITHOUT + script, *arguments], capture_output=True, text=True)
 
 
+def commands(toy: Path, folder: Path) -> list[tuple[list[str], str]]:
+    """Command lines that need one of the two, and which."""
+    data, teacher = f"{toy}:images", f"{toy}:exact"
+    return [
+        (["dump", "--data", data, "--teacher", teacher, "--out", str(folder / "cache")], "fcntl"),
+        (["train", "--data", data, "--student", "mlp:8", "--epochs", "1", "--out", str(folder / "run")], "fcntl"),
+        (["verify", "--full", str(GOLDEN / "v1/float16")], "resource"),
+    ]
+
+
+def refused(printed: str, module: str) -> bool:
+    return f"Python on {sys.platform} has no module '{module}'" in printed and "tip: " in printed
+
+
+def nothing_was_written(folder: Path) -> bool:
+    return not [path for path in folder.rglob("*") if path.suffix in {".h5", ".safetensors", ".pt"}]
+
+
+def test_what_needs_them_refuses_by_name(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "fcntl", None)  # as their imports leave it
+    monkeypatch.setattr(hdf5_check, "resource", None)
+    for argv, module in commands(toy, tmp_path):
+        assert cli.main(argv) == 2
+        assert refused(capsys.readouterr().err, module), argv
+    assert nothing_was_written(tmp_path)
+
+
+@pytest.mark.slow
 def test_a_cache_is_opened_joined_gathered_learned_from_and_its_bytes_are_checked() -> None:
     done = without_them(READING)
     assert done.returncode == 0, done.stderr
@@ -56,18 +92,12 @@ def test_a_cache_is_opened_joined_gathered_learned_from_and_its_bytes_are_checke
     assert word == "loss" and float(loss) > 0 and float(gradient) > 0
 
 
-def test_what_needs_them_refuses_by_name(toy: Path, tmp_path: Path) -> None:
-    cache, run = str(tmp_path / "cache"), str(tmp_path / "run")
-    commands = {
-        "dump": (["--data", f"{toy}:images", "--teacher", f"{toy}:exact", "--out", cache], "fcntl"),
-        "train": (["--data", f"{toy}:images", "--student", "mlp:8", "--epochs", "1", "--out", run], "fcntl"),
-        "verify": (["--full", str(GOLDEN / "v1/float16")], "resource"),
-    }
-    argvs = [[verb, *flags] for verb, (flags, _) in commands.items()]
-    done = without_them(REFUSALS, json.dumps(argvs))
-    assert done.returncode == 0, done.stderr  # no ImportError either
-    refusals = done.stderr.split(NEXT)[1:]
-    for argv, (_, module), refusal in zip(argvs, commands.values(), refusals, strict=True):
-        assert f"Python on {sys.platform} has no module '{module}'" in refusal and "tip: " in refusal, argv
-    assert done.stdout.split()[-len(argvs) :] == ["2"] * len(argvs)
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".h5", ".safetensors"}]
+@pytest.mark.slow
+def test_a_refusal_is_no_import_error(toy: Path, tmp_path: Path) -> None:
+    asked = commands(toy, tmp_path)
+    done = without_them(REFUSALS, json.dumps([argv for argv, _ in asked]))
+    assert done.returncode == 0, done.stderr
+    for (argv, module), printed in zip(asked, done.stderr.split(NEXT)[1:], strict=True):
+        assert refused(printed, module), argv
+    assert done.stdout.split()[-len(asked) :] == ["2"] * len(asked)
+    assert nothing_was_written(tmp_path)
