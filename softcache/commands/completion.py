@@ -1,4 +1,4 @@
-"""softcache completion: the scripts that complete verbs and flags in a shell. Made by tools/make_completion.py."""
+"""softcache completion: the scripts that complete verbs and flags in a shell. Made by tools/docs/make_completion.py."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _meant(name: str, known: Iterable[str], see: str) -> str:
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
     return (f"did you mean {' or '.join(map(repr, close))}? " if close else "") + f"see `{see}`"
 
 
@@ -155,6 +155,7 @@ def _words_of(name: str, verb: Verb) -> dict[str, Any]:
         "description": verb.summary,
         "epilog": f"examples:\n{examples}\n",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,  # a mistyped flag is told, also where it begins like another
     }
 
 

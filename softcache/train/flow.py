@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.config import TrainConfig
-from softcache.data.loading import LoadedBatch, epoch_order, load_batches, to_device
-from softcache.evaluate.measure import Evaluation
+from softcache.data.loading import LoadedBatch, to_device
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device, pick_threads
 from softcache.models import load_weights, save_student
-from softcache.train.batches import open_material, views_of, visits
+from softcache.train.batches import open_material, views_of
 from softcache.train.checkpoint import Trained, read_progress, restore, save_progress
 from softcache.train.learner import Learner, backward, over_ranks, tapped
 from softcache.train.metrics import epoch_row, is_best, is_stale
@@ -43,28 +39,11 @@ from softcache.train.run_folder import (
     only_writer,
     write_metrics,
 )
-from softcache.train.session import LiveStage, Prepared, Session, bytes_of
+from softcache.train.session import LiveStage, Prepared, Session, TrainResult, bytes_of, epoch_batches
 from softcache.train.stages import parse_stages
 from softcache.train.student import build_student
 from softcache.train.tensorboard import Board
 from softcache.train.term_modules import Sizes
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run.
-
-    Attributes:
-        path: its folder, with `student.safetensors`.
-        metrics: one row per epoch, as in metrics.jsonl.
-        evaluation: of the student that is kept; None without evaluation data.
-        parameters: how many numbers the student has.
-    """
-
-    path: Path
-    metrics: list[dict[str, Any]]
-    evaluation: Evaluation | None
-    parameters: int
 
 
 def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
@@ -202,19 +181,6 @@ def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str
             progress.step = done
             save_progress(prepared.out, live.trained, progress, prepared.ranks)
     end_epoch(session, live, moment, started)
-
-
-def epoch_batches(session: Session, live: LiveStage) -> Iterator[tuple[LoadedBatch, Moment, int]]:
-    """This rank's share of each batch that is left of an epoch, when it comes, and the step's number over all epochs."""
-    prepared, progress = session.prepared, session.progress
-    config, seen, epoch, first = prepared.config, len(progress.metrics), progress.epoch, progress.step
-    order = epoch_order(prepared.count, config.seed, seen)
-    views = views_of(seen, prepared.material.cache, config)
-    pairs = visits(order, views, config.batch_size, prepared.ranks, start=first)
-    viewed = prepared.material.viewed([prepared.model.input.collate])
-    batches = load_batches(viewed, pairs, workers=prepared.workers, pin_memory=prepared.device.type == "cuda")
-    for step, loaded in enumerate(batches, start=first):
-        yield loaded, Moment(epoch, step, prepared.steps, live.stage.config.epochs), seen * prepared.steps + step
 
 
 def one_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from softcache.config import TrainConfig
+from softcache.data.loading import LoadedBatch, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet
 from softcache.evaluate.measure import Evaluation, evaluate
+from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_workers
 from softcache.models import Model
 from softcache.report.progress import Meter
-from softcache.train.batches import Material
+from softcache.train.batches import Material, views_of, visits
 from softcache.train.checkpoint import Progress, Trained
 from softcache.train.objective import Objective
 from softcache.train.pairs import Student
@@ -137,3 +140,33 @@ def bytes_of(prepared: Prepared) -> int:
     states = {"sgd": 1 if config.momentum else 0}.get(config.optimizer, 2)  # of the optimiser, for each weight
     checkpoint = (1 + states) * (weights + own) + averaged
     return 2 * checkpoint + weights * (2 if config.keep == "best" else 1)
+
+
+def epoch_batches(session: Session, live: LiveStage) -> Iterator[tuple[LoadedBatch, Moment, int]]:
+    """This rank's share of each batch that is left of an epoch, when it comes, and the step's number over all epochs."""
+    prepared, progress = session.prepared, session.progress
+    config, seen, epoch, first = prepared.config, len(progress.metrics), progress.epoch, progress.step
+    order = epoch_order(prepared.count, config.seed, seen)
+    views = views_of(seen, prepared.material.cache, config)
+    pairs = visits(order, views, config.batch_size, prepared.ranks, start=first)
+    viewed = prepared.material.viewed([prepared.model.input.collate])
+    batches = load_batches(viewed, pairs, workers=prepared.workers, pin_memory=prepared.device.type == "cuda")
+    for step, loaded in enumerate(batches, start=first):
+        yield loaded, Moment(epoch, step, prepared.steps, live.stage.config.epochs), seen * prepared.steps + step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        path: its folder, with `student.safetensors`.
+        metrics: one row per epoch, as in metrics.jsonl.
+        evaluation: of the student that is kept; None without evaluation data.
+        parameters: how many numbers the student has.
+    """
+
+    path: Path
+    metrics: list[dict[str, Any]]
+    evaluation: Evaluation | None
+    parameters: int

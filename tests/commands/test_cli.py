@@ -175,6 +175,7 @@ MISTAKES = [
     row("unknown verb", ["dmup"], "there is no verb 'dmup'", "did you mean 'dump'"),
     row("verb of no likeness", ["xyz"], "there is no verb 'xyz'", "see `softcache --help`"),
     row("mistyped flag", ["verify", "cache", "--repaly", "3"], "arguments: --repaly", "did you mean '--replay'.*verify"),
+    row("shortened flag", ["verify", "cache", "--repla", "3"], "arguments: --repla", "did you mean '--replay'.*verify"),
     row("unknown flag", ["verify", "cache", "--fast"], "unrecognized arguments: --fast", "--help"),
     row("flag of another verb", [*dump_of(), "--epochs", "3"], "unrecognized arguments: --epochs 3", "--help"),
     row("flag without value", ["dump", "--data"], "--data: expected one argument", "dump --help"),

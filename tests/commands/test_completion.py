@@ -18,7 +18,7 @@ from softcache.commands.completion import SCRIPTS, SHELLS
 from softcache.commands.flags import SHARED, load_verb
 from softcache.config import flag_of
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools" / "docs"
 
 
 def tool(name: str) -> ModuleType:
@@ -33,7 +33,9 @@ def tool(name: str) -> ModuleType:
 def test_a_script_is_what_the_tool_makes(shell: str) -> None:
     pytest.importorskip("shtab", reason="the extra softcache[completion]")
     made = tool("make_completion").script(shell)
-    assert (SCRIPTS / f"softcache.{shell}").read_text(encoding="utf-8") == made, "run python tools/make_completion.py"
+    assert (SCRIPTS / f"softcache.{shell}").read_text(encoding="utf-8") == made, (
+        "run python tools/docs/make_completion.py"
+    )
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -87,4 +89,4 @@ def test_it_completes_in_bash(tmp_path: Path, words: list[str], wanted: list[str
 
 def test_the_page_of_the_command_line_is_what_the_tool_makes() -> None:
     module = tool("make_cli_page")
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python tools/make_cli_page.py"
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python tools/docs/make_cli_page.py"

@@ -382,7 +382,7 @@ MAP_ENDS = [
     ("torchvision:shufflenet_v2_x0_5", 64, ["maxpool", "stage2", "stage3", "conv5"], "conv5:pool"),
     ("torchvision:swin_t", 64, ["features.0.0", "permute"], "flatten:flatten"),  # channels last in between
     ("timm:test_efficientnet", 64, ["blocks.1", "blocks.2", "blocks.3", "bn2"], "global_pool:flatten"),
-    ("timm:test_maxvit?img_size=64", 64, ["stages.0", "stages.1", "stages.2", "norm"], "head.drop:flatten"),
+    ("timm:maxvit_pico_rw_256?img_size=64", 64, ["stages.0", "stages.1", "stages.2", "norm"], "head.drop:flatten"),
     ("timm:test_vit?img_size=64", 64, [], "head_drop:flatten"),
 ]
 

@@ -230,7 +230,6 @@ ROWS: dict[str, Row] = {
     "ab": Row(ab, ab_oracle, MAP, MAP, settings=({}, {"margin": 0.25}), at_equality=lambda x: ab_oracle(x, x)),
     "vid": Row(vid, vid_oracle, MAP, MAP, at_equality=lambda _: VID_AT_EQUALITY),
 }
-OF_THEIR_OWN = {"crd", "reviewkd"}  # with memories or fusions: their formulas are in tests of their own, below
 IN_BATCH = [name for name in ROWS if ROWS[name].batch]
 OF_SAMPLES = [name for name in ROWS if not ROWS[name].batch]
 
@@ -244,6 +243,7 @@ def test_every_loss_on_features_has_its_formula() -> None:
     assert of_features - ROWS.keys() == tested.keys() | same.keys()
     for name in of_features & ROWS.keys():
         assert ROWS[name].loss is LOSSES[name].function or name in ("srrl", "vid"), name  # these two bring layers along
+        assert ROWS[name].batch == (LOSSES[name].over == "batch"), name
 
 
 def value_and_gradient(row: Row, student: Tensor, teacher: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
@@ -252,15 +252,6 @@ def value_and_gradient(row: Row, student: Tensor, teacher: Tensor, **settings: f
     value.backward()
     assert student.grad is not None
     return value.detach(), student.grad
-
-
-def test_every_loss_on_features_has_a_row_that_agrees_with_its_line() -> None:
-    """By its name, or that of another loss with the same function: `simkd` is `hint`."""
-    row_of = {LOSSES[name].function: row for name, row in ROWS.items() if name in LOSSES}
-    listed = {name: loss for name, loss in LOSSES.items() if loss.has_features}
-    assert [name for name, loss in listed.items() if loss.function not in row_of] == sorted(OF_THEIR_OWN)
-    for name in listed.keys() - OF_THEIR_OWN:
-        assert (name, listed[name].over == "batch") == (name, row_of[listed[name].function].batch)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -141,7 +141,7 @@ def default_case(name: str, kind: str) -> Case:
         codec = f"topk:k={KEPT}" if loss.needs("head_ids") else "float32"
         return Case(name, "logits", settings, cache=(("codec", codec),))
     stored = STORED[kind] or ("head",)
-    if kind == "map" and loss.layers != "stages":
+    if kind == "map" and loss.layers != "map_ends":
         stored = ("stage2",) if loss.layers == "middle" else ("stage3",)
         settings += (f"layer={stored[0]}",)
     to_head = loss.layers == "head" or ("head" in loss.features and kind in ("head", "cls", "mean_tokens"))

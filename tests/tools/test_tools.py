@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-NEEDS = {"examples/timm_loop.py": "timm", "examples/plain_loop.py": "torchvision", "bench/views.py": "matplotlib"}
+NEEDS = {
+    "examples/timm_loop.py": "timm",
+    "examples/plain_loop.py": "torchvision",
+    "bench/views.py": "matplotlib",
+    "docs/make_completion.py": "shtab",
+}
 # ways in that --quick does not take by itself
 MORE = {
     "bench/cache.py": ["--quick", "--memory"],

@@ -295,7 +295,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "known: ",
     ),
     "an unknown key": ("--set epoch=3", "unknown setting 'epoch'", "did you mean 'epochs'"),
-    "an unknown flag": ("--epoch 3 --tempo 2", "--tempo", "softcache --help"),
+    "an unknown flag": ("--epoch 3 --tempo 2", "--tempo", "did you mean '--epochs'.*softcache train --help"),
     "a value that is none": (
         "--cache {path}/plain --loss kd:weight=much",
         "weight: 'much' is neither a number",

@@ -273,10 +273,10 @@ def test_an_adapter_is_trained_on_a_frozen_student_and_carried_over(world: World
     assert [equal(one, other) == one.keys() for one, other in zip(first, both[:6], strict=True)] == [True] * 6
     names = {name for name in both[0] if "adapters" in name}
     assert len(names) == 2  # weight and bias
-    hint = {name.removeprefix("parts.0."): value for name, value in both[5].items()}
-    carried = {name.removeprefix("parts.1."): value for name, value in both[6].items()}
+    hint = {name.removeprefix("term_modules.0."): value for name, value in both[5].items()}
+    carried = {name.removeprefix("term_modules.1."): value for name, value in both[6].items()}
     gone_on = {name: np.abs(carried[name] - hint[name]).max() for name in hint}
-    begun = {name: np.abs(carried[name] - both[0][f"parts.0.{name}"]).max() for name in hint}
+    begun = {name: np.abs(carried[name] - both[0][f"term_modules.0.{name}"]).max() for name in hint}
     assert all(0 < gone_on[name] < begun[name] for name in hint)  # one step further, not from the start
     assert not equal(weights_of(tmp_path / "both"), initial(world))  # by then the student learns
 

@@ -5,6 +5,7 @@ It reads the source text alone, so that every Python makes the same page and not
 
 from __future__ import annotations
 
+import argparse
 import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ CLASSES = (
     ("## Reading a cache\n", "softcache", "targets/cache.py", ("open", "Cache", "Joined")),
     ("", "softcache", "targets/batch.py", ("Targets",)),
     ("## Dumping and training\n", "softcache.dump", "dump/flow.py", ("run", "DumpResult")),
-    ("", "softcache.train", "train/flow.py", ("run", "TrainResult")),
+    ("", "softcache.train", "train/flow.py", ("run",)),
+    ("", "softcache.train", "train/session.py", ("TrainResult",)),
 )
 NO_LOSSES = ("Loss", "LossTerm", "make_term")  # public in softcache.losses: what makes a term of a loss
 
@@ -274,6 +276,12 @@ def page() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only say whether the page is as it should be")
+    if parser.parse_args().quick:
+        same = PAGE.read_text(encoding="utf-8") == page()
+        print(f"{PAGE.name}: {'as it should be' if same else 'to be made again'}")
+        return
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
 

@@ -1,4 +1,4 @@
-"""Write the completion scripts that `softcache completion` prints, from the parsers: python tools/make_completion.py
+"""Write the completion scripts that `softcache completion` prints, from the parsers: python tools/docs/make_completion.py
 
 Needs the extra `completion` (shtab). The test of the scripts compares them with what this makes.
 """
@@ -43,10 +43,17 @@ def place_of(shell: str) -> Path:
 
 
 def main() -> None:
-    SCRIPTS.mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only say whether the scripts are as they should be")
+    quick = parser.parse_args().quick
     for shell in SHELLS:
-        place_of(shell).write_text(script(shell), encoding="utf-8")
-        print(place_of(shell))
+        place, made = place_of(shell), script(shell)
+        if quick:
+            same = place.read_text(encoding="utf-8") == made
+            print(f"{place.name}: {'as it should be' if same else 'to be made again'}")
+        else:
+            place.write_text(made, encoding="utf-8")
+            print(place)
 
 
 if __name__ == "__main__":

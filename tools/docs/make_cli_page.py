@@ -1,10 +1,11 @@
-"""Write softcache/docs/CLI.md from the verbs' own words: python tools/make_cli_page.py
+"""Write softcache/docs/CLI.md from the verbs' own words: python tools/docs/make_cli_page.py
 
 The page does not go through argparse's help, whose lines differ between Python versions.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import typing
 
@@ -16,7 +17,7 @@ from softcache.config import flag_of
 PAGE = DOCS / "CLI.md"
 BEGINNING = """# The command line
 
-Every verb of `softcache`, its examples and its flags. This page is made from the verbs by `python tools/make_cli_page.py`;
+Every verb of `softcache`, its examples and its flags. This page is made from the verbs by `python tools/docs/make_cli_page.py`;
 `softcache VERB --help` says the same in the terminal.
 
 Settings of every verb may also stand in a TOML file (`--config`) under the flag's name without its dashes, or in
@@ -66,6 +67,12 @@ def _row(usage: str, text: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only say whether the page is as it should be")
+    if parser.parse_args().quick:
+        same = PAGE.read_text(encoding="utf-8") == page()
+        print(f"{PAGE.name}: {'as it should be' if same else 'to be made again'}")
+        return
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
 
