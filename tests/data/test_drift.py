@@ -614,6 +614,7 @@ def cells_of(path: Path, images: list[np.ndarray], factor: int) -> list[tuple[in
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rgb", "policy"), [(False, ("crop_flip:padding=4",)), (True, MIXUP)], ids=["grey", "mixed colours"]
 )

@@ -814,6 +814,7 @@ def test_kill_dash_nine_of_the_command(shared: World, undisturbed: Manifest, tmp
     assert not list(out.rglob("*.h5.tmp*"))
 
 
+@pytest.mark.slow
 def test_two_dumps_at_once(shared: World, server: Any, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     argv = shared.argv(str(out), teacher=("slow?seconds=0.2",), **SIX_SPANS)

@@ -178,16 +178,16 @@ def test_dense_rows_are_foreseen_by_their_share(pieces: Path, tmp_path: Path) ->
 class FirstPixels:
     """As a teacher that gives the first four pixels."""
 
-    name, num_classes, head = "pixels", 4, None
+    name, num_classes, classifier = "pixels", 4, None
 
-    def find_head(self, batch: torch.Tensor) -> None:
+    def find_classifier(self, batch: torch.Tensor) -> None:
         return None
 
     def collate(self, items: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(items)).flatten(1)[:, :4].float()
 
     def __call__(self, batch: torch.Tensor) -> Any:
-        return SimpleNamespace(logits=batch, head_input=None)
+        return SimpleNamespace(logits=batch, classifier_input=None)
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,7 @@ def spiky_live(pieces: Path, cache: softcache.Cache, view: int) -> Tensor:
     return live(pieces, cache, module.narrow(spikes=6.0), module.images(MANY, SPIKY), view)
 
 
+@pytest.mark.slow
 def test_dense_rows_are_numbered_through_batches_views_and_parts(pieces: Path, dense_cache: softcache.Cache) -> None:
     cache = dense_cache
     numbers = np.stack([dense_numbers(cache, view) for view in (0, 1)])
@@ -437,6 +438,7 @@ def test_dense_rows_are_numbered_through_batches_views_and_parts(pieces: Path, d
     assert described["statistics"]["narrow"]["dense"] == sum(counts)
 
 
+@pytest.mark.slow
 def test_gathers_mix_dense_rows_and_others_in_any_order(pieces: Path, dense_cache: softcache.Cache) -> None:
     cache = dense_cache
     given = torch.stack([spiky_live(pieces, cache, view) for view in (0, 1)])
@@ -455,6 +457,7 @@ def test_gathers_mix_dense_rows_and_others_in_any_order(pieces: Path, dense_cach
         assert ((stored - wanted).abs().amax(dim=1).numpy() <= eps_of(cache)[chosen]).all()
 
 
+@pytest.mark.slow
 def test_verify_finds_one_flipped_bit_among_the_dense_rows(dense_cache: softcache.Cache, tmp_path: Path) -> None:
     path = tmp_path / "c"
     shutil.copytree(dense_cache.reader.path, path)
@@ -494,6 +497,7 @@ def kill_at_journal_line(patch: pytest.MonkeyPatch, number: int) -> None:
     patch.setattr(durable, "append_line", counted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [1, 2])
 def test_a_resume_writes_the_same_dense_rows(
     pieces: Path, dense_cache: softcache.Cache, tmp_path: Path, line: int
@@ -508,6 +512,7 @@ def test_a_resume_writes_the_same_dense_rows(
         assert bytes_of(dumped(pieces, tmp_path / "c", **DENSE)) == bytes_of(dense_cache)
 
 
+@pytest.mark.slow
 def test_parts_in_any_order_write_the_same_dense_rows(
     pieces: Path, dense_cache: softcache.Cache, tmp_path: Path
 ) -> None:
@@ -515,6 +520,7 @@ def test_parts_in_any_order_write_the_same_dense_rows(
     assert bytes_of(dumped(pieces, tmp_path / "c", part="1/2", **DENSE)) == bytes_of(dense_cache)
 
 
+@pytest.mark.slow
 def test_more_views_number_their_own_dense_rows(pieces: Path, dense_cache: softcache.Cache, tmp_path: Path) -> None:
     dumped(pieces, tmp_path / "c", **DENSE | {"views": 1})
     grown = dumped(pieces, tmp_path / "c", **DENSE | {"codec": None, "policy": (), "order": "permuted"}, extend=True)
@@ -691,6 +697,7 @@ def test_a_promise_kept_by_a_named_codec_stands_in_the_manifest(pieces: Path, tm
     assert statistics.mean_kl("3") == pytest.approx(found.mean(), rel=1e-7)
 
 
+@pytest.mark.slow
 def test_lowrank_takes_the_promise_as_its_own_and_keeps_failing_rows(pieces: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = DENSE | {"codec": "lowrank", "views": 1}
     cache = dumped(pieces, tmp_path / "c", max_kl=2e-5, at_temperature=2.0, **settings)

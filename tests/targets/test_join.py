@@ -627,3 +627,12 @@ def test_old_names_of_the_classifier_warn(quick_dump: QuickDump, toy: Path, old:
 def test_the_old_name_of_the_classifiers_place_warns() -> None:
     with pytest.warns(DeprecationWarning, match="CLASSIFIER"):
         assert losses.HEAD == losses.CLASSIFIER == "head"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_log_probs_are_those_of_the_logits_at_a_temperature(quick_dump: QuickDump, temperature: float) -> None:
+    targets = quick_dump().gather(np.arange(40), np.zeros(40, np.int64))
+    (member,) = targets.members
+    scaled = targets.logits().double() / temperature
+    wanted = scaled - scaled.logsumexp(dim=1, keepdim=True)
+    torch.testing.assert_close(targets.log_probs(member, temperature).double(), wanted, rtol=1e-5, atol=1e-5)
