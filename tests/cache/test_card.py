@@ -286,6 +286,7 @@ USES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", USES)
 def test_the_loop_and_the_command_of_the_card_work(
     quick_dump: QuickDump, toy: Path, tmp_path: Path, settings: Mapping[str, Any]

@@ -57,6 +57,7 @@ def rows_of_block(cache: Cache, byte: int, record_bytes: int, part: int) -> set[
     return {(span.row_start + r % span.rows, span.view_start + r // span.rows) for r in inside}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("part", "byte"),
@@ -188,6 +189,7 @@ def test_an_unknown_way_is_refused(made: Cache) -> None:
         reopen(made, check_blocks="often")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["first", "always", "never"])
 def test_training_stops_at_a_damaged_block_unless_told_not_to_look(
     made: Cache, toy: Path, tmp_path: Path, when: str, capsys: pytest.CaptureFixture[str]

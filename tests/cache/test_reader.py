@@ -150,6 +150,7 @@ def test_empty_batches_and_places_outside(shard_rows: int | None, mode: str, qui
             joined.gather(np.array([0, record]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
 def test_any_integers_name_rows(kind: Any, quick_dump: QuickDump, toy: Path) -> None:
     cache = quick_dump(f"{toy}:images?count=300", policy=("shift",), views=3, shard_rows=256)
@@ -408,6 +409,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_refused_by_name(damage: str, mode: str, quick_dump: QuickDump, toy: Path) -> None:

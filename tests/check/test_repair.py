@@ -171,6 +171,7 @@ def test_samples_of_other_data_come_out_as_other_bytes(
     assert contents(cache) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False])
 def test_pixel_digests_need_the_data_and_no_teacher(told: bool, folder: Path, cache: Path) -> None:
     flip(cache / "views/part-00000.h5")
@@ -243,6 +244,7 @@ def test_a_manifest_without_any_copy_cannot_be_trusted(
     assert softcache.open(cache).id == softcache.open(pristine).id
 
 
+@pytest.mark.slow
 def test_a_repair_that_is_interrupted_leaves_no_half_file(
     cache: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

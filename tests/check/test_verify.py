@@ -72,6 +72,7 @@ def test_a_whole_cache(pristine: Path, full: bool) -> None:
     assert "whole" in verdict.text() and verdict.id in verdict.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "name", "block"),
     [

@@ -326,6 +326,7 @@ def decoded_headtail(codec: Codec, record: np.ndarray) -> np.ndarray:
     return row
 
 
+@pytest.mark.slow
 @over_classes
 @pytest.mark.parametrize("case", ["int8", *HEADTAIL])
 def test_records_mean_what_the_field_table_says(case: str, classes: int) -> None:
@@ -337,6 +338,7 @@ def test_records_mean_what_the_field_table_says(case: str, classes: int) -> None
             assert np.array_equal(row.view(np.uint32), oracle(codec, record).view(np.uint32)), kind
 
 
+@pytest.mark.slow
 @over_classes
 @over_topk
 def test_a_topk_record_means_what_its_field_table_says(case: str, classes: int) -> None:

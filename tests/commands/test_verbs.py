@@ -204,6 +204,7 @@ def example_rows() -> list[object]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", example_rows())
 def test_an_example_runs(here: Path, capsys: pytest.CaptureFixture[str], example: str) -> None:
     program, *words = substituted(example)
@@ -404,6 +405,7 @@ def test_a_signal_ends_a_verb_within_ten_seconds(
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if load_verb(verb).writes])
 def test_a_verb_that_writes_asks_for_room_first(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
@@ -428,6 +430,7 @@ def test_a_verb_that_says_so_writes_nothing(here: Path, verb: str) -> None:
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(
     ("extra", "message", "tip"),

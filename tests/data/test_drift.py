@@ -145,6 +145,7 @@ SERIOUS_NAMES = ["three of 255", "another crop", "another generator", "another a
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("apart", [1, 2])
 def test_a_rounding_is_one_recorded_warning(
@@ -207,6 +208,7 @@ def test_without_a_difference_nothing_is_said(
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("change", SERIOUS, ids=SERIOUS_NAMES)
 def test_anything_more_is_an_error(
@@ -276,6 +278,7 @@ def test_a_changed_image_is_found_by_its_content_first(
         train.run(settings(tmp_path, f"{others}:images?changed=0"), quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("by", [1, 99])
 def test_a_changed_image_is_seen_in_its_views(
@@ -461,6 +464,7 @@ def add_member(tmp_path: Path, toy: Path, data: str = "") -> softcache.Cache:
     return softcache.open(tmp_path / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SERIOUS, ids=SERIOUS_NAMES)
 def test_a_new_member_must_see_what_the_others_saw(
     quick_dump: QuickDump,
@@ -519,6 +523,7 @@ def verify_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], *more: str) -
     return code, printed.out + printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [pytest.param((), id="none"), *POLICIES])
 def test_verify_replays_views(
     quick_dump: QuickDump, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: tuple[str, ...]

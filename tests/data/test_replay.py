@@ -157,6 +157,7 @@ def check_through_loaders(
     check(visited, batches, loaded)
 
 
+@pytest.mark.slow
 def test_in_this_process() -> None:
     check_through_loaders(range(0, COUNT, 3), 0, None)
 

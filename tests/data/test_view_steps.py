@@ -202,6 +202,7 @@ def channels_first(item: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(channels_last(item).transpose(2, 0, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_gives_the_oracles_pixels(case: str, layout: str) -> None:
@@ -377,6 +378,7 @@ def furthest_apart(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 500), (1000, 9000)])
 def test_boxes_are_distributed_like_torchvisions(height: int, width: int) -> None:
     ours = [

@@ -212,6 +212,7 @@ def test_every_case_has_an_oracle() -> None:
     assert set(ORACLES) == {case.partition(":")[0] for case in CASES} <= set(STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_gives_the_oracles_pixels(case: str, layout: str) -> None:

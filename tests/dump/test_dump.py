@@ -659,6 +659,7 @@ def test_no_room_for_the_next_shard(world: World, monkeypatch: pytest.MonkeyPatc
     assert world.dump(**SIX_SPANS).id == whole.id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", np.linspace(0, 1, 12).round(2).tolist())
 def test_a_disk_that_fills_up_while_writing(world: World, monkeypatch: pytest.MonkeyPatch, when: float) -> None:
     """Whichever write fails, no partial file stays, what was committed stays, and a resume gives the same cache."""

@@ -135,6 +135,7 @@ def test_any_split_gives_the_same_id_and_bytes(quick_dump: QuickDump, toy: Path,
     assert len(np.unique(digests)) == digests.size  # every view of every sample is another picture
 
 
+@pytest.mark.slow
 def test_parts_of_an_extension(quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path) -> None:
     data = f"{toy}:images?count=520"
     old = quick_dump(data, policy=("shift:pixels=1", "mixup"), views=1, shard_rows=256)
@@ -164,6 +165,7 @@ CODECS = [
 FAST_TIER = ("int8", "lowrank:max_kl=1e-3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codec", "seed"),
     [pytest.param(*case, id=case[0], marks=() if case[0] in FAST_TIER else pytest.mark.slow) for case in CODECS],
@@ -193,6 +195,7 @@ def test_more_views_are_those_of_one_dump(
     assert (error <= grown.eps("bent", rows, views)).all()
 
 
+@pytest.mark.slow
 def test_views_then_a_member_then_views(quick_dump: QuickDump, extend: QuickDump, pieces: Path, tmp_path: Path) -> None:
     """Four views of one, a second member over them, then eight of both: as one dump of eight views of both."""
     data, a, b = f"{pieces}:wide", f"{pieces}:bent?seed=2", f"{pieces}:bent?seed=3"

@@ -178,6 +178,7 @@ def paired(
     return [(pair.stored.rpartition(":")[0], pair.student) for pair in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resnet8", "vit"])
 def test_one_dump_for_all_losses_serves_each(kind: str, world: World, find: Find, tmp_path: Path) -> None:
     """Features stored for one loss do not mislead another: each finds what it would have found alone."""
@@ -387,6 +388,7 @@ MAP_ENDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "size", "stages", "head"), MAP_ENDS, ids=[f"{case[0]}-{case[1]}" for case in MAP_ENDS]
 )

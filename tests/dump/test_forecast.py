@@ -289,6 +289,7 @@ def test_logits_beyond_float16_leave_the_codecs_that_hold_them(pieces: Path, tmp
 # ------------------------------------------------------------------------------------------------------------- the pick
 
 
+@pytest.mark.slow
 @no_trials
 @pytest.mark.parametrize(
     ("teacher", "max_kl", "temperature"),
@@ -366,6 +367,7 @@ def test_the_table_for_people(pieces: Path, capsys: pytest.CaptureFixture[str]) 
     assert lines[-1].startswith("> float16: ") and "about" in lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "views"), [(50, 3), (400, 1), pytest.param(400, 3, marks=pytest.mark.slow)])
 def test_numbers_are_positive_and_finite(pieces: Path, count: int, views: int) -> None:
     """Whether or not the whole set is fewer rows than a trial."""
@@ -377,6 +379,7 @@ def test_numbers_are_positive_and_finite(pieces: Path, count: int, views: int) -
             assert all(math.isfinite(value) for t in GRID for value in (one.mean(t), one.worst(t)) if value is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "views"), [(400, 1), (400, 2), (400, 7), (64, 1), (50, 6)])
 def test_the_time_is_extrapolated_over_rows_and_views(pieces: Path, clock: Clock, count: int, views: int) -> None:
     forecast = foreseen(config(pieces, f"images?count={count}", policy=POLICY, views=views))

@@ -144,6 +144,7 @@ def test_every_codec_has_a_row() -> None:
     assert {text.split(":")[0] for text in ROWS.values()} == set(CODECS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", COMPLETE)
 def test_cached_logits_are_the_live_ones_within_eps(pieces: Path, caches: dict[str, softcache.Cache], row: str) -> None:
     cache = caches[row]
@@ -217,6 +218,7 @@ def run_config(pieces: Path, cache: softcache.Cache, out: Path, *loss: str, **mo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", COMPLETE)
 def test_training_sees_the_live_loss_within_the_codecs_bound(
     pieces: Path, caches: dict[str, softcache.Cache], tmp_path: Path, row: str
@@ -342,6 +344,7 @@ def test_logits_that_are_not_finite_name_the_sample(
     assert not (out / "manifest.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["lowrank", "linear_head"])
 def test_not_finite_behind_the_rows_of_the_fit(pieces: Path, tmp_path: Path, row: str) -> None:
     data = f"images?count={FITTED_ROWS + 9}&marked={FITTED_ROWS + 7}"
@@ -639,6 +642,7 @@ def test_the_picked_codec_takes_the_least_space_constants_counted_in(
         assert kl(live(pieces, many, view=view), stored, temperature).max() <= max_kl
 
 
+@pytest.mark.slow
 def test_one_codec_holds_for_every_member(pieces: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_kl": 2e-5, "at_temperature": 4.0}
     teachers = ("noise?scale=0.3&name=easy", "noise?scale=8&name=hard")
@@ -713,6 +717,7 @@ def test_lowrank_takes_the_promise_as_its_own_and_keeps_failing_rows(pieces: Pat
     assert f"  {kept} of {MANY:,} records of narrow are kept dense" in inspect.report(cache.reader.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [1, 2])
 def test_a_resume_keeps_the_codec_that_was_picked(pieces: Path, tmp_path: Path, line: int) -> None:
     settings: dict[str, Any] = {"teacher": "noise", "max_kl": 1e-4, "at_temperature": 4.0}

@@ -51,6 +51,7 @@ MIDWAY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "workers"), [(how, 0) for how in MIDWAY] + [(how, 1) for how in MIDWAY if "data" in how]
 )

@@ -831,6 +831,7 @@ def test_int8_holds_what_float16_refuses(rows: str) -> None:
         FeatureCodec("float16", "map", (200,)).encode(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_the_bound_holds_on_many_rows(dtype: str, rows: str) -> None:

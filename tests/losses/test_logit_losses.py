@@ -473,6 +473,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extreme", "dtype"),
     [

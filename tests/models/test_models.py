@@ -89,6 +89,7 @@ def test_parameter_count(spec: str, num_classes: int, input_shape: Any, paramete
 IMAGE_MODELS = [name for name in MODELS if name not in ("textcnn", "encoder")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 @pytest.mark.parametrize(
     ("items", "input_shape"),

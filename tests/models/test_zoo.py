@@ -85,6 +85,7 @@ def made(name: str) -> Model:
 # ------------------------------------------------------------------------------------------------------ whole networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_count_of_parameters_is_the_benchmark_s(name: str) -> None:
     assert sum(p.numel() for p in shapes_only(name).parameters()) == COUNTS[name]
@@ -126,6 +127,7 @@ def test_the_pooled_feature_has_a_name(name: str) -> None:
     assert str(classifier_feature(net, x, head)) == f"{pooled}:flatten"
 
 
+@pytest.mark.slow
 @over_kinds
 def test_gradients_reach_every_parameter(name: str) -> None:
     model = made(name)

@@ -59,6 +59,7 @@ IN_HDF5 = [name for name, case in corpus.CASES.items() if name.startswith("h5/")
 ELSEWHERE = [name for name in corpus.CASES if name not in IN_HDF5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_hostile_cache_is_refused(name: str, honest: Honest, tmp_path: Path) -> None:
     case = corpus.CASES[name]
@@ -86,6 +87,7 @@ def in_hdf5(honest: Honest, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {name: (reading[name], faults) for name, (_, faults) in zip(IN_HDF5, found, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_HDF5)
 def test_a_hostile_hdf5_file_is_found_and_never_looked_at_by_the_reader(
     name: str, in_hdf5: dict[str, tuple[str, list[str]]]

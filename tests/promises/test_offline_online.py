@@ -445,6 +445,7 @@ CHEAPEST = [(name, (*loss.features, "logits")[0]) for name, loss in LOSSES.items
 OTHERS = [case for case in CASES if case not in CHEAPEST]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), CHEAPEST, ids=map(" ".join, CHEAPEST))
 def test_every_loss(name: str, kind: str, walk: Walk) -> None:
     check(walk(default_case(name, kind)), f"{name} from {kind}")
@@ -551,6 +552,7 @@ def test_further_ways(what: str, walk: Walk) -> None:
 # --- a teacher of any numbers ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("kind", [kind for kind in STORED if kind != "logits"])
 def test_stored_tensors_are_within_their_stated_error(kind: str, dtype: str, world: World) -> None:

@@ -294,6 +294,7 @@ def dumped(quick_dump: QuickDump, toy: Path, data: str, codec: str, *, level: fl
     return quick_dump(data, teachers, codec=codec, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(
     ("loss", "temperature"),

@@ -81,6 +81,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------------------------------- what they say
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_consistent_at_every_budget(name: str, budget: str) -> None:
@@ -263,6 +264,7 @@ def test_what_is_there_is_reused_and_what_was_deleted_is_made_again(tmp_path: Pa
     assert "student" in more.text() and "paper" in more.text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_what_was_interrupted_goes_on(tmp_path: Path) -> None:
     whole = reproduce.run("small", seeds=[0], out=tmp_path / "whole", quiet=True)
@@ -290,6 +292,7 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         read_recipe(str(tmp_path / "none.toml"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_other_data_of_the_same_name_is_another_run(tmp_path: Path) -> None:
     reproduce.run("small", budget="short", out=tmp_path, quiet=True)
@@ -368,6 +371,7 @@ def test_another_metric_of_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
         reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "done"),
     [
@@ -422,6 +426,7 @@ def test_data_that_changed_and_data_that_moved(tmp_path: Path, monkeypatch: pyte
     assert again() == (1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     "spoiled",
@@ -544,6 +549,7 @@ def test_only_some_steps_and_what_they_build_on(tmp_path: Path) -> None:
         reproduce.run("small", only=["cachet"], out=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_model_in_the_place_of_a_step(tmp_path: Path) -> None:
     own = reproduce.run("small", seeds=[0], out=tmp_path / "own", quiet=True)

@@ -154,6 +154,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 # --------------------------------------------------------------------------------------------------- what a subset holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in CODECS])
 def test_every_target_is_the_parents(parents: Callable[[str], softcache.Cache], codec: str, tmp_path: Path) -> None:
     parent = parents(codec)

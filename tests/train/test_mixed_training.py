@@ -403,6 +403,7 @@ def as_train_sees(cache: softcache.Cache, data: str, view: int) -> LoadedBatch:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", MIXES)
 @pytest.mark.parametrize("kind", ["whole", "subset", "concatenated", "reversed"])
 def test_a_plain_loop_sees_what_training_sees(
@@ -642,6 +643,7 @@ def test_such_a_student_is_evaluated_as_it_was_trained(
 # ---- views of the student's own -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_the_cache", [(), MIXUP, ("shift:pixels=1",)], ids=["none", "mixup", "shift"])
 @pytest.mark.parametrize("augment", [("rotate:degrees=30",), CUTMIX], ids=["rotate", "cutmix"])
 @pytest.mark.parametrize("pinned", [None, 0], ids=["", "pinned"])
@@ -683,6 +685,7 @@ def test_augmented_views_are_not_looked_at_for_drift(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["drift"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [

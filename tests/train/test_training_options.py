@@ -185,6 +185,7 @@ def visited(config: TrainConfig) -> list[list[list[tuple[int, int]]]]:
     return epochs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("views", "epochs", "times"), [(1, 4, 1), (2, 2, 1), (2, 4, 2), (3, 4, 3), (4, 1, 1)])
 def test_every_view_takes_its_turn(world: World, tmp_path: Path, views: int, epochs: int, times: int) -> None:
     """A cache of four views: each (sample, view) once in 4 / K epochs."""
@@ -248,6 +249,7 @@ def with_scores(config: TrainConfig, scores: Sequence[float]) -> list[dict[str, 
     return run_with(config, measure=lambda: Evaluation(100, 100, 0.0, top1=next(made), nll=1.0)).metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scores", "patience", "epochs", "best"),
     [
@@ -294,6 +296,7 @@ def test_the_kept_student_is_the_one_that_is_reported(world: World, tmp_path: Pa
     assert result.metrics[-1]["eval_top1"] < best  # or there would be nothing to see
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "evaluated"), [(2, [1, 3, 4, 5, 6]), (3, [2, 4, 5, 6]), (9, [4, 6])])
 def test_evaluations_are_every_few_epochs_and_at_the_end_of_a_stage(
     world: World, tmp_path: Path, every: int, evaluated: list[int]
@@ -462,6 +465,7 @@ def test_layers_of_other_names(world: World, tmp_path: Path) -> None:
 FEATURES = ("hint:layer=late:pool", "at", "crd:negatives=16,width=8,layer=late:pool", "sp", "vid", "reviewkd:width=4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_losses_on_features_in_half_types(world: World, tmp_path: Path, kind: str) -> None:
     """Close to float32 from the same weights, and computed in float32: a half type's own noise only."""
