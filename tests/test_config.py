@@ -513,21 +513,25 @@ def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path: Path) -> Non
     ("source", "spec", "fault", "message"),
     [
         ("", "none.py:make", ConfigError, r"there is no file .*none.py\n.*current folder"),
-        ("def make():\n    pass", "mine.py:mack", ConfigError, r"has no factory 'mack'\n.*did you mean 'make'"),
-        ("make = 3", "mine.py:make", ConfigError, "has no factory 'make'"),
-        ("import torch_of_nowhere", "mine.py:make", ModuleNotFoundError, "torch_of_nowhere"),
-        ("1 / 0", "mine.py:make", ZeroDivisionError, "division"),
+        ("def make():\n    pass", "named.py:mack", ConfigError, r"has no factory 'mack'\n.*did you mean 'make'"),
+        ("make = 3", "number.py:make", ConfigError, "has no factory 'make'"),
+        ("import torch_of_nowhere", "needs.py:make", ModuleNotFoundError, "torch_of_nowhere"),
+        ("1 / 0", "divides.py:make", ZeroDivisionError, "division"),
     ],
     ids=["no file", "no such name", "not callable", "its own import", "its own error"],
 )
 def test_a_file_without_the_factory_is_refused(
     tmp_path: Path, source: str, spec: str, fault: type[Exception], message: str
 ) -> None:
-    (tmp_path / "mine.py").write_text(source)
+    file = spec.partition(":")[
+        0
+    ]  # another in each case: what was imported is not read again, and folders are used again
+    if source:
+        (tmp_path / file).write_text(source)
     with pytest.raises(fault, match=message) as caught:
         load_factory(parse_spec(f"{tmp_path}/{spec}"))
     if fault is not ConfigError:
-        assert any("while importing" in note and "mine.py" in note for note in caught.value.__notes__)
+        assert any("while importing" in note and file in note for note in caught.value.__notes__)
         with pytest.raises(fault):  # a broken import is not remembered as a good one
             load_factory(parse_spec(f"{tmp_path}/{spec}"))
 
