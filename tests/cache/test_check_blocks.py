@@ -126,6 +126,7 @@ def test_every_data_set_of_a_part_is_looked_at(made: Cache, name: str) -> None:
         cache.reader.gather(member, name, np.array([512]), np.array([0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "name", "read"),
     [

@@ -182,6 +182,7 @@ def test_pixel_digests_need_the_data_and_no_teacher(told: bool, folder: Path, ca
     assert verify.run(cache, full=True, quiet=True).state == "whole"
 
 
+@pytest.mark.slow
 def test_without_provenance_it_asks_for_data_and_teacher(
     folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +194,7 @@ def test_without_provenance_it_asks_for_data_and_teacher(
     assert verify.run(cache, full=True, quiet=True).state == "whole"
 
 
+@pytest.mark.slow
 def test_from_another_copy(pristine: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["samples.h5", "members/t1/part-00000.h5", "members/t3/part-00007.h5"]
     for name in names:
@@ -224,6 +226,7 @@ def remove_manifest_with_card(cache: Path) -> None:
     (cache / "README.md").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [break_manifest, break_copy, remove_manifest_with_card])
 def test_manifest_and_copy_mend_each_other(harm: Any, pristine: Path, cache: Path) -> None:
     harm(cache)

@@ -227,6 +227,7 @@ def test_a_file_that_is_no_hdf5_though_its_hash_is_right(cache: Path) -> None:
     assert re.match(f"{VIEWS}: .*HDF5", fault)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

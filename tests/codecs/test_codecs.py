@@ -223,6 +223,7 @@ def test_int8s_mean_kl_is_that_of_an_even_error() -> None:
         assert 0.5 < ratio < 1.2
 
 
+@pytest.mark.slow
 @over_classes
 @pytest.mark.parametrize("case", HEADTAIL)
 def test_headtail_keeps_its_head_to_float16_and_its_tail_to_half_a_step(case: str, classes: int) -> None:

@@ -299,6 +299,7 @@ def read_linear_head(codec: Codec, arrays: Mapping[str, Tensor]) -> np.ndarray:
     return (lowest + step * codes) @ weight.T + bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [100, 1000])
 @over_cases
 def test_an_independent_reader_finds_the_same(case: str, classes: int) -> None:

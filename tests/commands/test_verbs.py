@@ -228,6 +228,7 @@ def test_substitutions_have_a_use() -> None:
 # ---- the flags of every verb ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", rows_of(VERBS))
 def test_json_is_one_document_and_nothing_else(here: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     prepare(verb, here)

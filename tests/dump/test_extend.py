@@ -330,6 +330,7 @@ def pinned(out: Path) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_cache_it_began_with(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path
 ) -> None:
@@ -457,6 +458,7 @@ def test_what_was_fixed_stays_fixed_on_resume(
     assert asked == [1]
 
 
+@pytest.mark.slow
 def test_a_given_up_extension_leaves_the_cache_usable(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path
 ) -> None:

@@ -191,6 +191,7 @@ def test_one_dump_for_all_losses_serves_each(kind: str, world: World, find: Find
         assert paired(world, kind, together, name, same=True) == list(zip(layers, own, strict=True)), name
 
 
+@pytest.mark.slow
 def test_the_middle_stays_the_middle_where_other_layers_are_stored_too(world: World, tmp_path: Path) -> None:
     both = dumped(world, "resnet8", tmp_path / "both", for_=("simkd", "fitnet"))
     assert list(both.features[both.members[0]]) == ["layer2:map", "layer3:map"]
@@ -250,6 +251,7 @@ STORED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "loss", "features"), STORED, ids=[f"{kind}-{loss}" for kind, loss, _ in STORED])
 def test_what_a_loss_gets(kind: str, loss: str, features: list[str], find: Find) -> None:
     assert find(kind, loss) == features
@@ -299,6 +301,7 @@ ALTERNATIVES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ALTERNATIVES)
 def test_it_is_the_cheapest(loss: str, world: World, tmp_path: Path) -> None:
     """No more bytes a record than any other features from which the loss gives the same."""

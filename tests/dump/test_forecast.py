@@ -123,6 +123,7 @@ def check_sizes(pieces: Path, tmp_path: Path, case: str, dumps: tuple[str, ...],
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
 
 
+@pytest.mark.slow
 @no_trials
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("plain", "features"))) for case in SIZES]
@@ -274,6 +275,7 @@ def test_codecs_that_do_not_suit_say_why(pieces: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @no_trials
 def test_logits_beyond_float16_leave_the_codecs_that_hold_them(pieces: Path, tmp_path: Path) -> None:
     asked = config(pieces, teacher="narrow?factor=30000", codec="float32")

@@ -268,6 +268,7 @@ def test_training_on_topk_sees_the_lower_bound(
     assert bound < whole * 0.999
 
 
+@pytest.mark.slow
 @over_quick_rows
 def test_an_epoch_of_steps_learns(pieces: Path, caches: dict[str, softcache.Cache], tmp_path: Path, row: str) -> None:
     loss = "kd_lower_bound" if row == "topk" else "kd"
@@ -332,6 +333,7 @@ def test_one_of_several_top_k_members_can_be_learned_from(pieces: Path, tmp_path
     assert 0 < min(losses) < max(losses)
 
 
+@pytest.mark.slow
 @over_rows
 @pytest.mark.parametrize(("where", "order"), [(3, "natural"), (250, "permuted")])
 def test_logits_that_are_not_finite_name_the_sample(
@@ -352,6 +354,7 @@ def test_not_finite_behind_the_rows_of_the_fit(pieces: Path, tmp_path: Path, row
         dumped(pieces, tmp_path / "c", data, "narrow?value=nan", codec=ROWS[row], order="natural")
 
 
+@pytest.mark.slow
 @over_quick_rows
 def test_inspect_verify_and_card(
     caches: dict[str, softcache.Cache], row: str, capsys: pytest.CaptureFixture[str]
@@ -659,6 +662,7 @@ def test_one_codec_holds_for_every_member(pieces: Path, tmp_path: Path) -> None:
 BROKEN = ["float16", "int8", "headtail:k=8,bits=4", "linear_head:dtype=int8", "topk:k=10"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", BROKEN)
 def test_a_broken_promise_stops_the_dump(
     pieces: Path, tmp_path: Path, codec: str, capsys: pytest.CaptureFixture[str]
@@ -733,6 +737,7 @@ def test_a_resume_keeps_the_codec_that_was_picked(pieces: Path, tmp_path: Path, 
     assert bytes_of(resumed) == bytes_of(whole)
 
 
+@pytest.mark.slow
 def test_other_parts_pick_the_same(pieces: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_kl": 1e-3, "at_temperature": 4.0}
     whole = dumped(pieces, tmp_path / "whole", **settings)
@@ -740,6 +745,7 @@ def test_other_parts_pick_the_same(pieces: Path, tmp_path: Path) -> None:
     assert bytes_of(dumped(pieces, tmp_path / "c", part="1/2", **settings)) == bytes_of(whole)
 
 
+@pytest.mark.slow
 def test_more_views_are_held_to_the_caches_promise(pieces: Path, tmp_path: Path) -> None:
     """It is broken by a view that the first dump did not see."""
     settings: dict[str, Any] = {"codec": "int8", "policy": POLICY}
@@ -833,6 +839,7 @@ def check_fidelity(
     assert statistics.agreement == statistics.agreed / statistics.measured
 
 
+@pytest.mark.slow
 @over_rows
 def test_the_manifests_fidelity_is_that_of_the_measured_rows(
     pieces: Path, caches: dict[str, softcache.Cache], row: str
@@ -844,6 +851,7 @@ def test_the_manifests_fidelity_is_that_of_the_measured_rows(
     assert measured_rows().sum() == 5 * MEASURED_ROWS < COUNT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["headtail, 4 bits", "topk"])
 def test_a_later_round_adds_to_the_fidelity(
     pieces: Path, caches: dict[str, softcache.Cache], tmp_path: Path, row: str

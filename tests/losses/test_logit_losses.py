@@ -316,6 +316,7 @@ def test_every_loss_on_logits_and_labels_has_a_row_that_agrees_with_its_line() -
 # ------------------------------------------------------------------------------------------------------ values, gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 2), (2, 1), (4, 3), (7, 10), (3, 100)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_value_equals_the_formula(name: str, size: tuple[int, int]) -> None:
@@ -327,6 +328,7 @@ def test_value_equals_the_formula(name: str, size: tuple[int, int]) -> None:
         assert value.item() == pytest.approx(wanted, rel=1e-9, abs=1e-11), settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWICE)
 def test_gradient_is_that_of_the_value(name: str) -> None:
     case, student = CASES[name], logits_of(5, 4).requires_grad_()

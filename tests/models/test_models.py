@@ -603,6 +603,7 @@ def test_fingerprint_sees_names_types_shapes_and_bytes() -> None:
     assert fingerprint(Holder(a=torch.ones(1))) == plain
 
 
+@pytest.mark.slow
 def test_final_linear() -> None:
     net = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 5), nn.Linear(5, 3), nn.ReLU())
     assert final_linear(net) is net[2]

@@ -102,6 +102,7 @@ def test_the_stages_are_the_benchmark_s(name: str, size: tuple[int, int]) -> Non
     assert [(module.name, module.shape) for module in found] == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8", *KINDS])
 def test_every_relu_can_be_tapped(name: str) -> None:
     found = list_modules(shapes_only(name), torch.empty(2, 3, 32, 32, device="meta"))

@@ -28,6 +28,7 @@ def shared(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("verb", ["train", "verify", "views", "eval", "extend"])
 def test_code_that_a_cache_names_is_called_only_if_its_user_says_so(

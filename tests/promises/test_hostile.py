@@ -268,6 +268,7 @@ def sources() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in sorted(ROOT.rglob("*.py"))}
 
 
+@pytest.mark.slow
 def test_hdf5_is_opened_for_reading_in_one_function() -> None:
     found = {one for module, source in sources().items() for one in hdf5_openings(module, source)}
     assert found == {("cache/write/shard.py", "_hdf5_file"), ("cache/hdf5_check.py", "file_faults")}

@@ -413,6 +413,7 @@ def test_the_promises_are_in_the_tables() -> None:
 # -------------------------------------------------------------------------------------------------------- and it would see
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "line", "fault"),
     [
@@ -485,6 +486,7 @@ def test_a_planted_circle_is_found() -> None:
 # --------------------------------------------------------------------------------------------------------- in a new process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [

@@ -316,6 +316,7 @@ def test_one_teacher(loss: str, temperature: float, codec: str, quick_dump: Quic
     check(walk(cache, data, toy, term, "mean_logits", {"b": 1}), loss, temperature, codec, term)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 def test_one_teacher_over_several_views(codec: str, quick_dump: QuickDump, toy: Path) -> None:
     data = f"{toy}:images"

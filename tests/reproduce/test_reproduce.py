@@ -335,6 +335,7 @@ def with_changes(monkeypatch: pytest.MonkeyPatch, *changes: tuple[str, str]) -> 
     monkeypatch.setattr(reproduce, "read_recipe", lambda name, budget, only=(): parse_recipe(name, text, budget, only))
 
 
+@pytest.mark.slow
 def test_every_number_is_that_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_changes(monkeypatch, ("epochs = 2", "epochs = 8\nlr = 0.5"))
     done = reproduce.run("small", seeds=[3, 5], out=tmp_path, quiet=True)
@@ -355,6 +356,7 @@ def test_every_number_is_that_of_its_own_run(tmp_path: Path, monkeypatch: pytest
     assert student.seconds > 0
 
 
+@pytest.mark.slow
 def test_another_metric_of_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_changes(monkeypatch)
     first = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
@@ -452,6 +454,7 @@ def test_a_note_that_is_not_whole_is_not_believed(tmp_path: Path, spoiled: str) 
     assert json.loads(note.read_text())["of"] == kept["of"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_what_was_finished_but_not_noted_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)
@@ -533,6 +536,7 @@ def test_the_list_shows_every_recipe_and_what_it_takes(capsys: pytest.CaptureFix
         assert read_recipe("digits", "smoke").estimate in digits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_only_some_steps_and_what_they_build_on(tmp_path: Path) -> None:
     first = reproduce.run("small", seeds=[0], only=["cach?"], out=tmp_path, quiet=True)
@@ -660,6 +664,7 @@ def test_no_shift_of_classes_that_nobody_has() -> None:
 # -------------------------------------------------------------------------------------------------------------- other data
 
 
+@pytest.mark.slow
 def test_rows_of_any_set() -> None:
     pytest.importorskip("sklearn", reason="needs the extra softcache[demo]")
     whole = open_transfer_set("digits")

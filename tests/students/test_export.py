@@ -217,6 +217,7 @@ def test_a_batch_of_two_tensors(to: str, nets: Path, images: str, tmp_path: Path
     assert result.agreement == 1.0 and result.max_difference < 1e-4
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_a_list(nets: Path, images: str, tmp_path: Path) -> None:
     torch.save(load_model(f"{nets}:Listed", num_classes=4).net.state_dict(), tmp_path / "w.pt")
     result = exported(f"{nets}:Listed@{tmp_path}/w.pt", "program", data=images, out=str(tmp_path / "x.pt2"))
@@ -281,6 +282,7 @@ def one_wrong(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -105,6 +105,7 @@ ARRANGED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("kind", ["plain", "transfer set"])
 @pytest.mark.parametrize("arranged", ARRANGED)

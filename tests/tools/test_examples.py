@@ -89,6 +89,7 @@ def picture_cache(tmp_path: Path, teachers: Path, pictures: Path) -> softcache.C
     )
 
 
+@pytest.mark.slow
 def test_plain_loop_on_a_folder_of_images(
     picture_cache: softcache.Cache, pictures: Path, run_example: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

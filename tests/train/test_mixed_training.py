@@ -294,6 +294,7 @@ def test_cached_training_weighs_both_labels(
         assert plain.losses(unmixed, view, epoch, everyone, 16, None)["ce"] != pytest.approx(expected["ce"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", MIXES)
 @pytest.mark.parametrize("chosen", ["keep_labels", "samples"])
 def test_a_subset_visits_its_samples_and_mixes_with_all(
@@ -357,6 +358,7 @@ def test_hard_label_training_mixes_too(
     assert result.metrics[-1]["eval_top1"] == (raw.argmax(axis=1) == world.labels)[labelled].mean()
 
 
+@pytest.mark.slow
 def test_mixed_training_learns(quick_dump: QuickDump, toy: Path, tmp_path: Path) -> None:
     quick_dump(f"{toy}:images", [f"{toy}:exact?seed={TEACHER}"], policy=MIXUP, views=4)
     more: dict[str, Any] = {"student": "softcache:mlp?hidden=32", "optimizer": "adamw", "lr": 0.01, "epochs": 24}
@@ -531,6 +533,7 @@ def test_a_sample_whose_item_cannot_be_found_is_refused(
         cache.join(Named())[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [pytest.param((), id="as they are"), pytest.param(CUTMIX[:1], id="moved"), *MIXES])
 def test_samples_with_other_names_see_the_views_of_their_contents(
     quick_dump: QuickDump, toy: Path, pieces: Path, tmp_path: Path, policy: tuple[str, ...]

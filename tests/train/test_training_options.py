@@ -94,6 +94,7 @@ def test_the_moving_average_is_what_is_evaluated_and_kept(world: World, tmp_path
     assert (found.top1, found.nll) == pytest.approx((row["eval_top1"], row["eval_nll"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0.01, 100.0])
 def test_a_long_gradient_is_scaled_down_and_a_short_one_is_not(world: World, tmp_path: Path, length: float) -> None:
     """Of everything that learns, together: the student and the adapter."""
@@ -484,6 +485,7 @@ def test_losses_on_features_in_half_types(world: World, tmp_path: Path, kind: st
     assert weights_of(tmp_path / kind)["head.weight"].dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"accumulate": 2}, {"classes": ("1", "3-4")}], ids=["plain", "parts", "classes"]
 )
