@@ -1,1 +1,1 @@
-"""The one file layer and the locks: nothing else opens, writes, renames or removes."""
+"""The file layer and the locks: what writes, renames or removes a file of a cache goes through here."""

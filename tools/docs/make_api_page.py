@@ -5,12 +5,15 @@ It reads the source text alone, so that every Python makes the same page and not
 
 from __future__ import annotations
 
-import argparse
 import ast
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from docs.made import write_or_compare
 
 PACKAGE = Path(__file__).resolve().parents[2] / "softcache"
 PAGE = PACKAGE / "docs" / "API.md"
@@ -276,14 +279,7 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only say whether the page is as it should be")
-    if parser.parse_args().quick:
-        same = PAGE.read_text(encoding="utf-8") == page()
-        print(f"{PAGE.name}: {'as it should be' if same else 'to be made again'}")
-        return
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    write_or_compare(__doc__, {PAGE: page()})
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ The page does not go through argparse's help, whose lines differ between Python 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import sys
 import typing
+from pathlib import Path
 
 from softcache.commands import VERBS
 from softcache.commands.flags import SHARED, Verb, help_of, load_verb, metavar_of, usage_of
 from softcache.commands.help import DOCS
 from softcache.config import flag_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from docs.made import write_or_compare
 
 PAGE = DOCS / "CLI.md"
 BEGINNING = """# The command line
@@ -67,14 +71,7 @@ def _row(usage: str, text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only say whether the page is as it should be")
-    if parser.parse_args().quick:
-        same = PAGE.read_text(encoding="utf-8") == page()
-        print(f"{PAGE.name}: {'as it should be' if same else 'to be made again'}")
-        return
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    write_or_compare(__doc__, {PAGE: page()})
 
 
 if __name__ == "__main__":

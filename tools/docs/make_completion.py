@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import shtab
@@ -14,6 +15,9 @@ import shtab
 from softcache.commands import VERBS
 from softcache.commands.completion import SCRIPTS, SHELLS
 from softcache.commands.flags import load_verb, make_parser
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from docs.made import write_or_compare
 
 FOLDERS = {"DIR", "CACHE", "OUT"}  # what stands for a folder in help; FILE and MODEL may be one or a file
 FILES = {"FILE", "MODEL", "RECIPE"}
@@ -43,17 +47,7 @@ def place_of(shell: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only say whether the scripts are as they should be")
-    quick = parser.parse_args().quick
-    for shell in SHELLS:
-        place, made = place_of(shell), script(shell)
-        if quick:
-            same = place.read_text(encoding="utf-8") == made
-            print(f"{place.name}: {'as it should be' if same else 'to be made again'}")
-        else:
-            place.write_text(made, encoding="utf-8")
-            print(place)
+    write_or_compare(__doc__, {place_of(shell): script(shell) for shell in SHELLS})
 
 
 if __name__ == "__main__":
