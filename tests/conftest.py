@@ -15,6 +15,7 @@ import torch
 import softcache
 from softcache import dump
 from softcache.config import DumpConfig
+from softcache.report import progress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when the hub's package is first imported
 
@@ -64,6 +65,11 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)  # whichever tests ran before, and in whichever worker
+
+
+@pytest.fixture(autouse=True)
+def _no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SHOWN_AFTER_S", float("inf"))  # what is printed does not hang on how long it took
 
 
 @pytest.fixture(scope="session")

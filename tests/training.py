@@ -14,7 +14,6 @@ from softcache.data.transfer_set import TransferSet
 from softcache.evaluate.measure import Evaluation
 from softcache.machine import pick_device
 from softcache.train import TrainResult, flow
-from softcache.train.ranks import joined_ranks
 from softcache.train.refuse import check
 from softcache.train.run_folder import claim_folder, only_writer
 from softcache.train.session import Prepared, Session
@@ -31,7 +30,7 @@ def run_with(
 ) -> TrainResult:
     """`train.run` with something else in the place of its step or its evaluation, and a look at what was prepared."""
     check(config)
-    with joined_ranks(pick_device(config.device)) as ranks, only_writer(claim_folder(config), ranks):
+    with flow.joined_ranks(pick_device(config.device)) as ranks, only_writer(claim_folder(config), ranks):
         prepared = flow.prepare(config, ranks)
         if measure is not None:
             prepared = measured_by(prepared, measure)

@@ -18,6 +18,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def _no_progress() -> None:
+    """Here it is as it is for users."""
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that `time.monotonic` gives here."""
