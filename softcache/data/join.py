@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from softcache.cache.samples import SampleTable, pack_labels
+from softcache.data.classes import check_classes
 from softcache.data.identity import item_digest, sample_ids
 from softcache.data.sources import image_array
-from softcache.data.transfer_set import TransferSet
 from softcache.errors import (
     ClassMismatchError,
     ContentMismatchError,
@@ -91,14 +91,6 @@ def dataset_labels(dataset: Any) -> np.ndarray | None:
     return None
 
 
-def _dataset_classes(dataset: Any) -> tuple[str, ...] | None:
-    for name in ("class_names", "classes"):
-        found = getattr(dataset, name, None)
-        if isinstance(found, Sequence | np.ndarray) and not isinstance(found, str):
-            return tuple(", ".join(one) if isinstance(one, tuple) else str(one) for one in found)  # tuple: synonyms
-    return None
-
-
 def dataset_digest(dataset: Any, index: int, kind: str = "item") -> bytes | None:
     """The 16-byte content digest of one sample, where the data set gives digests of this kind ("file", "item"); else None."""
     if isinstance(dataset, Subset):
@@ -109,37 +101,6 @@ def dataset_digest(dataset: Any, index: int, kind: str = "item") -> bytes | None
         return dataset_digest(dataset.datasets[part], index - start, kind)
     gives = hasattr(dataset, "load") and getattr(dataset, "digest_kind", None) == kind
     return dataset.load(index)[1] if gives else None
-
-
-def check_classes(dataset: Any, class_names: Sequence[str], owner: str = "the cache") -> None:
-    """Raise ClassMismatchError unless the data set, and every part of it, has its owner's classes in the same order."""
-    if isinstance(dataset, Subset):
-        return check_classes(dataset.dataset, class_names, owner)
-    if isinstance(dataset, ConcatDataset):
-        for part in dataset.datasets:
-            check_classes(part, class_names, owner)
-        return None
-    found = _dataset_classes(dataset)
-    count = getattr(dataset, "num_classes", None) if found is None else len(found)
-    if isinstance(count, int) and count != len(class_names):
-        raise ClassMismatchError(
-            f"the data set has {count} classes, {owner} {len(class_names)}",
-            tip="use data with one class list; --keep-labels chooses samples and leaves the class list whole",
-        )
-    if found is None or found == tuple(class_names):
-        return None
-    where = next(i for i, (one, other) in enumerate(zip(found, class_names, strict=True)) if one != other)
-    same = sorted(found) == sorted(class_names)
-    raise ClassMismatchError(
-        f"the data set's class {where} is {found[where]!r}, {owner}'s is {class_names[where]!r}: "
-        + ("the same classes in another order" if same else "another class list"),
-        tip="the logits of one class would teach another; use one class list, in one order",
-    )
-
-
-def check_same_classes(one: TransferSet, other: TransferSet) -> None:
-    """Raise ClassMismatchError unless both sets have the same classes in the same order."""
-    check_classes(one, other.class_names, owner=other.name)
 
 
 def find_ids(among: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from softcache.data.classes import class_indices
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
-from softcache.data.selection import class_indices, of_classes, read_keys
+from softcache.data.selection import of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
 from softcache.data.synthetic import images, texts
 from softcache.errors import ConfigError, DataError, first_offenders, nearest

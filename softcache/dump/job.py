@@ -18,8 +18,9 @@ from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
 from softcache.cache.schema import plan_layout
 from softcache.config import DumpConfig, StorageOptions
+from softcache.data.classes import check_classes
 from softcache.data.identity import sample_ids
-from softcache.data.join import check_classes, find_ids
+from softcache.data.join import find_ids
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.dump.layout import Storage, member_info

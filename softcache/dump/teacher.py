@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softcache.data.classes import class_order
 from softcache.data.loading import to_device
-from softcache.data.selection import class_order
 from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
 from softcache.features.spec import FeatureSpec, parse_features
 from softcache.features.taps import (

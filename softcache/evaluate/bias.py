@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softcache.data.selection import class_indices
+from softcache.data.classes import class_indices
 from softcache.errors import ConfigError
 
 

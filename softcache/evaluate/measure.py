@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.config import EvalConfig
-from softcache.data.join import batches, check_same_classes
+from softcache.data.classes import check_same_classes, class_indices, class_order
+from softcache.data.join import batches
 from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, to_device
-from softcache.data.selection import class_indices, class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, ModelError

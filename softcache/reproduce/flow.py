@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from softcache.data.selection import class_indices
+from softcache.data.classes import class_indices
 from softcache.errors import ConfigError, nearest
 from softcache.report.chart import draw_rows
 from softcache.report.tables import table

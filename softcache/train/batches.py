@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from softcache.config import TrainConfig
+from softcache.data.classes import check_same_classes, class_indices
 from softcache.data.identity import sample_ids
-from softcache.data.join import SPREAD, check_same_classes
+from softcache.data.join import SPREAD
 from softcache.data.loading import LoadedBatch, Pair, Partners, ViewedSet, load_batches, map_tensors, to_device
-from softcache.data.selection import class_indices
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError

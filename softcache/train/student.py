@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from softcache.config import TrainConfig
+from softcache.data.classes import class_order
 from softcache.data.loading import item_shape
-from softcache.data.selection import class_order
 from softcache.models import Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
 from softcache.train.batches import Material

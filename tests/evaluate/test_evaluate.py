@@ -16,7 +16,7 @@ from conftest import WORLDS, needs
 from softcache import cli, dump
 from softcache import open as open_cache
 from softcache.config import DumpConfig, EvalConfig
-from softcache.data.selection import class_order
+from softcache.data.classes import class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ClassMismatchError, ConfigError, DataError, ModelError
 from softcache.evaluate import measure
