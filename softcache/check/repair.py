@@ -252,7 +252,8 @@ def _teachers_of(
     """The teachers of these members, found by their fingerprints; ModelError when one is not at hand."""
     if not names:
         return []
-    teachers = {t.fingerprint: t for t in open_teachers(config, prober, transfer_set, pick_device(config.device))}
+    opened = open_teachers(config, prober, transfer_set, pick_device(config.device), again=True)
+    teachers = {teacher.fingerprint: teacher for teacher in opened}
     found = []
     for name in sorted(names):
         member = manifest.plan.member(name)

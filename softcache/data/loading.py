@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,11 @@ class LoadedBatch:
 
     def pin_memory(self) -> LoadedBatch:
         """Called by the DataLoader: the inputs in page-locked memory."""
-        return replace(self, inputs=map_tensors(self.inputs, torch.Tensor.pin_memory))
+
+        def pinned(held: Any) -> Any:
+            return held.pin_memory() if hasattr(held, "pin_memory") else held
+
+        return replace(self, inputs=map_tensors(self.inputs, torch.Tensor.pin_memory, pinned))
 
 
 @dataclass(frozen=True)
@@ -270,20 +276,80 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def map_tensors(inputs: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tensor, or a tuple, list or dict of them, with every tensor changed."""
+def map_tensors(
+    inputs: Any,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    whole: Callable[[Any], Any] = lambda held: held,
+) -> Any:
+    """What a collate may give with every tensor changed, as the same kind of thing: a tensor; mappings, sequences, named
+    tuples and dataclasses of them, nested as they are.
+
+    Args:
+        whole: for any other object that holds tensors. Numbers, texts and NumPy arrays stay as they are.
+    """
     if isinstance(inputs, torch.Tensor):
         return change(inputs)
-    if isinstance(inputs, dict):
-        return {name: map_tensors(value, change) for name, value in inputs.items()}
+    again = partial(map_tensors, change=change, whole=whole)
+    if type(inputs) in (dict, list, tuple):
+        return _rebuilt(inputs, again)
+    if _holds_tensors(inputs) and (hasattr(inputs, "to") and not isinstance(inputs, Mapping)):
+        return whole(inputs)  # it knows how, as a packed sequence or a batch of graphs does
+    if isinstance(inputs, Mapping | tuple | list) or (is_dataclass(inputs) and not isinstance(inputs, type)):
+        return _rebuilt(inputs, again)
+    return whole(inputs) if _holds_tensors(inputs) else inputs
+
+
+def _rebuilt(inputs: Any, change: Callable[[Any], Any]) -> Any:
+    """A mapping, sequence or dataclass of the same kind, each value changed."""
+    if type(inputs) is dict or (isinstance(inputs, Mapping) and not isinstance(inputs, MutableMapping)):
+        return {name: change(value) for name, value in inputs.items()}
+    if isinstance(inputs, Mapping):
+        made = copy.copy(inputs)
+        for name, value in inputs.items():
+            made[name] = change(value)  # type: ignore[index]
+        return made
     if isinstance(inputs, tuple | list):
-        return type(inputs)(map_tensors(value, change) for value in inputs)
-    return inputs
+        values = [change(value) for value in inputs]
+        return inputs._make(values) if hasattr(inputs, "_make") else type(inputs)(values)
+    made = copy.copy(inputs)
+    for field in fields(inputs):
+        object.__setattr__(made, field.name, change(getattr(inputs, field.name)))  # it may be frozen
+    return made
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether an object has tensors among its attributes, or among the items of those, or is a tuple of some."""
+    if isinstance(value, torch.nn.Module | type):
+        return False
+    held = [*(value if isinstance(value, tuple) else ()), *getattr(value, "__dict__", {}).values()]
+    held += [one for part in held if isinstance(part, Mapping | tuple | list) for one in _values(part)]
+    return any(isinstance(one, torch.Tensor) for one in held)
+
+
+def _values(part: Any) -> list[Any]:
+    return list(part.values() if isinstance(part, Mapping) else part)
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """A model's inputs moved to a device."""
-    return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True))
+    """A model's inputs moved to a device; DataError for what holds tensors and cannot be moved to one that is no CPU."""
+
+    def moved(held: Any) -> Any:
+        if hasattr(held, "to"):
+            return held.to(device)
+        if device.type == "cpu":
+            return held
+        raise DataError(
+            f"the collate gives {type(held).__module__}.{type(held).__qualname__}, whose tensors cannot be moved to {device}",
+            tip="give it a method to(device), or collate to a tensor, or a dict, tuple or dataclass of tensors",
+        )
+
+    return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True), moved)
+
+
+def spread_items(viewed: ViewedSet, count: int = 16) -> list[Any]:
+    """View 0 of that many samples, spread over the set; of all where there are fewer."""
+    positions = np.unique(np.linspace(0, len(viewed) - 1, min(count, len(viewed))).astype(np.int64))
+    return [viewed.render(int(position), 0) for position in positions]
 
 
 def item_shape(item: Any) -> tuple[int, ...] | None:

@@ -36,6 +36,8 @@ from softcache.dump.samples import check_same_samples, check_unchanged, make_sam
 from softcache.dump.teacher import Teacher, open_teacher
 from softcache.errors import DumpError, ModelError
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
+from softcache.models import Model
+from softcache.models.item_range import check_scale
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,14 @@ def _pairs(span: Span, order: np.ndarray, batch_size: int) -> Iterator[list[Pair
 
 
 def open_teachers(
-    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device
+    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device, *, again: bool = False
 ) -> list[Teacher]:
-    """The teachers of the config, each checked on the first batch of the cache's rows."""
+    """The teachers of the config, each checked on the first batch of the cache's rows.
+
+    Args:
+        again: they made a cache that is there, to whose records more of the same is written: what an older version let pass
+            is told, and not refused.
+    """
     (item,) = prober.items(0, 1)
     shape = None if isinstance(item, str) else tuple(getattr(item, "shape", ())) or None
     teachers: list[Teacher] = []
@@ -213,9 +220,14 @@ def open_teachers(
                 f"teacher {text!r} has no weights: its logits would be random numbers",
                 tip=f"write {text}@WEIGHTS, or name a run folder",
             )
+        if isinstance(teacher.network, Model):
+            told = check_scale(teacher.network, text, prober.first_items(), lenient=again)
+            teacher.warnings += [told] if told is not None else []
         teachers.append(teacher)
     for teacher in teachers:
         teacher.check_first_batch(prober.first_batch(teacher))
+        if not again:
+            teacher.check_company(prober.first_items())
     return teachers
 
 

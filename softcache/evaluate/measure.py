@@ -18,13 +18,14 @@ from torch import Tensor
 from softcache.config import EvalConfig
 from softcache.data.classes import check_same_classes, class_indices, class_order
 from softcache.data.join import batches
-from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, to_device
+from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, ModelError
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
+from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, table
 from softcache.targets.cache import Joined, is_cache
@@ -297,15 +298,16 @@ def _load(
     model_text: str, transfer_set: TransferSet, policy: Policy, partners: Partners | None, config: EvalConfig
 ) -> Model:
     """ModelError also for a model whose weights lack something."""
-    item = ViewedSet(transfer_set, policy, (), partners=partners).render(0, 0)
+    items = spread_items(ViewedSet(transfer_set, policy, (), partners=partners))
     model = load_model(
         model_text,
         num_classes=transfer_set.num_classes,
         class_names=transfer_set.class_names,
-        input_shape=item_shape(item),
+        input_shape=item_shape(items[0]),
         device=str(pick_device(config.device)),
     )
     model.check_trained(repr(model_text))
+    check_scale(model, model_text, items)
     return model
 
 

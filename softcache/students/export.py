@@ -23,7 +23,7 @@ from torch import Tensor
 
 from softcache.config import ExportConfig
 from softcache.data.join import batches
-from softcache.data.loading import ViewedSet, item_shape, load_batches, to_device
+from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ClassMismatchError, ConfigError, ExportError, require_extra
@@ -40,6 +40,7 @@ from softcache.models import (
     save_student,
     split_weights,
 )
+from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, size, table
 from softcache.spec import parse_spec
@@ -137,6 +138,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     about = {"num_classes": transfer_set.num_classes, "class_names": transfer_set.class_names, "input_shape": shape}
     model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
     model.check_trained(repr(model_text))
+    check_scale(model, model_text, spread_items(viewed))
     batch = Batch.of(model, three, four)
     with torch.no_grad():
         logits = model(batch.example)  # what does not run at all says so in its own words

@@ -223,7 +223,7 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
     if ranks.first:
         write_metrics(prepared.out, metrics)  # before the checkpoint: a run killed in between does this epoch again
         if best and config.keep == "best":
-            save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata())
+            save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata(prepared.model.input))
         if session.board is not None:
             session.board.note(row)
     save_progress(prepared.out, live.trained, progress, ranks)
@@ -237,7 +237,7 @@ def finish(session: Session) -> TrainResult:
     if prepared.ranks.first:
         if eval_set is not None and (session.evaluation is None or best):
             session.evaluation = prepared.measure(eval_set)
-        save_student(prepared.kept, prepared.out / STUDENT, metadata=prepared.material.metadata())
+        save_student(prepared.kept, prepared.out / STUDENT, metadata=prepared.material.metadata(prepared.model.input))
     if session.board is not None:
         session.board.close()
     parameters = sum(p.numel() for p in prepared.model.net.parameters())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from softcache.config import TrainConfig
 from softcache.data.classes import class_order
-from softcache.data.loading import item_shape
+from softcache.data.loading import ViewedSet, item_shape, spread_items
 from softcache.models import Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
+from softcache.models.item_range import check_same_scale, check_scale
 from softcache.train.batches import Material
+from softcache.train.run_folder import RUN
 
 
 def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, str | None]:
@@ -29,6 +32,11 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
         input_shape=item_shape(item),
         vocabulary=build_vocabulary(texts) if isinstance(item, str) else None,
     )
+    began = Path(config.out, RUN).is_file()  # what an older version began, it may go on with
+    check_scale(model, config.student, material.some_items, learns=True, lenient=began)
+    if material.eval_set is not None and not began:
+        evaluated = spread_items(ViewedSet(material.eval_set, material.policy.for_evaluation(), ()))
+        check_same_scale(model.input, material.some_items, evaluated)
     sample = model.input.collate([item, item])
     order = _data_order(model, transfer_set.class_names)
     if order is not None:
