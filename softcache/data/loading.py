@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
@@ -194,7 +195,7 @@ class ViewedSet(Dataset[Any]):
                 )
                 pixels = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
                 batch = replace(batch, content_digests=contents, pixel_digests=pixels)
-            return batch
+            return _shared(batch)
         except SoftcacheError as exc:
             return _Fault(exc)
 
@@ -249,7 +250,7 @@ def load_batches(
     pin_memory: bool = False,
     start_method: str | None = None,
 ) -> Iterator[LoadedBatch]:
-    """Batches in the order of `pairs`, loaded by worker processes. Faults are raised here, with their tips."""
+    """Batches in the order of `pairs`, loaded by worker processes. Faults are raised here, with their tips; so is a death."""
     loader: DataLoader[Any] = DataLoader(
         viewed,
         batch_sampler=pairs,  # any iterable of index lists
@@ -261,15 +262,65 @@ def load_batches(
         worker_init_fn=_end_quietly,
         generator=torch.Generator(),  # its own: the global random state must not depend on loading
     )
-    for batch in loader:
+    loaded = _started(loader)
+    while (batch := _next(loaded, workers)) is not None:
         if isinstance(batch, _Fault):
             raise batch.error
         yield batch
 
 
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches. A worker's death is then told when its batch is asked for, and not by torch's own handler of
+    SIGCHLD, wherever in somebody's code the process is at that moment."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        if before is not None:  # else it is none of Python's
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _next(loaded: Iterator[Any], workers: int) -> Any:
+    """The next batch, None behind the last one; DataError where a worker has died, or what it sent cannot be read."""
+    try:
+        return next(loaded, None)
+    except SoftcacheError:
+        raise
+    except Exception as exc:  # of many kinds: a closed pipe, a lost descriptor, torch's own
+        if not workers:
+            raise
+        raise DataError(
+            f"the {workers} processes that load samples failed, as where one dies of too little memory: {exc!r}",
+            tip="--workers 0 loads in this process; a container has little shared memory: docker run --shm-size=2g; fewer "
+            "workers or a smaller batch need less",
+        ) from exc
+
+
 def _end_quietly(worker: int) -> None:
     """In a worker: SIGTERM, which a scheduler sends to the whole process group, is for the main process to report."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def _shared(batch: LoadedBatch) -> LoadedBatch:
+    """In a worker: its tensors in memory that the main process sees, now, so that a lack of room is told.
+
+    torch would do so in a thread that prints a traceback and forgets the batch, for which the main process waits for ever.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        return replace(batch, inputs=map_tensors(batch.inputs, _in_shared_memory))
+    except (RuntimeError, OSError) as exc:
+        raise DataError(
+            f"there is no shared memory left for a batch: {exc}",
+            tip="--workers 0 loads in this process; in a container docker run --shm-size=2g; or a smaller --batch-size",
+        ) from exc
+
+
+def _in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.share_memory_() if tensor.layout == torch.strided else tensor
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -292,7 +343,7 @@ def map_tensors(
     again = partial(map_tensors, change=change, whole=whole)
     if type(inputs) in (dict, list, tuple):
         return _rebuilt(inputs, again)
-    if _holds_tensors(inputs) and (hasattr(inputs, "to") and not isinstance(inputs, Mapping)):
+    if not isinstance(inputs, Mapping) and _holds_tensors(inputs) and hasattr(inputs, "to"):
         return whole(inputs)  # it knows how, as a packed sequence or a batch of graphs does
     if isinstance(inputs, Mapping | tuple | list) or (is_dataclass(inputs) and not isinstance(inputs, type)):
         return _rebuilt(inputs, again)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softcache.codecs.matmul import full_float32
 from softcache.config import ExportConfig
 from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
@@ -29,7 +30,7 @@ from softcache.data.views import Policy
 from softcache.errors import ClassMismatchError, ConfigError, ExportError, require_extra
 from softcache.evaluate.measure import Evaluation, Sums, run_policy
 from softcache.files.durable import require_room
-from softcache.machine import pick_device, pick_threads, pick_workers
+from softcache.machine import exact_convolutions, pick_device, pick_threads, pick_workers
 from softcache.models import (
     METADATA_KEY,
     Model,
@@ -228,7 +229,7 @@ def _compare(
     pairs = chain(batches(order[:1], 0, 1), batches(order[1:], 0, batch_size))
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=False)
     steps = 1 + -(-(count - 1) // batch_size)
-    with _exact_float32():
+    with _exact_float32(device):
         for batch in track(loaded, f"verify {where}", steps, unit="batches", quiet=quiet):
             outputs = []
             for place, forward in enumerate((lambda x: model(to_device(x, device)), exported)):
@@ -275,14 +276,10 @@ def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: s
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
-    """A GPU's convolutions without TF32, whose rounding is as large as the bound."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """A GPU's convolutions and products without TF32, whose rounding is as large as the bound."""
+    with exact_convolutions(), full_float32(device):
         yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 # ------------------------------------------------------------------------------------------------------- names and places

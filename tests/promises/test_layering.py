@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "check": {"files", "spec", "cache", "codecs", "data", "targets", "dump", "report", "machine", "config"},
     "students": {
         "files",
+        "codecs",  # matmul only: products in float32
         "config",
         "spec",
         "data",
@@ -127,6 +128,7 @@ ONLY_FROM: dict[tuple[str, str], set[str]] = {
 }
 ONLY_TO: dict[tuple[str, str], set[str]] = {
     ("students", "train"): {"softcache.train.run_folder"},
+    ("students", "codecs"): {"softcache.codecs.matmul"},
 }
 
 # module of train/ or dump/ -> the modules of the same room that it may import
