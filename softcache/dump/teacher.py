@@ -611,9 +611,11 @@ def open_teacher(
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
     made: Any = None
     if bare.is_factory and not is_run:
-        made = build(bare, **shape)
+        with faults_explained(ModelError, f"building the teacher {text!r}"):
+            made = build(bare, **shape)
     if made is None or isinstance(made, nn.Module):
-        model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
+        with faults_explained(ModelError, f"building the teacher {text!r}"):
+            model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
         declared, output, portable = model.declared_classes, model.output, model.spec
         network, collate = model, model.input.collate
         model.check_trained(f"teacher {text!r}")

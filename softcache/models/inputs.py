@@ -143,6 +143,11 @@ class TextInput:
             batch[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return batch
 
+    def count(self, text: str) -> tuple[int, int]:
+        """How many tokens a text has, and how many of those that are read are unknown."""
+        tokens = tokenize(text)
+        return len(tokens), sum(token not in self.ids for token in tokens[: self.max_tokens])
+
     def prepare(self, batch: Tensor) -> Tensor:
         """The ids as they are."""
         return batch

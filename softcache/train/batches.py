@@ -34,6 +34,7 @@ from softcache.errors import CacheError, ConfigError
 from softcache.losses import LossTerm
 from softcache.models import Input
 from softcache.models.item_range import ITEMS_KEY, scale_of
+from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache, Joined
 from softcache.targets.cache import open as open_cache
@@ -112,6 +113,13 @@ class Material:
             "labelled": self.labelled,
             "labels_changed": self.joined.labels_changed if self.joined is not None else 0,
         }
+
+    def left_out(self, taken: Input) -> LeftOut | None:
+        """What a student with this input does not read of its texts; None where that is nothing worth telling."""
+        if not isinstance(self.some_items[0], str):
+            return None
+        found = left_out(taken, spread_items(self.viewed(), LOOKED_AT))
+        return found if found is not None and found.is_worth_telling else None
 
     def metadata(self, taken: Input) -> dict[str, str]:
         """What the file of a student with this input says of the data it learned from."""

@@ -8,6 +8,7 @@ process computes its share of each batch, and the first one evaluates and writes
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -135,6 +136,11 @@ def begin(prepared: Prepared) -> Session:
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
         facts = material.facts(prepared.config, data, prepared.initialised)
+        lost = material.left_out(prepared.model.input)
+        if lost is not None:
+            facts["left_out"] = lost.to_json()
+            if not prepared.quiet:
+                print(f"the student: {lost.text()}", file=sys.stderr)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
     if ranks.size > 1:

@@ -138,7 +138,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "teacher": {"teacher_state"},
         "progress": set(),
         "samples": set(),
-        "made_with": {"progress"},
+        "made_with": {"progress", "teacher"},
         "layout": {"teacher"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher"},
