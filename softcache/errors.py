@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -120,6 +124,32 @@ class ClassMismatchError(JoinError):
 
 class DriftError(SoftcacheError):
     """A view that no longer renders to the pixels the teacher saw."""
+
+
+@contextmanager
+def faults_explained(kind: type[SoftcacheError], what: str, *, tip: str = "") -> Iterator[None]:
+    """Around a call into somebody else's code: whatever goes wrong inside becomes an error of that kind, with its place."""
+    try:
+        yield
+    except SoftcacheError:
+        raise
+    except Exception as exc:
+        raise kind(f"{what} failed: {type(exc).__name__}: {exc} ({place_of(exc)})", tip=tip) from exc
+
+
+def place_of(exc: BaseException) -> str:
+    """`file.py, line 3`: the innermost line of a user's own file that an exception went through, else the innermost of all."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    own = [frame for frame in frames if is_users_file(frame.filename)]
+    last = (own or list(frames))[-1]
+    return f"{Path(last.filename).name}, line {last.lineno}"
+
+
+def is_users_file(filename: str) -> bool:
+    """Whether code is neither softcache's, nor Python's own, nor of an installed package."""
+    paths = sysconfig.get_paths()
+    installed = (*(paths[name] for name in ("stdlib", "purelib", "platlib")), str(Path(__file__).parent))
+    return not filename.startswith((*installed, "<"))
 
 
 def require_extra(module: str, extra: str, why: str) -> None:

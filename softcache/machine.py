@@ -1,8 +1,11 @@
-"""Device, threads, workers and number types: what `auto` means, and what to call it."""
+"""Device, threads, workers, number types and precision: what `auto` means, and what to call it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,22 +15,56 @@ HALF_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is this rank's GPU, or the CPU. ConfigError where it does not exist."""
+    """The device of that name; "auto" is this rank's GPU, or the CPU. ConfigError where it does not exist, or is another kind."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device {name!r}", tip="use auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: softcache computes on cpu and cuda", tip="use --device cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"--device {name}: torch finds no GPU here", tip="use --device cpu")
-        if ":" not in name:  # this rank's own
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
+        device = _own_gpu(name, device.index, torch.cuda.device_count())
         torch.cuda.set_device(device)  # streams, events and pinned memory go by the current device
     return device
+
+
+def _own_gpu(name: str, index: int | None, count: int) -> torch.device:
+    """The GPU of this rank among `count`; the only one that it sees may be that of each rank, under any number."""
+    if count == 1 and index in (None, 0):
+        return torch.device("cuda", 0)
+    if index is None:
+        if "LOCAL_RANK" not in os.environ and _number_of("WORLD_SIZE", 1) > 1:
+            raise ConfigError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without a LOCAL_RANK: all ranks would take cuda:0 of {count} GPUs",
+                tip="start them with torchrun; under SLURM set LOCAL_RANK to SLURM_LOCALID, or let each task see one GPU",
+            )
+        index = _number_of("LOCAL_RANK", 0)
+        what = f"LOCAL_RANK is {index}"
+    else:
+        if _number_of("LOCAL_WORLD_SIZE", 1) > 1:
+            raise ConfigError(
+                f"--device {name}: all {os.environ['LOCAL_WORLD_SIZE']} ranks of this machine would take one of {count} GPUs",
+                tip="use --device cuda: each rank takes its own",
+            )
+        what = f"--device {name}"
+    if index >= count:
+        raise ConfigError(
+            f"{what}: there are {count} GPUs, numbered from 0",
+            tip="start as many ranks as there are GPUs, or choose one of them with --device cuda:N",
+        )
+    return torch.device("cuda", index)
+
+
+def _number_of(name: str, otherwise: int) -> int:
+    """A whole number out of the environment."""
+    text = os.environ.get(name, str(otherwise))
+    if not text.isdecimal():
+        raise ConfigError(f"{name} is {text!r} in the environment, not a whole number", tip="unset it, or use torchrun")
+    return int(text)
 
 
 def pick_threads(wanted: int | None) -> int:
@@ -36,7 +73,7 @@ def pick_threads(wanted: int | None) -> int:
         if wanted < 1:
             raise ConfigError(f"--threads {wanted}: at least one is needed")
         return wanted
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // _number_of("LOCAL_WORLD_SIZE", 1))
 
 
 def pick_workers(wanted: int | None, device: torch.device) -> int:
@@ -55,5 +92,40 @@ def autocast_dtype(name: str) -> torch.dtype | None:
 def describe_device(device: torch.device) -> str:
     """The kind of device that equal bytes depend on."""
     if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
+        return f"cuda {torch.cuda.get_device_name(device)}, {_cuda_arithmetic()}"
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cuda_arithmetic() -> str:
+    """cuDNN's version, and in what convolutions and matrix products of float32 are computed: TF32 is by default the former's."""
+    settings = [getattr(part, "fp32_precision", None) for part in (_convolutions()[0], torch.backends.cuda.matmul)]
+    if None in settings:  # before torch 2.9
+        flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        settings = ["tf32" if flag else "ieee" for flag in flags]
+    convolutions, products = ("ieee" if setting == "none" else setting for setting in settings)
+    return f"cuDNN {torch.backends.cudnn.version()}, convolutions {convolutions}, products {products}"
+
+
+def _convolutions() -> list[Any]:
+    """What says in which precision float32 convolutions and recurrent layers are computed, from torch 2.9 on."""
+    backends = (torch.backends.cudnn, torch.backends.mkldnn)
+    return [getattr(backend, kind, None) for backend in backends for kind in ("conv", "rnn")]
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions and recurrent layers in here are computed in float32, without TF32; what was set before is put back."""
+    newer = [part for part in _convolutions() if hasattr(part, "fp32_precision")]
+    before = [part.fp32_precision for part in newer]
+    flag = None if newer else torch.backends.cudnn.allow_tf32
+    for part in newer:
+        part.fp32_precision = "ieee"
+    if flag is not None:
+        torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for part, precision in zip(newer, before, strict=True):
+            part.fp32_precision = precision
+        if flag is not None:
+            torch.backends.cudnn.allow_tf32 = flag

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from softcache.cache.manifest import Manifest
@@ -60,13 +61,17 @@ def record_bytes(manifest: Manifest, member: str) -> float:
     return stored / max(1, manifest.statistics[member].records)
 
 
-def card(manifest: Manifest) -> str:
-    """The card, in Markdown."""
+def card(manifest: Manifest, left_out: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The card, in Markdown.
+
+    Args:
+        left_out: member -> what it does not read of its texts, in words.
+    """
     sections = [
         _front_matter(manifest.plan.license),
         _what_it_is(manifest),
         _licence(manifest.plan.license),
-        _teachers(manifest),
+        _teachers(manifest, left_out),
         _transfer_set(manifest),
         _views(manifest.plan),
         _features(manifest),
@@ -157,12 +162,12 @@ def _licence(license: str | None) -> str:
     return f"## Licence\n\n{said} The terms of the transfer set and of the teachers hold beside it."
 
 
-def _teachers(manifest: Manifest) -> str:
+def _teachers(manifest: Manifest, left_out: Mapping[str, str]) -> str:
     header = ["member", "model", "gives", "codec", "a logit is off by at most"]
     header += [f"KL at T={' / '.join(SHOWN_TEMPERATURES)}, mean", "largest class kept", "bytes a record"]
     header += ["top-1 on labelled samples", "mean entropy"]
     rows = [_teacher_row(manifest, member) for member in manifest.plan.members]
-    details = [_teacher_details(manifest, member) for member in manifest.plan.members]
+    details = [_teacher_details(manifest, member, left_out.get(member.name)) for member in manifest.plan.members]
     return f"""## Teachers
 
 {_table(header, rows)}
@@ -207,7 +212,7 @@ def _teacher_row(manifest: Manifest, member: MemberInfo) -> list[str]:
     ]
 
 
-def _teacher_details(manifest: Manifest, member: MemberInfo) -> str:
+def _teacher_details(manifest: Manifest, member: MemberInfo, left_out: str | None) -> str:
     own, codec = manifest.statistics[member.name], member.codec
     said = [f"**{member.name}** is stored as {CODECS.get(codec['name'], _escaped(codec['name']))}"]
     if own.dense:
@@ -219,6 +224,8 @@ def _teacher_details(manifest: Manifest, member: MemberInfo) -> str:
     said.append(f"computed in {_escaped(member.compute_dtype)}")
     if member.class_order is not None:
         said.append("its classes were put into the order below")
+    if left_out is not None:
+        said.append(f"it did not read everything: {_escaped(left_out)}")
     return "; ".join(said) + f". Fingerprint of its weights: {_code(member.fingerprint)}"
 
 

@@ -32,6 +32,7 @@ from softcache.data.views import Policy
 from softcache.dump.choose_codec import Prober, storage_of
 from softcache.dump.flow import open_teachers, write_spans
 from softcache.dump.job import order_of
+from softcache.dump.made_with import left_out_before
 from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import make_samples, open_samples
@@ -149,7 +150,8 @@ def restore_manifest(path: Path, result: Repaired, source: Path | None = None) -
         durable.write_whole(path / kept, manifest.to_bytes(), tag="repair")
         result.mended.append(kept)
     if not (path / CARD).is_file():
-        durable.write_whole(path / CARD, card(manifest).encode(), tag="repair")
+        unread = left_out_before(path, len(manifest.plan.rounds))
+        durable.write_whole(path / CARD, card(manifest, unread).encode(), tag="repair")
     return manifest
 
 
@@ -252,7 +254,8 @@ def _teachers_of(
     """The teachers of these members, found by their fingerprints; ModelError when one is not at hand."""
     if not names:
         return []
-    teachers = {t.fingerprint: t for t in open_teachers(config, prober, transfer_set, pick_device(config.device))}
+    opened = open_teachers(config, prober, transfer_set, pick_device(config.device), again=True)
+    teachers = {teacher.fingerprint: teacher for teacher in opened}
     found = []
     for name in sorted(names):
         member = manifest.plan.member(name)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
@@ -47,7 +50,11 @@ class LoadedBatch:
 
     def pin_memory(self) -> LoadedBatch:
         """Called by the DataLoader: the inputs in page-locked memory."""
-        return replace(self, inputs=map_tensors(self.inputs, torch.Tensor.pin_memory))
+
+        def pinned(held: Any) -> Any:
+            return held.pin_memory() if hasattr(held, "pin_memory") else held
+
+        return replace(self, inputs=map_tensors(self.inputs, torch.Tensor.pin_memory, pinned))
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ class ViewedSet(Dataset[Any]):
                 )
                 pixels = np.array([pixel_digest(item) for item in items], dtype=np.uint32)
                 batch = replace(batch, content_digests=contents, pixel_digests=pixels)
-            return batch
+            return _shared(batch)
         except SoftcacheError as exc:
             return _Fault(exc)
 
@@ -243,7 +250,7 @@ def load_batches(
     pin_memory: bool = False,
     start_method: str | None = None,
 ) -> Iterator[LoadedBatch]:
-    """Batches in the order of `pairs`, loaded by worker processes. Faults are raised here, with their tips."""
+    """Batches in the order of `pairs`, loaded by worker processes. Faults are raised here, with their tips; so is a death."""
     loader: DataLoader[Any] = DataLoader(
         viewed,
         batch_sampler=pairs,  # any iterable of index lists
@@ -255,10 +262,40 @@ def load_batches(
         worker_init_fn=_end_quietly,
         generator=torch.Generator(),  # its own: the global random state must not depend on loading
     )
-    for batch in loader:
+    loaded = _started(loader)
+    while (batch := _next(loaded, workers)) is not None:
         if isinstance(batch, _Fault):
             raise batch.error
         yield batch
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches. A worker's death is then told when its batch is asked for, and not by torch's own handler of
+    SIGCHLD, wherever in somebody's code the process is at that moment."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        if before is not None:  # else it is none of Python's
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _next(loaded: Iterator[Any], workers: int) -> Any:
+    """The next batch, None behind the last one; DataError where a worker has died, or what it sent cannot be read."""
+    try:
+        return next(loaded, None)
+    except SoftcacheError:
+        raise
+    except Exception as exc:  # of many kinds: a closed pipe, a lost descriptor, torch's own
+        if not workers:
+            raise
+        raise DataError(
+            f"the {workers} processes that load samples failed, as where one dies of too little memory: {exc!r}",
+            tip="--workers 0 loads in this process; a container has little shared memory: docker run --shm-size=2g; fewer "
+            "workers or a smaller batch need less",
+        ) from exc
 
 
 def _end_quietly(worker: int) -> None:
@@ -266,24 +303,104 @@ def _end_quietly(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
+def _shared(batch: LoadedBatch) -> LoadedBatch:
+    """In a worker: its tensors in memory that the main process sees, now, so that a lack of room is told.
+
+    torch would do so in a thread that prints a traceback and forgets the batch, for which the main process waits for ever.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        return replace(batch, inputs=map_tensors(batch.inputs, _in_shared_memory))
+    except (RuntimeError, OSError) as exc:
+        raise DataError(
+            f"there is no shared memory left for a batch: {exc}",
+            tip="--workers 0 loads in this process; in a container docker run --shm-size=2g; or a smaller --batch-size",
+        ) from exc
+
+
+def _in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.share_memory_() if tensor.layout == torch.strided else tensor
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def map_tensors(inputs: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tensor, or a tuple, list or dict of them, with every tensor changed."""
+def map_tensors(
+    inputs: Any,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    whole: Callable[[Any], Any] = lambda held: held,
+) -> Any:
+    """What a collate may give with every tensor changed, as the same kind of thing: a tensor; mappings, sequences, named
+    tuples and dataclasses of them, nested as they are.
+
+    Args:
+        whole: for any other object that holds tensors. Numbers, texts and NumPy arrays stay as they are.
+    """
     if isinstance(inputs, torch.Tensor):
         return change(inputs)
-    if isinstance(inputs, dict):
-        return {name: map_tensors(value, change) for name, value in inputs.items()}
+    again = partial(map_tensors, change=change, whole=whole)
+    if type(inputs) in (dict, list, tuple):
+        return _rebuilt(inputs, again)
+    if not isinstance(inputs, Mapping) and _holds_tensors(inputs) and hasattr(inputs, "to"):
+        return whole(inputs)  # it knows how, as a packed sequence or a batch of graphs does
+    if isinstance(inputs, Mapping | tuple | list) or (is_dataclass(inputs) and not isinstance(inputs, type)):
+        return _rebuilt(inputs, again)
+    return whole(inputs) if _holds_tensors(inputs) else inputs
+
+
+def _rebuilt(inputs: Any, change: Callable[[Any], Any]) -> Any:
+    """A mapping, sequence or dataclass of the same kind, each value changed."""
+    if type(inputs) is dict or (isinstance(inputs, Mapping) and not isinstance(inputs, MutableMapping)):
+        return {name: change(value) for name, value in inputs.items()}
+    if isinstance(inputs, Mapping):
+        made = copy.copy(inputs)
+        for name, value in inputs.items():
+            made[name] = change(value)  # type: ignore[index]
+        return made
     if isinstance(inputs, tuple | list):
-        return type(inputs)(map_tensors(value, change) for value in inputs)
-    return inputs
+        values = [change(value) for value in inputs]
+        return inputs._make(values) if hasattr(inputs, "_make") else type(inputs)(values)
+    made = copy.copy(inputs)
+    for field in fields(inputs):
+        object.__setattr__(made, field.name, change(getattr(inputs, field.name)))  # it may be frozen
+    return made
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether an object has tensors among its attributes, or among the items of those, or is a tuple of some."""
+    if isinstance(value, torch.nn.Module | type):
+        return False
+    held = [*(value if isinstance(value, tuple) else ()), *getattr(value, "__dict__", {}).values()]
+    held += [one for part in held if isinstance(part, Mapping | tuple | list) for one in _values(part)]
+    return any(isinstance(one, torch.Tensor) for one in held)
+
+
+def _values(part: Any) -> list[Any]:
+    return list(part.values() if isinstance(part, Mapping) else part)
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """A model's inputs moved to a device."""
-    return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True))
+    """A model's inputs moved to a device; DataError for what holds tensors and cannot be moved to one that is no CPU."""
+
+    def moved(held: Any) -> Any:
+        if hasattr(held, "to"):
+            return held.to(device)
+        if device.type == "cpu":
+            return held
+        raise DataError(
+            f"the collate gives {type(held).__module__}.{type(held).__qualname__}, whose tensors cannot be moved to {device}",
+            tip="give it a method to(device), or collate to a tensor, or a dict, tuple or dataclass of tensors",
+        )
+
+    return map_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True), moved)
+
+
+def spread_items(viewed: ViewedSet, count: int = 16) -> list[Any]:
+    """View 0 of that many samples, spread over the set; of all where there are fewer."""
+    positions = np.unique(np.linspace(0, len(viewed) - 1, min(count, len(viewed))).astype(np.int64))
+    return [viewed.render(int(position), 0) for position in positions]
 
 
 def item_shape(item: Any) -> tuple[int, ...] | None:

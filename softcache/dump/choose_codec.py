@@ -33,7 +33,7 @@ from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, TeacherError, first_offenders, nearest
 
 DEFAULT_CODEC = "float16"
-CHECKED_SAMPLES = 64  # of the first batch, which is run twice
+CHECKED_SAMPLES = 64  # of the first batch, which is run twice, and once more in another composition
 FITTED_ROWS = 2048  # on which codecs are fitted
 MEASURED_ROWS = 1024  # others, on which they are compared
 PROBE_NUMBERS = 2**26  # logits held at once: fewer rows where there are many classes
@@ -82,9 +82,13 @@ class Prober:
         """Rendered samples of rows [start, start + count), fewer at the end."""
         return [self._viewed.render(int(i), 0) for i in self._order[start : start + count]]
 
+    def first_items(self) -> list[Any]:
+        """Rendered samples of the first rows: what a teacher is looked at with before anything is written."""
+        return self.items(0, CHECKED_SAMPLES)
+
     def first_batch(self, teacher: Teacher) -> Any:
         """The collated inputs of the first rows."""
-        return teacher.collate(self.items(0, CHECKED_SAMPLES))
+        return teacher.collated(self.first_items())
 
     def fitting_rows(self, teacher: Teacher) -> Probe:
         """What a codec is fitted on."""
@@ -104,7 +108,7 @@ class Prober:
             logits, inputs = [], []
             for begin in range(start, min(start + count, len(self._order)), self._batch_size):
                 size = min(self._batch_size, start + count - begin)
-                output = teacher(teacher.collate(self.items(begin, size)))
+                output = teacher(teacher.collated(self.items(begin, size)))
                 self._check_finite(teacher, output.logits, begin)
                 logits.append(output.logits.cpu())
                 if output.classifier_input is not None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from softcache.dump.choose_codec import Prober, choose_storages
 from softcache.dump.encode import Encoded, encode
 from softcache.dump.job import extension_job, make_plan, match_members, new_job
 from softcache.dump.layout import Storage, bytes_of_spans, sizes
-from softcache.dump.made_with import made_with, provenance
+from softcache.dump.made_with import left_out_before, made_with, provenance, told_of
 from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
@@ -37,6 +38,9 @@ from softcache.dump.teacher import Teacher, open_teacher
 from softcache.errors import DumpError, ModelError
 from softcache.files.durable import require_room
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
+from softcache.models import Model
+from softcache.models.item_range import check_scale
+from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,11 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     plan = make_plan(config, job, transfer_set, teachers, storages, made_with(config, device, threads))
     plan = replace(plan, license=job.base.plan.license if job.base else config.license)
     workers = pick_workers(config.workers, device)
+    lost = left_out_of(teachers, prober)
     if not quiet:
         print(sizes(plan, storages), file=sys.stderr)
+        for name, one in lost.items():
+            print(f"teacher {name!r}: {one.text()}", file=sys.stderr)
 
     def make_setup() -> Setup:
         constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
@@ -129,7 +136,9 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         write_spans(writer, spans, viewed, job.order, teachers, storages, config.batch_size, workers, clock, pixels)
         for teacher in teachers:
             teacher.check_at_end()
-        manifest = writer.commit(card, provenance(config, started, clock))
+        told = provenance(config, started, clock) | told_of(teachers, lost)
+        unread = left_out_before(out, len(plan.rounds) - 1) | {name: one.text() for name, one in lost.items()}
+        manifest = writer.commit(partial(card, left_out=unread), told)
         if manifest is None and part.count == 1:
             raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
         seconds = time.monotonic() - started
@@ -193,9 +202,14 @@ def _pairs(span: Span, order: np.ndarray, batch_size: int) -> Iterator[list[Pair
 
 
 def open_teachers(
-    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device
+    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device, *, again: bool = False
 ) -> list[Teacher]:
-    """The teachers of the config, each checked on the first batch of the cache's rows."""
+    """The teachers of the config, each checked on the first batch of the cache's rows.
+
+    Args:
+        again: they made a cache that is there, to whose records more of the same is written: what an older version let pass
+            is told, and not refused.
+    """
     (item,) = prober.items(0, 1)
     shape = None if isinstance(item, str) else tuple(getattr(item, "shape", ())) or None
     teachers: list[Teacher] = []
@@ -215,10 +229,26 @@ def open_teachers(
                 f"teacher {text!r} has no weights: its logits would be random numbers",
                 tip=f"write {text}@WEIGHTS, or name a run folder",
             )
+        if isinstance(teacher.network, Model):
+            told = check_scale(teacher.network, text, prober.first_items(), lenient=again)
+            teacher.warnings += [told] if told is not None else []
         teachers.append(teacher)
     for teacher in teachers:
         teacher.check_first_batch(prober.first_batch(teacher))
+        if not again:
+            teacher.check_company(prober.first_items())
     return teachers
+
+
+def left_out_of(teachers: Sequence[Teacher], prober: Prober) -> dict[str, LeftOut]:
+    """What each teacher leaves out of the first texts, which in a permuted order are a fair sample; where it is worth telling."""
+    found = {}
+    for teacher in teachers:
+        if isinstance(teacher.network, Model) and isinstance(prober.items(0, 1)[0], str):
+            one = left_out(teacher.network.input, prober.items(0, LOOKED_AT))
+            if one is not None and one.is_worth_telling:
+                found[teacher.name] = one
+    return found
 
 
 def _part(config: DumpConfig) -> Part:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from softcache.cache.provenance import read_provenance
 from softcache.cache.write.shard import HDF5_VERSION
 from softcache.config import DumpConfig, StorageOptions
 from softcache.dump.progress import DumpProgress
+from softcache.dump.teacher import Teacher
 from softcache.machine import describe_device
+from softcache.models.left_out import LeftOut
 from softcache.version import __version__
 
 
@@ -33,6 +38,24 @@ def made_with(config: StorageOptions, device: torch.device, threads: int) -> dic
         "threads": threads,
         "autocast": config.autocast,
     }
+
+
+def told_of(teachers: Sequence[Teacher], left_out: Mapping[str, LeftOut]) -> dict[str, Any]:
+    """What was told of the teachers while they were looked at; nothing where there was nothing to tell."""
+    warnings = {teacher.name: teacher.warnings for teacher in teachers if teacher.warnings}
+    lost = {name: one.to_json() for name, one in left_out.items()}
+    return {name: told for name, told in (("warnings", warnings), ("left_out", lost)) if told}
+
+
+def left_out_before(path: Path, rounds: int) -> dict[str, str]:
+    """Member -> what it does not read of its texts, in words, as the rounds of a cache that is there tell it."""
+    found: dict[str, str] = {}
+    for number in range(rounds):
+        told = read_provenance(path, number).get("left_out")
+        for name, one in told.items() if isinstance(told, dict) else ():
+            read = LeftOut.from_json(one)
+            found |= {str(name): read.text()} if read is not None else {}
+    return found
 
 
 def provenance(config: DumpConfig, started: float, clock: DumpProgress) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcache.data.classes import class_order
-from softcache.data.loading import to_device
-from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError, nearest
+from softcache.data.loading import map_tensors, to_device
+from softcache.dump.teacher_state import StandsStill, fingerprint
+from softcache.errors import (
+    ConfigError,
+    ModelError,
+    SoftcacheError,
+    TeacherError,
+    faults_explained,
+    first_offenders,
+    is_users_file,
+    nearest,
+)
 from softcache.features.spec import FeatureSpec, parse_features
 from softcache.features.taps import (
     ClassifierTap,
@@ -28,13 +39,20 @@ from softcache.features.taps import (
     list_modules,
     map_ends,
 )
-from softcache.models import Model, build, fingerprint, load_model
+from softcache.models import Model, build, load_model
 from softcache.models import split_weights as split_model
 from softcache.spec import parse_spec
 
 OUTPUTS = ("logits", "log_probs", "probs")
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # counts, as of votes
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
 HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of a last layer in a half type
+# what another composition of the batch may change, of the largest logit: kernels that add up in another order, layer upon layer
+FLOAT32_APART = 1e-3
+HALF_APART = {torch.float16: 0.01, torch.bfloat16: 0.04}  # the first also for a GPU's float32, which may be TF32
+FEW_ROWS = (
+    0.1  # whose near-ties inside (a router's choice, a neighbour at the same distance) rounding may decide otherwise
+)
 
 
 @dataclass
@@ -70,6 +88,7 @@ class Teacher:
         has_weights: False for one of our models, or torchvision's, that was named without any.
         features: what is tapped at each call.
         classifier: the final linear layer, where its input is tapped at each call.
+        warnings: what was told of it, for provenance.
     """
 
     def __init__(
@@ -97,12 +116,19 @@ class Teacher:
         self.has_weights = True
         self.features: tuple[FeatureSpec, ...] = ()
         self.classifier: nn.Linear | None = None
+        self.warnings: list[str] = []
         self._first_batch: tuple[Any, Tensor] | None = None
+        self._half: torch.dtype | None = None
+        self._last: nn.Linear | None = None
         if isinstance(network, nn.Module):
-            network.eval().requires_grad_(False).to(self.device)
+            with faults_explained(ModelError, f"teacher {name!r}: moving it to {device}"):
+                network.eval().requires_grad_(False).to(self.device)
             described = f"{model_spec} {output} {network.input.describe() if isinstance(network, Model) else ''}"
-            self.fingerprint = hashlib.sha256(f"{fingerprint(network)} {described}".encode()).hexdigest()
-            self._buffers = {n: b.clone() for n, b in network.named_buffers()}
+            state = fingerprint(network)
+            if state is not None:
+                self.fingerprint = hashlib.sha256(f"{state} {described}".encode()).hexdigest()
+            self._half = _half_type(network)
+            self._state = StandsStill(network)
 
     @torch.inference_mode()
     def __call__(self, batch: Any) -> TeacherOutput:
@@ -113,15 +139,7 @@ class Teacher:
         """
         with self._faults_explained(batch):
             raw, classifier_input, features = self._run_tapped(batch)
-        if not isinstance(raw, Tensor):
-            raw = torch.as_tensor(np.asarray(raw))
-        raw = raw.to(self.device)
-        if raw.ndim != 2 or raw.shape[1] != self.num_classes:
-            raise TeacherError(
-                f"teacher {self.name!r} gave a result of shape {tuple(raw.shape)}; "
-                f"the transfer set has {self.num_classes} classes, so (batch, {self.num_classes}) is needed",
-                tip="use a teacher trained for these classes, or the data set it was trained on",
-            )
+        raw = self._as_rows(raw)
         self.compute_dtype = str(raw.dtype).removeprefix("torch.")
         relative = HALF_ROUNDING.get(raw.dtype, 0.0)
         if relative and self.output != "logits":
@@ -154,13 +172,50 @@ class Teacher:
                     f"teacher {self.name!r} ran out of memory at batch size {count}",
                     tip=f"try --batch-size {max(1, count // 2)} in a new --out: the batch size is part of the plan",
                 ) from exc
-            last = traceback.extract_tb(exc.__traceback__)[-1]
-            raise TeacherError(
-                f"teacher {self.name!r} failed: {type(exc).__name__}: {exc} ({Path(last.filename).name}, line {last.lineno})",
+            with faults_explained(
+                TeacherError,
+                f"teacher {self.name!r}",
                 tip="it is called with what its collate makes of the items, in eval mode and without gradients",
-            ) from exc
+            ):
+                raise
+
+    def collated(self, items: Sequence[Any]) -> Any:
+        """Items as the batch it takes, in this process; TeacherError for a fault in its collate."""
+        with faults_explained(TeacherError, f"the collate of teacher {self.name!r}"):
+            return self.collate(items)
+
+    def _as_rows(self, raw: Any) -> Tensor:
+        """What it gave as (B, C) on its device; TeacherError for anything that is no such numbers."""
+        rows = raw if isinstance(raw, Tensor) else _numbers(raw)
+        if rows is None or rows.layout != torch.strided or not (rows.is_floating_point() or rows.dtype in WHOLE):
+            raise TeacherError(
+                f"teacher {self.name!r} gave {_described(raw)}, not logits (batch, {self.num_classes}){_place(self._function)}",
+                tip=f"wrap it: file.py:factory may return a function or module that gives {_wanted(raw)} alone",
+            )
+        if rows.ndim != 2 or rows.shape[1] != self.num_classes:
+            raise TeacherError(
+                f"teacher {self.name!r} gave a result of shape {tuple(rows.shape)}; "
+                f"the transfer set has {self.num_classes} classes, so (batch, {self.num_classes}) is needed"
+                + _place(self._function),
+                tip="one number a sample is no row of logits: for two classes give (0, z)"
+                if rows.ndim == 1 and self.num_classes == 2
+                else "use a teacher trained for these classes, or the data set it was trained on",
+            )
+        if rows.dtype.itemsize < 2 and rows.is_floating_point():
+            raise TeacherError(
+                f"teacher {self.name!r} gave {str(rows.dtype).removeprefix('torch.')}, of whose rounding nothing is known",
+                tip="let it return float32, or float16 or bfloat16",
+            )
+        return rows.to(self.device)
+
+    @property
+    def _function(self) -> Any:
+        """What a user wrote, to name the place of."""
+        return self._net.forward if isinstance(self.network, nn.Module) else self.network
 
     def _run_tapped(self, batch: Any) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
+        if self.autocast is not None and self._last is None and isinstance(self.network, nn.Module):
+            self._last = self._last_layer(to_device(batch, self.device))  # a run of its own, before anything is tapped
         with ExitStack() as stack:
             taps = stack.enter_context(Taps(self._net, self.features)) if self.features else None
             tap = stack.enter_context(ClassifierTap(self.classifier)) if self.classifier is not None else None
@@ -219,9 +274,35 @@ class Teacher:
             return self.network(batch)
         inputs = to_device(batch, self.device)
         if self.autocast is None:
+            return self._run_module(inputs)
+        with torch.autocast(self.device.type, dtype=self.autocast), _in_float32(self._last):
+            return self._run_module(inputs)
+
+    def _run_module(self, inputs: Any) -> Any:
+        """The module is asked with float32; one in a half type that cannot take it, with its own type from then on."""
+        if self._half is None:
             return self.network(inputs)
-        with torch.autocast(self.device.type, dtype=self.autocast), _last_layer_in_float32(self.network):
+        try:
             return self.network(inputs)
+        except RuntimeError as exc:
+            if "type" not in str(exc):  # "mat1 and mat2 must have the same dtype", "Input type and bias type ..."
+                raise
+        hook = self._net.register_forward_pre_hook(_HalfInputs(self._half), with_kwargs=True)
+        self._half = None
+        try:
+            return self.network(inputs)
+        except Exception:
+            hook.remove()
+            raise
+
+    def _last_layer(self, inputs: Any) -> nn.Linear | None:
+        """The linear layer that gives the logits; where none does, value for value, the last one that it has."""
+        try:
+            found = classifier_of(self.network, inputs)
+        except Exception:  # it may run under autocast alone
+            found = None
+        layers = [m for m in self.network.modules() if isinstance(m, nn.Linear)]
+        return found or (layers[-1] if layers else None)
 
     def _log(self, probabilities: Tensor) -> tuple[Tensor, int]:
         if bool((probabilities < 0).any()) or bool((probabilities > 1 + 1e-6).any()):
@@ -249,6 +330,92 @@ class Teacher:
         self._first_batch = batch, first
         if self.output == "logits" and len(first) and not self.multi_label:
             self._refuse_probabilities(first)
+
+    def check_company(self, items: Sequence[Any]) -> None:
+        """Ask the samples of the first batch again, in halves and in another order: logits must be of the sample alone.
+
+        Call it after `check_first_batch`, with the same samples; texts are halved into the shorter and the longer ones, so
+        that padding differs.
+
+        Raises:
+            TeacherError: more rows than rounding explains are others.
+        """
+        assert self._first_batch is not None, "check_first_batch comes first"
+        together, count = self._first_batch[1], len(items)
+        if len(together) != count:
+            raise TeacherError(
+                f"teacher {self.name!r} gave {len(together)} rows for {count} samples",
+                tip="one row of logits per sample, in their order",
+            )
+        if count < 2:
+            return
+        before = self.autocast, self.compute_dtype
+        try:
+            if self.autocast is not None:
+                together = self._without_autocast(together)
+            order, apart = self._in_other_company(items)
+            self._check_alike(together[order], apart)
+        finally:
+            self.autocast, self.compute_dtype = before
+
+    def _without_autocast(self, logits: Tensor) -> Tensor:
+        """Those of the first batch without autocast, of which less is rounding; left as it is where the module needs it."""
+        assert self._first_batch is not None
+        autocast, self.autocast = self.autocast, None
+        try:
+            return self(self._first_batch[0]).logits
+        except TeacherError:
+            self.autocast = autocast
+            return logits
+
+    def _in_other_company(self, items: Sequence[Any]) -> tuple[list[int], Tensor]:
+        """The logits of the first batch's samples in an order of two halves, and that order."""
+        count = len(items)
+        order = list(range(count))[::-1]
+        if isinstance(items[0], str):
+            order.sort(key=lambda i: len(items[i]))
+        halves = order[: count // 2], order[count // 2 :]
+        try:
+            return order, torch.cat([self(self.collated([items[i] for i in half])).logits for half in halves])
+        except TeacherError:  # made for batches of one size: as many samples, half of them, each twice
+            order = (halves[1] * 2)[:count]
+            return order, self(self.collated([items[i] for i in order])).logits
+
+    def _check_alike(self, together: Tensor, apart: Tensor) -> None:
+        if together.shape != apart.shape:
+            raise TeacherError(
+                f"teacher {self.name!r} gave {len(apart)} rows for {len(together)} samples",
+                tip="one row of logits per sample, in their order",
+            )
+        if self.output != "logits":  # logarithms of the smallest probabilities are all rounding
+            together, apart = ((v.sigmoid() if self.multi_label else v.exp()) for v in (together, apart))
+        known = (together.isfinite() & apart.isfinite()).all(dim=1)
+        together, apart = together[known], apart[known]
+        if not len(together):
+            return
+        scale = max(1.0, float(together.abs().amax()))
+        differences = (together - apart).abs().amax(dim=1)
+        others = int((differences > self._tolerance * scale).sum())
+        if others > FEW_ROWS * len(together):
+            raise TeacherError(
+                f"teacher {self.name!r} gives other {self.output} for the same samples in another batch: {others} of "
+                f"{len(together)} differ, by up to {float(differences.max()):.3g} where the largest is {scale:.3g}"
+                + _place(self._function),
+                tip="its logits must depend on the sample alone: BatchNorm with running statistics, nothing sorted or "
+                "normalised across the batch, padding masked, nothing random in its collate",
+            )
+
+    @property
+    def _tolerance(self) -> float:
+        """Of the largest logit."""
+        halves = [self.autocast, *(p.dtype for p in self._parameters)]
+        if torch.bfloat16 in halves:
+            return HALF_APART[torch.bfloat16]
+        return HALF_APART[torch.float16] if torch.float16 in halves or self.device.type != "cpu" else FLOAT32_APART
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return list(self.network.parameters()) if isinstance(self.network, nn.Module) else []
 
     def _refuse_probabilities(self, values: Tensor) -> None:
         sums = values.sum(dim=1)
@@ -294,12 +461,12 @@ class Teacher:
                 f"teacher {self.name!r} has modules in train mode: dropout and BatchNorm would make its logits random",
                 tip="do not call train() in the module's forward",
             )
-        for name, before in self._buffers.items():
-            if not torch.allclose(before, self.network.get_buffer(name), rtol=0, atol=0, equal_nan=True):
-                raise TeacherError(
-                    f"teacher {self.name!r} changed its buffer {name!r} while it ran",
-                    tip="run it in eval mode; a teacher must not learn during a dump",
-                )
+        changed = self._state.changed()
+        if changed is not None:
+            raise TeacherError(
+                f"teacher {self.name!r} changed its {changed} while it ran",
+                tip="run it in eval mode; a teacher must not learn during a dump",
+            )
 
 
 def _is_out_of_memory(exc: Exception) -> bool:
@@ -314,27 +481,93 @@ def _count(batch: Any) -> int:
     return len(batch)
 
 
-class _last_layer_in_float32:
-    """Within autocast, the final nn.Linear computes in float32: its rounding would cost more than any codec."""
+@contextmanager
+def _in_float32(layer: nn.Linear | None) -> Iterator[None]:
+    """Within autocast, the layer computes in float32: its rounding would cost more than any codec."""
+    if layer is None:
+        yield
+        return
+    before, forward = layer.__dict__.get("forward"), layer.forward
+    weight, bias = layer.weight, layer.bias
 
-    def __init__(self, network: nn.Module) -> None:
-        layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
-        self._layer = layers[-1] if layers else None
+    def in_float32(inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            if weight.dtype in HALF_ROUNDING:  # which no float32 can be multiplied with
+                return F.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
+            return forward(inputs.float())
 
-    def __enter__(self) -> None:
-        if self._layer is None:
-            return
-        layer, forward = self._layer, self._layer.forward
+    layer.forward = in_float32  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
+        if before is not None:  # somebody else's, as of a hook
+            layer.__dict__["forward"] = before
 
-        def in_float32(inputs: Tensor) -> Tensor:
-            with torch.autocast(inputs.device.type, enabled=False):
-                return forward(inputs.float())
 
-        layer.forward = in_float32  # type: ignore[method-assign,assignment]
+@dataclass(frozen=True)
+class _HalfInputs:
+    """A hook before a module's forward: its floating-point inputs in the module's own type."""
 
-    def __exit__(self, *_: object) -> None:
-        if self._layer is not None:
-            del self._layer.__dict__["forward"]
+    dtype: torch.dtype
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def change(one: Tensor) -> Tensor:
+            return one.to(self.dtype) if one.is_floating_point() else one
+
+        return map_tensors((args, kwargs), change)
+
+
+def _half_type(network: nn.Module) -> torch.dtype | None:
+    """The half type that all its floating-point parameters have; None for every other network."""
+    found = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    return next(iter(found)) if len(found) == 1 and found <= set(HALF_ROUNDING) else None
+
+
+def _numbers(raw: Any) -> Tensor | None:
+    """Arrays, and sequences of numbers, as a tensor; None for everything else."""
+    if raw is None or isinstance(raw, str | bytes | Mapping | Iterator):
+        return None
+    if isinstance(raw, list | tuple) and any(isinstance(one, Tensor) for one in raw):
+        return None
+    try:
+        return torch.as_tensor(np.asarray(raw))
+    except (TypeError, ValueError, RuntimeError):  # ragged, or no numbers
+        return None
+
+
+def _described(raw: Any) -> str:
+    """What a result is, for a message: its class, and what it holds."""
+    if isinstance(raw, Tensor):
+        layout = "" if raw.layout == torch.strided else f" in layout {raw.layout}".replace("torch.", "")
+        return f"a tensor of {str(raw.dtype).removeprefix('torch.')}{layout}"
+    name = type(raw).__name__
+    if isinstance(raw, Mapping):
+        return f"{name} of {first_offenders(map(repr, raw), len(raw))}"
+    if isinstance(raw, list | tuple):
+        kinds = (f"{type(one).__name__}{list(getattr(one, 'shape', ''))}" for one in raw)
+        return f"{name} of {first_offenders(kinds, len(raw), 3)}"
+    if isinstance(raw, np.ndarray):
+        return f"an array of {raw.dtype}"
+    return name
+
+
+def _wanted(raw: Any) -> str:
+    """Which part of a result is likely meant."""
+    if isinstance(raw, Mapping):
+        return next((f"result[{key!r}]" for key in ("logits", "scores", "output", "out") if key in raw), "its logits")
+    if isinstance(raw, list | tuple) and raw and isinstance(raw[0], Tensor | np.ndarray) and raw[0].ndim == 2:
+        return "result[0]"
+    return "its logits"
+
+
+def _place(function: Any) -> str:
+    """(file.py, line 3), where a Python function or a method begins; nothing for others."""
+    call = function if inspect.isroutine(function) else type(function).__call__ if callable(function) else None
+    code = getattr(inspect.unwrap(call), "__code__", None) if call is not None else None
+    if code is None or not is_users_file(code.co_filename):
+        return ""
+    return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})"
 
 
 @dataclass(frozen=True)
@@ -378,9 +611,11 @@ def open_teacher(
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
     made: Any = None
     if bare.is_factory and not is_run:
-        made = build(bare, **shape)
+        with faults_explained(ModelError, f"building the teacher {text!r}"):
+            made = build(bare, **shape)
     if made is None or isinstance(made, nn.Module):
-        model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
+        with faults_explained(ModelError, f"building the teacher {text!r}"):
+            model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
         declared, output, portable = model.declared_classes, model.output, model.spec
         network, collate = model, model.input.collate
         model.check_trained(f"teacher {text!r}")

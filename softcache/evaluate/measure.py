@@ -18,19 +18,21 @@ from torch import Tensor
 from softcache.config import EvalConfig
 from softcache.data.classes import check_same_classes, class_indices, class_order
 from softcache.data.join import batches
-from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, to_device
+from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, ModelError
+from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_model, read_metadata, read_saved
+from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, table
 from softcache.targets.cache import Joined, is_cache
 from softcache.targets.cache import open as open_cache
 
 CALIBRATION_BINS = 15
+TOO_SMALL = "do the items have the size that it takes? --policy resize:size=N; what its code needs is for it to say"
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,12 @@ def evaluate(
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
     for batch in track(loaded, "eval", -(-count // batch_size), unit="batches", quiet=not progress):
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        with (
+            faults_explained(ModelError, f"the model {model.spec!r}", tip=TOO_SMALL),
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+        ):
             logits = model(to_device(batch.inputs[0], device))
+        _check_rows(model, logits, len(batch.index), transfer_set.num_classes if order is None else None)
         _check_finite(logits, batch.index)
         logits = (logits if order is None else logits[:, list(order)]).float() + added
         sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
@@ -132,6 +138,16 @@ def evaluate(
             sums.add_targets(logits, teacher_logits, temperature)
     model.train(was_training)
     return _result(sums, transfer_set, started, temperature, bias)
+
+
+def _check_rows(model: Model, logits: Tensor, count: int, classes: int | None) -> None:
+    """ModelError for logits that are not one row a sample, with at least a number for each class."""
+    if logits.ndim != 2 or len(logits) != count or (classes is not None and logits.shape[1] != classes):
+        raise ModelError(
+            f"the model {model.spec!r} gives {tuple(logits.shape)} for {count} samples"
+            + (f" of {classes} classes" if classes is not None else ""),
+            tip="a model's output must be logits of shape (batch, classes)",
+        )
 
 
 def _check_finite(logits: Tensor, index: np.ndarray) -> None:
@@ -297,15 +313,17 @@ def _load(
     model_text: str, transfer_set: TransferSet, policy: Policy, partners: Partners | None, config: EvalConfig
 ) -> Model:
     """ModelError also for a model whose weights lack something."""
-    item = ViewedSet(transfer_set, policy, (), partners=partners).render(0, 0)
-    model = load_model(
-        model_text,
-        num_classes=transfer_set.num_classes,
-        class_names=transfer_set.class_names,
-        input_shape=item_shape(item),
-        device=str(pick_device(config.device)),
-    )
+    items = spread_items(ViewedSet(transfer_set, policy, (), partners=partners))
+    with faults_explained(ModelError, f"building the model {model_text!r}"):
+        model = load_model(
+            model_text,
+            num_classes=transfer_set.num_classes,
+            class_names=transfer_set.class_names,
+            input_shape=item_shape(items[0]),
+            device=str(pick_device(config.device)),
+        )
     model.check_trained(repr(model_text))
+    check_scale(model, model_text, items)
     return model
 
 

@@ -99,6 +99,21 @@ class TokenizerInput:
         }
         return {name: torch.tensor(columns[name], dtype=torch.int64) for name in self.takes}
 
+    @cached_property
+    def _whole(self) -> Any:
+        """The tokenizer without its cut, and the id of what it does not know (None: it knows everything)."""
+        from tokenizers import Tokenizer
+
+        tokenizer, told = Tokenizer.from_str(self.definition), json.loads(self.definition)["model"]
+        named = told.get("unk_token")
+        return tokenizer, told.get("unk_id") if named is None else tokenizer.token_to_id(named)
+
+    def count(self, text: str) -> tuple[int, int]:
+        """How many tokens a text has, special ones included, and how many of those that are read are unknown."""
+        tokenizer, unknown = self._whole
+        read = self._tokenizer.encode(text).ids
+        return len(tokenizer.encode(text).ids), 0 if unknown is None else read.count(unknown)
+
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as they are."""
         return batch

@@ -91,7 +91,7 @@ class VectorInput:
 
     def collate(self, items: Sequence[Any]) -> Tensor:
         """(B, D), uint8 or float32, not normalised; an item of any shape is flattened in C order."""
-        vectors = [_array(item).reshape(-1) for item in items]
+        vectors = [array_of(item).reshape(-1) for item in items]
         wanted = self.features or max(len(self.mean), len(self.std))
         found = vectors[0].shape[0]
         if found != wanted and not (self.features is None and wanted == 1):
@@ -143,6 +143,11 @@ class TextInput:
             batch[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return batch
 
+    def count(self, text: str) -> tuple[int, int]:
+        """How many tokens a text has, and how many of those that are read are unknown."""
+        tokens = tokenize(text)
+        return len(tokens), sum(token not in self.ids for token in tokens[: self.max_tokens])
+
     def prepare(self, batch: Tensor) -> Tensor:
         """The ids as they are."""
         return batch
@@ -171,7 +176,7 @@ class AnyInput:
         if isinstance(items[0], str):
             raise DataError("the items are strings", tip="give your module a method collate(items)")
         return _stack(
-            [_array(item, images=True) for item in items], items, tip="give your module a method collate(items)"
+            [array_of(item, images=True) for item in items], items, tip="give your module a method collate(items)"
         )
 
     def prepare(self, batch: Any) -> Any:
@@ -243,7 +248,7 @@ def _shape(item: Any) -> tuple[int, ...]:
     return tuple(np.shape(item))
 
 
-def _array(item: Any, *, images: bool = False) -> np.ndarray:
+def array_of(item: Any, *, images: bool = False) -> np.ndarray:
     """The item as uint8 or float32, without a copy where possible; `images` moves channels of uint8 NumPy first."""
     if isinstance(item, Tensor):
         tensor = item.detach().cpu()
@@ -274,7 +279,7 @@ def _channels_first(item: Any) -> np.ndarray:
     is_float = item.is_floating_point() if isinstance(item, Tensor) else item.dtype.kind == "f"
     if not is_float and item.dtype not in (np.uint8, torch.uint8):
         raise DataError(f"images are uint8 or float, found {item.dtype}", tip="convert them: 0..255 as uint8")
-    array = _array(item)
+    array = array_of(item)
     if array.ndim == 3:
         return array if isinstance(item, Tensor) else array.transpose(2, 0, 1)
     if array.ndim == 2:

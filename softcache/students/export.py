@@ -21,15 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softcache.codecs.matmul import full_float32
 from softcache.config import ExportConfig
 from softcache.data.join import batches
-from softcache.data.loading import ViewedSet, item_shape, load_batches, to_device
+from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.errors import ClassMismatchError, ConfigError, ExportError, require_extra
+from softcache.errors import (
+    ClassMismatchError,
+    ConfigError,
+    DataError,
+    ExportError,
+    ModelError,
+    faults_explained,
+    require_extra,
+)
 from softcache.evaluate.measure import Evaluation, Sums, run_policy
 from softcache.files.durable import require_room
-from softcache.machine import pick_device, pick_threads, pick_workers
+from softcache.machine import exact_convolutions, pick_device, pick_threads, pick_workers
 from softcache.models import (
     METADATA_KEY,
     Model,
@@ -40,6 +49,7 @@ from softcache.models import (
     save_student,
     split_weights,
 )
+from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, size, table
 from softcache.spec import parse_spec
@@ -135,11 +145,15 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     three, four = ([viewed.render(i, 0) for i in _spread(len(transfer_set), n)] for n in (3, 4))
     shape = item_shape(three[0])
     about = {"num_classes": transfer_set.num_classes, "class_names": transfer_set.class_names, "input_shape": shape}
-    model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
+    with faults_explained(ModelError, f"building the model {model_text!r}"):
+        model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
     model.check_trained(repr(model_text))
-    batch = Batch.of(model, three, four)
+    check_scale(model, model_text, spread_items(viewed))
+    with faults_explained(DataError, f"the collate of {model_text!r}"):
+        batch = Batch.of(model, three, four)
     with torch.no_grad():
-        logits = model(batch.example)  # what does not run at all says so in its own words
+        with faults_explained(ModelError, f"the model {model_text!r}"):
+            logits = model(batch.example)
     output = TensorFact(model.output, dtype_name(logits.dtype), ("batch", *logits.shape[1:]), "one number per class")
     metadata = _metadata(model, model_text, config.to, batch.facts, output)
 
@@ -226,7 +240,7 @@ def _compare(
     pairs = chain(batches(order[:1], 0, 1), batches(order[1:], 0, batch_size))
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=False)
     steps = 1 + -(-(count - 1) // batch_size)
-    with _exact_float32():
+    with _exact_float32(device):
         for batch in track(loaded, f"verify {where}", steps, unit="batches", quiet=quiet):
             outputs = []
             for place, forward in enumerate((lambda x: model(to_device(x, device)), exported)):
@@ -235,7 +249,8 @@ def _compare(
                     outputs.append(forward(batch.inputs[0]).float().cpu())
                 except Exception as exc:
                     if place == 0:
-                        raise
+                        with faults_explained(ModelError, f"the model {model.spec!r}"):
+                            raise
                     raise ExportError(
                         f"{where}: the file cannot take a batch of {len(batch.index)}: {reason_of(exc)}",
                         tip="the network fixes a size that its batches do not have; --to safetensors exports weights alone",
@@ -273,14 +288,10 @@ def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: s
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
-    """A GPU's convolutions without TF32, whose rounding is as large as the bound."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """A GPU's convolutions and products without TF32, whose rounding is as large as the bound."""
+    with exact_convolutions(), full_float32(device):
         yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 # ------------------------------------------------------------------------------------------------------- names and places

@@ -63,7 +63,7 @@ def combine(
         )
     share = (exact / exact.sum()).to(logits)  # (M,)
     if rule == "mean_logits":
-        return torch.einsum("m,mbc->bc", share, logits)
+        return _weighted(logits, share)
     if rule == "draw":
         assert draws is not None, "the rule 'draw' needs draws"
         ends = exact.cumsum(0)
@@ -81,11 +81,16 @@ def combine(
     return t * torch.logsumexp(log_share + F.log_softmax(logits / t, dim=-1), dim=0)
 
 
+def _weighted(values: Tensor, share: Tensor) -> Tensor:
+    """(B, C) of (M, B, C): no matrix product, which autocast would make in a half type, and a GPU in TF32."""
+    return (share[:, None, None] * values).sum(dim=0)
+
+
 def _vote(logits: Tensor, share: Tensor, link: str) -> Tensor:
     if link == "sigmoid":
-        yes = torch.einsum("m,mbc->bc", share, (logits > 0).to(logits))
+        yes = _weighted((logits > 0).to(logits), share)
         return torch.where(yes > 0.5 + SLACK, CERTAIN, -CERTAIN).to(logits)
-    votes = torch.einsum("m,mbc->bc", share, F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits))
+    votes = _weighted(F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).to(logits), share)
     # argmax takes the first of equals
     winner = (votes >= votes.amax(dim=-1, keepdim=True) - SLACK).to(torch.uint8).argmax(dim=-1)  # (B,)
     return torch.where(F.one_hot(winner, logits.shape[-1]).bool(), 0.0, -CERTAIN).to(logits)

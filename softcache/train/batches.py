@@ -18,11 +18,23 @@ from softcache.config import TrainConfig
 from softcache.data.classes import check_same_classes, class_indices
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
-from softcache.data.loading import LoadedBatch, Pair, Partners, ViewedSet, load_batches, map_tensors, to_device
+from softcache.data.loading import (
+    LoadedBatch,
+    Pair,
+    Partners,
+    ViewedSet,
+    load_batches,
+    map_tensors,
+    spread_items,
+    to_device,
+)
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError
 from softcache.losses import LossTerm
+from softcache.models import Input
+from softcache.models.item_range import ITEMS_KEY, scale_of
+from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache, Joined
 from softcache.targets.cache import open as open_cache
@@ -74,6 +86,11 @@ class Material:
         return next(load_batches(self.viewed([collate]), [pairs]))
 
     @cached_property
+    def some_items(self) -> list[Any]:
+        """Rendered samples, spread over the set: what the student is looked at with before it learns."""
+        return spread_items(self.viewed())
+
+    @cached_property
     def sample_ids(self) -> np.ndarray:
         """(N,) uint64."""
         return sample_ids(self.transfer_set.keys) if self.ids is None else self.ids
@@ -97,9 +114,18 @@ class Material:
             "labels_changed": self.joined.labels_changed if self.joined is not None else 0,
         }
 
-    def metadata(self) -> dict[str, str]:
-        """What a student's file says of the data it learned from."""
+    def left_out(self, taken: Input) -> LeftOut | None:
+        """What a student with this input does not read of its texts; None where that is nothing worth telling."""
+        if not isinstance(self.some_items[0], str):
+            return None
+        found = left_out(taken, spread_items(self.viewed(), LOOKED_AT))
+        return found if found is not None and found.is_worth_telling else None
+
+    def metadata(self, taken: Input) -> dict[str, str]:
+        """What the file of a student with this input says of the data it learned from."""
+        scale = scale_of(taken, self.some_items)
         return {
+            **({ITEMS_KEY: scale} if scale is not None else {}),
             "softcache_policy": json.dumps(self.policy.to_json()),
             "softcache_cache": self.cache.id if self.cache is not None else "",
             "softcache_version": __version__,
@@ -193,7 +219,7 @@ class Batch:
             if total_labels is not None:
                 factors["labels"] = labels.weight * ranks.size / total_labels.clamp(min=1e-12)
             targets = None if self.targets is None else self.targets.rows_between(own.start, own.stop)
-            inputs = self.inputs if number == 1 else map_tensors(self.inputs, partial(self._rows, own))
+            inputs = self.inputs if number == 1 else map_tensors(self.inputs, partial(self._rows, own), _indivisible)
             yield inputs, Given(labels, targets, self.samples[own], self.sample_ids[own], step, counts, factors)
 
     def _labels(self, own: slice) -> Labels:
@@ -208,6 +234,13 @@ class Batch:
                 tip="leave --accumulate out, or give the student a collate whose tensors begin with the batch",
             )
         return tensor[own]
+
+
+def _indivisible(held: Any) -> Any:
+    raise ConfigError(
+        f"the student's inputs are {type(held).__module__}.{type(held).__qualname__}, which cannot be divided into pieces",
+        tip="leave --accumulate out, or collate to a tensor, or a dict, tuple or dataclass of tensors",
+    )
 
 
 def _edges(share: int, pieces: int, views: int) -> list[int]:

@@ -8,6 +8,7 @@ process computes its share of each batch, and the first one evaluates and writes
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -135,6 +136,11 @@ def begin(prepared: Prepared) -> Session:
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
         facts = material.facts(prepared.config, data, prepared.initialised)
+        lost = material.left_out(prepared.model.input)
+        if lost is not None:
+            facts["left_out"] = lost.to_json()
+            if not prepared.quiet:
+                print(f"the student: {lost.text()}", file=sys.stderr)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
     if ranks.size > 1:
@@ -223,7 +229,7 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
     if ranks.first:
         write_metrics(prepared.out, metrics)  # before the checkpoint: a run killed in between does this epoch again
         if best and config.keep == "best":
-            save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata())
+            save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata(prepared.model.input))
         if session.board is not None:
             session.board.note(row)
     save_progress(prepared.out, live.trained, progress, ranks)
@@ -237,7 +243,7 @@ def finish(session: Session) -> TrainResult:
     if prepared.ranks.first:
         if eval_set is not None and (session.evaluation is None or best):
             session.evaluation = prepared.measure(eval_set)
-        save_student(prepared.kept, prepared.out / STUDENT, metadata=prepared.material.metadata())
+        save_student(prepared.kept, prepared.out / STUDENT, metadata=prepared.material.metadata(prepared.model.input))
     if session.board is not None:
         session.board.close()
     parameters = sum(p.numel() for p in prepared.model.net.parameters())

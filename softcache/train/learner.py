@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from softcache.errors import ConfigError, ModelError
+from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.features.taps import eval_mode
 from softcache.losses.schedules import Moment
 from softcache.models import Model
@@ -54,7 +54,10 @@ class Learner(nn.Module):
 
     def forward(self, inputs: Any, given: Given, moment: Moment) -> dict[str, Tensor]:
         """Term -> () unweighted value, as `Objective`."""
-        with torch.autocast(given.labels.own.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+        with (
+            faults_explained(ModelError, f"the student {self.model.spec!r}, in training"),
+            torch.autocast(given.labels.own.device.type, dtype=self._autocast, enabled=self._autocast is not None),
+        ):
             student_logits = self._run(inputs)
         outputs = {} if self._taps is None else self._taps.outputs()
         values: dict[str, Tensor] = self.objective(student_logits, outputs, given, moment)

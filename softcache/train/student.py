@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from softcache.config import TrainConfig
 from softcache.data.classes import class_order
-from softcache.data.loading import item_shape
+from softcache.data.loading import ViewedSet, item_shape, spread_items
+from softcache.errors import DataError, ModelError, faults_explained
+from softcache.features.taps import eval_mode
 from softcache.models import Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
+from softcache.models.item_range import check_same_scale, check_scale
 from softcache.train.batches import Material
+from softcache.train.run_folder import RUN
 
 
 def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, str | None]:
@@ -22,19 +29,36 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     transfer_set = material.transfer_set
     item = material.viewed().render(0, 0)
     texts = (transfer_set.load(i)[0] for i in range(len(transfer_set)))
-    model = load_model(
-        config.student,
-        num_classes=transfer_set.num_classes,
-        class_names=transfer_set.class_names,
-        input_shape=item_shape(item),
-        vocabulary=build_vocabulary(texts) if isinstance(item, str) else None,
-    )
-    sample = model.input.collate([item, item])
+    vocabulary = build_vocabulary(texts) if isinstance(item, str) else None
+    with faults_explained(ModelError, f"building the student {config.student!r}"):
+        model = load_model(
+            config.student,
+            num_classes=transfer_set.num_classes,
+            class_names=transfer_set.class_names,
+            input_shape=item_shape(item),
+            vocabulary=vocabulary,
+        )
+    began = Path(config.out, RUN).is_file()  # what an older version began, it may go on with
+    check_scale(model, config.student, material.some_items, learns=True, lenient=began)
+    if material.eval_set is not None and not began:
+        evaluated = spread_items(ViewedSet(material.eval_set, material.policy.for_evaluation(), ()))
+        check_same_scale(model.input, material.some_items, evaluated)
+    with faults_explained(DataError, f"the collate of the student {config.student!r}"):
+        sample = model.input.collate([item, item])
+    _try(model, config.student, sample, item_shape(item))
     order = _data_order(model, transfer_set.class_names)
     if order is not None:
         reorder_classes(model, order, transfer_set.class_names, sample)
     taken = initialise(model, config.init_from, config.init_map) if config.init_from else None
     return model, sample, None if taken is None else taken.text()
+
+
+def _try(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:
+    """Run the network once, on the CPU: a fault of its own is told with its place, and before anything else asks it."""
+    size = "" if shape is None else f" on items of shape {shape}"
+    tip = "pictures may be too small for it: the view step `resize:size=N` makes them larger, or another student takes them"
+    with eval_mode(model), torch.no_grad(), faults_explained(ModelError, f"the student {text!r}{size}", tip=tip):
+        model(sample)
 
 
 def _data_order(model: Model, class_names: Sequence[str]) -> list[int] | None:

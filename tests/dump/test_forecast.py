@@ -184,7 +184,7 @@ class FirstPixels:
     def find_classifier(self, batch: torch.Tensor) -> None:
         return None
 
-    def collate(self, items: list[np.ndarray]) -> torch.Tensor:
+    def collated(self, items: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(items)).flatten(1)[:, :4].float()
 
     def __call__(self, batch: torch.Tensor) -> Any:

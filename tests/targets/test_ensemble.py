@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softcache.errors import LossError
 from softcache.targets.ensemble import COMBINE_RULES, KEEPS_LEVEL, check_rule, combine
@@ -270,3 +272,39 @@ def test_an_unknown_rule_is_refused_with_near_names() -> None:
     for call in (lambda: check_rule("mean_logit"), lambda: combine(member_logits(), "mean_logit")):
         with pytest.raises(LossError, match=r"unknown combination rule 'mean_logit'\n.*did you mean 'mean_logits'"):
             call()
+
+
+class _Products(TorchDispatchMode):
+    """Notes every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        if any(word in name for word in (".mm.", ".bmm", "addmm", "baddbmm", "matmul", "linear", ".mv.", ".dot.")):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@linked
+@pytest.mark.parametrize("rule", COMBINE_RULES)
+def test_a_users_autocast_or_tf32_changes_nothing(rule: str, link: str) -> None:
+    """Members are combined without matrix products, which autocast makes in a half type and a GPU in TF32."""
+    logits = [one.float() for one in member_logits(scale=6.0)]
+    given = {"weights": (0.7, 0.1, 0.1, 0.1), "link": link, "draws": torch.rand(BATCH), "temperature": 4.0}
+    wanted = combine(logits, rule, **given)
+    with torch.autocast("cpu", dtype=torch.bfloat16), _Products() as products:
+        found = combine(logits, rule, **given)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+    assert products.found == []
+
+
+def test_exact_ties_go_to_the_smaller_class_under_autocast() -> None:
+    """Three members of three say each a class of their own, and weights that add up with a rounding."""
+    logits = [torch.eye(3)[[member]] * 9 for member in (2, 1, 0)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert combine(logits, "vote", weights=(0.1, 0.1, 0.1)).argmax().item() == 0
+        assert combine([*logits, logits[0]], "vote", weights=(0.1, 0.2, 0.3, 0.2)).argmax().item() == 0

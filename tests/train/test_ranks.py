@@ -1,7 +1,8 @@
 """Several processes train one student as one process would: step by step from the same weights, and freely.
 
-A pair of processes, joined over the loopback, runs most cases one after the other; what a step computed is compared with the
-same step of one process. The slow tests start torchrun itself.
+A group of processes, joined over the loopback, runs most cases one after the other; what a step computed is compared with the
+same step of one process. Some need three: with two, `rank * shares[0]` is as good as the sum of the shares before. The slow
+tests start torchrun itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,20 +36,23 @@ from softcache import cli
 from softcache.config import TrainConfig
 from softcache.errors import SoftcacheError, TrainingError
 from softcache.evaluate.measure import Evaluation
+from softcache.losses import LOSSES
 from softcache.train import flow as train
 from softcache.train.ranks import joined_ranks
 
-pytestmark = pytest.mark.slow  # two processes that talk to each other
+pytestmark = pytest.mark.slow  # processes that talk to one another
 
 STEPS = 3  # of an epoch: batches of 128, 128 and 45; of the last, one rank takes 23 samples and the other 22
+# batches of 127, 127 and 47, of which three ranks take 43, 42, 42 and 16, 16, 15: the first has more than the second
+THREE = {"batch_size": 127}
 
 # ------------------------------------------------------------------------------------------------ two processes, many orders
 
 
-def _serve(pipe: Connection, rank: int, port: int) -> None:
-    """In a process of its own: join the other one, then do what is asked until the pipe is closed."""
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    """In a process of its own: join the others, then do what is asked until the pipe is closed."""
     torch.set_num_threads(1)
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ.update(here)
     with joined_ranks(torch.device("cpu")) as ranks:
 
@@ -67,16 +72,16 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
                 pipe.send((False, traceback.format_exc()))
 
 
-class Pair:
-    """Two processes that are ranks 0 and 1 of a group; calling it has both do the same, and gives what each returned."""
+class Group:
+    """Processes that are the ranks of a group; calling it has all do the same, and gives what each returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["softcache.train", "torchvision", "torch._dynamo"])
         port, self.pipes, self.processes = free_port(), [], []
-        for rank in range(2):
+        for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, port), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)
@@ -108,10 +113,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    pair = Pair()
-    yield pair
-    pair.close()
+def pair() -> Iterator[Group]:
+    group = Group(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[Group]:
+    group = Group(3)
+    yield group
+    group.close()
 
 
 # ------------------------------------------------------------------------------------------------------- what is compared
@@ -132,9 +144,9 @@ class Differences:
 
 
 def differences(alone: Outcome, both: Sequence[Outcome]) -> Differences:
-    """Two ranks against one process: the mean of their values, and each one's gradients and buffers."""
+    """Several ranks against one process: the mean of their values, and each one's gradients and buffers."""
     value = gradient = tensor = buffer = 0.0
-    assert len(alone.steps) == len(both[0].steps) == len(both[1].steps)
+    assert {len(rank.steps) for rank in both} == {len(alone.steps)}
     for one, *two in zip(alone.steps, *(rank.steps for rank in both), strict=True):
         for name, wanted in one.values.items():
             value = max(value, relative(np.mean([rank.values[name] for rank in two]), wanted))
@@ -182,6 +194,18 @@ CASES = [
     pytest.param(("kd", "srrl:layer=late:pool"), {"freeze": ("early", "head.bias")}, id="frozen"),
     pytest.param(("fitnet:layer=early,student=early",), {}, id="some-alone"),
 ]
+# every loss that relates samples of a batch to one another, and one of each other kind
+IN_BATCH = [
+    pytest.param(("kd", "ce"), {}, id="kd-ce"),
+    pytest.param(RKD, {}, id="rkd"),
+    pytest.param(("sp:weight=3000", "dist"), {}, id="sp-dist"),
+    pytest.param(CRD, {"epochs": 2}, id="crd"),
+    pytest.param(("cc:layer=late:pool", "pkt:weight=30000,layer=late:pool"), {}, id="cc-pkt"),
+    pytest.param(("batch_correlation", "class_correlation"), {}, id="mlkd"),
+    pytest.param(("kd", "ce", "rkd_distance:layer=late:pool"), {"views_per_visit": 2}, id="views-per-visit"),
+    pytest.param(("kd", "ce", "hint:layer=late:pool"), {"accumulate": 3}, id="pieces"),
+    pytest.param(("ce", "kd"), {"cache": "mixed"}, id="mixed"),
+]
 # a term, the gradient as a whole and the banks; a tensor of which most cancels out is coarser in float32
 CLOSE, CLOSE_TENSOR = 1e-5, 1e-4
 
@@ -198,7 +222,7 @@ def starts_of(outcome: Outcome) -> list[Arrays]:
 
 @pytest.mark.parametrize(("losses", "settings"), CASES)
 def test_a_step_of_two_ranks_is_that_of_one_process(
-    world: World, pair: Pair, tmp_path: Path, losses: tuple[str, ...], settings: dict[str, Any]
+    world: World, pair: Group, tmp_path: Path, losses: tuple[str, ...], settings: dict[str, Any]
 ) -> None:
     config = world.config(tmp_path / "alone", *losses, **settings)
     alone = trained(config)
@@ -207,7 +231,49 @@ def test_a_step_of_two_ranks_is_that_of_one_process(
     check_close("+".join(losses), differences(alone, both))
 
 
-def test_labels_so_rare_that_some_ranks_see_none(world: World, pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("losses", "settings"), IN_BATCH)
+def test_a_step_of_three_ranks_is_that_of_one_process(
+    world: World, trio: Group, tmp_path: Path, losses: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    config = world.config(tmp_path / "alone", *losses, **{**THREE, **settings})
+    alone = trained(replace(config, accumulate=1))  # which changes nothing for one process either
+    three = trio(trained, replace(config, out=str(tmp_path / "three")), starts_of(alone))
+    assert len(alone.steps) == STEPS * config.epochs
+    check_close("+".join(losses) + ", three ranks", differences(alone, three))
+
+
+def test_every_loss_within_a_batch_is_tried_on_three_ranks() -> None:
+    tried = {parse_term(text) for case in IN_BATCH for text in case.values[0]}  # type: ignore[union-attr]
+    assert {name for name, loss in LOSSES.items() if loss.over == "batch"} <= tried
+
+
+def parse_term(text: str) -> str:
+    return text.partition(":")[0]
+
+
+def positions_of(config: TrainConfig) -> list[list[int]]:
+    """The transfer set's positions that this rank takes in each step."""
+    taken: list[list[int]] = []
+
+    def noted(prepared: Any, live: Any, loaded: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        taken.append(loaded.index.tolist())
+        return train.one_step(prepared, live, loaded, *rest)
+
+    run_with(config, step=noted)
+    return taken
+
+
+def test_three_ranks_take_the_order_of_one_process(world: World, trio: Group, tmp_path: Path) -> None:
+    """Side by side their samples are its batches, none twice and none left out."""
+    config = world.config(tmp_path / "alone", "kd", epochs=2, **THREE)
+    alone = positions_of(config)
+    three = trio(positions_of, replace(config, out=str(tmp_path / "three")))
+    assert [list(chain(*shares)) for shares in zip(*three, strict=True)] == alone
+    assert [[len(one) for one in rank] for rank in three] == [[43, 43, 16] * 2, [42, 42, 16] * 2, [42, 42, 15] * 2]
+    assert sorted(chain(*alone[:STEPS])) == list(range(301))
+
+
+def test_labels_so_rare_that_some_ranks_see_none(world: World, pair: Group, tmp_path: Path) -> None:
     config = world.config(tmp_path / "alone", "ce", data=world.spec("toy?rare=true"), cache=None)
     alone = trained(config)
     both = pair(trained, replace(config, out=str(tmp_path / "two")), starts_of(alone))
@@ -215,7 +281,7 @@ def test_labels_so_rare_that_some_ranks_see_none(world: World, pair: Pair, tmp_p
     check_close("ce on rare labels", differences(alone, both))
 
 
-def test_a_batch_in_parts_is_the_whole_batch_on_one_and_two_ranks(world: World, pair: Pair, tmp_path: Path) -> None:
+def test_a_batch_in_parts_is_the_whole_batch_on_one_and_two_ranks(world: World, pair: Group, tmp_path: Path) -> None:
     losses = ("kd", "ce", "hint:layer=late:pool", "at", "vid")
     config = world.config(tmp_path / "whole", *losses)
     whole = trained(config)
@@ -226,7 +292,7 @@ def test_a_batch_in_parts_is_the_whole_batch_on_one_and_two_ranks(world: World, 
     check_close("3 parts on two ranks", differences(whole, two))
 
 
-def test_batch_statistics_are_each_ranks_own(world: World, pair: Pair, tmp_path: Path) -> None:
+def test_batch_statistics_are_each_ranks_own(world: World, pair: Group, tmp_path: Path) -> None:
     """So the result differs, by as much as is printed."""
     for losses in (("kd",), ("reviewkd:width=8",)):
         norm = "true" if losses == ("kd",) else "false"  # reviewkd brings its own
@@ -244,14 +310,14 @@ def seed_after(config: TrainConfig) -> int:
     return torch.initial_seed()
 
 
-def test_each_rank_has_dropout_of_its_own(world: World, pair: Pair, tmp_path: Path) -> None:
+def test_each_rank_has_dropout_of_its_own(world: World, pair: Group, tmp_path: Path) -> None:
     config = world.config(tmp_path / "run", "kd", student=world.spec("net?dropout=0.5"), seed=8)
     first, second = pair(seed_after, config)
     assert first == 8  # as one process
     assert second != 8
 
 
-def test_a_stage_begins_with_the_same_statistics_on_every_rank(world: World, pair: Pair, tmp_path: Path) -> None:
+def test_a_stage_begins_with_the_same_statistics_on_every_rank(world: World, pair: Group, tmp_path: Path) -> None:
     """Those of the first rank, which are the student's: a frozen BatchNorm normalises with them."""
     stages = ("loss=kd", "loss=hint:layer=late:pool loss=ce freeze=early,late")
     config = world.config(tmp_path / "run", student=world.spec("net?norm=true"), stage=stages)
@@ -279,7 +345,7 @@ def outcome_of(config: TrainConfig) -> list[dict[str, Any]]:
     ],
 )
 def test_thirty_steps_of_two_ranks_end_where_one_process_does(
-    world: World, pair: Pair, tmp_path: Path, losses: tuple[str, ...]
+    world: World, pair: Group, tmp_path: Path, losses: tuple[str, ...]
 ) -> None:
     config = world.config(tmp_path / "alone", *losses, epochs=30 // STEPS, lr=0.01, schedule="cosine", ema=0.9)
     alone = outcome_of(config)
@@ -307,7 +373,7 @@ def with_scores(config: TrainConfig, scores: Sequence[float]) -> tuple[list[dict
     return run_with(config, measure=scored).metrics, calls
 
 
-def test_the_first_rank_evaluates_and_all_stop_and_keep_the_same(world: World, pair: Pair, tmp_path: Path) -> None:
+def test_the_first_rank_evaluates_and_all_stop_and_keep_the_same(world: World, pair: Group, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"eval_data": world.spec("toy"), "epochs": 9, "patience": 2, "keep": "best"}
     config = world.config(tmp_path / "run", "kd", **settings)
     (metrics, calls), (same, none) = pair(with_scores, config, (0.2, 0.5, 0.4, 0.5, 0.9))
@@ -349,7 +415,7 @@ def resumable(world: World, out: Path) -> TrainConfig:
     return world.config(out, student=student, stage=stages, checkpoint_every=1, ema=0.9, accumulate=2)
 
 
-def test_two_ranks_resume_bit_for_bit(world: World, pair: Pair, tmp_path: Path) -> None:
+def test_two_ranks_resume_bit_for_bit(world: World, pair: Group, tmp_path: Path) -> None:
     config = resumable(world, tmp_path / "alone")
     pair(outcome_of, config)
     again = replace(config, out=str(tmp_path / "stopped"))
@@ -362,6 +428,31 @@ def test_two_ranks_resume_bit_for_bit(world: World, pair: Pair, tmp_path: Path) 
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "alone")
 
 
+def test_three_ranks_resume_where_they_stopped_and_end_where_one_process_does(
+    world: World, trio: Group, tmp_path: Path
+) -> None:
+    """With dropout of each its own as three that were not stopped, up to the order in which three gradients are added, which
+    DistributedDataParallel chooses anew after a first step; without dropout as one process."""
+    config = replace(resumable(world, tmp_path / "whole"), batch_size=127)
+    trio(outcome_of, config)
+    again = replace(config, out=str(tmp_path / "stopped"))
+    for done in range(2):
+        assert trio(stopped, again, 2) == [2] * 3, done
+    trio(outcome_of, again)
+    stopped_there, whole = weights_of(tmp_path / "stopped"), weights_of(tmp_path / "whole")
+    assert max(relative(stopped_there[name], whole[name]) for name in whole) < 1e-6
+
+    plain = world.config(tmp_path / "alone", "kd", *CRD, checkpoint_every=1, epochs=2, **THREE)
+    one = outcome_of(plain)
+    broken = replace(plain, out=str(tmp_path / "three"))
+    for done in range(3):
+        assert trio(stopped, broken, 1) == [1] * 3, done
+    three, *_ = trio(outcome_of, broken)
+    wanted, found = weights_of(tmp_path / "alone"), weights_of(tmp_path / "three")
+    assert max(relative(found[name], wanted[name]) for name in wanted) < 1e-4
+    assert metrics_apart(three, one) < 1e-4
+
+
 def run_refused(config: TrainConfig) -> str:
     with pytest.raises(SoftcacheError) as caught:
         train.run(config, quiet=True)
@@ -369,7 +460,7 @@ def run_refused(config: TrainConfig) -> str:
 
 
 def test_two_ranks_refuse_what_one_process_began_and_a_batch_too_small(
-    world: World, pair: Pair, tmp_path: Path
+    world: World, pair: Group, tmp_path: Path
 ) -> None:
     config = world.config(tmp_path / "run", "kd", checkpoint_every=1)
     assert stopped(config, 2) == 2

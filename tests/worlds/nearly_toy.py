@@ -94,7 +94,10 @@ class Bent(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         pixels = batch.flatten(1)
         bright = pixels[:, :1] > (self.bright / 255)
-        return self.last(torch.tanh(self.first(pixels - pixels.mean()))) + bright * torch.sin(pixels @ self.odd) * 3
+        return (
+            self.last(torch.tanh(self.first(pixels - pixels.mean(1, keepdim=True))))
+            + bright * torch.sin(pixels @ self.odd) * 3
+        )
 
 
 def bent(seed: int = 1) -> Bent:

@@ -1,4 +1,4 @@
-"""Do the tests find bugs? Ten are planted, one at a time, in a copy of the checkout; the quick tier runs against each copy.
+"""Do the tests find bugs? Some are planted, one at a time, in a copy of the checkout; the quick tier runs against each copy.
 
     python tools/faults/planted_bugs.py                   every bug against the whole quick tier: says which test found it
     python tools/faults/planted_bugs.py --only view       those with this word in their name
@@ -116,6 +116,48 @@ BUGS = (
         "        return (codec.decode(arrays) / temperature).log_softmax(dim=1)\n",
         "        return (codec.decode(arrays) / temperature**2).log_softmax(dim=1)\n",
         "tests/targets",
+    ),
+    Bug(
+        "a rank begins where as many shares of the first one's size end",
+        "train/ranks.py",
+        "        first = sum(shares[: self.rank])\n",
+        "        first = self.rank * shares[0]\n",
+        "tests/train/test_shares.py",
+    ),
+    Bug(
+        "a rank takes back the gradients of rows that are another one's",
+        "train/ranks.py",
+        "        ctx.first, ctx.count, ctx.size = sum(counts[:rank]), counts[rank], len(counts)\n",
+        "        ctx.first, ctx.count, ctx.size = rank * counts[0], counts[rank], len(counts)\n",
+        "tests/train/test_shares.py",
+    ),
+    Bug(
+        "the parts of a dump are dealt out from the second process on",
+        "cache/write/writer.py",
+        "        return span % self.count == self.index - 1\n",
+        "        return span % self.count == self.index % self.count\n",
+        "tests/dump/test_parts.py",
+    ),
+    Bug(
+        "a checkpoint gets its name before its bytes are on the disk",
+        "train/checkpoint.py",
+        "        os.fsync(file.fileno())\n",
+        "",
+        "tests/train/test_checkpoint.py",
+    ),
+    Bug(
+        "a teacher is not asked in other company",
+        "dump/flow.py",
+        "            teacher.check_company(prober.first_items())\n",
+        "            pass\n",
+        "tests/dump/test_company.py",
+    ),
+    Bug(
+        "floats that were normalised already are normalised again",
+        "models/item_range.py",
+        "    if found != OTHERWISE or not _is_of_scaled(taken):\n",
+        "    if True:\n",
+        "tests/models/test_item_range.py",
     ),
 )
 QUICK = ("T**2 is dropped in kd", "the members' weights are ignored")
