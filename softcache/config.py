@@ -182,6 +182,11 @@ class TrainConfig(MachineOptions, DataOptions):
     check_blocks: str = option(
         "first", "when the checksums of the cache's blocks are looked at", choices=("first", "always", "never")
     )
+    check_files: str = option(
+        "yes",
+        "no: take cache files of the right name and size for those that the manifest names, without hashing them",
+        choices=("yes", "no"),
+    )
     allow_code: bool = option(False, "run code that the cache names: transforms of its views")
     view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
     size: int | None = option(None, "render the cache's views at this width instead of the teacher's", metavar="PIXELS")
@@ -257,6 +262,11 @@ class EvalConfig(MachineOptions, DataOptions):
     bias_data: str | None = option(None, "held-out data for --fit-bias", metavar="DATA")
     bias_model: str | None = option(
         None, "find it on this model, a twin that was not trained on --bias-data", metavar="MODEL"
+    )
+    check_files: str = option(
+        "yes",
+        "no: take cache files of the right name and size for those that the manifest names, without hashing them",
+        choices=("yes", "no"),
     )
     per_class: bool = option(False, "also the errors on each class")
     allow_code: bool = option(False, "run code that the cache names: transforms of its views")

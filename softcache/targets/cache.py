@@ -33,6 +33,7 @@ from softcache.data.join import ContentCheck, JoinBy, dataset_keys, find_ids, it
 from softcache.data.loading import Partners
 from softcache.data.views import Policy
 from softcache.errors import CacheError, DataError, nearest
+from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
@@ -448,9 +449,14 @@ def open(
     id: str | None = None,
     mode: ReadMode = "mmap",
     check_blocks: CheckBlocks = "first",
+    check_files: bool = True,
     allow_code: bool = False,
+    quiet: bool = False,
 ) -> Cache:
-    """Open a cache for reading.
+    """Open a cache for reading. Every file is hashed when it is first opened on this machine, and again only when it was written.
+
+    Which files were hashed is remembered outside of the cache, below `$SOFTCACHE_HOME` (else `$XDG_CACHE_HOME/softcache`, else
+    `~/.cache/softcache`). A file that is not the one that the manifest names is refused when it is first read.
 
     Args:
         path: the folder that `softcache dump` wrote; read-only mounts work.
@@ -458,7 +464,9 @@ def open(
         mode: "mmap", or "pread" for network file systems.
         check_blocks: when the checksum of each block of 64 KiB that a gather touches is looked at: when it is "first" touched,
             "always", or "never".
+        check_files: False takes every file that has the right name and size for the one that the manifest names.
         allow_code: a view may be made by a transform that the cache names, and rendering it then calls that code of yours.
+        quiet: no progress on stderr while files are hashed.
 
     Raises:
         CacheError: not a cache, of another format version, or no manifest of that id.
@@ -472,4 +480,7 @@ def open(
         >>> softcache.open("caches/a", id=cache.id[:12]).id == cache.id
         True
     """
-    return Cache(CacheReader(path, id=id, mode=mode, check_blocks=check_blocks), allow_code=allow_code)
+    reader = CacheReader(path, id=id, mode=mode, check_blocks=check_blocks, check_files=check_files)
+    with Meter(f"check {path}", reader.manifest.nbytes, unit="B", quiet=quiet) as meter:
+        reader.files.bind_all(meter.add)
+    return Cache(reader, allow_code=allow_code)

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"spec", "features"},
     "models": {"spec", "features", "files"},
     "data": {"spec", "cache"},
-    "targets": {"cache", "codecs", "data", "features"},
+    "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
         "spec",
