@@ -65,10 +65,10 @@ def read_all(cache: Cache) -> None:
 TWO = {"teacher": ["{toy}:network?seed=1&name=net"]}
 CROSSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a part of another teacher": ("members/net/part-00000.h5", {}, {"teacher": ["{toy}:network?seed=2&name=net"]}),
-    "a part of other data": ("members/net/part-00001.h5", {}, {"data": "{toy}:images?count=300&seed=3"}),
+    "a part of other data": ("members/net/part-00001.h5", {}, {"data": "{toy}:images?count=512&seed=3"}),
     "views of another seed": ("views/part-00000.h5", {"policy": ("crop_flip",)}, {"view_seed": 5}),
     "samples of another order": ("samples.h5", {}, {"order_seed": 9}),
-    "a probe of other data": ("probe.h5", {}, {"data": "{toy}:images?count=300&seed=3"}),
+    "a probe of other data": ("probe.h5", {}, {"data": "{toy}:images?count=512&seed=3"}),
     "constants of another fit": (
         "members/net/constants.h5",
         {"codec": "linear_head"},
@@ -79,10 +79,10 @@ CROSSED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def world(quick_dump: QuickDump, toy: Path) -> Any:
-    """world(out, **settings): 300 samples in 2 parts, 2 views."""
+    """world(out, **settings): 512 samples in 2 parts, 2 views."""
 
     def made(out: str, **settings: Any) -> Path:
-        settings = {"data": "{toy}:images?count=300", "policy": ("shift",), "views": 2} | TWO | settings
+        settings = {"data": "{toy}:images?count=512", "policy": ("shift",), "views": 2} | TWO | settings
         data = settings.pop("data").format(toy=toy)
         teachers = [text.format(toy=toy) for text in settings.pop("teacher")]
         return quick_dump(data, teachers, out=out, shard_rows=256, **settings).reader.path
@@ -142,7 +142,7 @@ def test_the_command_line_refuses_it_and_its_flag_lets_it_pass(
 ) -> None:
     path, other = world("own"), world("other", teacher=["{toy}:network?seed=2&name=net"])
     shutil.copy(other / "members/net/part-00000.h5", path / "members/net")
-    data = ["--data", f"{toy}:images?count=300", "--threads", "1", "--quiet"]
+    data = ["--data", f"{toy}:images?count=512", "--threads", "1", "--quiet"]
     argv = ["eval", str(path), *data]
     if verb == "train":
         run = ["--student", "softcache:mlp?hidden=2", "--epochs", "1", "--out", str(tmp_path / "run")]
