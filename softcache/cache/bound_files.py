@@ -36,8 +36,9 @@ def binding_digest(fd: int, stop: Callable[[], bool] = lambda: False) -> str:
     return sha256_of(fd, stop=stop)
 
 
-def facts_of(fd: int) -> Facts:
-    found = os.fstat(fd)
+def facts_of(file: int | str) -> Facts:
+    """Of an open file, or of whatever lies at a path: that is to be looked at again when it is opened."""
+    found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -132,11 +133,8 @@ class BoundFiles:
     def _unknown(self) -> list[StoredFile]:
         unknown = []
         for file in self.files:
-            with suppress(DamagedCacheError):
-                fd = open_checked(self.root, file)
-                facts = facts_of(fd)
-                os.close(fd)
-                if not self._is_known(facts, file):
+            with suppress(OSError):  # told when it is opened
+                if not self._is_known(facts_of(f"{self.root}/{file.path}"), file):
                     unknown.append(file)
         return unknown
 
