@@ -4,8 +4,9 @@
     python tools/bench/open.py --rows 100000        # a smaller one
     python tools/bench/open.py --quick              # small, to see that it runs
 
-The first opening forgets before each round what is remembered of the cache; the second knows all of its files. Both stand beside
-an opening that takes files by their names and sizes, and the first beside the sha256 of the same bytes in one thread. All is warm.
+The first opening forgets before each round what is remembered of the cache; the second knows all of its files. Both stand
+beside an opening that takes files by their names and sizes, the first also beside the sha256 of the same bytes in one thread.
+All is warm.
 """
 
 from __future__ import annotations
