@@ -29,18 +29,14 @@ def check_map_style(dataset: Any) -> None:
             f"{type(dataset).__name__} holds several data sets: {first_offenders(map(str, dataset), len(dataset))}",
             tip="join one of them: cache.join(data['train'])",
         )
-    inner = dataset.dataset if isinstance(dataset, Subset) else None
-    if inner is not None:
-        return check_map_style(inner)
-    frame = hasattr(dataset, "iloc")
-    if isinstance(dataset, IterableDataset) or not (
-        (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or frame
-    ):
+    for part in parts_of(dataset):
+        if part is not dataset:
+            check_map_style(part)
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise JoinError(
             f"{type(dataset).__name__} can only be iterated, so its samples cannot be found again",
             tip="wrap it in a map-style data set: __len__, __getitem__(index) and sample_keys",
         )
-    return None
 
 
 def parts_of(dataset: Any) -> Iterator[Any]:
@@ -243,6 +239,12 @@ def plain_sample(dataset: Any, index: int) -> tuple[Any, Any]:
                 setattr(dataset, name, None)
     sample = dataset[index]
     return item_of(sample), label_of(sample)
+
+
+def changes_labels(dataset: Any) -> bool:
+    """Whether a data set, or a part of it, names a transform that its labels go through."""
+    names = ("transforms", "target_transform")
+    return any(getattr(part, name, None) is not None for part in parts_of(dataset) for name in names)
 
 
 def digest_of(item: Any) -> bytes | None:

@@ -13,7 +13,7 @@ from PIL import Image
 from softcache.cache.samples import SampleTable, pack_labels
 from softcache.data.classes import check_classes
 from softcache.data.foreign import (
-    check_map_style,
+    changes_labels,
     check_positions,
     checked_keys,
     dataset_digest,
@@ -27,7 +27,7 @@ from softcache.data.foreign import (
 )
 from softcache.data.identity import item_digest, sample_ids
 from softcache.data.sources import image_array
-from softcache.data.tables import indices_of, labels_by_name
+from softcache.data.tables import Table, indices_of, labels_by_name
 from softcache.errors import (
     ClassMismatchError,
     ContentMismatchError,
@@ -159,7 +159,7 @@ def check_contents(
         if digest is None and kind == "item":
             certain, digest = False, _read_digest(dataset, i)
         if digest is None:
-            return "it gives none of the kind that the dump took"
+            return _why_none(dataset)
         if digest != table.digests[rows[i]].tobytes():
             different[i] = digest
     if not different:
@@ -174,6 +174,11 @@ def check_contents(
         + first_offenders((table.key(int(rows[i])) for i in different), len(different)),
         tip="use the data that was dumped, or dump again; check_content='none' takes the samples as they are",
     )
+
+
+def _why_none(dataset: Any) -> str:
+    nameless = any(isinstance(part, Table) and part.item is None for part in parts_of(dataset))
+    return "say which column holds its items: item=NAME" if nameless else "it gives none of the kind that the dump took"
 
 
 def _places(count: int, how: ContentCheck) -> list[int]:
@@ -239,7 +244,7 @@ def join(
     """Rows of the cache, one per sample of the data set, after every check.
 
     Args:
-        dataset: map-style.
+        dataset: map-style; its tables as `Table`.
         keys: names of its samples in its order, where it does not know them itself; "position": they are numbered as the cache's.
         by: "key", or "content": by the digests of what the samples hold.
         labels: "dataset" allows labels that differ from the cache's.
@@ -251,7 +256,6 @@ def join(
     Raises:
         JoinError: and its children, each naming the first offenders.
     """
-    check_map_style(dataset)
     check_classes(dataset, class_names)
     if by == "content":
         rows = _rows_by_content(table, dataset, digest_kind)
@@ -263,7 +267,7 @@ def join(
     if kept is None:
         places = np.array(_places(len(rows), "spread"))
         kept = read_labels(dataset, places.tolist(), class_names)
-        watch = kept is not None and kept.ndim == 1
+        watch = kept is not None and kept.ndim == 1 and labels == "cache" and not changes_labels(dataset)
     changed = 0 if kept is None else check_labels(table, rows[places], kept, allow=labels == "dataset")
     if by == "key":
         how: ContentCheck = check_content or "spread"
@@ -330,7 +334,7 @@ def _tell_unseen(dataset: Any, unseen: str, asked: ContentCheck | None, *, label
     """Refuse what was asked for and could not be done; say it where nobody asked."""
     if not unseen and asked != "none":
         return
-    name = type(dataset).__name__
+    name = type(dataset.rows if isinstance(dataset, Table) else dataset).__name__
     if unseen and asked is not None:
         raise JoinError(
             f"{name} cannot give content digests as the dump did, so its contents cannot be checked: {unseen}",

@@ -97,7 +97,7 @@ def with_columns(dataset: Any, *, key: str | None, item: str | None, label: str 
     if named is not None:
         raise JoinError(
             f"{type(dataset).__name__} has no columns, so there is none called {named!r}",
-            tip="key=, item= and label= are of Hugging Face data sets and DataFrames; for others give keys=[...]",
+            tip="key=, item= and label= are of Hugging Face's data sets and of DataFrames; for others give keys=[...]",
         )
     return dataset
 
@@ -108,6 +108,7 @@ def is_table(dataset: Any) -> bool:
         isinstance(getattr(dataset, "column_names", None), list | tuple)
         and hasattr(dataset, "features")
         and hasattr(dataset, "__getitem__")
+        and hasattr(dataset, "__len__")
     )
 
 

@@ -29,7 +29,7 @@ from softcache.cache.schema import MANIFEST, WORK
 from softcache.codecs import Codec, codec_constants, restore_codec
 from softcache.codecs.features import StoredFeature
 from softcache.data.drift import Drift, Render, check_drift
-from softcache.data.foreign import dataset_keys, item_of, label_of, replace_item
+from softcache.data.foreign import check_map_style, dataset_keys, item_of, label_of, replace_item
 from softcache.data.identity import pixel_digest, sample_ids
 from softcache.data.join import ContentCheck, JoinBy, find_ids, join
 from softcache.data.loading import Partners
@@ -290,6 +290,7 @@ class Cache:
             >>> image.shape, label == int(data.labels[3])
             ((32, 32, 3), True)
         """
+        check_map_style(dataset)
         dataset = with_columns(dataset, key=key, item=item, label=label)
         if whole is not None:
             whole = with_columns(whole, key=key, item=item, label=label)
@@ -450,7 +451,8 @@ class Joined(Dataset[Any]):
     def _check_label(self, sample: Any, row: int) -> None:
         """No list of labels was at hand when the data set was joined: each is compared when its sample is read."""
         label, stored = label_of(sample), int(self.cache.samples.labels[row])
-        if label is None or stored < 0 or not 0 <= int(label) != stored:
+        whole = isinstance(label, int | np.integer) or (isinstance(label, Tensor) and label.ndim == 0)
+        if not whole or stored < 0 or not 0 <= int(label) != stored:
             return
         raise LabelMismatchError(
             f"the label of {self.cache.samples.key(row)} is {int(label)} in the data set and {stored} in the cache",
