@@ -177,10 +177,19 @@ class TrainConfig(MachineOptions, DataOptions):
     members: tuple[str, ...] = option((), "members to use, with weights if wanted: a=0.7,b=0.3", metavar="NAMES")
     labels: str = option("cache", "dataset: allow labels that differ from the cache's", choices=("cache", "dataset"))
     join: str = option("key", "how samples find their rows", choices=("key", "content"))
-    check_content: str = option("spread", "compare contents with the cache's", choices=("none", "spread", "full"))
+    check_content: str | None = option(
+        None,
+        "compare contents with the cache's (default: spread, and where that cannot be done it is said)",
+        choices=("none", "spread", "full"),
+    )
     read: str = option("mmap", "pread suits network file systems", choices=("mmap", "pread"))
     check_blocks: str = option(
         "first", "when the checksums of the cache's blocks are looked at", choices=("first", "always", "never")
+    )
+    check_files: str = option(
+        "yes",
+        "no: take cache files of the right name and size for those that the manifest names, without hashing them",
+        choices=("yes", "no"),
     )
     allow_code: bool = option(False, "run code that the cache names: transforms of its views")
     view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
@@ -257,6 +266,11 @@ class EvalConfig(MachineOptions, DataOptions):
     bias_data: str | None = option(None, "held-out data for --fit-bias", metavar="DATA")
     bias_model: str | None = option(
         None, "find it on this model, a twin that was not trained on --bias-data", metavar="MODEL"
+    )
+    check_files: str = option(
+        "yes",
+        "no: take cache files of the right name and size for those that the manifest names, without hashing them",
+        choices=("yes", "no"),
     )
     per_class: bool = option(False, "also the errors on each class")
     allow_code: bool = option(False, "run code that the cache names: transforms of its views")

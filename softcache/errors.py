@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -175,6 +176,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """The text without what a terminal would obey: control and direction characters as escapes, lines and tabs kept."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+_TOLD: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Say on stderr what may be wrong and is not refused; the same once in a process."""
+    if message not in _TOLD:
+        _TOLD.add(message)
+        print(f"softcache: warning: {printable(message)}", file=sys.stderr)
 
 
 def first_offenders(items: Iterable[str], total: int, limit: int = 5) -> str:

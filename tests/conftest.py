@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,10 @@ from softcache.config import DumpConfig
 from softcache.report import progress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when the hub's package is first imported
+
+# what is remembered of hashed files stays out of the home of whoever runs the tests
+os.environ["SOFTCACHE_HOME"] = tempfile.mkdtemp(prefix="softcache-home-")
+atexit.register(shutil.rmtree, os.environ["SOFTCACHE_HOME"], ignore_errors=True)
 
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # the workers share the cores, their children too
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,12 +6,13 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from softcache.cache.bound_files import BoundFiles, Facts
 from softcache.cache.checksums import (
     CHECK_BLOCKS,
     BadBlock,
@@ -25,7 +26,6 @@ from softcache.cache.checksums import (
 from softcache.cache.file_entry import StoredArray, StoredFile
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.memory_map import BackToBack, Piece, fits_back_to_back
-from softcache.cache.open_file import open_checked
 from softcache.cache.plan import Plan
 from softcache.cache.samples import SampleTable, table_from_arrays
 from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX, Layout, dense_shard_path, member_shard_path, view_shard_path
@@ -45,12 +45,16 @@ class MappedFile:
         check: look at the checksums of a data set before it is used.
 
     Raises:
-        DamagedCacheError: the file is missing, has another size, or a block of a data set has other bytes than were written.
+        DamagedCacheError: the file is missing, has another size, is not the one that the manifest names, or a block of a data set
+            has other bytes than were written.
     """
 
-    def __init__(self, root: Path, file: StoredFile, *, check: bool = True) -> None:
-        self.file, self.path, self._check = file, root / file.path, check
-        fd = open_checked(root, file)
+    def __init__(self, files: BoundFiles, file: StoredFile, *, check: bool = True) -> None:
+        self.file, self.path, self._check = file, files.root / file.path, check
+        try:
+            fd = files.open(file)
+        except BadBlock as exc:
+            raise DamagedCacheError(f"{self.path}: {exc.damage}", tip=REPAIR) from None
         try:
             self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
         finally:
@@ -84,6 +88,7 @@ class RowTable:
     """Random access to one data set that is spread over the shards of one or several layouts.
 
     Args:
+        files: of the cache.
         layouts: in the order of their views, which follow one another from 0 on.
         shards: in the order of the layouts' spans.
         name: the data set, shaped (views, rows, ...) in every shard.
@@ -93,7 +98,7 @@ class RowTable:
 
     def __init__(
         self,
-        root: Path,
+        files: BoundFiles,
         layouts: Sequence[Layout],
         shards: Sequence[StoredFile],
         name: str,
@@ -113,23 +118,23 @@ class RowTable:
         self._starts = np.cumsum([0, *counts])  # the first record of each shard in `whole`
         self._sums: list[np.ndarray] = []
         if mode == "pread":
-            self._open_files(root, shards, name)
+            self._open_files(files, shards, name)
         else:
-            self._map_files(root, shards, name)
+            self._map_files(files, shards, name)
         self._blocks = BlockChecks(shards, name, self._sums, check_blocks)
 
-    def _open_files(self, root: Path, shards: Sequence[StoredFile], name: str) -> None:
+    def _open_files(self, files: BoundFiles, shards: Sequence[StoredFile], name: str) -> None:
         for file in shards:
             try:
-                self._files.append((open_checked(root, file), file.arrays[name]))
+                self._files.append((files.open(file), file.arrays[name]))
             except BaseException:
                 self._close_files()
                 raise
             self._sums.append(read_sums(self._files[-1][0], file, name))
 
-    def _map_files(self, root: Path, shards: Sequence[StoredFile], name: str) -> None:
+    def _map_files(self, files: BoundFiles, shards: Sequence[StoredFile], name: str) -> None:
         def open_piece(file: StoredFile) -> int:
-            fd = open_checked(root, file)
+            fd = files.open(file)
             self._sums.append(read_sums(fd, file, name))
             return fd
 
@@ -142,7 +147,7 @@ class RowTable:
                 records.flags.writeable = False
             else:  # not on Linux
                 os.close(open_piece(group[0]))
-                records = MappedFile(root, group[0], check=False).array(name).reshape(-1, *self.tail)
+                records = MappedFile(files, group[0], check=False).array(name).reshape(-1, *self.tail)
             self._flat.append(records)
         if len(groups) == 1:
             self._whole = self._flat[0]
@@ -240,18 +245,16 @@ class _Places:
         return span, view * span_rows + row
 
 
-def read_constants(
-    root: Path, stored: Sequence[StoredFile], member: str, *, check: bool = True
-) -> dict[str, np.ndarray]:
+def read_constants(files: BoundFiles, member: str, *, check: bool = True) -> dict[str, np.ndarray]:
     """The arrays that stand once for all records of a member, as views into the mapped file; empty where there are none."""
-    found = [file for file in stored if file.kind == "constants" and file.member == member]
-    return MappedFile(root, found[0], check=check).arrays() if found else {}
+    found = [file for file in files.files if file.kind == "constants" and file.member == member]
+    return MappedFile(files, found[0], check=check).arrays() if found else {}
 
 
-def read_samples(root: Path, stored: Sequence[StoredFile], plan: Plan, *, check: bool = True) -> SampleTable:
+def read_samples(files: BoundFiles, plan: Plan, *, check: bool = True) -> SampleTable:
     """Who the samples are."""
-    (file,) = (file for file in stored if file.kind == "samples")
-    mapped = MappedFile(root, file, check=check)
+    (file,) = (file for file in files.files if file.kind == "samples")
+    mapped = MappedFile(files, file, check=check)
     return table_from_arrays(mapped.arrays(), plan.samples, len(plan.class_names))
 
 
@@ -267,17 +270,23 @@ def _piece(file: StoredFile, name: str) -> Piece:
 def _check_range(values: np.ndarray, limit: int, what: str) -> None:
     # negative numbers are huge as unsigned ones: one pass instead of two
     if len(values) and int(values.view(np.uint64).max()) >= limit:
-        raise IndexError(f"{what} {int(values.min())}..{int(values.max())} is outside 0..{limit - 1}")
+        told = f"{what} {int(values.min())}..{int(values.max())} is outside 0..{limit - 1}"
+        if what == "row" and int(values.min()) == -1:
+            told += "; -1 is what `find` gives for a key that the cache does not hold: leave those samples out"
+        raise IndexError(told)
 
 
 class CacheReader:
     """A committed cache: its manifest, its sample table, and gathers of any stored data set.
 
-    Pickles by path and id: a worker process opens its own maps. Nothing is opened before it is first read.
+    Pickles by path and id: a worker process opens its own maps. Nothing is opened before it is first read, and no file is read
+    before it is known to be the one that the manifest names.
 
     Args:
         mode: "mmap", or "pread" for network file systems.
         check_blocks: when the checksum of a block of 64 KiB is looked at: when it is "first" touched, "always", or "never".
+        check_files: False reads whatever has the right name and size.
+        known: as `BoundFiles` takes it.
     """
 
     def __init__(
@@ -287,6 +296,8 @@ class CacheReader:
         id: str | None = None,
         mode: ReadMode = "mmap",
         check_blocks: CheckBlocks = "first",
+        check_files: bool = True,
+        known: Mapping[Facts, str] | None = None,
     ) -> None:
         if mode not in ("mmap", "pread"):
             raise CacheError(f"unknown read mode {mode!r}", tip="use 'mmap', or 'pread' on a network file system")
@@ -294,13 +305,15 @@ class CacheReader:
             raise CacheError(f"check_blocks={check_blocks!r}", tip=f"use one of {', '.join(CHECK_BLOCKS)}")
         self.path, self.mode, self.check_blocks = Path(path), mode, check_blocks
         self.manifest: Manifest = read_manifest(self.path, id=id)
+        self.files = BoundFiles(self.path, self.manifest.files, check=check_files, known=known)
         self._tables: dict[tuple[str | None, str], RowTable] = {}
         self._dense: dict[str, dict[str, StoredFile]] = {}
         self._dense_rows: dict[str, np.ndarray] = {}
         self._samples: SampleTable | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "id": self.manifest.id, "mode": self.mode, "check_blocks": self.check_blocks}
+        how = {"mode": self.mode, "check_blocks": self.check_blocks, "check_files": self.files.check}
+        return {"path": self.path, "id": self.manifest.id, **how, "known": self.files.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state.pop("path"), **state)  # type: ignore[misc]
@@ -312,7 +325,7 @@ class CacheReader:
     @property
     def samples(self) -> SampleTable:
         if self._samples is None:
-            self._samples = read_samples(self.path, self.manifest.files, self.manifest.plan, check=self._check)
+            self._samples = read_samples(self.files, self.manifest.plan, check=self._check)
         return self._samples
 
     def table(self, member: str | None, name: str) -> RowTable:
@@ -321,7 +334,7 @@ class CacheReader:
         if key not in self._tables:
             layouts = self.manifest.plan.layouts_of(member)
             shards = self._shards(member)
-            self._tables[key] = RowTable(self.path, layouts, shards, name, self.mode, self.check_blocks)
+            self._tables[key] = RowTable(self.files, layouts, shards, name, self.mode, self.check_blocks)
         return self._tables[key]
 
     def _shards(self, member: str | None) -> list[StoredFile]:
@@ -380,18 +393,18 @@ class CacheReader:
         if path not in self._dense_rows or self.check_blocks == "always":
             if path not in self._dense[member]:
                 raise DamagedCacheError(f"{self.path}: a record points into {path}, which the manifest does not name")
-            mapped = MappedFile(self.path, self._dense[member][path], check=self._check)
+            mapped = MappedFile(self.files, self._dense[member][path], check=self._check)
             self._dense_rows[path] = mapped.array("logits")
         return self._dense_rows[path]
 
     def constants(self, member: str) -> dict[str, np.ndarray]:
         """What stands once for all records of a member."""
-        return read_constants(self.path, self.manifest.files, member, check=self._check)
+        return read_constants(self.files, member, check=self._check)
 
     def probe(self) -> dict[str, np.ndarray]:
         """The arrays of probe.h5; empty where the cache has none."""
         for file in self.manifest.files_of("probe"):
-            arrays, plan = MappedFile(self.path, file, check=self._check).arrays(), self.manifest.plan
+            arrays, plan = MappedFile(self.files, file, check=self._check).arrays(), self.manifest.plan
             sizes = (
                 arrays["shapes"].clip(1, 2**20).astype(np.int64).prod(axis=1)
             )  # an axis of no length stands for none

@@ -12,6 +12,7 @@ import numpy as np
 from softcache.cache.card import codec_text, record_bytes
 from softcache.cache.plan import Plan
 from softcache.cache.provenance import read_provenance
+from softcache.cache.reader import CacheReader
 from softcache.cache.statistics import MemberStatistics
 from softcache.data.identity import sample_id
 from softcache.errors import ConfigError, MissingSampleError, nearest
@@ -26,7 +27,7 @@ SHOWN_DIVERGENCES = ("1", "4")
 
 def describe(path: Path) -> dict[str, Any]:
     """Everything the manifest says, for machines."""
-    manifest = open_cache(path).manifest
+    manifest = Cache(CacheReader(path)).manifest
     return {
         "id": manifest.id,
         "bytes": manifest.nbytes,
@@ -50,7 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def report(path: Path) -> str:
     """The same for people."""
-    cache = open_cache(path)
+    cache = Cache(CacheReader(path))  # of a manifest's text no file has to be hashed
     plan, manifest = cache.manifest.plan, cache.manifest
     names = list(cache.class_names)
     facts = [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from softcache.cache.bound_files import BoundFiles
 from softcache.cache.card import card
 from softcache.cache.manifest import Manifest, known_ids, read_manifest
 from softcache.cache.open_file import read_inside
@@ -185,7 +186,7 @@ def _mend_round(
         order = first_order(plan.samples.count, plan.samples.order, int(plan.samples.order_seed))
         table = make_samples(transfer_set, ids, order, store_keys=plan.samples.has_keys, workers=0, quiet=quiet)
         out.write(SAMPLES, table.arrays())
-    out.samples = read_samples(path, manifest.files, plan)
+    out.samples = read_samples(BoundFiles(path, manifest.files), plan)
     order = order_of(out.samples, transfer_set)
     viewed = ViewedSet(
         transfer_set,

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from softcache.cache.bound_files import BoundFiles
 from softcache.cache.checksums import Damage, bad_blocks, damage_of, sha256_of
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.hdf5_check import structure_faults
@@ -131,7 +132,7 @@ def _copy_faults(path: Path) -> Iterator[str]:
 def _sample_faults(path: Path, manifest: Manifest) -> Iterator[str]:
     """What the table of samples says against itself or the manifest: every id once, and the fingerprint."""
     try:
-        table = read_samples(path, manifest.files, manifest.plan)
+        table = read_samples(BoundFiles(path, manifest.files), manifest.plan)
     except DamagedCacheError as exc:
         yield exc.message
         return
@@ -190,7 +191,7 @@ def _told(path: Path, manifest: Manifest, found: Found) -> str:
     if isinstance(found, str) or found.rows is None:
         return str(found)
     try:
-        samples: Any = read_samples(path, manifest.files, manifest.plan)
+        samples: Any = read_samples(BoundFiles(path, manifest.files), manifest.plan)
     except DamagedCacheError:
         return str(found)
     keys = (samples.key(row) for row in range(*found.rows))

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from softcache.cache.samples import SampleTable, pack_labels
 from softcache.data.classes import check_classes
+from softcache.data.foreign import (
+    changes_labels,
+    check_positions,
+    checked_keys,
+    dataset_digest,
+    dataset_keys,
+    dataset_labels,
+    digest_of,
+    item_of,
+    parts_of,
+    plain_sample,
+    torchvision_split,
+)
 from softcache.data.identity import item_digest, sample_ids
 from softcache.data.sources import image_array
+from softcache.data.tables import Table, indices_of, labels_by_name
 from softcache.errors import (
     ClassMismatchError,
     ContentMismatchError,
@@ -21,86 +35,13 @@ from softcache.errors import (
     LabelMismatchError,
     MissingSampleError,
     first_offenders,
+    warn_once,
 )
 
 JoinBy = Literal["key", "content"]
 ContentCheck = Literal["none", "spread", "full"]
+_NUMBERED = re.compile(r"/[0-9]{6,}")
 SPREAD = 64  # samples whose content is checked at the start of a run
-
-
-def dataset_keys(dataset: Any) -> Sequence[str]:
-    """The keys of a data set, in its own order.
-
-    Args:
-        dataset: anything with `sample_keys`; torchvision's folder and train/test data sets; `Subset` and `ConcatDataset` of them.
-
-    Raises:
-        JoinError: an iterable data set, or one whose samples have no names.
-    """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise JoinError(
-            f"{type(dataset).__name__} can only be iterated, so its samples cannot be found again",
-            tip="wrap it in a map-style data set: __len__, __getitem__(index) and sample_keys",
-        )
-    found = getattr(dataset, "sample_keys", None)
-    if found is not None:
-        keys: Sequence[str] = found() if callable(found) else found
-        return keys
-    if isinstance(dataset, Subset):
-        keys = dataset_keys(dataset.dataset)
-        return [keys[int(i)] for i in dataset.indices]
-    if isinstance(dataset, ConcatDataset):
-        return [key for part in dataset.datasets for key in dataset_keys(part)]
-    if hasattr(dataset, "samples") and hasattr(dataset, "root"):  # ImageFolder
-        return [Path(path).relative_to(dataset.root).as_posix() for path, *_ in dataset.samples]
-    # positions are names only where the class says which sample stands where; others have a `split` and are shuffled
-    by_torchvision = any(kind.__module__.startswith("torchvision.") for kind in type(dataset).__mro__)
-    split = getattr(dataset, "split", None) if by_torchvision else None
-    if by_torchvision and split is None and isinstance(getattr(dataset, "train", None), bool):
-        split = "train" if dataset.train else "test"
-    if isinstance(split, str):
-        return [f"{split}/{i:06d}" for i in range(len(dataset))]
-    raise JoinError(
-        f"{type(dataset).__name__} does not say what its samples are called",
-        tip="give it an attribute sample_keys, pass keys=[...] to join, or join by content",
-    )
-
-
-def dataset_labels(dataset: Any) -> np.ndarray | None:
-    """(N,) or (N, C) labels where the data set keeps them at hand, else None (samples are not read for this)."""
-    if isinstance(dataset, Subset):
-        inner = dataset_labels(dataset.dataset)
-        return None if inner is None else inner[np.asarray(dataset.indices, dtype=np.int64)]
-    if isinstance(dataset, ConcatDataset):
-        parts = [dataset_labels(part) for part in dataset.datasets]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts) and not all(part.ndim == 1 for part in known):
-            return None
-        sets: list[Any] = list(dataset.datasets)
-        filled = [np.full(len(d), -1) if p is None else p for d, p in zip(sets, parts, strict=True)]
-        return np.concatenate(filled) if known else None
-    for name in ("labels", "targets", "_labels"):
-        found = getattr(dataset, name, None)
-        if isinstance(found, list | tuple):
-            found = [-1 if label is None else label for label in found]
-        if found is None or not hasattr(found, "__len__") or len(found) != len(dataset):
-            continue
-        array = np.asarray(found)
-        if array.ndim in (1, 2) and array.dtype.kind in "biuf":
-            return array
-    return None
-
-
-def dataset_digest(dataset: Any, index: int, kind: str = "item") -> bytes | None:
-    """The 16-byte content digest of one sample, where the data set gives digests of this kind ("file", "item"); else None."""
-    if isinstance(dataset, Subset):
-        return dataset_digest(dataset.dataset, int(dataset.indices[index]), kind)
-    if isinstance(dataset, ConcatDataset):
-        part = int(np.searchsorted(dataset.cumulative_sizes, index, side="right"))
-        start = dataset.cumulative_sizes[part - 1] if part else 0
-        return dataset_digest(dataset.datasets[part], index - start, kind)
-    gives = hasattr(dataset, "load") and getattr(dataset, "digest_kind", None) == kind
-    return dataset.load(index)[1] if gives else None
 
 
 def find_ids(among: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -162,10 +103,11 @@ def check_labels(table: SampleTable, rows: np.ndarray, labels: np.ndarray, *, al
             f"the data set's labels are rows of {labels.shape[1]}, the cache has {table.num_classes}"
         )
     if table.multi_label:
-        differs = (pack_labels(labels) != table.labels[rows]).any(axis=1)
+        compared, differs = len(rows), (pack_labels(labels) != table.labels[rows]).any(axis=1)
     else:
         stored = table.labels[rows]
-        differs = (labels != stored) & (labels >= 0) & (stored >= 0)
+        both = (labels >= 0) & (stored >= 0)
+        compared, differs = int(both.sum()), (labels != stored) & both
     where = np.flatnonzero(differs)
     if where.size and not allow:
 
@@ -174,44 +116,116 @@ def check_labels(table: SampleTable, rows: np.ndarray, labels: np.ndarray, *, al
                 return table.key(int(rows[i]))
             return f"{table.key(int(rows[i]))} (data set {int(labels[i])}, cache {int(table.labels[rows[i]])})"
 
+        on_purpose = "if the labels were corrected on purpose, train with --labels dataset"
         raise LabelMismatchError(
             f"{where.size} labels differ from the cache's: "
             + first_offenders((offender(int(i)) for i in where), where.size),
-            tip="if the labels were corrected on purpose, train with --labels dataset",
+            tip=on_purpose
+            if 2 * where.size <= compared
+            else "most of them differ, so the samples probably stand in another order than their names say, or belong to other "
+            f"data: look at what names them (sample_keys, keys=, key=) and at the order of the classes. Only {on_purpose}",
         )
     return int(where.size)
 
 
 def check_contents(
-    table: SampleTable, rows: np.ndarray, digest_of: Callable[[int], bytes | None], how: ContentCheck
-) -> int:
-    """How many samples were compared with the content that the teacher saw: "spread" some, "full" all.
+    table: SampleTable,
+    rows: np.ndarray,
+    dataset: Any,
+    how: ContentCheck,
+    *,
+    kind: str = "item",
+    as_dumped: Callable[[Any], bool] = lambda item: True,
+) -> str:
+    """Compare what samples hold with what the teacher saw: "spread" some of them, "full" all.
+
+    Args:
+        kind: of the cache's digests.
+        as_dumped: whether an item is of the kind that the teacher was given, as far as the cache tells. One that is not was
+            changed on its way by the data set, and cannot be compared.
+
+    Returns:
+        Why nothing could be compared; "" where it was.
 
     Raises:
         ContentMismatchError: lists the first samples that differ.
     """
     if how == "none" or not len(rows):
-        return 0
-    count = len(rows)
-    checked = range(count) if how == "full" else np.unique(np.linspace(0, count - 1, min(SPREAD, count)).astype(int))
-    different: list[int] = []
-    compared = 0
-    for i in map(int, checked):
-        digest = digest_of(i)
+        return ""
+    different: dict[int, bytes] = {}
+    certain, places = True, _places(len(rows), how)
+    for i in places:
+        digest = dataset_digest(dataset, i, kind)
+        if digest is None and kind == "item":
+            certain, digest = False, _read_digest(dataset, i)
         if digest is None:
-            if how == "full":
-                raise JoinError("this data set cannot give content digests, so its contents cannot be checked")
-            return 0
-        compared += 1
+            return _why_none(dataset)
         if digest != table.digests[rows[i]].tobytes():
-            different.append(i)
-    if different:
-        raise ContentMismatchError(
-            f"{len(different)} of {compared} checked samples hold something else than the teacher saw: "
-            + first_offenders((table.key(int(rows[i])) for i in different), len(different)),
-            tip="use the data that was dumped, or dump again",
-        )
-    return compared
+            different[i] = digest
+    if not different:
+        return ""
+    if not certain:
+        if any(_read_digest(dataset, i) != digest for i, digest in list(different.items())[:8]):
+            return "its items change from one reading to the next"
+        if len(different) == len(places) and not as_dumped(plain_sample(dataset, places[0])[0]):
+            return "its items are not of the kind that the teacher was given"
+    raise ContentMismatchError(
+        f"{len(different)} of {len(places)} checked samples hold something else than the teacher saw: "
+        + first_offenders((table.key(int(rows[i])) for i in different), len(different)),
+        tip="use the data that was dumped, or dump again; check_content='none' takes the samples as they are",
+    )
+
+
+def _why_none(dataset: Any) -> str:
+    nameless = any(isinstance(part, Table) and part.item is None for part in parts_of(dataset))
+    return "say which column holds its items: item=NAME" if nameless else "it gives none of the kind that the dump took"
+
+
+def _places(count: int, how: ContentCheck) -> list[int]:
+    """The samples that are looked at."""
+    if how == "full":
+        return list(range(count))
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(SPREAD, count)).astype(np.int64))]
+
+
+def _read_digest(dataset: Any, index: int) -> bytes | None:
+    """The digest of an item as it is read; None where it cannot be, without the data set's own transforms."""
+    try:
+        return digest_of(plain_sample(dataset, index)[0])
+    except Exception:  # somebody's own class, which may not do without them
+        return None
+
+
+def read_labels(dataset: Any, places: Sequence[int], class_names: Sequence[str]) -> np.ndarray | None:
+    """(n,) or (n, C) labels of some samples as they are read, -1 where there is none; None where they give no class labels."""
+    try:
+        values = [plain_sample(dataset, i)[1] for i in places]
+    except Exception:  # as above
+        return None
+    plain = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
+    if plain and all(getattr(value, "shape", None) == (len(class_names),) for value in plain):
+        rows = np.stack([np.asarray(value) for value in plain])
+        return rows.astype(bool) if rows.dtype.kind in "bui" else None
+    labels = labels_by_name(plain, class_names) if any(isinstance(one, str) for one in plain) else indices_of(plain)
+    # numbers beyond the classes are something else: a position, a regression's target
+    return (
+        None if labels is None or labels.max(initial=-1) >= len(class_names) or labels.max(initial=-1) < 0 else labels
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a join found.
+
+    Attributes:
+        rows: (N,) row of the cache for each sample.
+        changed: how many labels differ.
+        watch: no list of labels was at hand, and those of some samples agree as they are read: so may the others be compared.
+    """
+
+    rows: np.ndarray
+    changed: int
+    watch: bool = False
 
 
 def join(
@@ -224,34 +238,113 @@ def join(
     labels: Literal["cache", "dataset"] = "cache",
     check_content: ContentCheck | None = None,
     digest_kind: str = "item",
-) -> tuple[np.ndarray, int]:
-    """(N,) rows of the cache, one per sample of the data set, after every check; and the number of labels that differ.
+    as_dumped: Callable[[Any], bool] = lambda item: True,
+    same_pixels: Callable[[Sequence[Any], np.ndarray], bool] = lambda items, rows: False,
+) -> Found:
+    """Rows of the cache, one per sample of the data set, after every check.
 
     Args:
-        dataset: map-style.
-        keys: names of its samples in its order, where it does not know them itself.
+        dataset: map-style; its tables as `Table`.
+        keys: names of its samples in its order, where it does not know them itself; "position": they are numbered as the cache's.
         by: "key", or "content": by the digests of what the samples hold.
         labels: "dataset" allows labels that differ from the cache's.
-        check_content: "none", "spread" (64 samples) or "full". None: "spread" where the data set gives digests as the dump did.
+        check_content: "none", "spread" (64 samples) or "full". None: "spread", and where it cannot be done that is said.
         digest_kind: of the cache, "file" or "item". Digests of two kinds are never compared.
+        as_dumped: as `check_contents` takes it.
+        same_pixels: whether these items of these rows have the pixels that the teacher saw.
 
     Raises:
         JoinError: and its children, each naming the first offenders.
     """
     check_classes(dataset, class_names)
     if by == "content":
-        digests = [_digest_to_join(dataset, i, digest_kind) for i in range(len(dataset))]
-        rows = join_contents(table, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16), lambda i: f"sample {i}")
+        rows = _rows_by_content(table, dataset, digest_kind)
     else:
-        names = keys if keys is not None else dataset_keys(dataset)
-        if len(names) != len(dataset):
-            raise JoinError(f"{len(names)} keys for {len(dataset)} samples")
+        names = _names(table, dataset, keys)
         rows = join_rows(table, sample_ids(names), lambda i: names[i])
-    found = dataset_labels(dataset)
-    changed = 0 if found is None else check_labels(table, rows, found, allow=labels == "dataset")
-    how: ContentCheck = check_content or "spread"
-    check_contents(table, rows, lambda i: dataset_digest(dataset, i, digest_kind), how)
-    return rows, changed
+    kept, watch = dataset_labels(dataset, class_names), False
+    places = np.arange(len(rows))
+    if kept is None:
+        places = np.array(_places(len(rows), "spread"))
+        kept = read_labels(dataset, places.tolist(), class_names)
+        watch = kept is not None and kept.ndim == 1 and labels == "cache" and not changes_labels(dataset)
+    changed = 0 if kept is None else check_labels(table, rows[places], kept, allow=labels == "dataset")
+    if by == "key":
+        how: ContentCheck = check_content or "spread"
+        unseen = check_contents(table, rows, dataset, how, kind=digest_kind, as_dumped=as_dumped)
+        if unseen and _have_same_pixels(dataset, rows, how, same_pixels):
+            unseen = ""
+        _tell_unseen(dataset, unseen, check_content, labels_seen=kept is not None)
+    return Found(rows, changed, watch and not changed)
+
+
+def _rows_by_content(table: SampleTable, dataset: Any, kind: str) -> np.ndarray:
+    digests = [_digest_to_join(dataset, i, kind) for i in range(len(dataset))]
+    contents = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+    return join_contents(table, contents, lambda i: f"sample {i}")
+
+
+def _names(table: SampleTable, dataset: Any, keys: Sequence[str] | str | None) -> Sequence[str]:
+    """The keys of the samples: as they are given, or as the data set says."""
+    if keys is None:
+        check_positions(dataset, table.ids)
+        return dataset_keys(dataset)
+    if not isinstance(keys, str):
+        return checked_keys(keys if isinstance(keys, list | tuple) else _listed(keys), len(dataset))
+    if keys != "position":
+        raise JoinError(
+            f"keys={keys!r}", tip='give one key per sample, or keys="position"; a column of a table is key=NAME'
+        )
+    splits = {split for part in parts_of(dataset) if (split := torchvision_split(part)) is not None}
+    return dataset_keys(dataset, splits.pop() if len(splits) == 1 else _numbered_by(table))
+
+
+def _listed(keys: Any) -> Sequence[str]:
+    """Keys in a column or an array as Python's own strings."""
+    return list(keys.tolist()) if hasattr(keys, "tolist") else keys
+
+
+def _numbered_by(table: SampleTable) -> str:
+    """What the cache's samples are called before their position; JoinError where they are not numbered."""
+    first = table.key(0).rpartition("/")[0] if table.has_keys else ""
+    numbered = first and all(_NUMBERED.fullmatch(table.key(r).removeprefix(first)) for r in range(0, len(table), 97))
+    if not numbered:
+        raise JoinError(
+            "the cache's samples are not called by their position"
+            + (f": one is {table.key(0)!r}" if table.has_keys else ", as far as it says: it was made with --no-keys"),
+            tip="pass keys=[...], one per sample",
+        )
+    return first
+
+
+def _have_same_pixels(
+    dataset: Any, rows: np.ndarray, how: ContentCheck, same_pixels: Callable[[Sequence[Any], np.ndarray], bool]
+) -> bool:
+    """Whether samples whose contents cannot be compared have the pixels of the teacher's first view: that decides it too."""
+    places = _places(len(rows), how)
+    try:
+        items = [plain_sample(dataset, i)[0] for i in places]
+        arrays = [image_array(item, "an image") if isinstance(item, Image.Image) else item for item in items]
+        return same_pixels(arrays, rows[places].astype(np.int64))
+    except Exception:  # somebody's own class, and whatever its items are
+        return False
+
+
+def _tell_unseen(dataset: Any, unseen: str, asked: ContentCheck | None, *, labels_seen: bool) -> None:
+    """Refuse what was asked for and could not be done; say it where nobody asked."""
+    if not unseen and asked != "none":
+        return
+    name = type(dataset.rows if isinstance(dataset, Table) else dataset).__name__
+    if unseen and asked is not None:
+        raise JoinError(
+            f"{name} cannot give content digests as the dump did, so its contents cannot be checked: {unseen}",
+            tip="without check_content= only names, labels and classes are compared",
+        )
+    if unseen:
+        also = "" if labels_seen else ", nor were labels"
+        warn_once(f"the contents of {name} were not compared with what the teacher saw{also}: {unseen}")
+    elif not labels_seen:
+        warn_once(f"{name} gives no class labels that could be compared with the cache's, and contents were not to be")
 
 
 def _digest_to_join(dataset: Any, index: int, kind: str) -> bytes:
@@ -266,25 +359,6 @@ def _digest_to_join(dataset: Any, index: int, kind: str) -> bytes:
         )
     item = item_of(dataset[index])
     return item_digest(image_array(item, f"sample {index}") if isinstance(item, Image.Image) else item)
-
-
-def item_of(sample: Any) -> Any:
-    """The item of what a data set returns: itself, the first of a tuple, or the one a dict names."""
-    if isinstance(sample, tuple | list):
-        return sample[0]
-    if isinstance(sample, dict):
-        return next((sample[name] for name in ("item", "image", "text") if name in sample), sample)
-    return sample
-
-
-def replace_item(sample: Any, change: Callable[[Any], Any]) -> Any:
-    """The same sample with its item changed."""
-    if isinstance(sample, tuple | list):
-        return (change(sample[0]), *sample[1:])
-    if isinstance(sample, dict):
-        name = next((name for name in ("item", "image", "text") if name in sample), None)
-        return change(sample) if name is None else {**sample, name: change(sample[name])}
-    return change(sample)
 
 
 def batches(order: np.ndarray, view: int, batch_size: int, *, start: int = 0) -> Iterator[list[tuple[int, int]]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from softcache.cache.bound_files import BoundFiles
 from softcache.cache.canonical import canonical_json, differences
 from softcache.cache.dump_folder import Planned, read_planned, work_folder
 from softcache.cache.manifest import Manifest, read_manifest
@@ -70,7 +71,7 @@ class Job:
     def known_constants(self, out: Path, name: str) -> dict[str, np.ndarray]:
         """What was fitted for that member then."""
         stored = [*(self.base.files if self.base else ()), *(self.planned.files if self.planned else ())]
-        return read_constants(out, stored, name)
+        return read_constants(BoundFiles(out, stored), name)
 
 
 def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None = None) -> Job:

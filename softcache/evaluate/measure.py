@@ -28,7 +28,7 @@ from softcache.models import Model, load_model, read_metadata, read_saved
 from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, table
-from softcache.targets.cache import Joined, is_cache
+from softcache.targets.cache import Cache, Joined, is_cache
 from softcache.targets.cache import open as open_cache
 
 CALIBRATION_BINS = 15
@@ -269,7 +269,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         return _run_cache(model_text, transfer_set, config, quiet=quiet)
     joined = None
     if config.cache is not None:
-        joined = open_cache(config.cache, allow_code=config.allow_code).join(transfer_set)
+        joined = _open_cache(config.cache, config, quiet=quiet).join(transfer_set)
         if config.policy:
             raise ConfigError("--policy and --cache cannot be given together", tip="the cache brings its own policy")
         policy = joined.cache.policy
@@ -294,6 +294,10 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         order=_order(model_text, model, transfer_set),
         progress=not quiet,
     )
+
+
+def _open_cache(path: str, config: EvalConfig, *, quiet: bool) -> Cache:
+    return open_cache(path, check_files=config.check_files == "yes", allow_code=config.allow_code, quiet=quiet)
 
 
 def _check(config: EvalConfig) -> None:
@@ -350,7 +354,7 @@ def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig, *, quie
             raise ConfigError(f"{flag} is of models; {path} is a cache", tip="leave it out, or name a model")
     if config.bias and config.combine == "vote":
         raise ConfigError("--bias is of models; votes have no logits", tip="leave it out, or name a model")
-    joined = open_cache(path, allow_code=config.allow_code).join(transfer_set)
+    joined = _open_cache(path, config, quiet=quiet).join(transfer_set)
     bias = parse_bias(config.bias, transfer_set.class_names)
     return evaluate_cache(
         joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias, progress=not quiet

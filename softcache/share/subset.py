@@ -102,7 +102,7 @@ def run(
     """
     started = time.monotonic()
     _refuse_same_folder(path, out)
-    cache = open_cache(path, id=id or _begun_with(path, out))
+    cache = open_cache(path, id=id or _begun_with(path, out), quiet=quiet)
     chosen = choose(cache, choice)
     plan = make_plan(cache, chosen, license, shard_rows)
     batch = max(1, min(batch_rows, batch_logits // cache.num_classes))

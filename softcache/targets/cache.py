@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,11 +29,14 @@ from softcache.cache.schema import MANIFEST, WORK
 from softcache.codecs import Codec, codec_constants, restore_codec
 from softcache.codecs.features import StoredFeature
 from softcache.data.drift import Drift, Render, check_drift
+from softcache.data.foreign import check_map_style, dataset_keys, item_of, label_of, replace_item
 from softcache.data.identity import pixel_digest, sample_ids
-from softcache.data.join import ContentCheck, JoinBy, dataset_keys, find_ids, item_of, join, replace_item
+from softcache.data.join import ContentCheck, JoinBy, find_ids, join
 from softcache.data.loading import Partners
+from softcache.data.tables import item_column, with_columns
 from softcache.data.views import Policy
-from softcache.errors import CacheError, DataError, nearest
+from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, warn_once
+from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
@@ -247,7 +251,10 @@ class Cache:
         self,
         dataset: Any,
         *,
-        keys: Sequence[str] | None = None,
+        keys: Sequence[str] | Literal["position"] | None = None,
+        key: str | None = None,
+        item: str | None = None,
+        label: str | None = None,
         by: JoinBy = "key",
         labels: Literal["cache", "dataset"] = "cache",
         check_content: ContentCheck | None = None,
@@ -256,12 +263,16 @@ class Cache:
         """The data set with each sample's place in this cache, after every check.
 
         Args:
-            dataset: map-style, of N samples; its names are asked for (`sample_keys`), through `Subset` and `ConcatDataset` too.
-            keys: N names of its samples in its order, where it does not know them itself.
+            dataset: map-style, of N samples; its names are asked for (`sample_keys`), through `Subset` and `ConcatDataset` too. A
+                Hugging Face data set and a pandas DataFrame give their rows as dicts.
+            keys: N names of its samples in its order, where it does not know them itself; "position": sample i is the one that
+                the cache knows by number i, of a class of yours that was made of one of torchvision's, say.
+            key, item, label: of a table, the columns of its samples' names, of what the teacher saw, and of their labels. None of
+                `item`: item, image or text; None of `label`: label or labels.
             by: "key", or "content": by the digests of what the samples hold.
             labels: "dataset" allows labels that differ from the cache's.
-            check_content: compare what samples hold with what the teacher saw: "none", "spread" (64 samples) or "full".
-                None: "spread", where the data set gives digests as the dump did.
+            check_content: compare what samples hold with what the teacher saw: "none", "spread" (64 samples) or "full", and
+                refuse where that cannot be done. None: "spread", and where it cannot be done that is said on stderr, once.
             whole: under a policy that mixes, where partners are found; None: the data set itself, or what it was selected from.
 
         Raises:
@@ -279,7 +290,11 @@ class Cache:
             >>> image.shape, label == int(data.labels[3])
             ((32, 32, 3), True)
         """
-        rows, changed = join(
+        check_map_style(dataset)
+        dataset = with_columns(dataset, key=key, item=item, label=label)
+        if whole is not None:
+            whole = with_columns(whole, key=key, item=item, label=label)
+        found = join(
             self.samples,
             dataset,
             self.class_names,
@@ -288,8 +303,29 @@ class Cache:
             labels=labels,
             check_content=check_content,
             digest_kind=self.manifest.plan.samples.digest_kind,
+            as_dumped=self._as_dumped,
+            same_pixels=self._same_pixels,
         )
-        return Joined(self, dataset, rows, labels_changed=changed, whole=whole)
+        return Joined(self, dataset, found.rows, labels_changed=found.changed, whole=whole, watch_labels=found.watch)
+
+    def _as_dumped(self, item: Any) -> bool:
+        """Whether an item is of the kind that the teacher was given, as far as the cache tells: by its probe, if it has one."""
+        if isinstance(item, str | bytes | Image.Image):
+            return True
+        shapes = self.reader.probe().get("shapes", np.zeros((0, 3)))
+        kinds = {tuple(int(n) for n in shape if n) for shape in shapes}
+        is_image = str(getattr(item, "dtype", "")).removeprefix("torch.") == "uint8"
+        return is_image and bool(kinds) and (bool(self.manifest.plan.views.steps) or tuple(item.shape) in kinds)
+
+    def _same_pixels(self, items: Sequence[Any], rows: np.ndarray) -> bool:
+        """Whether these samples, rendered as their first view, have the pixels that the teacher saw."""
+        policy = self.policy
+        if policy.mixing is not None:
+            return False
+        ids = self.samples.ids[rows]
+        rendered = [policy.render(item, int(one), 0) for item, one in zip(items, ids, strict=True)]
+        digests = np.array([pixel_digest(item) for item in rendered], dtype=np.uint32)
+        return bool((self.reader.gather(None, "pixel_digests", rows, np.zeros_like(rows)) == digests).all())
 
     def check_pixels(
         self, items: Sequence[Any], rows: np.ndarray, views: np.ndarray, render: Render, *, on_drift: str = "error"
@@ -327,41 +363,103 @@ class Joined(Dataset[Any]):
 
     Attributes:
         rows: (N,) row of the cache for each sample.
-        view: the view index that items are rendered at.
         labels_changed: samples whose label differs from the cache's (allowed by labels="dataset").
+        item_column: of a table, where its items are; None otherwise.
     """
 
     def __init__(
-        self, cache: Cache, dataset: Any, rows: np.ndarray, *, view: int = 0, labels_changed: int = 0, whole: Any = None
+        self,
+        cache: Cache,
+        dataset: Any,
+        rows: np.ndarray,
+        *,
+        view: int = 0,
+        labels_changed: int = 0,
+        whole: Any = None,
+        watch_labels: bool = False,
     ) -> None:
-        self.cache, self.dataset, self.rows, self.view = cache, dataset, rows, view
-        self.labels_changed = labels_changed
+        self.cache, self.dataset, self.rows = cache, dataset, rows
+        self.labels_changed, self._watch_labels = labels_changed, watch_labels
         self.whole = getattr(dataset, "whole", dataset) if whole is None else whole
-        self._policy = cache.policy
+        self._policy, self.item_column = cache.policy, item_column(dataset)
+        self._view = _shared(view)
+        self._gathered: int | None = 0  # records of the present view; None once a second pass was told
+
+    @property
+    def view(self) -> int:
+        """The view index that items are rendered at; assigning another one reaches loader workers that are running."""
+        return int(self._view)
+
+    @view.setter
+    def view(self, view: int) -> None:
+        self._check_view(view)
+        if view != self.view:
+            self._view[0] = view
+            self._gathered = None if self._gathered is None else 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Render the view of an epoch from now on, `epoch % cache.num_views`; loader workers that are running do so too.
+
+        Accelerate, and so the Trainer of transformers, call it before each epoch by themselves; in Lightning one line does:
+        `def on_train_epoch_start(self): joined.set_epoch(self.current_epoch)`.
+
+        Example:
+            >>> joined.set_epoch(3)
+            >>> joined.view == 3 % cache.num_views
+            True
+            >>> joined.view = 0
+        """
+        self.view = epoch % self.cache.num_views
+
+    def _check_view(self, view: int) -> None:
+        if not 0 <= view < self.cache.num_views:
+            raise IndexError(f"view {view} is outside 0..{self.cache.num_views - 1}")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        row, sample, policy = int(self.rows[index]), self.dataset[index], self._policy
-        record = self.view * len(self.cache) + row
+        return self._rendered(index, self.dataset[index], self.view)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, ...]]:
+        """A batch in one reading, where the data set reads so."""
+        read, view = getattr(self.dataset, "__getitems__", None), self.view
+        samples = [self.dataset[i] for i in indices] if read is None else read(indices)
+        return [self._rendered(i, sample, view) for i, sample in zip(indices, samples, strict=True)]
+
+    def _rendered(self, index: int, sample: Any, view: int) -> tuple[Any, ...]:
+        row, policy = int(self.rows[index]), self._policy
+        if self._watch_labels:
+            self._check_label(sample, row)
+        record = view * len(self.cache) + row
         if not policy.steps:
             return sample, record
         sample_id = int(self.cache.samples.ids[row])
         if policy.mixing is None:
-            return replace_item(sample, lambda item: policy.render(item, sample_id, self.view)), record
-        partner = policy.partner(sample_id, self.view, len(self.cache))
-        other = policy.render(self._item(partner), int(self.cache.samples.ids[partner]), self.view)
+            return replace_item(sample, lambda item: policy.render(item, sample_id, view), self.item_column), record
+        partner = policy.partner(sample_id, view, len(self.cache))
+        other = policy.render(self._item_at(partner), int(self.cache.samples.ids[partner]), view)
         share = 1.0
 
         def mix(item: Any) -> Any:
             nonlocal share
-            mixed, share = policy.mix(policy.render(item, sample_id, self.view), other, sample_id, self.view)
+            mixed, share = policy.mix(policy.render(item, sample_id, view), other, sample_id, view)
             return mixed
 
-        return replace_item(sample, mix), record, partner, share
+        return replace_item(sample, mix, self.item_column), record, partner, share
 
-    def _item(self, row: int) -> Any:
+    def _check_label(self, sample: Any, row: int) -> None:
+        """No list of labels was at hand when the data set was joined: each is compared when its sample is read."""
+        label, stored = label_of(sample), int(self.cache.samples.labels[row])
+        whole = isinstance(label, int | np.integer) or (isinstance(label, Tensor) and label.ndim == 0)
+        if not whole or stored < 0 or not 0 <= int(label) != stored:
+            return
+        raise LabelMismatchError(
+            f"the label of {self.cache.samples.key(row)} is {int(label)} in the data set and {stored} in the cache",
+            tip='if the labels were corrected on purpose, join with labels="dataset"',
+        )
+
+    def _item_at(self, row: int) -> Any:
         """The item of any row of the cache, out of the whole data set."""
         index = int(self.partners.index_of_row[row])
         if index < 0:
@@ -369,7 +467,7 @@ class Joined(Dataset[Any]):
                 f"{self.cache.samples.key(row)}: views are mixed with this sample, and the data set does not hold it",
                 tip="give the whole data set: join(subset, whole=data_set)",
             )
-        return item_of(self.whole[index])
+        return item_of(self.whole[index], self.item_column)
 
     @cached_property
     def partners(self) -> Partners:
@@ -390,11 +488,38 @@ class Joined(Dataset[Any]):
             >>> second[3][1] - joined[3][1] == len(cache)
             True
         """
-        if not 0 <= view < self.cache.num_views:
-            raise IndexError(f"view {view} is outside 0..{self.cache.num_views - 1}")
+        self._check_view(view)
         return Joined(
-            self.cache, self.dataset, self.rows, view=view, labels_changed=self.labels_changed, whole=self.whole
+            self.cache,
+            self.dataset,
+            self.rows,
+            view=view,
+            labels_changed=self.labels_changed,
+            whole=self.whole,
+            watch_labels=self._watch_labels,
         )
+
+    def as_dict(self) -> JoinedForm:
+        """The same samples as dicts, for what takes nothing else: the sample's own entries, and "key", "view" and "record".
+
+        A sample that is no dict is there as "item" and "label".
+
+        Example:
+            >>> one = joined.as_dict()[3]
+            >>> sorted(one), one["record"] == joined[3][1]
+            (['item', 'key', 'label', 'record', 'view'], True)
+        """
+        return JoinedForm(self, _as_dict)
+
+    def as_pair(self) -> JoinedForm:
+        """The same samples as (item, record): the record stands in the label's place, for loops that take (inputs, labels).
+
+        Example:
+            >>> item, record = joined.as_pair()[3]
+            >>> int(joined.gather([record]).labels[0]) == int(data.labels[3])
+            True
+        """
+        return JoinedForm(self, _as_pair)
 
     def gather(
         self, records: Tensor | np.ndarray, *, members: Sequence[str] | None = None, features: Sequence[str] = ()
@@ -418,7 +543,21 @@ class Joined(Dataset[Any]):
         if isinstance(records, Tensor):
             records = records.cpu().numpy()
         views, rows = np.divmod(np.asarray(records, dtype=np.int64), len(self.cache))
+        self._count_pass(len(rows))
         return self.cache.gather(rows, views, members=members, features=features)
+
+    def _count_pass(self, count: int) -> None:
+        """Say it once where a whole pass over one view of several is followed by another: somebody's loop lets it stand still."""
+        if self.cache.num_views == 1 or self._gathered is None:
+            return
+        self._gathered += count
+        ranks = torch.distributed.get_world_size() if _in_a_group() else 1
+        if self._gathered * ranks >= 2 * len(self):
+            self._gathered = None
+            warn_once(
+                f"a second whole pass over view {self.view}, and the cache has {self.cache.num_views}: call "
+                "joined.set_epoch(epoch) before each epoch; loader workers that stay alive follow it"
+            )
 
     def gather_samples(
         self,
@@ -437,6 +576,58 @@ class Joined(Dataset[Any]):
         return self.cache.gather(self.rows[index].astype(np.int64), views, members=members, features=features)
 
 
+class JoinedForm(Dataset[Any]):
+    """A joined data set whose samples have another form: what `Joined.as_dict` and `Joined.as_pair` give.
+
+    Attributes:
+        joined: what it was made of, for `joined.gather(records)`.
+    """
+
+    def __init__(self, joined: Joined, form: Callable[[Joined, tuple[Any, ...]], Any]) -> None:
+        self.joined, self._form = joined, form
+
+    def __len__(self) -> int:
+        return len(self.joined)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._form(self.joined, self.joined[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """A batch in one reading."""
+        return [self._form(self.joined, one) for one in self.joined.__getitems__(indices)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """As `Joined.set_epoch`."""
+        self.joined.set_epoch(epoch)
+
+
+def _as_dict(joined: Joined, one: tuple[Any, ...]) -> dict[str, Any]:
+    sample, record, *mixed = one
+    view, row = divmod(record, len(joined.cache))
+    if not isinstance(sample, dict):
+        label = label_of(sample)
+        sample = {"item": item_of(sample)} | ({} if label is None else {"label": label})
+    partner = dict(zip(("partner", "share"), mixed, strict=True)) if mixed else {}
+    return {**sample, "key": joined.cache.samples.key(row), "view": view, "record": record, **partner}
+
+
+def _as_pair(joined: Joined, one: tuple[Any, ...]) -> tuple[Any, int]:
+    return item_of(one[0], joined.item_column), one[1]
+
+
+def _shared(view: int) -> Tensor:
+    """A number in memory that processes share: loader workers that are running see another one from their next sample on."""
+    number = torch.tensor([view])
+    try:
+        return number.share_memory_()
+    except (RuntimeError, OSError):  # no such memory here: workers follow when they are started
+        return number
+
+
+def _in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_cache(path: str | os.PathLike[str], *, finished: bool = True) -> bool:
     """Whether a dump is there; with `finished=False` also one that is still to be finished, which `open` refuses."""
     return os.path.isfile(os.path.join(path, MANIFEST)) or (not finished and os.path.isdir(os.path.join(path, WORK)))
@@ -448,9 +639,14 @@ def open(
     id: str | None = None,
     mode: ReadMode = "mmap",
     check_blocks: CheckBlocks = "first",
+    check_files: bool = True,
     allow_code: bool = False,
+    quiet: bool = False,
 ) -> Cache:
-    """Open a cache for reading.
+    """Open a cache for reading. Every file is hashed when it is first opened on this machine, and again only when it was written.
+
+    Which files were hashed is remembered outside of the cache, below `$SOFTCACHE_HOME` (else `$XDG_CACHE_HOME/softcache`, else
+    `~/.cache/softcache`). A file that is not the one that the manifest names is refused when it is first read.
 
     Args:
         path: the folder that `softcache dump` wrote; read-only mounts work.
@@ -458,7 +654,9 @@ def open(
         mode: "mmap", or "pread" for network file systems.
         check_blocks: when the checksum of each block of 64 KiB that a gather touches is looked at: when it is "first" touched,
             "always", or "never".
+        check_files: False takes every file that has the right name and size for the one that the manifest names.
         allow_code: a view may be made by a transform that the cache names, and rendering it then calls that code of yours.
+        quiet: no progress on stderr while files are hashed.
 
     Raises:
         CacheError: not a cache, of another format version, or no manifest of that id.
@@ -472,4 +670,7 @@ def open(
         >>> softcache.open("caches/a", id=cache.id[:12]).id == cache.id
         True
     """
-    return Cache(CacheReader(path, id=id, mode=mode, check_blocks=check_blocks), allow_code=allow_code)
+    reader = CacheReader(path, id=id, mode=mode, check_blocks=check_blocks, check_files=check_files)
+    with Meter(f"check {path}", reader.manifest.nbytes, unit="B", quiet=quiet) as meter:
+        reader.files.bind_all(meter.add)
+    return Cache(reader, allow_code=allow_code)

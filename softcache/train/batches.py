@@ -249,8 +249,11 @@ def _edges(share: int, pieces: int, views: int) -> list[int]:
     return [0, *(np.cumsum(sizes) * views).tolist()]
 
 
-def open_material(config: TrainConfig, terms: Sequence[LossTerm]) -> Material:
+def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool = True) -> Material:
     """Open data and cache, join them, and refuse whatever does not fit the terms.
+
+    Args:
+        quiet: no progress while the cache's files are hashed.
 
     Raises:
         SoftcacheError: and its children, each with what to do.
@@ -259,7 +262,7 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm]) -> Material:
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
     if eval_set is not None:
         check_same_classes(eval_set, transfer_set)
-    cache = _open_cache(config)
+    cache = _open_cache(config, quiet=quiet)
     joined = _join(cache, transfer_set, config) if cache is not None else None
     chosen = tuple(class_indices(transfer_set.class_names, config.classes)) if config.classes else None
     weights = parse_members(config.members)
@@ -304,7 +307,7 @@ def views_of(epoch: int, cache: Cache | None, config: TrainConfig) -> list[int]:
     return [view if cache is None or config.augment else view % cache.num_views for view in taken]
 
 
-def _open_cache(config: TrainConfig) -> Cache | None:
+def _open_cache(config: TrainConfig, *, quiet: bool) -> Cache | None:
     """The cache to learn from; a run that is resumed stays with the manifest it began with."""
     if config.cache is None:
         return None
@@ -316,7 +319,9 @@ def _open_cache(config: TrainConfig) -> Cache | None:
             id=before or config.cache_id,
             mode=config.read,  # type: ignore[arg-type]
             check_blocks=config.check_blocks,  # type: ignore[arg-type]
+            check_files=config.check_files == "yes",
             allow_code=config.allow_code,
+            quiet=quiet,
         )
     except CacheError as exc:
         if before is not None:

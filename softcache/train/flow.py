@@ -91,7 +91,7 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     """Open data and cache, build the student and what each stage asks of it; nothing is written."""
     torch.set_num_threads(pick_threads(config.threads))
     stages, device = parse_stages(config), pick_device(config.device)
-    material = open_material(config, [term for stage in stages for term in stage.terms])
+    material = open_material(config, [term for stage in stages for term in stage.terms], quiet=quiet)
     check_last_batch(len(material.transfer_set), config.batch_size, ranks)
     torch.manual_seed(config.seed)
     model, sample, initialised = build_student(config, material)

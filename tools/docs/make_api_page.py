@@ -155,10 +155,14 @@ def told(signature: str, docstring: str) -> str:
 
 
 def members_of(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
-    """The public methods and properties, in order."""
+    """The public methods and properties, in order; what sets a property is none of its own."""
     for one in node.body:
-        if isinstance(one, ast.FunctionDef) and not one.name.startswith("_"):
+        if isinstance(one, ast.FunctionDef) and not one.name.startswith("_") and not _sets(one):
             yield one
+
+
+def _sets(node: ast.FunctionDef) -> bool:
+    return any(isinstance(one, ast.Attribute) and one.attr == "setter" for one in node.decorator_list)
 
 
 def section(prefix: str, path: str, names: tuple[str, ...]) -> Iterator[str]:

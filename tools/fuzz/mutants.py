@@ -241,7 +241,7 @@ def part_of(reader: CacheReader, file: StoredFile) -> dict[str, np.ndarray]:
     if file.kind == "constants" and file.member:
         return {f"{file.member}/{name}": value for name, value in reader.constants(file.member).items()}
     if file.kind == "dense":
-        MappedFile(reader.path, next(f for f in reader.manifest.files if f.path == file.path)).arrays()
+        MappedFile(reader.files, next(f for f in reader.manifest.files if f.path == file.path)).arrays()
         return {}
     views, rows = (part.reshape(-1) for part in np.mgrid[: plan.views.count, : plan.samples.count])
     names = ["pixel_digests"] if file.member is None else reader.array_kinds(file.member)

@@ -210,10 +210,11 @@ class CacheWriter:
                 + (f"delete {self.work} to give it up" if self.base else "choose another --out"),
             )
         # imported here: the reader is the other side of the format, and only a resume needs it
+        from softcache.cache.bound_files import BoundFiles
         from softcache.cache.reader import read_samples
 
         stored = [*found.files, *(self.base.files if self.base else ())]
-        return found, read_samples(self.path, stored, found.plan)
+        return found, read_samples(BoundFiles(self.path, stored), found.plan)
 
     def _write_setup(self, setup: Setup) -> list[StoredFile]:
         written = []
@@ -232,10 +233,11 @@ class CacheWriter:
 
     def constants(self, member: str) -> dict[str, np.ndarray]:
         """What was fitted for a member, as it lies on disk: the same for every part and every resume."""
+        from softcache.cache.bound_files import BoundFiles
         from softcache.cache.reader import read_constants
 
         stored = [*(self.base.files if self.base else ()), *self.planned.files]
-        return read_constants(self.path, stored, member)
+        return read_constants(BoundFiles(self.path, stored), member)
 
     def finished_spans(self) -> dict[int, dict[str, Any]]:
         """Journal entries of every span whose files are there, over all parts."""

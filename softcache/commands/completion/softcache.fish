@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --cache --cache-id --check-blocks --check-content --checkpoint-every --classes --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --momentum --on-drift --only --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --momentum --on-drift --only --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -160,9 +160,10 @@ complete -c softcache -n '_shtab_softcache_using train' -l combine -x -d 'how me
 complete -c softcache -n '_shtab_softcache_using train' -l members -x -d 'members to use, with weights if wanted: a=0.7,b=0.3'
 complete -c softcache -n '_shtab_softcache_using train' -l labels -xka "cache dataset" -d 'dataset: allow labels that differ from the cache'"'"'s (default: cache)'
 complete -c softcache -n '_shtab_softcache_using train' -l join -xka "key content" -d 'how samples find their rows (default: key)'
-complete -c softcache -n '_shtab_softcache_using train' -l check-content -xka "none spread full" -d 'compare contents with the cache'"'"'s (default: spread)'
+complete -c softcache -n '_shtab_softcache_using train' -l check-content -xka "none spread full" -d 'compare contents with the cache'"'"'s (default: spread, and where that cannot be done it is said)'
 complete -c softcache -n '_shtab_softcache_using train' -l read -xka "mmap pread" -d 'pread suits network file systems (default: mmap)'
 complete -c softcache -n '_shtab_softcache_using train' -l check-blocks -xka "first always never" -d 'when the checksums of the cache'"'"'s blocks are looked at (default: first)'
+complete -c softcache -n '_shtab_softcache_using train' -l check-files -xka "yes no" -d 'no: take cache files of the right name and size for those that the manifest names, without hashing them (default: yes)'
 complete -c softcache -n '_shtab_softcache_using train' -l allow-code -d 'run code that the cache names: transforms of its views'
 complete -c softcache -n '_shtab_softcache_using train' -l view -x -d 'always this view (default: epoch modulo views)'
 complete -c softcache -n '_shtab_softcache_using train' -l size -x -d 'render the cache'"'"'s views at this width instead of the teacher'"'"'s'
@@ -217,6 +218,7 @@ complete -c softcache -n '_shtab_softcache_using eval' -l bias -x -d 'add to the
 complete -c softcache -n '_shtab_softcache_using eval' -l fit-bias -x -d 'find the one number to add to these classes'"'"' logits that makes fewest errors on --bias-data'
 complete -c softcache -n '_shtab_softcache_using eval' -l bias-data -x -d 'held-out data for --fit-bias'
 complete -c softcache -n '_shtab_softcache_using eval' -l bias-model -xka "(__fish_complete_path (commandline -ct))" -d 'find it on this model, a twin that was not trained on --bias-data'
+complete -c softcache -n '_shtab_softcache_using eval' -l check-files -xka "yes no" -d 'no: take cache files of the right name and size for those that the manifest names, without hashing them (default: yes)'
 complete -c softcache -n '_shtab_softcache_using eval' -l per-class -d 'also the errors on each class'
 complete -c softcache -n '_shtab_softcache_using eval' -l allow-code -d 'run code that the cache names: transforms of its views'
 complete -c softcache -n '_shtab_softcache_using eval' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'

@@ -1,0 +1,197 @@
+"""Data sets of named columns, by what they can do: Hugging Face's `datasets.Dataset`, and pandas' DataFrame."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from softcache.errors import ClassMismatchError, JoinError, nearest
+
+ITEM_COLUMNS = ("item", "image", "text")
+LABEL_COLUMNS = ("label", "labels")
+
+
+class Table(Dataset[dict[str, Any]]):
+    """The rows of a table as a map-style data set of dicts.
+
+    Args:
+        rows: a `datasets.Dataset`, whose format (`with_format`, `set_transform`) is that of the samples; or a DataFrame.
+        key: the column that names its samples; None where something else does.
+        item: the column of what the teacher saw; None: the only one of item, image and text, where there is one.
+        label: the column of the labels; None: label or labels, where there is one.
+
+    Raises:
+        JoinError: no such column.
+    """
+
+    def __init__(self, rows: Any, *, key: str | None = None, item: str | None = None, label: str | None = None) -> None:
+        self.rows = rows
+        self.columns = tuple(str(name) for name in (rows.columns if _is_frame(rows) else rows.column_names))
+        for name in (key, item, label):
+            if name is not None and name not in self.columns:
+                raise JoinError(f"the data set has no column {name!r}", tip=nearest(name, self.columns))
+        self.key, self.label = key, label or _only(LABEL_COLUMNS, self.columns)
+        self.item = item or _only(ITEM_COLUMNS, self.columns)
+        # as it is stored: neither formatted nor transformed
+        self._plain = rows.with_format(None) if hasattr(rows, "with_format") else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _row(self.rows, index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several rows in one reading, which is several times faster where the table reads so."""
+        read = getattr(self.rows, "__getitems__", None)
+        return [_row(self.rows, index) for index in indices] if read is None else list(read(list(indices)))
+
+    def plain(self, index: int) -> tuple[Any, Any]:
+        """The item and the label of one row as they are stored; None for what has no column."""
+        row = _row(self._plain, index)
+        return tuple(None if name is None else row[name] for name in (self.item, self.label))  # type: ignore[return-value]
+
+    def labels(self, class_names: Sequence[str]) -> np.ndarray | None:
+        """(N,) class indices among these names, -1 where there is none; None where the table has no labels of this kind."""
+        if self.label is None:
+            return None
+        values = self.column(self.label)
+        return labels_by_name(values, class_names) if self.class_names is None else indices_of(values)
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column as they are stored."""
+        if _is_frame(self.rows):
+            return list(self.rows[name].tolist())
+        return list(self._plain[name][:])
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """The names of a ClassLabel, whose labels are indices; None where labels name their classes themselves."""
+        if self.label is None or _is_frame(self.rows):
+            return None
+        feature = (getattr(self.rows, "features", None) or {}).get(self.label)
+        names = getattr(feature, "names", None)
+        return list(names) if isinstance(names, list | tuple) else None
+
+
+def with_columns(dataset: Any, *, key: str | None, item: str | None, label: str | None) -> Any:
+    """The data set with its tables as map-style data sets, inside `Subset` and `ConcatDataset` too.
+
+    Raises:
+        JoinError: columns were named, and the data set has none.
+    """
+    if isinstance(dataset, Subset):
+        return _with(dataset, {"dataset": with_columns(dataset.dataset, key=key, item=item, label=label)})
+    if isinstance(dataset, ConcatDataset):
+        parts = [with_columns(part, key=key, item=item, label=label) for part in dataset.datasets]
+        return _with(dataset, {"datasets": parts})
+    if isinstance(dataset, Table):
+        return dataset
+    if is_table(dataset):
+        return Table(dataset, key=key, item=item, label=label)
+    named = next((name for name in (key, item, label) if name is not None), None)
+    if named is not None:
+        raise JoinError(
+            f"{type(dataset).__name__} has no columns, so there is none called {named!r}",
+            tip="key=, item= and label= are of Hugging Face's data sets and of DataFrames; for others give keys=[...]",
+        )
+    return dataset
+
+
+def is_table(dataset: Any) -> bool:
+    """Whether it is a `datasets.Dataset` or a DataFrame, by what it has."""
+    return _is_frame(dataset) or (
+        isinstance(getattr(dataset, "column_names", None), list | tuple)
+        and hasattr(dataset, "features")
+        and hasattr(dataset, "__getitem__")
+        and hasattr(dataset, "__len__")
+    )
+
+
+def item_column(dataset: Any) -> str | None:
+    """The column of the items of a table, or of what was selected from one; None for everything else."""
+    while isinstance(dataset, Subset | ConcatDataset):
+        dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
+    return dataset.item if isinstance(dataset, Table) else None
+
+
+def _is_frame(rows: Any) -> bool:
+    return hasattr(rows, "iloc") and hasattr(rows, "columns")
+
+
+def _row(rows: Any, index: int) -> dict[str, Any]:
+    if _is_frame(rows):
+        return {str(name): value for name, value in rows.iloc[int(index)].items()}
+    return dict(rows[int(index)])
+
+
+def _only(names: Sequence[str], columns: Sequence[str]) -> str | None:
+    found = [name for name in names if name in columns]
+    return found[0] if len(found) == 1 else None
+
+
+def _with(dataset: Any, changed: dict[str, Any]) -> Any:
+    """A copy of a data set with some of its attributes changed; itself where they are what they were."""
+    if all(_same(getattr(dataset, name), value) for name, value in changed.items()):
+        return dataset
+    made = copy.copy(dataset)
+    made.__dict__.update(changed)
+    return made
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return one is other
+
+
+def labels_by_name(found: Sequence[Any], class_names: Sequence[str]) -> np.ndarray | None:
+    """(N,) class index of each label of a column, -1 where there is none; None where they are of another kind.
+
+    Whole numbers are the names of classes where all of them are, and indices of classes otherwise.
+
+    Raises:
+        ClassMismatchError: some labels are names of classes, and some of none.
+    """
+    place = {name: number for number, name in enumerate(class_names)}
+    values = [None if _is_missing(value) else value for value in found]
+    if any(not isinstance(value, str | int | float | np.generic) for value in values if value is not None):
+        return None
+    names = [None if value is None else _named(value) for value in values]
+    unknown = [name for name in names if name is not None and name not in place]
+    if not unknown:
+        return np.array([-1 if name is None else place[name] for name in names], np.int64)
+    if all(value is None or isinstance(value, int | np.integer) for value in values):
+        return indices_of(values)
+    if len(unknown) < sum(name is not None for name in names):
+        raise ClassMismatchError(
+            f"the data set has a label {unknown[0]!r}, which is no class of the cache",
+            tip=nearest(unknown[0], class_names),
+        )
+    return None
+
+
+def indices_of(found: Sequence[Any]) -> np.ndarray | None:
+    """(N,) of labels that are class indices, -1 where there is none; None where they are no whole numbers."""
+    values = [-1 if _is_missing(value) else value for value in found]
+    if not all(isinstance(value, int | np.integer) for value in values):
+        return None
+    return np.array([int(value) for value in values], np.int64)
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, and the -1 that stands for no label."""
+    if isinstance(value, float | np.floating):
+        return bool(np.isnan(value))
+    return value is None or (isinstance(value, int | np.integer) and value == -1)
+
+
+def _named(value: Any) -> str:
+    """The name of a class that a value stands for: 3 and 3.0 are both "3"."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value)
