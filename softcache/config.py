@@ -91,6 +91,9 @@ class MachineOptions:
     )
 
 
+ALLOW_CODE_HELP = (
+    "believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data"
+)
 CODEC_HELP = (
     "how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; "
     "`softcache plan` compares them on your teacher"
@@ -130,6 +133,7 @@ class StorageOptions(MachineOptions, DataOptions):
     order_seed: int = option(0, "seed of the row order", metavar="SEED")
     shard_rows: int | None = option(None, "rows per shard (default: about 64 shards)", metavar="N")
     no_keys: bool = option(False, "do not store sample keys (private names); ids stay")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,6 @@ class DumpConfig(StorageOptions):
         None, "what others may do with the cache, for its card: cc-by-4.0, ...", metavar="TEXT"
     )
     extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
-    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
     part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
     list_modules: bool = option(False, "print the teacher's modules and their output shapes for --features, and stop")
 
@@ -182,7 +185,7 @@ class TrainConfig(MachineOptions, DataOptions):
     check_blocks: str = option(
         "first", "when the checksums of the cache's blocks are looked at", choices=("first", "always", "never")
     )
-    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
     view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
     size: int | None = option(None, "render the cache's views at this width instead of the teacher's", metavar="PIXELS")
     augment: tuple[str, ...] = option(
@@ -259,7 +262,7 @@ class EvalConfig(MachineOptions, DataOptions):
         None, "find it on this model, a twin that was not trained on --bias-data", metavar="MODEL"
     )
     per_class: bool = option(False, "also the errors on each class")
-    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
 
 
 @dataclass(frozen=True)
@@ -275,11 +278,14 @@ class ExportConfig:
     out: str | None = option(
         None, "the file (default: export.safetensors, .pt2 or .onnx in the run folder)", metavar="FILE"
     )
-    data: str | None = option(None, "evaluation set (default: the run's own --eval-data)", metavar="DATA")
+    data: str | None = option(
+        None, "evaluation set (with --allow-code by default the run's own --eval-data)", metavar="DATA"
+    )
     policy: tuple[str, ...] = option(
         (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
     )
     download: bool = option(False, "let torchvision download a data set that is not there")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
     batch_size: int = option(512, "samples per forward pass of the verification", metavar="B")
     device: str = option("auto", "where the verification runs; ONNX always on the CPU", metavar="DEVICE")
     threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class SoftcacheError(Exception):
@@ -92,6 +92,17 @@ class UnfinishedCacheError(CacheError):
 
 class DamagedCacheError(CacheError):
     """Bytes on disk that differ from what the manifest says."""
+
+
+class LinkedCacheError(DamagedCacheError):
+    """A symbolic link in the place of a file or folder of a cache: it is not followed."""
+
+
+class UntrustedError(ConfigError):
+    """Something that a cache, a run folder or a weights file names, and that is used only where its user says so.
+
+    The command line prints the same command with --allow-code.
+    """
 
 
 class JoinError(SoftcacheError):

@@ -133,7 +133,7 @@ def _known_id(path: Path, prefix: str) -> str:
 
 def _without_manifest(path: Path) -> CacheError:
     work = work_folder(path, 0)
-    planned = read_planned(work)
+    planned = read_planned(path, 0)
     if planned is None:
         if work.is_dir():
             return UnfinishedCacheError(
@@ -144,7 +144,7 @@ def _without_manifest(path: Path) -> CacheError:
             f"{path}: no {MANIFEST}, so this is not a softcache cache",
             tip="give the folder that `softcache dump --out` wrote",
         )
-    total, done = len(planned.plan.rounds[0].layout), len(read_journals(work))
+    total, done = len(planned.plan.rounds[0].layout), len(read_journals(path, 0))
     verb = "dump" if planned.plan.parent is None else "subset"
     return UnfinishedCacheError(
         f"{path}: the {verb} is not finished: {done} of {total} spans are written ({100 * done // max(1, total)} %)",
