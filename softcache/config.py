@@ -91,6 +91,7 @@ class MachineOptions:
     )
 
 
+MOST_TOML = 2**24  # bytes
 ALLOW_CODE_HELP = (
     "believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data"
 )
@@ -348,12 +349,7 @@ def _place(one: Field[Any], origin: str) -> str:
 def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     sources: list[tuple[str, Mapping[str, Any]]] = []
     if file is not None:
-        try:
-            sources.append((file, tomllib.loads(Path(file).read_text(encoding="utf-8"))))
-        except OSError as exc:
-            raise ConfigError(f"{file}: {exc.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"{file}: not TOML: {exc}") from None
+        sources.append((file, parse_toml(read_toml(Path(file)), file)))
     for pair in sets:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -361,6 +357,27 @@ def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) ->
         sources.append(("--set", {key: value}))
     sources.append(("flag", flags))
     return sources
+
+
+def read_toml(path: Path) -> bytes:
+    """The bytes of a TOML file, no more than `parse_toml` takes; ConfigError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MOST_TOML + 1)
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}") from None
+
+
+def parse_toml(data: bytes, where: str) -> dict[str, Any]:
+    """What TOML says; ConfigError for what is none, has more than MOST_TOML bytes, or is deeper than Python reads."""
+    if len(data) > MOST_TOML:
+        raise ConfigError(f"{where}: has more than {MOST_TOML:,} bytes", tip="give settings, no data")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{where}: not TOML: {exc}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply") from None
 
 
 def flag_of(name: str) -> str:

@@ -18,9 +18,11 @@ class SoftcacheError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, tip: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.tip = tip
+        self.message, self.tip = printable(message), printable(tip)  # names of somebody else's are among them
+        super().__init__(self.message)
+
+    def add_note(self, note: str, /) -> None:
+        super().add_note(printable(note))
 
     def __str__(self) -> str:
         return f"{self.message}\n  tip: {self.tip}" if self.tip else self.message

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from softcache.commands.flags import Output, Verb
 from softcache.config import ALLOW_CODE_HELP, option
-from softcache.errors import printable
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def run(config: RepairConfig, output: Output) -> int:
         allow_code=config.allow_code,
     )
     result = repair.run(Path(config.cache), means, quiet=output.quiet or output.json)
-    print(json.dumps(dataclasses.asdict(result)) if output.json else printable(result.text()))
+    print(json.dumps(dataclasses.asdict(result)) if output.json else result.text())
     return result.exit_code
 
 

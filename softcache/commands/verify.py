@@ -9,7 +9,7 @@ from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
 from softcache.config import ALLOW_CODE_HELP, option
-from softcache.errors import ConfigError, printable
+from softcache.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def run(config: VerifyConfig, output: Output) -> int:
         data=config.data,
         allow_code=config.allow_code,
     )
-    print(json.dumps(dataclasses.asdict(verdict)) if output.json else printable(verdict.text()))
+    print(json.dumps(dataclasses.asdict(verdict)) if output.json else verdict.text())
     return verdict.exit_code
 
 

@@ -357,6 +357,7 @@ def open_teacher(
     input_shape: tuple[int, ...] | None,
     device: str,
     autocast: torch.dtype | None,
+    allow_code: bool = False,
 ) -> Teacher:
     """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
 
@@ -364,6 +365,7 @@ def open_teacher(
 
     Args:
         taken: member names that are in use already.
+        allow_code: call the factory that a run folder names.
 
     Raises:
         ModelError: it cannot be built, has other classes, or gives something else.
@@ -380,7 +382,7 @@ def open_teacher(
     if bare.is_factory and not is_run:
         made = build(bare, **shape)
     if made is None or isinstance(made, nn.Module):
-        model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
+        model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape, allow_code=allow_code)
         declared, output, portable = model.declared_classes, model.output, model.spec
         network, collate = model, model.input.collate
         model.check_trained(f"teacher {text!r}")

@@ -152,6 +152,12 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder in which nothing is."""
+    with explained("rmdir", path):
+        os.rmdir(path)
+
+
 def abandon(temporary: Path, file: OpenFile | None) -> None:
     """Close and remove a file that something went wrong with. A further fault must not hide the first one.
 

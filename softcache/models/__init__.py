@@ -31,7 +31,7 @@ from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
 from softcache.models.shufflenet import shufflenetv1, shufflenetv2
 from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
-from softcache.models.told import check_spec
+from softcache.models.told import check_spec, load_json
 from softcache.models.vgg import vgg
 from softcache.models.weights import (
     METADATA_KEY,
@@ -72,6 +72,7 @@ __all__ = [
     "fingerprint",
     "graft",
     "initialise",
+    "load_json",
     "load_model",
     "load_weights",
     "read_metadata",

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from softcache.errors import SoftcacheError
 
 FORMAT = 1
 FORMAT_KEY, DIGEST_KEY = "softcache_format", "softcache_digest"  # among the strings of a safetensors file
+
+STRETCH = 64  # a tensor that is one number many times, as `expand` makes it, takes no room in a file
 
 _NOTED: set[str] = set()
 
@@ -91,6 +93,24 @@ def check_digest(found: Any, value: Any, where: Path, error: type[SoftcacheError
             f"{where}: is damaged: its tensors and metadata are not those that were saved",
             tip="copy it again from where it came from, or train again",
         )
+
+
+def refuse_stretched(value: Any, nbytes: int, where: Path, error: type[SoftcacheError]) -> None:
+    """Raise `error` for tensors that say they are far larger than the file of `nbytes` that they were read from."""
+    asked = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+    if asked > STRETCH * nbytes + 2**24:
+        raise error(
+            f"{where}: has {nbytes:,} bytes, and tensors that would take {asked:,}: more than {STRETCH} times as many",
+            tip="if they are meant so, save them whole: tensor.contiguous().clone()",
+        )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for one in inner:
+        yield from _tensors(one)
 
 
 def note_once(text: str) -> None:

@@ -26,7 +26,7 @@ from softcache.models.graft import regraft
 from softcache.models.inputs import ImageInput, TextInput
 from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft
-from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest
+from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest, refuse_stretched
 from softcache.models.told import load_json
 from softcache.spec import Spec, parse_spec
 
@@ -311,6 +311,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as plain tensors: {reason}",
             tip="files that hold code are refused; save the weights alone: torch.save(net.state_dict(), path)",
         ) from None
+    refuse_stretched(content, path.stat().st_size, path, ModelError)
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

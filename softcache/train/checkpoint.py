@@ -7,14 +7,18 @@ import pickle
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from softcache.errors import TrainingError
+from softcache.errors import SoftcacheError, TrainingError
+from softcache.files import durable
+from softcache.files.inside import RUN, is_inside, open_inside
+from softcache.models.seal import FORMAT, check_digest, check_format, digest, refuse_stretched
 from softcache.train.ranks import Ranks
+from softcache.version import __version__
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -69,9 +73,9 @@ def read_progress(out: Path, ranks: Ranks) -> tuple[Progress, dict[str, Any]]:
         TrainingError: the checkpoint cannot be read, or is of another number of processes.
     """
     path = out / CHECKPOINT
-    if not path.is_file():
+    if not is_inside(out, CHECKPOINT, RUN):
         return Progress(), {}
-    state = _load(path)
+    state = _load(out)
     try:
         if len(state["random"]) != ranks.size:
             raise TrainingError(
@@ -80,11 +84,24 @@ def read_progress(out: Path, ranks: Ranks) -> tuple[Progress, dict[str, Any]]:
             )
         position = state.pop("progress")
         sums = position.pop("sums")[ranks.rank]
-        return Progress(sums=sums, **position), state
-    except (LookupError, TypeError) as exc:
+        progress = Progress(sums=sums, **position)
+        _check_position(progress)
+        return progress, state
+    except (LookupError, TypeError, AttributeError) as exc:
         raise TrainingError(
             f"{path}: is no checkpoint of this version ({exc!r})", tip="delete it to start again"
         ) from None
+
+
+def _check_position(progress: Progress) -> None:
+    """TypeError for what no run saved."""
+    counts = (progress.stage, progress.epoch, progress.step)
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise TypeError(f"it stands at {counts}")
+    if not isinstance(progress.metrics, list) or not all(isinstance(row, dict) for row in progress.metrics):
+        raise TypeError("its metrics are no rows")
+    if not isinstance(progress.sums, dict) or not all(isinstance(one, Tensor) for one in progress.sums.values()):
+        raise TypeError("its sums are no tensors")
 
 
 def restore(out: Path, trained: Trained, state: dict[str, Any], ranks: Ranks) -> None:
@@ -94,7 +111,7 @@ def restore(out: Path, trained: Trained, state: dict[str, Any], ranks: Ranks) ->
         for name, value in trained.named().items():
             value.load_state_dict(state[name])
         _restore_random_states(state["random"][ranks.rank])
-    except (RuntimeError, ValueError, LookupError, TypeError) as exc:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as exc:
         raise TrainingError(f"{path}: does not fit this student: {exc}", tip="choose another --out") from None
 
 
@@ -106,20 +123,21 @@ def save_progress(out: Path, trained: Trained, progress: Progress, ranks: Ranks)
         return
     state = {name: value.state_dict() for name, value in trained.named().items()}
     state |= {"progress": {**vars(progress), "sums": every_sums}, "random": every_random}
+    state |= {"format": FORMAT, "softcache": __version__}
+    state["digest"] = digest(state)
+    with durable.written_aside(out / CHECKPOINT) as file:
+        torch.save(state, cast(IO[bytes], durable.Stream(file)))
+
+
+def _load(out: Path) -> dict[str, Any]:
+    """Read a checkpoint: data only, never code, and only as it was saved."""
     path = out / CHECKPOINT
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: data only, never code."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, ValueError, TypeError) as exc:
+        with os.fdopen(open_inside(out, CHECKPOINT, RUN), "rb") as file:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except SoftcacheError:
+        raise
+    except Exception as exc:  # unpickling bytes that are no pickle can raise almost anything
         # torch's own message for a file that is not plain data proposes to load it with code and all
         reason = "" if isinstance(exc, pickle.UnpicklingError) else f": {exc}"
         raise TrainingError(
@@ -128,7 +146,11 @@ def _load(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(state, dict):
         raise TrainingError(f"{path}: is no checkpoint", tip="delete it to start the run again")
-    return state
+    refuse_stretched(state, path.stat().st_size, path, TrainingError)
+    found = state.pop("digest", None)
+    check_format(state.get("format"), path, state.get("softcache"), TrainingError)
+    check_digest(found, state, path, TrainingError, sealed="format" in state or "softcache" in state)
+    return {name: value for name, value in state.items() if name not in ("format", "softcache")}
 
 
 def random_states() -> dict[str, Any]:

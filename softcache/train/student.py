@@ -28,6 +28,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
         class_names=transfer_set.class_names,
         input_shape=item_shape(item),
         vocabulary=build_vocabulary(texts) if isinstance(item, str) else None,
+        allow_code=config.allow_code,
     )
     sample = model.input.collate([item, item])
     order = _data_order(model, transfer_set.class_names)
