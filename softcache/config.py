@@ -368,16 +368,16 @@ def read_toml(path: Path) -> bytes:
         raise ConfigError(f"{path}: {exc.strerror}") from None
 
 
-def parse_toml(data: bytes, where: str) -> dict[str, Any]:
+def parse_toml(data: bytes, where: str, *, tip: str = "") -> dict[str, Any]:
     """What TOML says; ConfigError for what is none, has more than MOST_TOML bytes, or is deeper than Python reads."""
     if len(data) > MOST_TOML:
         raise ConfigError(f"{where}: has more than {MOST_TOML:,} bytes", tip="give settings, no data")
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{where}: not TOML: {exc}") from None
+        raise ConfigError(f"{where}: not TOML: {exc}", tip=tip) from None
     except RecursionError:
-        raise ConfigError(f"{where}: is nested too deeply") from None
+        raise ConfigError(f"{where}: is nested too deeply", tip=tip) from None
 
 
 def flag_of(name: str) -> str:

@@ -184,7 +184,7 @@ def rebuild_transformer(told: Mapping[str, Any], num_classes: int, where: str) -
             net = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
         facts = {**told["input"], "definition": _canonical(told["input"]["definition"])}
         return _model(net, TokenizerInput(**{**facts, "takes": tuple(facts["takes"])}))
-    except SoftcacheError:
+    except ModelError:
         raise
     except Exception as exc:  # of many kinds, and from several libraries
         raise ModelError(

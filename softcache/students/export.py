@@ -315,7 +315,12 @@ def _data_of_run(model_text: str, *, allow_code: bool) -> str:
             f"{model_text}: says nothing of an evaluation set",
             tip="--data DATA: every export is verified by running it on one",
         )
-    data = parse_toml(read_inside(folder, CONFIG, MOST_BYTES, IN_RUN), str(folder / CONFIG)).get("eval_data")
+    told = parse_toml(
+        read_inside(folder, CONFIG, MOST_BYTES, IN_RUN),
+        str(folder / CONFIG),
+        tip="name the evaluation set: --data DATA",
+    )
+    data = told.get("eval_data")
     if isinstance(data, str) and not allow_code:
         raise UntrustedError(
             f"{model_text}: its config.toml names the evaluation set {data}; data is not opened because a run folder names it",

@@ -47,7 +47,6 @@ FREE_TO_CHANGE = (
     "check_content",
     "on_drift",
     "tensorboard",
-    "allow_code",
 )
 
 
@@ -63,6 +62,7 @@ def claim_folder(config: TrainConfig) -> Path:
         then = {key: before.get(key, usual.get(key)) for key in now}  # an older run did not know every setting
         if then["cache"] and now["cache"]:
             then["cache"] = now["cache"]  # it may have moved: the run holds its id
+        then["allow_code"] = now["allow_code"]  # whom its user believes is no part of what is computed
         changed = [key for key in now if now[key] != then[key]]
         if changed:
             listing = "; ".join(f"{key} was {then[key]!r}, is now {now[key]!r}" for key in changed[:6])
