@@ -51,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader of our output has gone: nothing to say, nobody to say it to
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_USER
+        except (MemoryError, RuntimeError) as exc:
+            if not isinstance(exc, MemoryError) and "can't allocate memory" not in str(exc):
+                raise
+            reason = (str(exc).splitlines() or [""])[0]
+            _print_error(f"out of memory: {reason[:200]}", tip="ask for less: smaller widths, sizes, counts or batches")
+            return EXIT_USER
         except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
             _print_error(f"{exc.filename}: {exc.strerror}")
             return EXIT_USER

@@ -23,6 +23,7 @@ from typing import Any
 
 from softcache.errors import ConfigError, MissingExtraError, SoftcacheError, nearest
 
+LONGEST = 2**16  # characters of a spec
 USER = "softcache_user_"  # begins the names of modules made of users' files
 _NEIGHBOURS: dict[str, Path] = {}  # modules that lie beside users' files, by name, and the folder that gave them
 
@@ -66,6 +67,11 @@ class Spec:
 
 def parse_spec(text: str) -> Spec:
     """Split `scheme:name?key=value&...`; ConfigError for an empty spec or a parameter without '='."""
+    if len(text) > LONGEST or "\0" in text:
+        raise ConfigError(
+            f"{text[:60]!r}... is no name: it has {len(text):,} characters, of {LONGEST:,} at most, none of them a zero byte",
+            tip="write scheme:name?key=value; what is longer belongs into a factory of your own",
+        )
     head, _, query = text.partition("?")
     # a file path may hold a colon of its own only before ".py:"; everything else splits at the first colon
     cut = head.rfind(".py:")

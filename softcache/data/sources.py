@@ -23,6 +23,7 @@ DIGITS_SEED = 20260101  # part of what `digits` means: another seed is another s
 DIGITS_TEST = 500
 MOST_AXES = 8  # of an IDX file
 MOST_UNPACKED = 2**32  # bytes that a .gz file is unpacked to in memory
+PACKED = 200  # so many times its size at most, beyond what is small: text packs to a tenth, a bomb to a thousandth
 
 
 class Reader(Protocol):
@@ -323,14 +324,15 @@ def read_maybe_gz(path: Path) -> bytes:
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    """What a .gz file holds; DataError, before it is held in memory, for more than MOST_UNPACKED bytes."""
+    """What a .gz file holds; DataError for far more than text packs to, or than fits into memory."""
+    most = min(MOST_UNPACKED, max(2**28, PACKED * len(data)))
+    found = io.BytesIO()
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        size = 0
-        while piece := len(file.read(2**20)):
-            size += piece
-            if size > MOST_UNPACKED:
+        while piece := file.read(2**20):
+            found.write(piece)
+            if found.tell() > most:
                 raise DataError(
-                    f"{path}: {len(data):,} bytes that unpack to more than {MOST_UNPACKED:,}",
+                    f"{path}: {len(data):,} bytes that unpack to more than {most:,}",
                     tip="if it is meant so, unpack it to a disk and name the file without .gz",
                 )
-    return gzip.decompress(data)
+    return found.getvalue()

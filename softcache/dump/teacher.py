@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -373,7 +374,7 @@ def open_teacher(
     head, weights = split_model(text)
     spec = parse_spec(head)
     bare = parse_spec(spec.without("name", "output").text)
-    is_run = Path(bare.text).exists()  # a run folder, or its student.safetensors
+    is_run = os.path.exists(bare.text)  # a run folder, or its student.safetensors
     chosen_name = spec.parameters.get("name")
     wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
     name = member_name(wanted_name, taken)

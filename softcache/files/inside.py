@@ -65,15 +65,21 @@ def _open(name: str, flags: int, folder: int, path: Path, whose: Whose) -> int:
     try:
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
     except OSError as exc:
-        if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+        if exc.errno in (errno.ELOOP, errno.ENOTDIR) and _is_link(name, folder):
             raise whose.linked(
-                f"{path}: {name!r} is a symbolic link or no folder; links inside a {whose.what} are not followed",
+                f"{path}: {name!r} is a symbolic link; links inside a {whose.what} are not followed",
                 tip=f"copy the {whose.what} with its links resolved: cp -rL, rsync -L, or a download into a folder of its own",
             ) from None
+        if exc.errno == errno.ENOTDIR:
+            raise whose.misfit(f"{path}: {name!r} is no folder", tip=whose.tip) from None
         if exc.errno == errno.ENXIO:
             raise whose.misfit(f"{path}: is not a regular file", tip=whose.tip) from None  # a socket
         exc.filename = str(path)
         raise
+
+
+def _is_link(name: str, folder: int) -> bool:
+    return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
 
 
 def is_inside(root: Path, relative: str, whose: Whose = CACHE) -> bool:
