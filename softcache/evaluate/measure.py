@@ -383,7 +383,10 @@ def run_policy(model_text: str) -> Policy:
     if weights is None or stored is None:
         return Policy()
     try:
-        return replace(Policy.from_json(load_json(stored), 0), allow_code=False)
+        steps = load_json(stored)
+        if not isinstance(steps, list):
+            raise TypeError("no list of steps")
+        return replace(Policy.from_json(steps, 0), allow_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ModelError(
             f"{weights}: its view policy cannot be understood: {exc!r}", tip="say how its items are seen: --policy STEP"

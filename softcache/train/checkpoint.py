@@ -21,6 +21,12 @@ from softcache.train.ranks import Ranks
 from softcache.version import __version__
 
 CHECKPOINT = "checkpoint.pt"
+# what each optimiser keeps of a parameter that it has moved
+STATE = {
+    "SGD": {"momentum_buffer"},
+    "Adam": {"step", "exp_avg", "exp_avg_sq"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+}
 
 
 @dataclass
@@ -107,12 +113,41 @@ def _check_position(progress: Progress) -> None:
 def restore(out: Path, trained: Trained, state: dict[str, Any], ranks: Ranks) -> None:
     """Put back what `save_progress` saved, and every random state; TrainingError where it does not fit."""
     path = out / CHECKPOINT
+    own = [dict(group) for group in trained.optimizer.param_groups]
     try:
         for name, value in trained.named().items():
             value.load_state_dict(state[name])
+        _check_optimizer(trained.optimizer, own)
         _restore_random_states(state["random"][ranks.rank])
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as exc:
         raise TrainingError(f"{path}: does not fit this student: {exc}", tip="choose another --out") from None
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]]) -> None:
+    """TypeError or ValueError for a state that its next step would stumble over.
+
+    Args:
+        own: its groups as they were made.
+    """
+    for group, made in zip(optimizer.param_groups, own, strict=True):
+        for name in (group.keys() & made.keys()) - {"params", "lr"}:
+            if not _alike(group[name], made[name]):
+                raise TypeError(f"the optimiser's {name} is {str(group[name])[:40]!r}")
+    kept = STATE[type(optimizer).__name__]
+    for parameter, state in optimizer.state.items():
+        if not kept <= state.keys() | {"momentum_buffer"}:
+            raise ValueError(f"the optimiser's state has no {', '.join(kept - state.keys())}")
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"the optimiser's {name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two settings are of one type, numbers among numbers."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    numbers = (int, float)
+    return type(one) is type(other) or (isinstance(one, numbers) and isinstance(other, numbers))
 
 
 def save_progress(out: Path, trained: Trained, progress: Progress, ranks: Ranks) -> None:

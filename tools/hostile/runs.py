@@ -341,6 +341,12 @@ def checkpoint(change: Callable[[dict[str, Any]], None]) -> Attack:
     return attack
 
 
+def beginning(saved: dict[str, Any], **changes: Any) -> None:
+    """Of a run that has everything before it, and something else in its optimiser."""
+    saved["progress"].update(stage=0, epoch=0, step=0, metrics=[])
+    saved["optimizer"].update(changes)
+
+
 def stretched(path: Path, outside: Path) -> None:
     state = torch.load(path, weights_only=True)
     state["net"]["0.weight"] = torch.zeros(1).expand(10**6, 10**6)
@@ -364,7 +370,11 @@ CHECKPOINTS: dict[str, Attack] = {
     ),
     "an optimiser of nothing": checkpoint(lambda state: state.update(optimizer={})),
     "an optimiser of another shape": checkpoint(
-        lambda state: state["optimizer"].update(state={0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1)}})
+        lambda state: beginning(state, state={0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1)}})
+    ),
+    "an optimiser of text": checkpoint(lambda state: beginning(state, param_groups=[{"params": ["x"], "lr": "x"}])),
+    "an optimiser of one group too many": checkpoint(
+        lambda state: beginning(state, param_groups=state["optimizer"]["param_groups"] * 2)
     ),
     "a network of nothing": checkpoint(lambda state: state.update(net={})),
     "a network of text": checkpoint(lambda state: state.update(net="x")),
@@ -459,7 +469,7 @@ def tried(folder: Path, *, every: int = 1, only: str = "*") -> Iterator[Outcome]
 def _damage(cache: Path) -> None:
     """Something for a repair to do."""
     path = cache / "members/run/part-00000.h5"
-    if path.is_file() and not path.is_symlink() and 20000 > path.stat().st_size > 100 and path.stat().st_nlink == 1:
+    if path.is_file() and not path.is_symlink() and 2**24 > path.stat().st_size > 100 and path.stat().st_nlink == 1:
         with path.open("r+b") as file:
             file.seek(path.stat().st_size // 2)
             file.write(b"damaged")

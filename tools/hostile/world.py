@@ -135,7 +135,19 @@ VERBS: dict[str, Sequence[str]] = {
     "eval the cache": ["eval", "cache", "--data", DATA],
     "extend": ["dump", "--extend", "--out", "cache", "--data", DATA, "--teacher", "other", "--views", "3"],
     "dump again": [
-        *("dump", "--data", DATA, "--teacher", "other", "--views", "2", "--policy", "shift:pixels=1", "--out", "cache"),
+        *(
+            "dump",
+            "--data",
+            DATA,
+            "--teacher",
+            "other?name=run",
+            "--views",
+            "2",
+            "--policy",
+            "shift:pixels=1",
+            "--out",
+            "cache",
+        ),
     ],
 }
 OF_RUNS = (
