@@ -16,10 +16,10 @@ from softcache.errors import ModelError, UntrustedError
 from softcache.spec import Spec
 
 FAMILIES = ("softcache", "torchvision", "timm")
-NUMBERS = re.compile(r"[-+0-9.eE]{0,32}(,[-+0-9.eE]{1,32}){0,4096}|true|false|none", re.IGNORECASE)
+NUMBERS = re.compile(r"[-+0-9.eE]{0,32}(,[-+0-9.eE]{1,32}){0,1024}|true|false|none", re.IGNORECASE)
 NAME = re.compile(r"\w{1,128}", re.ASCII)
 MOST = 2**24  # of a width or a number of layers
-MANY_LAYERS = 4096
+MANY_LAYERS = 1024
 DEPTH = 64  # of nested objects
 # of a transformers configuration: what would have it fetch something, or choose code by a name
 FETCHES = re.compile(

@@ -34,6 +34,7 @@ STUDENT = "student.safetensors"  # its name in a run folder
 METADATA_KEY = "softcache_model"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 MAX_SPEC = 2**12  # characters
+MANY_NUMBERS = 2**18  # one for each feature of an item
 IN_RUN = replace(RUN, misfit=ModelError, linked=ModelError)
 
 Kind = TypeVar("Kind")
@@ -188,6 +189,8 @@ def _saved_model(about: Any) -> SavedModel:
     if len(saved.spec) > MAX_SPEC or len(saved.input_shape or ()) > 8:
         raise ValueError("a spec or a shape that is too long")
     _of_type(saved.input["kind"], str)
+    if any(len(value) > MANY_NUMBERS for value in saved.input.values() if isinstance(value, list)):
+        raise ValueError(f"a preprocessing of more than {MANY_NUMBERS:,} numbers")
     if saved.graft is not None:
         _check_graft(saved.graft)
     return saved
