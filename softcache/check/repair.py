@@ -52,6 +52,8 @@ from softcache.files import durable
 from softcache.files.inside import refuse_linked_folders
 from softcache.machine import pick_device, pick_workers
 
+MOST_THREADS = 2**10
+
 
 @dataclass
 class Repaired:
@@ -195,7 +197,7 @@ def _mend_round(
     """Everything damaged that one dump wrote, in the order in which one thing needs another."""
     plan, one = manifest.plan, manifest.plan.rounds[number]
     config = _config_of(path, manifest, number, means, selected=SAMPLES in damaged)
-    torch.set_num_threads(int(one.made_with["threads"]))
+    torch.set_num_threads(_threads(path, one.made_with["threads"]))
     transfer_set, ids = open_samples(config)
     if SAMPLES not in damaged:  # then they say themselves which of the data they are
         transfer_set = _those_of(read_samples(path, manifest.files, plan), transfer_set, ids)
@@ -239,6 +241,13 @@ def _mend_round(
         workers = pick_workers(means.workers, pick_device(config.device))
         write_spans(out, [span], viewed, order, chosen, kept, config.batch_size, workers, clock, pixels)
     clock.close()
+
+
+def _threads(path: Path, told: Any) -> int:
+    """Of the dump, on which its bytes may depend."""
+    if not 1 <= int(told) <= MOST_THREADS:
+        raise CacheError(f"{path}: says that it was made by {told} threads", tip="--from another copy of the cache")
+    return int(told)
 
 
 def _first_round(plan: Plan, member: str) -> int:
