@@ -12,9 +12,18 @@ from softcache.models.told import check_config, check_spec, load_json
 from softcache.spec import parse_spec
 
 BERT: dict[str, Any] = {
-    "model_type": "bert", "hidden_size": 8, "num_hidden_layers": 12, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
-    "vocab_size": 30522, "use_cache": True, "pad_token_id": None, "attention_types": [["global", "local"], 2],
-    "rope_scaling": {"type": "linear", "factor": 2.0}, "auto_map": None, "use_kernels": False,
+    "model_type": "bert",
+    "hidden_size": 8,
+    "num_hidden_layers": 12,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "vocab_size": 30522,
+    "use_cache": True,
+    "pad_token_id": None,
+    "attention_types": [["global", "local"], 2],
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "auto_map": None,
+    "use_kernels": False,
 }
 
 

@@ -107,6 +107,7 @@ def test_a_journal_with_a_second_name_is_refused(place: Path, outside: Path) -> 
         ("student.safetensors", "init"),
         ("run.json", "resume"),
         ("checkpoint.pt", "resume"),
+        ("best.safetensors", "resume"),
         ("config.toml", "export of its data"),
     ],
 )

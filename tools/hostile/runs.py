@@ -9,6 +9,7 @@ import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ CACHE_LEFT = (
     ),
     *("members/run/part-00001.h5.tmp-0-1-of-1", "members", "members/run", "views", "manifests", "dump"),
 )
+# what is surely read, by which verbs: with a link in its place they do not end well
+OF_A_STUDENT = ("eval", "eval MODEL@RUN", "export", "plan", "dump", "train from it", "init")
+OF_RECORDS = ("verify", "verify --full", "learn", "eval the cache", "subset")
+READ_BY: dict[str, Sequence[str]] = {
+    "run/student.safetensors": OF_A_STUDENT,
+    **dict.fromkeys(("run/best.safetensors", "run/checkpoint.pt", "run/run.json"), ("resume",)),
+    **dict.fromkeys(("cache/manifest.json", "cache/manifests"), OF_RECORDS),
+    **dict.fromkeys(
+        ("cache/samples.h5", "cache/members/run/part-00000.h5", "cache/members", "cache/members/run"), OF_RECORDS
+    ),
+    "cache/views": ("verify", "verify --full", "learn", "subset"),
+}
 OPENED_BY = {"metrics.jsonl": ("resume",), "metrics.csv": ("resume",), "config.toml": ("export of its data", "resume")}
 
 
@@ -463,7 +476,10 @@ def tried(folder: Path, *, every: int = 1, only: str = "*") -> Iterator[Outcome]
             attack(path, folder / "outside")
             if verb in ("repair", "repair by a teacher", "repair from a copy"):
                 _damage(place / "cache")
-            yield judge(case, words_of(verb), place, folder / "outside")
+            outcome = judge(case, words_of(verb), place, folder / "outside")
+            if name == "link to a copy" and verb in READ_BY.get(file, ()) and outcome.code == 0:
+                outcome = replace(outcome, faults=[*outcome.faults, "outside touched: read through a link"])
+            yield outcome
 
 
 def _damage(cache: Path) -> None:
