@@ -104,10 +104,20 @@ def _check_position(progress: Progress) -> None:
     counts = (progress.stage, progress.epoch, progress.step)
     if any(type(count) is not int or count < 0 for count in counts):
         raise TypeError(f"it stands at {counts}")
-    if not isinstance(progress.metrics, list) or not all(isinstance(row, dict) for row in progress.metrics):
+    if not isinstance(progress.metrics, list) or not all(map(_is_row, progress.metrics)):
         raise TypeError("its metrics are no rows")
-    if not isinstance(progress.sums, dict) or not all(isinstance(one, Tensor) for one in progress.sums.values()):
-        raise TypeError("its sums are no tensors")
+    if (progress.stage or progress.epoch) and not progress.metrics:
+        raise TypeError("it has epochs without metrics")
+    sums = progress.sums
+    if not isinstance(sums, dict) or not all(isinstance(one, Tensor) and one.numel() == 1 for one in sums.values()):
+        raise TypeError("its sums are no numbers")
+
+
+def _is_row(row: Any) -> bool:
+    """Whether this is one epoch's row of metrics: numbers by name."""
+    if not isinstance(row, dict) or type(row.get("epoch")) is not int:
+        return False
+    return all(isinstance(name, str) and isinstance(value, int | float | None) for name, value in row.items())
 
 
 def restore(out: Path, trained: Trained, state: dict[str, Any], ranks: Ranks) -> None:

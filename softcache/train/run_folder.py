@@ -65,7 +65,7 @@ def claim_folder(config: TrainConfig) -> Path:
         then["allow_code"] = now["allow_code"]  # whom its user believes is no part of what is computed
         changed = [key for key in now if now[key] != then[key]]
         if changed:
-            listing = "; ".join(f"{key} was {then[key]!r}, is now {now[key]!r}" for key in changed[:6])
+            listing = "; ".join(f"{key} was {_short(then[key])}, is now {_short(now[key])}" for key in changed[:6])
             raise TrainingError(
                 f"{out}: holds a run with other settings: {listing}",
                 tip="choose another --out; the same settings resume the run",
@@ -73,6 +73,11 @@ def claim_folder(config: TrainConfig) -> Path:
     elif out.is_dir() and any(not _is_left(path.name) for path in out.iterdir()):
         raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
     return out
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _is_left(name: str) -> bool:

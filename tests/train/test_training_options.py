@@ -54,7 +54,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def measured(model: str, data: str, **settings: Any) -> Evaluation:
-    return measure.run(model, EvalConfig(data=data, threads=1, device="cpu", **settings), quiet=True)
+    return measure.run(model, EvalConfig(data=data, threads=1, device="cpu", allow_code=True, **settings), quiet=True)
 
 
 # ------------------------------------------------------------------------------------------------------- ema, clip-norm

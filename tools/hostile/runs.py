@@ -373,6 +373,11 @@ CHECKPOINTS: dict[str, Attack] = {
     "a newer format": checkpoint(lambda state: state.update(format=99)),
     "a position of text": checkpoint(lambda state: state["progress"].update(step="x")),
     "a position far away": checkpoint(lambda state: state["progress"].update(stage=10**9)),
+    "a position without metrics": checkpoint(lambda state: state["progress"].update(stage=10**9, metrics=[])),
+    "metrics without numbers": checkpoint(
+        lambda state: state["progress"].update(stage=0, epoch=0, step=0, metrics=[{"epoch": 0, "eval_top1": "x"}])
+    ),
+    "sums of many numbers": checkpoint(lambda state: state["progress"].update(sums=[{"loss": torch.zeros(3)}])),
     "metrics of text": checkpoint(lambda state: state["progress"].update(metrics=["x"])),
     "metrics with escapes": checkpoint(
         lambda state: state["progress"].update(metrics=[{"epoch": 0, "\x1b[31m": 1.0, "loss": "\x1b"}])
