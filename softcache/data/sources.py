@@ -124,9 +124,10 @@ class ImageFileReader:
                 return image_array(image, str(path)), data
         except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as exc:
             reason = "it holds no image that Pillow knows" if isinstance(exc, Image.UnidentifiedImageError) else exc
-            raise DataError(
-                f"{path}: cannot be read as an image: {reason}", tip="repair the file, or leave it out with --samples"
-            ) from exc
+            tip = "repair the file, or leave it out with --samples"
+            if isinstance(exc, Image.DecompressionBombError):
+                tip += "; where such images are meant, set PIL.Image.MAX_IMAGE_PIXELS in a factory of yours"
+            raise DataError(f"{path}: cannot be read as an image: {reason}", tip=tip) from exc
 
 
 def image_array(image: Image.Image, where: str) -> np.ndarray:

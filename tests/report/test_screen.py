@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,3 +66,12 @@ def test_errors_tables_and_progress_are_harmless_wherever_they_are_shown(capsys:
 def test_plain_text_stays_as_it_is() -> None:
     plain = "ä €\tß\n漢字 العربية 🙂 a\u0301"
     assert printable(plain) == plain
+
+
+def test_a_picture_takes_the_texts_of_a_recipe_as_texts() -> None:
+    """matplotlib reads what stands between dollars as a formula, and fails where it is none."""
+    pytest.importorskip("matplotlib")
+    from softcache.report.chart import drawn_rows
+
+    row = SimpleNamespace(label=f"$\\frac{{$ {EVIL}", metric="$\\nothing$", paper=1.0, values=[1.0, 2.0])
+    assert drawn_rows("$\\title{$", [row]).startswith(b"\x89PNG")
