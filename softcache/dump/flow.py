@@ -28,13 +28,14 @@ from softcache.data.transfer_set import TransferSet
 from softcache.dump.choose_codec import Prober, choose_storages
 from softcache.dump.encode import Encoded, encode
 from softcache.dump.job import extension_job, make_plan, match_members, new_job
-from softcache.dump.layout import Storage, sizes
+from softcache.dump.layout import Storage, bytes_of_spans, sizes
 from softcache.dump.made_with import made_with, provenance
 from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
 from softcache.dump.teacher import Teacher, open_teacher
 from softcache.errors import DumpError, ModelError
+from softcache.files.durable import require_room
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 
 
@@ -122,6 +123,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         finished = len(plan.rounds[-1].layout) - len(spans)
         if finished and spans and not quiet and part.count == 1:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
+        require_room(out, bytes_of_spans(spans, storages), "the shards to be written need")
         clock = DumpProgress(writer, sum(span.rows * span.views for span in spans), quiet=quiet)
         pixels = None if job.new_views else PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed)
         write_spans(writer, spans, viewed, job.order, teachers, storages, config.batch_size, workers, clock, pixels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
@@ -177,6 +177,12 @@ def member_info(teacher: Teacher, storage: Storage) -> MemberInfo:
 def _feature_info(feature: StoredFeature) -> FeatureInfo:
     names = tuple(feature.names.values())
     return FeatureInfo(feature.name, feature.codec.form, names, feature.codec.dtype, feature.shapes)
+
+
+def bytes_of_spans(spans: Iterable[Span], storages: Mapping[str, Storage]) -> int:
+    """What these spans will take on the disk at least: without rows that a codec keeps dense."""
+    specs = (spec for span in spans for storage in storages.values() for spec in storage.array_specs(span))
+    return sum(spec.nbytes + spec.checksums.nbytes for spec in specs)
 
 
 def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:

@@ -276,7 +276,7 @@ MISTAKES = [
     row("combination of eval", ["eval", "run", *DATA, "--cache", "cache", "--combine", "x", *QUIET], "rule 'x'", ""),
     # the machine
     row("device", train_on("--device", "gpu"), "unknown device 'gpu'", "cuda"),
-    row("no room", dump_of(), "next shards need .* the disk has", "free some space", prepare=no_room),
+    row("no room", dump_of(), "the shards to be written need .* the disk has", "free some space", prepare=no_room),
     row("disk full", dump_of(), "No space left on device", "free some space", prepare=disk_full),
     row("disk full in training", train_on(), "checkpoint.pt: No space left", "free", prepare=disk_full_in_training),
     row("extra not installed", dump_of(data="digits"), "'sklearn', which is not", r"softcache\[demo\]", prepare=no_scikit_learn),

@@ -646,9 +646,26 @@ def test_data_that_changed_since_the_kill_is_refused(world: World, monkeypatch: 
     assert world.dump(**SIX_SPANS).id == whole.id
 
 
+def test_no_room_for_the_whole_is_told_before_the_first_row(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 6 spans one would fit; what is there already is not asked for again."""
+    whole = world.dump(out="whole", **SIX_SPANS)
+    shards = [sum(a.nbytes for a in file.arrays.values()) for file in whole.files if file.kind == "member"]
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: 2 * max(shards))
+    with pytest.raises(DiskSpaceError, match=r"the shards to be written need \d+\.\d MB, the disk has 0\.0 MB left"):
+        world.dump(**SIX_SPANS)
+    assert not list((world.path / "cache").glob("members/*/*"))
+    room = iter([10**9] * 5 + [0])
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: next(room))
+    with pytest.raises(DiskSpaceError, match="the next shards need"):
+        world.dump(**SIX_SPANS)
+    assert len(list((world.path / "cache").glob("members/*/*"))) == 4
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: 3 * max(shards))  # for two, and for less than six
+    assert world.dump(**SIX_SPANS).id == whole.id
+
+
 def test_no_room_for_the_next_shard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = world.dump(out="whole", **SIX_SPANS)
-    room = iter([10**9, 10**9, 10**9, 100])
+    room = iter([10**9, 10**9, 10**9, 10**9, 100])
     monkeypatch.setattr(durable, "free_bytes", lambda folder: next(room))
     with pytest.raises(DiskSpaceError, match=r"need \d+\.\d MB, the disk has 0\.0 MB left"):
         world.dump(**SIX_SPANS)
