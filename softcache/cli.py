@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from softcache.commands.flags import STARTS_AGAIN, parse
-from softcache.errors import SoftcacheError, printable
+from softcache.errors import SoftcacheError, UntrustedError
+from softcache.report.screen import on_screen
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
 
@@ -26,15 +28,19 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's fault, 130 and 143 for a stop, or a verb's own."""
     after_stop = STARTS_AGAIN
-    with _sigterm_raised():
+    words = sys.argv[1:] if argv is None else argv
+    with on_screen(), _sigterm_raised():
         try:
-            command = parse(sys.argv[1:] if argv is None else argv)
+            command = parse(words)
             after_stop = command.verb.after_stop
             code = command.run()
             sys.stdout.flush()
             return code
         except SoftcacheError as exc:
             _print_error(exc.message, getattr(exc, "__notes__", []), exc.tip)
+            if isinstance(exc, UntrustedError):
+                again = shlex.join(["softcache", *words, "--allow-code"])
+                print(f"  or, if you trust whoever made it: {again}", file=sys.stderr)
             return exc.exit_code
         except KeyboardInterrupt:
             print(f"\nsoftcache: interrupted; {after_stop}", file=sys.stderr)
@@ -44,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_TERMINATED
         except BrokenPipeError:  # the reader of our output has gone: nothing to say, nobody to say it to
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_USER
+        except (MemoryError, RuntimeError) as exc:
+            if not isinstance(exc, MemoryError) and "can't allocate memory" not in str(exc):
+                raise
+            reason = (str(exc).splitlines() or [""])[0]
+            _print_error(f"out of memory: {reason[:200]}", tip="ask for less: smaller widths, sizes, counts or batches")
             return EXIT_USER
         except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
             _print_error(f"{exc.filename}: {exc.strerror}")
@@ -57,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_error(message: str, notes: Sequence[str] = (), tip: str = "") -> None:
-    print(f"softcache: error: {printable(message)}", file=sys.stderr)
+    print(f"softcache: error: {message}", file=sys.stderr)
     for note in notes:
-        print(f"  {printable(note)}", file=sys.stderr)
+        print(f"  {note}", file=sys.stderr)
     if tip:
-        print(f"  tip: {printable(tip)}", file=sys.stderr)
+        print(f"  tip: {tip}", file=sys.stderr)
 
 
 @contextmanager

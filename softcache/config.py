@@ -91,6 +91,10 @@ class MachineOptions:
     )
 
 
+MOST_TOML = 2**24  # bytes
+ALLOW_CODE_HELP = (
+    "believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data"
+)
 CODEC_HELP = (
     "how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; "
     "`softcache plan` compares them on your teacher"
@@ -130,6 +134,7 @@ class StorageOptions(MachineOptions, DataOptions):
     order_seed: int = option(0, "seed of the row order", metavar="SEED")
     shard_rows: int | None = option(None, "rows per shard (default: about 64 shards)", metavar="N")
     no_keys: bool = option(False, "do not store sample keys (private names); ids stay")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,6 @@ class DumpConfig(StorageOptions):
         None, "what others may do with the cache, for its card: cc-by-4.0, ...", metavar="TEXT"
     )
     extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
-    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
     part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
     list_modules: bool = option(False, "print the teacher's modules and their output shapes for --features, and stop")
 
@@ -191,7 +195,7 @@ class TrainConfig(MachineOptions, DataOptions):
         "no: take cache files of the right name and size for those that the manifest names, without hashing them",
         choices=("yes", "no"),
     )
-    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
     view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
     size: int | None = option(None, "render the cache's views at this width instead of the teacher's", metavar="PIXELS")
     augment: tuple[str, ...] = option(
@@ -273,7 +277,7 @@ class EvalConfig(MachineOptions, DataOptions):
         choices=("yes", "no"),
     )
     per_class: bool = option(False, "also the errors on each class")
-    allow_code: bool = option(False, "run code that the cache names: transforms of its views")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
 
 
 @dataclass(frozen=True)
@@ -289,11 +293,14 @@ class ExportConfig:
     out: str | None = option(
         None, "the file (default: export.safetensors, .pt2 or .onnx in the run folder)", metavar="FILE"
     )
-    data: str | None = option(None, "evaluation set (default: the run's own --eval-data)", metavar="DATA")
+    data: str | None = option(
+        None, "evaluation set (with --allow-code by default the run's own --eval-data)", metavar="DATA"
+    )
     policy: tuple[str, ...] = option(
         (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
     )
     download: bool = option(False, "let torchvision download a data set that is not there")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
     batch_size: int = option(512, "samples per forward pass of the verification", metavar="B")
     device: str = option("auto", "where the verification runs; ONNX always on the CPU", metavar="DEVICE")
     threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")
@@ -356,12 +363,7 @@ def _place(one: Field[Any], origin: str) -> str:
 def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     sources: list[tuple[str, Mapping[str, Any]]] = []
     if file is not None:
-        try:
-            sources.append((file, tomllib.loads(Path(file).read_text(encoding="utf-8"))))
-        except OSError as exc:
-            raise ConfigError(f"{file}: {exc.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"{file}: not TOML: {exc}") from None
+        sources.append((file, parse_toml(read_toml(Path(file)), file)))
     for pair in sets:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -369,6 +371,27 @@ def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) ->
         sources.append(("--set", {key: value}))
     sources.append(("flag", flags))
     return sources
+
+
+def read_toml(path: Path) -> bytes:
+    """The bytes of a TOML file, no more than `parse_toml` takes; ConfigError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MOST_TOML + 1)
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}") from None
+
+
+def parse_toml(data: bytes, where: str, *, tip: str = "") -> dict[str, Any]:
+    """What TOML says; ConfigError for what is none, has more than MOST_TOML bytes, or is deeper than Python reads."""
+    if len(data) > MOST_TOML:
+        raise ConfigError(f"{where}: has more than {MOST_TOML:,} bytes", tip="give settings, no data")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{where}: not TOML: {exc}", tip=tip) from None
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply", tip=tip) from None
 
 
 def flag_of(name: str) -> str:

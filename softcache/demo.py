@@ -5,6 +5,7 @@ three convolutional teachers -> one dump -> small students, with and without the
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from typing import Any
 from softcache import dump, train
 from softcache.config import DumpConfig, TrainConfig
 from softcache.errors import require_extra
+from softcache.files.durable import write_whole
+from softcache.files.inside import refuse_linked_folders
 from softcache.report.tables import table
 
 TRAIN_DATA, TEST_DATA = "digits", "digits?split=test"
@@ -89,6 +92,7 @@ def run(out: Path, *, seeds: Sequence[int], quiet: bool = False) -> Demo:
     require_extra("sklearn", "demo", "softcache demo")
     require_extra("matplotlib", "demo", "softcache demo's picture")
     started = time.monotonic()
+    refuse_linked_folders(out, "demo")
 
     _say(f"1/3  training three teachers ({TEACHER}) on 1,297 digits", quiet)
     teachers = [_teacher(out, seed, quiet) for seed in range(3)]
@@ -218,4 +222,6 @@ def _draw(path: Path, cache_path: Path, arms: Sequence[Arm]) -> None:
     plot.set_xticks(range(len(arms)), [arm.name.replace(", ", ",\n") for arm in arms], fontsize=8)
     plot.set(ylabel="test error in %", xlim=(-0.5, len(arms) - 0.5), ylim=(0, None))
     plot.set_title("Students: every seed, and the mean", fontsize=10)
-    figure.savefig(path, dpi=110)
+    made = io.BytesIO()
+    figure.savefig(made, format="png", dpi=110)
+    write_whole(path, made.getvalue())

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class SoftcacheError(Exception):
@@ -23,9 +23,11 @@ class SoftcacheError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, tip: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.tip = tip
+        self.message, self.tip = printable(message), printable(tip)  # names of somebody else's are among them
+        super().__init__(self.message)
+
+    def add_note(self, note: str, /) -> None:
+        super().add_note(printable(note))
 
     def __str__(self) -> str:
         return f"{self.message}\n  tip: {self.tip}" if self.tip else self.message
@@ -97,6 +99,17 @@ class UnfinishedCacheError(CacheError):
 
 class DamagedCacheError(CacheError):
     """Bytes on disk that differ from what the manifest says."""
+
+
+class LinkedCacheError(DamagedCacheError):
+    """A symbolic link in the place of a file or folder of a cache: it is not followed."""
+
+
+class UntrustedError(ConfigError):
+    """Something that a cache, a run folder or a weights file names, and that is used only where its user says so.
+
+    The command line prints the same command with --allow-code.
+    """
 
 
 class JoinError(SoftcacheError):

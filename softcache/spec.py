@@ -10,15 +10,22 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softcache.errors import ConfigError, MissingExtraError, nearest
+from softcache.errors import ConfigError, MissingExtraError, SoftcacheError, nearest
+
+LONGEST = 2**16  # characters of a spec
+USER = "softcache_user_"  # begins the names of modules made of users' files
+_NEIGHBOURS: dict[str, Path] = {}  # modules that lie beside users' files, by name, and the folder that gave them
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,11 @@ class Spec:
 
 def parse_spec(text: str) -> Spec:
     """Split `scheme:name?key=value&...`; ConfigError for an empty spec or a parameter without '='."""
+    if len(text) > LONGEST or "\0" in text:
+        raise ConfigError(
+            f"{text[:60]!r}... is no name: it has {len(text):,} characters, of {LONGEST:,} at most, none of them a zero byte",
+            tip="write scheme:name?key=value; what is longer belongs into a factory of your own",
+        )
     head, _, query = text.partition("?")
     # a file path may hold a colon of its own only before ".py:"; everything else splits at the first colon
     cut = head.rfind(".py:")
@@ -85,26 +97,36 @@ def parse_spec(text: str) -> Spec:
 
 
 def load_factory(spec: Spec) -> Callable[..., Any]:
-    """The callable behind `package.module:factory` or `file.py:factory`; its own import errors pass through with a note."""
-    if spec.scheme.endswith(".py"):
-        path = Path(spec.scheme)
-        if not path.is_file():
+    """The callable behind `package.module:factory` or `file.py:factory`.
+
+    Raises:
+        ConfigError: there is no such file, module or factory, or its own code fails while it is imported.
+        MissingExtraError: it imports a package that is not installed.
+    """
+    is_file = spec.scheme.endswith(".py")
+    if is_file and not os.path.isfile(spec.scheme):
+        raise ConfigError(
+            f"{spec.text!r}: there is no file {spec.scheme}", tip="give the path as seen from the current folder"
+        )
+    try:
+        module = load_user_file(spec.scheme) if is_file else importlib.import_module(spec.scheme)
+    except ModuleNotFoundError as exc:
+        if exc.name and not is_file and (spec.scheme == exc.name or spec.scheme.startswith(exc.name + ".")):
             raise ConfigError(
-                f"{spec.text!r}: there is no file {path}", tip="give the path as seen from the current folder"
-            )
-        module = load_user_file(path)
-    else:
-        try:
-            module = importlib.import_module(spec.scheme)
-        except ModuleNotFoundError as exc:
-            if exc.name and (spec.scheme == exc.name or spec.scheme.startswith(exc.name + ".")):
-                raise ConfigError(
-                    f"{spec.text!r}: no module named {exc.name!r}",
-                    tip="install the package, or name a file: path/to/file.py:factory",
-                ) from None
-            raise MissingExtraError(
-                f"{spec.text!r} needs the package {exc.name!r}, which is not installed", tip=f"pip install {exc.name}"
+                f"{spec.text!r}: no module named {exc.name!r}",
+                tip="install the package, or name a file: path/to/file.py:factory",
             ) from None
+        raise MissingExtraError(
+            f"{spec.text!r} needs the package {exc.name!r}, which is not installed",
+            tip=f"pip install {exc.name}" + (f", or put {exc.name}.py beside {spec.scheme}" if is_file else ""),
+        ) from None
+    except SoftcacheError:
+        raise
+    except Exception as exc:  # whatever somebody's code may raise
+        raise ConfigError(
+            f"{spec.text!r} cannot be imported: {type(exc).__name__}: {exc}{_where(exc)}",
+            tip="it is imported as `import` would, with the files beside it; mend it, or name another file",
+        ) from exc
     factory = getattr(module, spec.name, None)
     if not callable(factory):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -112,10 +134,60 @@ def load_factory(spec: Spec) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], factory)
 
 
+def _where(exc: Exception) -> str:
+    """The last place in somebody's own file, for a message."""
+    if isinstance(exc, SyntaxError):
+        return ""  # which says it itself
+    frames = [frame for frame in traceback.extract_tb(exc.__traceback__) if not frame.filename.startswith("<frozen")]
+    ours = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    return f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[None]:
+    """While it is entered, `import helper` finds the files of a folder first, as it does for a script that is started there.
+
+    `sys.path` is afterwards as it was.
+
+    Raises:
+        ConfigError: it imported a module that has the name of another one, beside another file.
+    """
+    others = {name: sys.modules[name] for name in _NEIGHBOURS if name in sys.modules and _NEIGHBOURS[name] != folder}
+    for name in others:
+        del sys.modules[name]
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+        for name in sorted(set(sys.modules) - before):
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).is_relative_to(folder) and not name.startswith(USER):
+                _refuse_namesake(name, file, others)
+                _NEIGHBOURS[name] = folder
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(str(folder))
+        sys.modules.update(others)
+
+
+def _refuse_namesake(name: str, file: str, others: Mapping[str, types.ModuleType]) -> None:
+    if name not in others:
+        return
+    other = str(others[name].__file__)
+    if Path(file).read_bytes() != Path(other).read_bytes():
+        raise ConfigError(
+            f"two different modules are called {name!r}: {file} and {other}",
+            tip="rename one of them: in one process a name stands for one module",
+        )
+
+
 def load_user_file(path: str | Path) -> types.ModuleType:
-    """Import a user's file once, under a name of its own; worker processes call it before they unpickle its objects."""
+    """Import a user's file once, under a name of its own; worker processes call it before they unpickle its objects.
+
+    It may import the files beside it.
+    """
     resolved = Path(path).resolve()
-    name = f"softcache_user_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}_{resolved.stem}"
+    name = f"{USER}{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}_{resolved.stem}"
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, resolved)
@@ -123,17 +195,17 @@ def load_user_file(path: str | Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
-    except BaseException as exc:
+        with _beside(resolved.parent):
+            found.loader.exec_module(module)
+    except BaseException:
         del sys.modules[name]
-        exc.add_note(f"while importing {path}")
         raise
     return module
 
 
 def user_files() -> list[str]:
     """The user's files imported so far."""
-    return [str(m.__file__) for name, m in sys.modules.items() if name.startswith("softcache_user_") and m.__file__]
+    return [str(m.__file__) for name, m in sys.modules.items() if name.startswith(USER) and m.__file__]
 
 
 def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], where: str, **offered: Any) -> Any:
@@ -171,6 +243,11 @@ def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], whe
             and name not in arguments
         ):
             raise ConfigError(f"{where!r}: parameter {name!r} is missing", tip=f"add {name}=... to the spec")
+    module = sys.modules.get(getattr(factory, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    if module is not None and module.__name__.startswith(USER) and file:
+        with _beside(Path(file).parent):  # what it imports when it is called
+            return factory(**arguments)
     return factory(**arguments)
 
 

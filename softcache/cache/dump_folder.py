@@ -43,9 +43,10 @@ def work_folder(path: Path, round_number: int) -> Path:
     return path / WORK if round_number == 0 else path / WORK / f"extend-{round_number}"
 
 
-def read_planned(work: Path) -> Planned | None:
-    """The plan of a round; None when it has not been made yet."""
-    file, data = work / PLAN, _read(work, PLAN)
+def read_planned(path: Path, round_number: int) -> Planned | None:
+    """The plan of a round of the cache in `path`; None when it has not been made yet."""
+    work = work_folder(path, round_number)
+    file, data = work / PLAN, _read(path, work / PLAN)
     if data is None:
         return None
     try:
@@ -57,23 +58,23 @@ def read_planned(work: Path) -> Planned | None:
         raise DamagedCacheError(f"{file}: is damaged ({exc})", tip="start again with another --out") from None
 
 
-def _read(work: Path, name: str) -> bytes | None:
-    """A file of the folder; None when it is not there."""
-    with explained("read", work / name):
+def _read(path: Path, file: Path) -> bytes | None:
+    """A file below the cache in `path`; None when it is not there."""
+    with explained("read", file):
         try:
-            return read_inside(work, name, MAX_BYTES)
+            return read_inside(path, file.relative_to(path).as_posix(), MAX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
 
-def read_journals(work: Path) -> dict[int, list[dict[str, Any]]]:
+def read_journals(path: Path, round_number: int) -> dict[int, list[dict[str, Any]]]:
     """Span number -> its different journal entries, over all parts: one, unless a span was written twice.
 
     A line torn by a crash is skipped: its span is done again.
     """
     entries: dict[int, list[dict[str, Any]]] = {}
-    for journal in sorted(work.glob("part-*.jsonl")):
-        for line in (_read(work, journal.name) or b"").split(b"\n"):
+    for journal in sorted(work_folder(path, round_number).glob("part-*.jsonl")):
+        for line in (_read(path, journal) or b"").split(b"\n"):
             try:
                 entry = read_shape(line, JOURNALED)
             except ValueError:

@@ -20,6 +20,7 @@ from softcache.cache.statistics import MemberStatistics
 from softcache.cache.strict_json import MANIFEST as MANIFEST_SHAPE
 from softcache.cache.strict_json import MAX_BYTES, check_shape, read_canonical
 from softcache.errors import CacheError, DamagedCacheError, UnfinishedCacheError
+from softcache.files.inside import is_inside
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def read_manifest(path: Path, *, id: str | None = None) -> Manifest:
         raise _without_manifest(path) from None
     manifest = Manifest.from_bytes(data, path / relative)
     # its own sha256 is the only thing that can tell one changed digit from another cache
-    kept = path / MANIFESTS / f"{manifest.id}.json"
-    if not kept.is_file() or (id is not None and kept != path / relative):
+    kept = f"{MANIFESTS}/{manifest.id}.json"
+    if not is_inside(path, kept) or (id is not None and kept != relative):
         raise DamagedCacheError(
             f"{path / relative}: its bytes have sha256 {manifest.id}, which is no id in {MANIFESTS}/: it was changed, or "
             "not all of the cache was copied",
@@ -133,7 +134,7 @@ def _known_id(path: Path, prefix: str) -> str:
 
 def _without_manifest(path: Path) -> CacheError:
     work = work_folder(path, 0)
-    planned = read_planned(work)
+    planned = read_planned(path, 0)
     if planned is None:
         if work.is_dir():
             return UnfinishedCacheError(
@@ -144,7 +145,7 @@ def _without_manifest(path: Path) -> CacheError:
             f"{path}: no {MANIFEST}, so this is not a softcache cache",
             tip="give the folder that `softcache dump --out` wrote",
         )
-    total, done = len(planned.plan.rounds[0].layout), len(read_journals(work))
+    total, done = len(planned.plan.rounds[0].layout), len(read_journals(path, 0))
     verb = "dump" if planned.plan.parent is None else "subset"
     return UnfinishedCacheError(
         f"{path}: the {verb} is not finished: {done} of {total} spans are written ({100 * done // max(1, total)} %)",

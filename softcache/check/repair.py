@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from softcache.cache.bound_files import BoundFiles
@@ -19,14 +21,15 @@ from softcache.cache.open_file import read_inside
 from softcache.cache.plan import Plan
 from softcache.cache.provenance import provenance_path, read_provenance
 from softcache.cache.reader import CacheReader, read_samples
-from softcache.cache.samples import first_order
+from softcache.cache.samples import SampleTable, first_order
 from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, PROBE, SAMPLES, constants_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.cache.write.rewriter import Rewriter
-from softcache.check.replay import allowed_spec
+from softcache.check.replay import told_unasked
 from softcache.check.verify import damaged_files
 from softcache.config import DumpConfig
 from softcache.data.drift import make_probe
+from softcache.data.join import find_ids
 from softcache.data.loading import Partners, ViewedSet
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
@@ -38,9 +41,20 @@ from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import make_samples, open_samples
 from softcache.dump.teacher import Teacher
-from softcache.errors import CacheError, ConfigError, DamagedCacheError, ModelError, SoftcacheError
+from softcache.errors import (
+    CacheError,
+    ConfigError,
+    DamagedCacheError,
+    LinkedCacheError,
+    ModelError,
+    SoftcacheError,
+    UntrustedError,
+)
 from softcache.files import durable
+from softcache.files.inside import refuse_linked_folders
 from softcache.machine import pick_device, pick_workers
+
+MOST_THREADS = 2**10
 
 
 @dataclass
@@ -75,9 +89,10 @@ class Means:
 
     Attributes:
         source: another copy of the cache.
-        data, teachers: the transfer set and the teachers; None and () take those that the dump was given, from provenance.json.
+        data, teachers: the transfer set and the teachers; None and () take those that provenance.json names, with `allow_code`
+            only.
         device, workers: as in a dump.
-        allow_code: run code that the cache names: transforms of its views, factories of its data and teachers.
+        allow_code: believe what the cache names: open that data and those teachers, run transforms of its views.
     """
 
     source: Path | None = None
@@ -129,6 +144,8 @@ def _make_again(
         for number in range(len(manifest.plan.rounds)):
             if out.concerns(number):
                 _mend_round(path, manifest, number, out, means, damaged, quiet=quiet)
+    except UntrustedError:
+        raise
     except SoftcacheError as exc:
         return f"{exc.message}; {exc.tip}"
     return "was not written by any dump of this cache"
@@ -136,8 +153,11 @@ def _make_again(
 
 def restore_manifest(path: Path, result: Repaired, source: Path | None = None) -> Manifest:
     """The cache's manifest; mended where it can be, from its own immutable copy or from another copy of the cache."""
+    refuse_linked_folders(path)
     try:
         manifest = read_manifest(path)
+    except LinkedCacheError:
+        raise
     except DamagedCacheError:
         candidates = [one for folder in (path, source) if folder is not None for one in _whole_manifests(folder)]
         if not candidates:
@@ -179,9 +199,11 @@ def _mend_round(
 ) -> None:
     """Everything damaged that one dump wrote, in the order in which one thing needs another."""
     plan, one = manifest.plan, manifest.plan.rounds[number]
-    config = _config_of(path, manifest, number, means)
-    torch.set_num_threads(int(one.made_with["threads"]))
+    config = _config_of(path, manifest, number, means, selected=SAMPLES in damaged)
+    torch.set_num_threads(_threads(path, one.made_with["threads"]))
     transfer_set, ids = open_samples(config)
+    if SAMPLES not in damaged:  # then they say themselves which of the data they are
+        transfer_set = _those_of(read_samples(BoundFiles(path, manifest.files), plan), transfer_set, ids)
     if number == 0 and SAMPLES in damaged:
         order = first_order(plan.samples.count, plan.samples.order, int(plan.samples.order_seed))
         table = make_samples(transfer_set, ids, order, store_keys=plan.samples.has_keys, workers=0, quiet=quiet)
@@ -202,8 +224,12 @@ def _mend_round(
     names = unfitted.union(*map(out.members_of, spans))
     prober = Prober(viewed, order, config.batch_size)
     storages = {}
-    for text in config.teacher if names and not means.teachers else ():
-        allowed_spec(text, allow_code=means.allow_code)
+    if (
+        names
+        and not means.teachers
+        and (refusal := told_unasked(path, means.allow_code, teacher=_told(path, number)["teacher"]))
+    ):
+        raise refusal
     for teacher in _teachers_of(manifest, names, config, prober, transfer_set):
         constants = None if teacher.name in unfitted else CacheReader(path).constants(teacher.name)
         storage = storage_of(plan.member(teacher.name), teacher, constants, prober)
@@ -220,16 +246,49 @@ def _mend_round(
     clock.close()
 
 
+def _threads(path: Path, told: Any) -> int:
+    """Of the dump, on which its bytes may depend."""
+    if not 1 <= int(told) <= MOST_THREADS:
+        raise CacheError(f"{path}: says that it was made by {told} threads", tip="--from another copy of the cache")
+    return int(told)
+
+
 def _first_round(plan: Plan, member: str) -> int:
     """The round that fitted a member's codec and wrote its constants."""
     return next(number for number, one in enumerate(plan.rounds) if member in one.members)
 
 
-def _config_of(path: Path, manifest: Manifest, number: int, means: Means) -> DumpConfig:
-    """The settings of the dump that wrote a round: what the manifest fixes, then what was asked, then provenance.json."""
+def _those_of(table: SampleTable, transfer_set: TransferSet, ids: np.ndarray) -> TransferSet:
+    """The data's samples that the cache has, where it has more; as it is where some of the cache's are missing."""
+    found = find_ids(ids, table.ids)
+    return transfer_set.select(np.sort(found)) if len(ids) > len(table) and (found >= 0).all() else transfer_set
+
+
+def _told(path: Path, number: int) -> dict[str, Any]:
+    """What provenance.json says of a round's command: "data", "samples" (str or None), and lists of strings."""
+    command = read_provenance(path, number).get("command", {})
+    told: dict[str, Any] = {}
+    for key in ("data", "samples"):
+        told[key] = command[key] if isinstance(command.get(key), str) else None
+    for key in ("teacher", "keep_labels", "drop_labels"):
+        value = command.get(key)
+        told[key] = tuple(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else ()
+    return told
+
+
+def _config_of(path: Path, manifest: Manifest, number: int, means: Means, *, selected: bool) -> DumpConfig:
+    """The settings of the dump that wrote a round: what the manifest fixes, then what was asked, then what may be believed.
+
+    Args:
+        selected: with the classes that were chosen, which are told where samples.h5 can no longer tell them.
+    """
     made_with = manifest.plan.rounds[number].made_with
-    told = read_provenance(path, number).get("command", {})
-    data = means.data or allowed_spec(told.get("data"), allow_code=means.allow_code)
+    told = _told(path, number)
+    if means.data is None:
+        asked = {"data": told["data"], **({} if means.teachers else {"teacher": told["teacher"]})}
+        if refusal := told_unasked(path, means.allow_code, **asked):
+            raise refusal
+    data = means.data or told["data"]
     if data is None:
         raise ConfigError(
             f"{provenance_path(path, number)} does not say which data this cache was made from",
@@ -238,10 +297,11 @@ def _config_of(path: Path, manifest: Manifest, number: int, means: Means) -> Dum
     return DumpConfig(
         out=str(path),
         data=data,
-        keep_labels=tuple(told.get("keep_labels", ())),
-        drop_labels=tuple(told.get("drop_labels", ())),
-        samples=told.get("samples"),
-        teacher=tuple(means.teachers) or tuple(told.get("teacher", ())),
+        keep_labels=told["keep_labels"] if selected else (),
+        drop_labels=told["drop_labels"] if selected else (),
+        samples=told["samples"] if selected and means.allow_code else None,
+        teacher=tuple(means.teachers) or (told["teacher"] if means.allow_code else ()),
+        allow_code=means.allow_code,
         device=means.device,
         batch_size=int(made_with["batch_size"]),
         threads=int(made_with["threads"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
 from softcache.data.loading import Partners, Rendered, ViewedSet
 from softcache.data.transfer_set import open_transfer_set
-from softcache.errors import ConfigError, DataError
-from softcache.spec import parse_spec
+from softcache.errors import ConfigError, DataError, UntrustedError
 from softcache.targets.cache import open as open_cache
 
 
@@ -22,11 +22,12 @@ class Replay:
 
     Args:
         path: the cache.
-        data: the transfer set; None: the one the dump was given, from provenance.json.
-        allow_code: run code that the cache names: transforms of its views, a factory of its data.
+        data: the transfer set; None: the one that provenance.json names, with `allow_code` only.
+        allow_code: believe what the cache names: open that data set, run transforms of its views.
 
     Raises:
-        ConfigError: it is not known which data set that was, or it is code that may not be called.
+        ConfigError: it is not known which data set that was.
+        UntrustedError: nobody but the cache says which it was.
     """
 
     def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False) -> None:
@@ -79,21 +80,32 @@ class Replay:
         return None if rendered is None else rendered.item
 
 
-def allowed_spec(text: Any, *, allow_code: bool) -> str | None:
-    """A spec that provenance.json tells, None where it tells none; ConfigError where it is code that may not be called."""
-    if not isinstance(text, str):
+def told_unasked(path: Path, allow_code: bool, **told: Any) -> UntrustedError | None:
+    """The refusal of what provenance.json tells, for a user who neither repeated it nor allowed it; None where it is allowed.
+
+    Args:
+        told: flag -> what it tells to give it: a string, or several.
+    """
+    if allow_code:
         return None
-    if parse_spec(text).is_factory and not allow_code:
-        raise ConfigError(
-            f"the cache says that it was made with {text}, which is code",
-            tip="if you know that code and trust it: give it yourself (--data, --teacher), or add --allow-code",
-        )
-    return text
+    flags = [
+        f"--{flag} {shlex.quote(text)}"
+        for flag, value in told.items()
+        for text in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(text, str)
+    ]
+    said = f"it says that it was made with {' '.join(flags)}" if flags else "it does not say what it was made with"
+    return UntrustedError(
+        f"{path}: {said}; what a cache says of itself is not opened unasked",
+        tip=f"say it yourself: {' '.join(flags) or ' '.join(f'--{flag} ...' for flag in told)}",
+    )
 
 
 def _data_of(path: Path, *, allow_code: bool) -> str:
     """The data set that the dump was given."""
-    data = allowed_spec(told_data(path), allow_code=allow_code)
+    data = told_data(path)
+    if refusal := told_unasked(path, allow_code, data=data):
+        raise refusal
     if data is None:
         raise ConfigError(
             f"{path}: does not say which data set it was made from", tip="add --data DATA: views are rendered anew"

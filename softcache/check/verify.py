@@ -21,7 +21,7 @@ from softcache.cache.open_file import open_checked, read_inside
 from softcache.cache.reader import read_samples
 from softcache.cache.schema import CRC_SUFFIX, MANIFESTS, SAMPLES
 from softcache.cache.strict_json import MAX_BYTES
-from softcache.errors import DamagedCacheError, DriftError, UnfinishedCacheError, first_offenders
+from softcache.errors import DamagedCacheError, DriftError, LinkedCacheError, UnfinishedCacheError, first_offenders
 from softcache.report.progress import Meter
 
 WHOLE, DAMAGED, UNFINISHED = 0, 1, 3
@@ -75,19 +75,21 @@ def run(
     data: str | None = None,
     allow_code: bool = False,
 ) -> Verdict:
-    """Check a cache. A folder that is no cache at all raises CacheError; damage is a verdict, not an exception.
+    """Check a cache. A folder that is no cache, or holds links, raises CacheError; damage is a verdict, not an exception.
 
     Args:
         full: every byte against its sha256, and the structure too.
         replay: how many records to render again; their pixels must be what the teacher saw.
-        data: the transfer set for that; None: the one the dump was given.
-        allow_code: run code that the cache names, for that.
+        data: the transfer set for that; None: the one that provenance.json names, with `allow_code` only.
+        allow_code: believe what the cache names, for that: open that data set, run transforms of its views.
     """
     started = time.monotonic()
     try:
         manifest = read_manifest(path)
     except UnfinishedCacheError as exc:
         return Verdict(str(path), "unfinished", [exc.message])
+    except LinkedCacheError:  # such a store is not damaged: it is refused, with how to copy it
+        raise
     except DamagedCacheError as exc:
         return Verdict(str(path), "damaged", [exc.message])
     verdict = Verdict(str(path), "whole", files=len(manifest.files), nbytes=manifest.nbytes, id=manifest.id)
@@ -172,6 +174,8 @@ def _checked(
 def _file_faults(path: Path, file: StoredFile, full: bool, stopped: Event) -> Sequence[Found]:
     try:
         fd = open_checked(path, file)
+    except LinkedCacheError:
+        raise
     except DamagedCacheError as exc:
         return [exc.message.removeprefix(f"{path / file.path}: ")]
     try:

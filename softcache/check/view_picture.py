@@ -62,11 +62,12 @@ def draw_views(
     Args:
         path: the cache.
         key: of the sample.
-        data: the transfer set; None: the one the dump was given, from provenance.json.
-        allow_code: run code that the cache names.
+        data: the transfer set; None: the one that provenance.json names, with `allow_code` only.
+        allow_code: believe what the cache names: open that data set, run transforms of its views.
 
     Raises:
         ConfigError: it is not known which data set to render from, or `out` is no PNG.
+        UntrustedError: nobody but the cache says which it was.
         DataError: the sample is not in the data set, or is no image.
     """
     if out.suffix.lower() != ".png":

@@ -29,7 +29,7 @@ VERB = Verb(
     run=run,
     summary="write a model as safetensors, torch.export program or ONNX, verified by running it on an evaluation set",
     examples="""
-softcache export runs/s --to onnx
+softcache export runs/s --to onnx --data digits?split=test
 softcache export runs/s --to program --data digits?split=test --out student.pt2
 softcache export softcache:cnn@weights.pt --to safetensors --data digits?split=test --out cnn.safetensors
 """,

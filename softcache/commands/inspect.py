@@ -8,7 +8,6 @@ from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
 from softcache.config import option
-from softcache.errors import printable
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,11 @@ def run(config: InspectConfig, output: Output) -> int:
     path = Path(config.cache)
     if config.sample is not None:
         target = inspect.soft_target(path, config.sample, view=config.view)
-        print(json.dumps(target.to_json()) if output.json else printable(target.text()))
+        print(json.dumps(target.to_json()) if output.json else target.text())
     elif output.json:
         print(json.dumps(inspect.describe(path), indent=1))
     else:
-        print(printable(inspect.report(path)))
+        print(inspect.report(path))
     return 0
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.commands.flags import Output, Verb
-from softcache.config import option
-from softcache.errors import printable
+from softcache.config import ALLOW_CODE_HELP, option
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,12 @@ class RepairConfig:
 
     cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
     from_: str | None = option(None, "take damaged files from another copy of the cache", metavar="DIR")
-    data: str | None = option(None, "the transfer set (default: as the dump was given it)", metavar="DATA")
+    data: str | None = option(None, "the transfer set (with --allow-code by default as the cache says)", metavar="DATA")
     teacher: tuple[str, ...] = option(
-        (), "repeat (default: as the dump was given them)", metavar="TEACHER", repeat=True
+        (), "repeat (with --allow-code by default as the cache says)", metavar="TEACHER", repeat=True
     )
     device: str = option("auto", "as it was at the dump: bytes may depend on it", metavar="DEVICE")
-    allow_code: bool = option(
-        False, "run code that the cache names: transforms of its views, factories of its data and teachers"
-    )
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
 
 
@@ -41,7 +38,7 @@ def run(config: RepairConfig, output: Output) -> int:
         allow_code=config.allow_code,
     )
     result = repair.run(Path(config.cache), means, quiet=output.quiet or output.json)
-    print(json.dumps(dataclasses.asdict(result)) if output.json else printable(result.text()))
+    print(json.dumps(dataclasses.asdict(result)) if output.json else result.text())
     return result.exit_code
 
 
@@ -50,9 +47,8 @@ VERB = Verb(
     run=run,
     summary="make damaged or missing files again, and prove that they are the same bytes",
     examples="""
-softcache repair caches/digits
-softcache repair caches/digits --from /backup/digits
 softcache repair caches/digits --data digits --teacher runs/teacher
+softcache repair caches/digits --from /backup/digits
 """,
     after_stop="mended files stay; the same command goes on with the others",
     writes=True,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.commands.flags import RESUMES, Output, Verb
-from softcache.config import option
+from softcache.config import ALLOW_CODE_HELP, option
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ReproduceConfig:
     device: str | None = option(None, "for every step (default: a GPU where there is one)", metavar="DEVICE")
     out: str = option("reproduced", "for runs, caches and the table", metavar="DIR")
     download: bool = option(False, "let torchvision download what is not in --data-root")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
 
 
 def run(config: ReproduceConfig, output: Output) -> int:
@@ -47,6 +48,7 @@ def run(config: ReproduceConfig, output: Output) -> int:
         device=config.device,
         out=Path(config.out),
         download=config.download,
+        allow_code=config.allow_code,
         quiet=output.quiet,
     )
     print(json.dumps(done.to_json()) if output.json else done.text())

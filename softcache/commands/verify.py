@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
-from softcache.config import option
-from softcache.errors import ConfigError, printable
+from softcache.config import ALLOW_CODE_HELP, option
+from softcache.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,8 @@ class VerifyConfig:
     quick: bool = option(False, "names and sizes (the default)")
     full: bool = option(False, "hashes, block checksums and HDF5 structure")
     replay: int = option(0, "also render N records and compare pixels", metavar="N")
-    data: str | None = option(None, "for --replay (default: as the dump was given it)", metavar="DATA")
-    allow_code: bool = option(
-        False, "run code that the cache names: transforms of its views, factories of its data and teachers"
-    )
+    data: str | None = option(None, "for --replay (with --allow-code by default as the cache says)", metavar="DATA")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
 
 
 def run(config: VerifyConfig, output: Output) -> int:
@@ -39,7 +37,7 @@ def run(config: VerifyConfig, output: Output) -> int:
         data=config.data,
         allow_code=config.allow_code,
     )
-    print(json.dumps(dataclasses.asdict(verdict)) if output.json else printable(verdict.text()))
+    print(json.dumps(dataclasses.asdict(verdict)) if output.json else verdict.text())
     return verdict.exit_code
 
 
@@ -50,7 +48,7 @@ VERB = Verb(
     examples="""
 softcache verify caches/digits --quick
 softcache verify caches/digits --full --json
-softcache verify caches/digits --replay 1000
+softcache verify caches/digits --replay 1000 --data digits
 """,
     after_stop=STARTS_AGAIN,
     writes=False,

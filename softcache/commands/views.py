@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
-from softcache.config import option
+from softcache.config import ALLOW_CODE_HELP, option
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class ViewsConfig:
     cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
     sample: str = option(..., "whose views", metavar="KEY")
     out: str = option("views.png", "the picture", metavar="FILE")
-    data: str | None = option(None, "where the sample is (default: as the dump was given it)", metavar="DATA")
-    allow_code: bool = option(
-        False, "run code that the cache names: transforms of its views, factories of its data and teachers"
+    data: str | None = option(
+        None, "where the sample is (with --allow-code by default as the cache says)", metavar="DATA"
     )
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
 
 
 def run(config: ViewsConfig, output: Output) -> int:
@@ -43,7 +43,7 @@ VERB = Verb(
     run=run,
     summary="a picture of what the teacher saw of one sample, and of what it answered",
     examples="""
-softcache views caches/digits --sample digits/000001 --out views.png
+softcache views caches/digits --sample digits/000001 --data digits --out views.png
 softcache views caches/mnist --sample digits/000002 --data digits --out seen.png
 """,
     after_stop=STARTS_AGAIN,

@@ -21,6 +21,9 @@ from softcache.errors import ConfigError, DataError, nearest, require_extra
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 DIGITS_SEED = 20260101  # part of what `digits` means: another seed is another split
 DIGITS_TEST = 500
+MOST_AXES = 8  # of an IDX file
+MOST_UNPACKED = 2**32  # bytes that a .gz file is unpacked to in memory
+PACKED = 200  # so many times its size at most, beyond what is small: text packs to a tenth, a bomb to a thousandth
 
 
 class Reader(Protocol):
@@ -121,9 +124,10 @@ class ImageFileReader:
                 return image_array(image, str(path)), data
         except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as exc:
             reason = "it holds no image that Pillow knows" if isinstance(exc, Image.UnidentifiedImageError) else exc
-            raise DataError(
-                f"{path}: cannot be read as an image: {reason}", tip="repair the file, or leave it out with --samples"
-            ) from exc
+            tip = "repair the file, or leave it out with --samples"
+            if isinstance(exc, Image.DecompressionBombError):
+                tip += "; where such images are meant, set PIL.Image.MAX_IMAGE_PIXELS in a factory of yours"
+            raise DataError(f"{path}: cannot be read as an image: {reason}", tip=tip) from exc
 
 
 def image_array(image: Image.Image, where: str) -> np.ndarray:
@@ -293,6 +297,8 @@ def read_idx(path: Path) -> np.ndarray:
     if len(data) < 4 or data[:2] != b"\0\0":
         raise DataError(f"{path}: is not an IDX file", tip="delete it and fetch the data set again")
     kind, axes = data[2], data[3]
+    if axes > MOST_AXES:
+        raise DataError(f"{path}: its header says {axes} axes", tip="delete it and fetch the data set again")
     if kind != 8:
         raise DataError(f"{path}: holds IDX type 0x{kind:02x}, only uint8 (0x08) is read", tip="convert it to uint8")
     start = 4 + 4 * axes
@@ -309,10 +315,25 @@ def read_maybe_gz(path: Path) -> bytes:
     """A file's bytes, decompressed where its name ends in .gz; nothing is written beside it."""
     try:
         data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        return _unpacked(data, path) if path.suffix == ".gz" else data
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file", tip="give the path as seen from the current folder") from None
     except (OSError, EOFError, zlib.error) as exc:
         raise DataError(
             f"{path}: cannot be read: {exc}", tip="check the file; fetch it again if it is cut off"
         ) from exc
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """What a .gz file holds; DataError for far more than text packs to, or than fits into memory."""
+    most = min(MOST_UNPACKED, max(2**28, PACKED * len(data)))
+    found = io.BytesIO()
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        while piece := file.read(2**20):
+            found.write(piece)
+            if found.tell() > most:
+                raise DataError(
+                    f"{path}: {len(data):,} bytes that unpack to more than {most:,}",
+                    tip="if it is meant so, unpack it to a disk and name the file without .gz",
+                )
+    return found.getvalue()

@@ -27,8 +27,9 @@ class Range:
         return f"at least {self.low}" if self.high == float("inf") else f"between {self.low} and {self.high}"
 
 
-Size = Annotated[int, Range(1)]  # pixels
-Pixels = Annotated[int, Range(0)]
+MOST_PIXELS = 2**14  # of a side: a policy may be somebody else's, and a view is held in memory
+Size = Annotated[int, Range(1, MOST_PIXELS)]  # pixels
+Pixels = Annotated[int, Range(0, MOST_PIXELS)]
 Share = Annotated[float, Range(0, 1)]  # of an area, or a probability
 
 FIRST_PARAMETER = 2  # of a step's function, after the image and its draws

@@ -12,6 +12,7 @@ An item is a uint8 array (H, W) or (H, W, C), a string, or whatever else a user'
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +183,9 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if spec.is_factory:
         return from_factory(spec)
     path = Path(spec.name).expanduser()
-    if not spec.scheme and path.exists():
+    if not spec.scheme and os.path.exists(
+        path
+    ):  # unlike Path.exists, no error for what is longer than a file name can be
         kind = "imagefolder" if path.is_dir() else "tsv"
         raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {kind}:{spec.text}?")
     tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"

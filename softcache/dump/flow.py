@@ -223,6 +223,7 @@ def open_teachers(
             input_shape=shape,
             device=str(device),
             autocast=autocast_dtype(config.autocast),
+            allow_code=config.allow_code,
         )
         if not teacher.has_weights:
             raise ModelError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from softcache.cache.bound_files import BoundFiles
 from softcache.cache.canonical import canonical_json, differences
-from softcache.cache.dump_folder import Planned, read_planned, work_folder
+from softcache.cache.dump_folder import Planned, read_planned
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.reader import CacheReader, read_constants
@@ -87,7 +87,7 @@ def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None 
             f"--views {views}, but every view of this policy is the same ({policy})",
             tip="add a random step such as --policy crop_flip, or leave --views out",
         )
-    return Job(policy, order, 0, views, None, read_planned(work_folder(out, 0)) if out is not None else None)
+    return Job(policy, order, 0, views, None, read_planned(out, 0) if out is not None else None)
 
 
 def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
@@ -118,7 +118,7 @@ def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
     order = order_of(CacheReader(out).samples, transfer_set)
     more = wanted is not None and wanted > there
     first, views = (there, wanted - there) if more and wanted is not None else (0, there)
-    return Job(policy, order, first, views, base, read_planned(work_folder(out, len(base.plan.rounds))))
+    return Job(policy, order, first, views, base, read_planned(out, len(base.plan.rounds)))
 
 
 def order_of(table: SampleTable, transfer_set: TransferSet) -> np.ndarray:

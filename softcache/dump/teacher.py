@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -590,6 +591,7 @@ def open_teacher(
     input_shape: tuple[int, ...] | None,
     device: str,
     autocast: torch.dtype | None,
+    allow_code: bool = False,
 ) -> Teacher:
     """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
 
@@ -597,6 +599,7 @@ def open_teacher(
 
     Args:
         taken: member names that are in use already.
+        allow_code: call the factory that a run folder names.
 
     Raises:
         ModelError: it cannot be built, has other classes, or gives something else.
@@ -604,7 +607,7 @@ def open_teacher(
     head, weights = split_model(text)
     spec = parse_spec(head)
     bare = parse_spec(spec.without("name", "output").text)
-    is_run = Path(bare.text).exists()  # a run folder, or its student.safetensors
+    is_run = os.path.exists(bare.text)  # a run folder, or its student.safetensors
     chosen_name = spec.parameters.get("name")
     wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
     name = member_name(wanted_name, taken)
@@ -615,7 +618,7 @@ def open_teacher(
             made = build(bare, **shape)
     if made is None or isinstance(made, nn.Module):
         with faults_explained(ModelError, f"building the teacher {text!r}"):
-            model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape)
+            model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape, allow_code=allow_code)
         declared, output, portable = model.declared_classes, model.output, model.spec
         network, collate = model, model.input.collate
         model.check_trained(f"teacher {text!r}")

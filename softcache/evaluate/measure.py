@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from softcache.data.views import Policy
 from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model, load_model, read_metadata, read_saved
+from softcache.models import Model, load_json, load_model, read_metadata, read_saved
 from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, table
@@ -325,6 +324,7 @@ def _load(
             class_names=transfer_set.class_names,
             input_shape=item_shape(items[0]),
             device=str(pick_device(config.device)),
+            allow_code=config.allow_code,
         )
     model.check_trained(repr(model_text))
     check_scale(model, model_text, items)
@@ -402,7 +402,17 @@ def run_policy(model_text: str) -> Policy:
     """The view policy a run folder was trained with; no steps for a model that does not come from a run."""
     weights = _student_file(model_text)
     stored = None if weights is None else read_metadata(weights).get("softcache_policy")
-    return Policy() if stored is None else Policy.from_json(json.loads(stored), 0)
+    if weights is None or stored is None:
+        return Policy()
+    try:
+        steps = load_json(stored)
+        if not isinstance(steps, list):
+            raise TypeError("no list of steps")
+        return replace(Policy.from_json(steps, 0), allow_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ModelError(
+            f"{weights}: its view policy cannot be understood: {exc!r}", tip="say how its items are seen: --policy STEP"
+        ) from None
 
 
 def _with_classes_of(model_text: str, transfer_set: TransferSet) -> TransferSet:

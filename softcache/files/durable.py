@@ -1,12 +1,16 @@
-"""The file layer: every system call that changes a cache is made here, and every fault of one gets a name here.
+"""The file layer: every system call that changes a cache or a run folder is made here, and every fault of one gets a name here.
 
-Nothing else in `softcache.cache` opens a file for writing. Each call stands in `os`, this module's name for it: fault tests
-put another `os` in its place, and see, stop or fail whatever a dump does to a disk.
+No other module opens a file of theirs for writing. Each call stands in `os`, this module's name for it: fault tests put another
+`os` in its place, and see, stop or fail whatever a dump does to a disk.
+
+A file is written under a name that this process created itself, and renamed when it is whole: neither follows a link. Folders
+that are links are refused by `files/inside.py` before anything is written below them.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -42,30 +46,48 @@ def explained(call: str, path: Path) -> Iterator[None]:
     except OSError as exc:
         what = f"{path}: {exc.strerror or exc} ({call})"
         if exc.errno in NO_ROOM:
-            tip = "free some space and run the same command again: finished shards are kept"
+            tip = "free some space and run the same command again: what was finished is kept"
             raise DiskSpaceError(what, tip=tip) from exc
         if exc.errno in NOT_WRITABLE:
-            tip = "make the folder writable and run the same command again, or choose another --out; finished shards are kept"
+            tip = "make the folder writable and run the same command again, or choose another --out; what was finished is kept"
             raise DumpError(f"{path}: not writable: {exc.strerror} ({call})", tip=tip) from exc
         if exc.errno in WRONG_NAME:
             raise DumpError(what, tip="choose another --out; below it, links are not followed") from exc
-        tip = "finished shards are kept: once the disk or the network file system works again, the same command resumes"
+        tip = (
+            "what was finished is kept: once the disk or the network file system works again, the same command resumes"
+        )
         raise DumpError(what, tip=tip) from exc
 
 
 def _open(path: Path, flags: int) -> OpenFile:
     with explained("open", path):
-        return OpenFile(os.open(path, flags | os.O_CLOEXEC, 0o644), path)
+        return OpenFile(os.open(path, flags | os.O_CLOEXEC, 0o666), path)
 
 
 def create(path: Path) -> OpenFile:
-    """A new, empty file; what a killed process left under this name is overwritten."""
-    return _open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+    """A new, empty file. What a killed process left under this name, or whatever else has it, loses the name first.
+
+    So nothing is written through a link, symbolic or hard, that was put there before.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with explained("open", path):
+        try:
+            return OpenFile(os.open(path, flags, 0o666), path)
+        except FileExistsError:
+            pass
+    remove(path)
+    return _open(path, flags)
 
 
 def open_or_create(path: Path) -> OpenFile:
-    """A file as it is: the text of a lock."""
+    """A file as it is, for a lock."""
     return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+
+
+def has_other_names(file: OpenFile) -> bool:
+    """Whether the file has a second name (a hard link), under which it is perhaps somebody else's."""
+    with explained("stat", file.path):
+        return os.fstat(file.fd).st_nlink > 1
 
 
 def set_size(file: OpenFile, size: int) -> None:
@@ -130,6 +152,12 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder in which nothing is."""
+    with explained("rmdir", path):
+        os.rmdir(path)
+
+
 def abandon(temporary: Path, file: OpenFile | None) -> None:
     """Close and remove a file that something went wrong with. A further fault must not hide the first one.
 
@@ -175,11 +203,18 @@ def write_whole(path: Path, data: bytes, *, tag: str = "0") -> None:
     Args:
         tag: ends the temporary name, `.tmp-<tag>`: distinguishes writers that may work on the same folder.
     """
+    with written_aside(path, tag=tag) as file:
+        write_at(file, data, 0)
+
+
+@contextmanager
+def written_aside(path: Path, *, tag: str = "0") -> Iterator[OpenFile]:
+    """The same for a file that is written in pieces: it gets its name when all of them are there."""
     temporary = path.with_name(f"{path.name}.tmp-{tag}")
     file: OpenFile | None = None
     try:
         file = create(temporary)
-        write_at(file, data, 0)
+        yield file
         sync(file)
         finished, file = file, None
         close(finished)
@@ -189,9 +224,47 @@ def write_whole(path: Path, data: bytes, *, tag: str = "0") -> None:
         raise
 
 
+class Stream(io.RawIOBase):
+    """An open file for libraries that write front to back into what Python calls a file."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file, self._at = file, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+        write_at(self._file, data, self._at)
+        size = memoryview(data).nbytes
+        self._at += size
+        return size
+
+    def tell(self) -> int:
+        return self._at
+
+
+@contextmanager
+def written_by_path(path: Path, temporary: Path) -> Iterator[Path]:
+    """The same for libraries that want a path: an empty file that was made here, under `temporary` beside `path`."""
+    try:
+        close(create(temporary))
+        yield temporary
+        with closing(_open(temporary, os.O_RDWR | os.O_NOFOLLOW)) as file:
+            sync(file)
+        publish(temporary, path)
+    except BaseException:
+        abandon(temporary, None)
+        raise
+
+
 def append_line(path: Path, line: bytes) -> None:
     """Append one line to a journal, durably."""
     with closing(_open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)) as file:
+        if has_other_names(file):
+            raise DumpError(
+                f"{path}: has a second name (a hard link), and what is written here would be written there",
+                tip="copy the folder, as `cp -r` does, and go on with the copy",
+            )
         # a line torn by a crash is closed off first, so that it cannot swallow this one
         with explained("read", path):
             size = os.fstat(file.fd).st_size

@@ -15,6 +15,7 @@ from pathlib import Path
 from softcache.errors import DumpError, SoftcacheError
 from softcache.files import durable
 from softcache.files.durable import OpenFile
+from softcache.files.inside import open_inside
 
 try:
     import fcntl
@@ -78,7 +79,9 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 
 def sign(file: OpenFile) -> None:
-    """Write into a lock that this process holds who that is, for `holder_of`."""
+    """Write into a lock that this process holds who that is, for `holder_of`; not where the file has a second name."""
+    if durable.has_other_names(file):
+        return
     text = f"host {socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n"
     durable.set_size(file, 0)
     durable.write_at(file, text.encode("utf-8", "replace"), 0)
@@ -87,9 +90,9 @@ def sign(file: OpenFile) -> None:
 def holder_of(path: Path) -> str:
     """`host, pid, since` of whoever holds a lock, as it was signed; whatever else the file may hold is not shown."""
     try:
-        with path.open("rb") as handle:
+        with os.fdopen(open_inside(path.parent, path.name), "rb") as handle:
             text = handle.read(400).decode("utf-8", "replace").strip()
-    except OSError:
+    except (OSError, SoftcacheError):
         return UNKNOWN
     return text if HOLDER.fullmatch(text) else UNKNOWN
 

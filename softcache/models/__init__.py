@@ -5,14 +5,16 @@ Adding a model is a function that returns a Model and a line in MODELS.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from softcache.errors import ModelError, nearest
+from softcache.errors import ConfigError, ModelError, SoftcacheError, nearest
 from softcache.models.bottleneck import resnet50
 from softcache.models.cnn import cnn
 from softcache.models.encoder import encoder
@@ -29,6 +31,7 @@ from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
 from softcache.models.shufflenet import shufflenetv1, shufflenetv2
 from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
+from softcache.models.told import check_spec, load_json
 from softcache.models.vgg import vgg
 from softcache.models.weights import (
     METADATA_KEY,
@@ -39,8 +42,10 @@ from softcache.models.weights import (
     names_torchvision_weights,
     read_metadata,
     read_saved,
+    refuse_misfit,
     save_student,
     split_weights,
+    stored_shapes,
     weights_file,
 )
 from softcache.models.wrn import wide_resnet, wrn
@@ -67,6 +72,7 @@ __all__ = [
     "fingerprint",
     "graft",
     "initialise",
+    "load_json",
     "load_model",
     "load_weights",
     "read_metadata",
@@ -76,6 +82,8 @@ __all__ = [
     "split_weights",
     "write_vocabulary",
 ]
+
+GRAFTED = 4  # a network may have so many times the numbers of its weights, where a projector took the place of layers
 
 MODELS: dict[str, Callable[..., Model]] = {
     "mlp": mlp,
@@ -112,6 +120,7 @@ def load_model(
     input_shape: tuple[int, ...] | None = None,
     vocabulary: Sequence[str] | None = None,
     device: str = "cpu",
+    allow_code: bool = False,
 ) -> Model:
     """The model behind `MODEL`, `MODEL@WEIGHTS` or a run folder; fresh weights come from torch's global generator.
 
@@ -123,15 +132,18 @@ def load_model(
         input_shape: shape of one rendered item, so that widths need not be said; None for texts.
         vocabulary: for a text model whose spec and weights bring none.
         device: where the network goes.
+        allow_code: call the factory that a run folder names. Without it only softcache's, torchvision's, timm's and
+            transformers' models are built because a file says so; name the factory in `text` to have it called.
 
     Raises:
         ModelError: an unknown model, weights that do not fit, another number of classes, a factory that returns
             no nn.Module.
+        UntrustedError: a run folder whose model is code.
         ConfigError: an unknown or impossible parameter.
     """
     data: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
     if os.path.exists(text):  # unlike Path.exists, no error for a spec longer than a file name can be
-        return _load_run(text, **data).to(device)
+        return _load_run(text, allow_code=allow_code, **data).to(device)
     head, weights = split_weights(text)
     spec = parse_spec(head)
     if weights and (names_torchvision_weights(spec, weights) or names_timm_weights(spec, weights)):
@@ -207,13 +219,17 @@ def _builder(spec: Spec, class_names: Sequence[str]) -> Callable[..., Model]:
     )
 
 
-def _build_model(spec: Spec, *, transformer: Mapping[str, Any] | None = None, **data: Any) -> Model:
+def _build_model(spec: Spec, *, transformer: Mapping[str, Any] | None = None, where: str = "", **data: Any) -> Model:
     """A student: as `build`, but always a Model, and labelled with what it was built for.
 
     Args:
         transformer: what a saved student that is one of transformers' models told, in place of the spec.
+        where: the file that told it.
     """
-    made = build(spec, **data) if transformer is None else rebuild_transformer(transformer, data["num_classes"])
+    if transformer is None:
+        made = build(spec, **data)
+    else:
+        made = rebuild_transformer(transformer, data["num_classes"], where)
     if isinstance(made, Model):
         model = made
     elif isinstance(made, nn.Module):
@@ -232,32 +248,63 @@ def _build_model(spec: Spec, *, transformer: Mapping[str, Any] | None = None, **
     return model
 
 
-def _load_run(text: str, *, num_classes: int, class_names: tuple[str, ...], input_shape: Any) -> Model:
+def _load_run(
+    text: str, *, allow_code: bool, num_classes: int, class_names: tuple[str, ...], input_shape: Any
+) -> Model:
     """The student of a run folder, built from its own metadata; the data's input shape is not needed."""
     path, saved = weights_file(text), read_saved(text)
     if saved is None:
         raise ModelError(f"{path} does not say what model it is", tip=f"name it: MODEL@{text}")
+    spec = parse_spec(saved.spec)
+    if saved.transformer is None:
+        check_spec(spec, text, allow_code=allow_code)
     if saved.num_classes != num_classes:
         raise ModelError(
             f"{text} was trained on {saved.num_classes} classes, the data has {num_classes}",
             tip="use the data the run was trained for",
         )
-    spec = parse_spec(saved.spec)
-    if spec.scheme.endswith(".py") and not Path(spec.scheme).is_file():
+    if spec.scheme.endswith(".py") and not os.path.isfile(spec.scheme):
         raise ModelError(
             f"{text} was built by {saved.spec}, which is not in the current folder",
             tip=f"say where it is: path/to/{saved.spec}@{text}",
         )
-    names = class_names or saved.class_names
-    shape = saved.input_shape if saved.input_shape is not None else input_shape
-    model = _build_model(
-        spec,
-        transformer=saved.transformer,
-        num_classes=num_classes,
-        class_names=names,
-        input_shape=shape,
-        vocabulary=saved.vocabulary,
-    )
-    model.input = restore_input(saved.input) or model.input
+    data: dict[str, Any] = {
+        "num_classes": num_classes,
+        "class_names": class_names or saved.class_names,
+        "input_shape": saved.input_shape if saved.input_shape is not None else input_shape,
+        "vocabulary": saved.vocabulary,
+    }
+    if not spec.is_factory or saved.transformer is not None:
+        _refuse_too_large(path, spec, saved, text, data)
+    model = _build_model(spec, transformer=saved.transformer, where=text, **data)
+    try:
+        model.input = restore_input(saved.input) or model.input
+    except (TypeError, ValueError, ConfigError) as exc:
+        raise ModelError(f"{path}: its preprocessing cannot be understood: {exc}", tip="copy it again") from None
     load_weights(model, text)
     return model
+
+
+def _refuse_too_large(path: Path, spec: Spec, saved: SavedModel, text: str, data: Mapping[str, Any]) -> None:
+    """Refuse metadata that do not describe the tensors beside them, before anything of their size is allocated."""
+    if saved.transformer is None and spec.scheme != "softcache":
+        return  # a name has one size
+    with torch.device("meta"):
+        try:
+            made = _build_model(spec, transformer=saved.transformer, where=text, **data)
+        except SoftcacheError:
+            raise
+        except Exception as exc:  # what a network of absurd numbers may raise
+            raise ModelError(
+                f"{path}: says that it belongs to {saved.spec}, which cannot be built: {type(exc).__name__}: {exc}",
+                tip=f"if it is right, name the model yourself: MODEL@{text}",
+            ) from None
+    there = stored_shapes(path)
+    most = sum(map(math.prod, there.values()))
+    if saved.graft is None:
+        refuse_misfit(made, there, text)
+    elif sum(tensor.numel() for tensor in made.net.state_dict().values()) > GRAFTED * most:
+        raise ModelError(
+            f"{path}: says that it belongs to {saved.spec}, which is far larger than its weights ({most:,} numbers)",
+            tip=f"if it is right, name the model yourself: MODEL@{text}",
+        )

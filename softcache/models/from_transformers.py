@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, require_extra
 from softcache.models.inputs import check_strings
 from softcache.models.model import Model
+from softcache.models.told import check_config
 
 # what a configuration says besides the network: who wrote it, and the classes, which are the data's
 BESIDES = (
@@ -174,23 +175,50 @@ def describe_transformer(model: Model) -> dict[str, Any] | None:
     }
 
 
-def rebuild_transformer(told: Mapping[str, Any], num_classes: int) -> Model:
-    """The model that `describe_transformer` described, with weights that are still to be loaded; needs no other file."""
+def rebuild_transformer(told: Mapping[str, Any], num_classes: int, where: str) -> Model:
+    """The model that `describe_transformer` described, with weights that are still to be loaded; needs no other file.
+
+    The network is not used, and nothing is fetched or run because of what is told.
+
+    Args:
+        where: the file that told it, for messages.
+
+    Raises:
+        ModelError: no such model, or settings that are not believed.
+    """
     require_extra("transformers", "text", "a student that is one of transformers' models")
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
 
     try:
-        config = _tame(AutoConfig.for_model(**told["config"]))
-        config.num_labels = num_classes
-        with _hushed():
+        settings = check_config(told["config"], where)
+        with _hushed(), _offline():
+            config = _tame(AutoConfig.for_model(**settings))
+            config.num_labels = num_classes
+            if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+                raise ModelError(f"{where}: {config.model_type!r} is no model that classifies texts")
             net = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
         facts = {**told["input"], "definition": _canonical(told["input"]["definition"])}
         return _model(net, TokenizerInput(**{**facts, "takes": tuple(facts["takes"])}))
+    except ModelError:
+        raise
     except Exception as exc:  # of many kinds, and from several libraries
         raise ModelError(
             f"transformers cannot build the student again: {_first_line(exc)}",
             tip="use a version of transformers that is at least as new as the one it was trained with",
         ) from exc
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Without the hub, whatever transformers might look for there."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @dataclass(frozen=True)

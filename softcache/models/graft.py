@@ -77,16 +77,24 @@ def graft(
         raise
 
 
-def regraft(model: Model, plan: Graft) -> None:
+def regraft(model: Model, plan: Graft, *, most: int) -> None:
     """The same layers as `graft` made, with weights that are still to be loaded.
 
+    Args:
+        most: how many numbers there are to be loaded in all: no layer is made of more.
+
     Raises:
-        ModelError: the network has no such layers.
+        ModelError: the network has no such layers, or they would have more numbers.
     """
     try:
+        with torch.device("meta"):
+            size = sum(tensor.numel() for tensor in Projector(**plan.projector).state_dict().values())
+        if max(size, plan.classes * plan.width) > most or min(plan.classes, plan.width) < 1:
+            raise ConfigError(f"its layers would have more numbers than there are weights ({most:,})")
         projector = Projector(**plan.projector)
-        _check_layer(model, plan)
-    except (ConfigError, TypeError) as exc:
+        if not isinstance(_check_layer(model, plan)[plan.head], nn.Linear):
+            raise ConfigError(f"{plan.head!r} is no linear layer")
+    except (ConfigError, TypeError, RuntimeError) as exc:
         raise ModelError(
             f"{model.spec} cannot be grafted at {plan.layer!r} and {plan.head!r} as the weights were: {exc}",
             tip="check that the model's name and parameters are those the weights were made with",

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from softcache.errors import ConfigError, ModelError, first_offenders, nearest
+from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, nearest
+from softcache.files import durable
+from softcache.files.inside import RUN, is_inside
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import describe_transformer
 from softcache.models.graft import regraft
 from softcache.models.inputs import ImageInput, TextInput
 from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft
+from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest, refuse_stretched
+from softcache.models.told import load_json
 from softcache.spec import Spec, parse_spec
 
 STUDENT = "student.safetensors"  # its name in a run folder
 METADATA_KEY = "softcache_model"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+MAX_SPEC = 2**12  # characters
+MANY_NUMBERS = 2**18  # one for each feature of an item
+IN_RUN = replace(RUN, misfit=ModelError, linked=ModelError)
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -63,20 +73,17 @@ def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> No
         path: the file, by habit `student.safetensors` in a run folder.
         metadata: further strings to keep; the key "softcache_model" is ours.
     """
+    durable.write_whole(Path(path), student_bytes(model, metadata))
+
+
+def student_bytes(model: Model, metadata: Mapping[str, str]) -> bytes:
+    """What `save_student` writes."""
     # cloned: safetensors refuses tensors that share memory
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.net.state_dict().items()}
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # under one key: safetensors writes several in a random order, and equal students should be equal files
-        told = json.dumps({**metadata, METADATA_KEY: json.dumps(describe_model(model))}, sort_keys=True)
-        aside.touch()
-        mode = aside.stat().st_mode
-        save_file(tensors, aside, metadata={"softcache": told})
-        aside.chmod(mode)  # safetensors makes files that nobody else may read
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    told = {**metadata, METADATA_KEY: json.dumps(describe_model(model)), FORMAT_KEY: str(FORMAT)}
+    told[DIGEST_KEY] = digest({"tensors": tensors, "metadata": told})
+    # under one key: safetensors writes several in a random order, and equal students should be equal files
+    return save(tensors, metadata={"softcache": json.dumps(told, sort_keys=True)})
 
 
 def describe_model(model: Model) -> dict[str, Any]:
@@ -95,14 +102,61 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata strings of a safetensors file or of a run folder's student; ModelError if it cannot be read."""
-    path = weights_file(str(path))
+    """The metadata strings of a safetensors file or of a run folder's student.
+
+    Raises:
+        ModelError: it cannot be read, is of a newer format, or is damaged.
+    """
+    return _opened(weights_file(str(path)))
+
+
+_WHOLE: dict[tuple[int, ...], dict[str, str]] = {}  # files that were compared with their digests in this process
+
+
+def _opened(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file whose tensors and metadata are those that were saved, as far as it can tell."""
     try:
-        with safe_open(path, framework="pt") as file:
-            found = dict(file.metadata() or {})
-            return dict(json.loads(found["softcache"])) if "softcache" in found else found
+        found = os.stat(path)
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if state not in _WHOLE:
+            with safe_open(path, framework="pt") as file:
+                told = _told(dict(file.metadata() or {}), path)
+                seal = {key: told.pop(key, None) for key in (FORMAT_KEY, DIGEST_KEY)}
+                if METADATA_KEY in told or any(seal.values()):
+                    _check_seal(seal, told, file, path)
+            _WHOLE[state] = told
+        return dict(_WHOLE[state])
     except (SafetensorError, OSError, ValueError) as exc:
         raise ModelError(f"{path} is not a safetensors file: {exc}") from None
+
+
+def _told(found: dict[str, str], path: Path) -> dict[str, str]:
+    if "softcache" not in found:
+        if any(DIGEST_KEY in value for value in found.values()):
+            raise ModelError(f"{path}: is damaged: its metadata has lost its name", tip="copy it again")
+        return found
+    told = load_json(found["softcache"])
+    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+        raise ValueError("its metadata are no strings by name")
+    return told
+
+
+def _check_seal(seal: Mapping[str, str | None], told: Mapping[str, str], file: Any, path: Path) -> None:
+    text = seal[FORMAT_KEY]
+    number: Any = int(text) if text is not None and text.isdecimal() and len(text) < 9 else text
+    check_format(number, path, told.get("softcache_version"), ModelError)
+    metadata = {**told, **({} if text is None else {FORMAT_KEY: text})}
+    tensors = {} if seal[DIGEST_KEY] is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    check_digest(
+        seal[DIGEST_KEY], {"tensors": tensors, "metadata": metadata}, path, ModelError, sealed=text is not None
+    )
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a safetensors file, none of which is read."""
+    _opened(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def read_saved(weights: str) -> SavedModel | None:
@@ -114,19 +168,52 @@ def read_saved(weights: str) -> SavedModel | None:
     if text is None:
         return None
     try:
-        about = json.loads(text)
-        return SavedModel(
-            spec=about["spec"],
-            num_classes=about["num_classes"],
-            class_names=tuple(about["class_names"]),
-            input_shape=None if about["input_shape"] is None else tuple(about["input_shape"]),
-            input=about["input"],
-            vocabulary=None if about["vocabulary"] is None else tuple(about["vocabulary"]),
-            graft=Graft(**about["graft"]) if "graft" in about else None,
-            transformer=about.get("transformer"),
-        )
-    except (ValueError, KeyError, TypeError) as exc:
+        return _saved_model(load_json(text))
+    except (ValueError, KeyError, TypeError, AttributeError, SoftcacheError) as exc:
         raise ModelError(f"{path}: its {METADATA_KEY!r} metadata cannot be understood: {exc!r}") from None
+
+
+def _saved_model(about: Any) -> SavedModel:
+    """What `describe_model` told; TypeError or ValueError for anything else."""
+    shape, vocabulary, graft = about["input_shape"], about["vocabulary"], about.get("graft")
+    saved = SavedModel(
+        spec=_of_type(about["spec"], str),
+        num_classes=_of_type(about["num_classes"], int),
+        class_names=_all_of_type(about["class_names"], str),
+        input_shape=None if shape is None else _all_of_type(shape, int),
+        input=_of_type(about["input"], dict),
+        vocabulary=None if vocabulary is None else _all_of_type(vocabulary, str),
+        graft=None if graft is None else Graft(**_of_type(graft, dict)),
+        transformer=about.get("transformer"),
+    )
+    if len(saved.spec) > MAX_SPEC or len(saved.input_shape or ()) > 8:
+        raise ValueError("a spec or a shape that is too long")
+    _of_type(saved.input["kind"], str)
+    if any(len(value) > MANY_NUMBERS for value in saved.input.values() if isinstance(value, list)):
+        raise ValueError(f"a preprocessing of more than {MANY_NUMBERS:,} numbers")
+    if saved.graft is not None:
+        _check_graft(saved.graft)
+    return saved
+
+
+def _check_graft(graft: Graft) -> None:
+    for name in (graft.layer, graft.head):
+        _of_type(name, str)
+    for number in (graft.classes, graft.width, graft.projector["factor"]):
+        _of_type(number, int)
+    for shape in ("student_shape", "teacher_shape"):
+        _all_of_type(graft.projector[shape], int)
+    _of_type(graft.bias, bool)
+
+
+def _of_type(value: Any, kind: type[Kind]) -> Kind:
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:60]!r} is no {kind.__name__}")
+    return value
+
+
+def _all_of_type(values: Any, kind: type[Kind]) -> tuple[Kind, ...]:
+    return tuple(_of_type(value, kind) for value in _of_type(values, list))
 
 
 def split_weights(text: str) -> tuple[str, str]:
@@ -142,13 +229,13 @@ def split_weights(text: str) -> tuple[str, str]:
 def weights_file(weights: str) -> Path:
     """The file behind a weights path, which may be a run folder; ModelError when there is none."""
     path = Path(weights)
-    if path.is_dir():
-        if not (path / STUDENT).is_file():
+    if os.path.isdir(path):
+        if not is_inside(path, STUDENT, IN_RUN):
             raise ModelError(
                 f"the folder {path} holds no {STUDENT}", tip="give a run folder whose training has finished"
             )
         return path / STUDENT
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for what is longer than a file name can be
         raise ModelError(f"there are no weights {path}", tip="give a weights file or a run folder that exists")
     return path
 
@@ -185,7 +272,7 @@ def load_weights(model: Model, weights: str) -> None:
     if saved is not None:
         _check_same_input(model, saved, weights)
         if saved.graft is not None and model.graft is None:
-            regraft(model, saved.graft)
+            regraft(model, saved.graft, most=sum(map(math.prod, stored_shapes(path).values())))
     _load(model, read_state(path), weights)
     model.untrained = ()
     if saved is not None and saved.class_names:
@@ -214,6 +301,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         raise ModelError(f"{path} is not a weights file we know", tip=nearest(path.suffix, SUFFIXES))
     if path.suffix == ".safetensors":
+        _opened(path)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as exc:
@@ -226,6 +314,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as plain tensors: {reason}",
             tip="files that hold code are refused; save the weights alone: torch.save(net.state_dict(), path)",
         ) from None
+    refuse_stretched(content, path.stat().st_size, path, ModelError)
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -259,18 +348,24 @@ def _check_same_input(model: Model, saved: SavedModel, weights: str) -> None:
 
 def _load(model: Model, state: Mapping[str, Tensor], where: str) -> None:
     """Copy the tensors into the network; ModelError listing everything that does not fit."""
-    wanted = model.net.state_dict()
-    differ = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
+    refuse_misfit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
+    model.net.load_state_dict(dict(state))
+
+
+def refuse_misfit(model: Model, there: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise ModelError, listing everything, unless tensors of these names and shapes are the network's."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.net.state_dict().items()}
+    differ = [name for name in wanted if name in there and wanted[name] != there[name]]
     final = final_linear(model.net, model.num_classes)
     final_name = next((f"{name}.weight" for name, module in model.net.named_modules() if module is final), "")
-    if final_name in differ and state[final_name].shape[1:] == wanted[final_name].shape[1:]:
+    if final_name in differ and there[final_name][1:] == wanted[final_name][1:]:
         raise ModelError(
-            f"{where}: the weights have {state[final_name].shape[0]} classes, the data has {model.num_classes}",
+            f"{where}: the weights have {there[final_name][0]} classes, the data has {model.num_classes}",
             tip="use weights trained for these classes, or train without weights",
         )
-    missing = [name for name in wanted if name not in state]
-    surplus = [name for name in state if name not in wanted]
-    shapes = [f"{name} {tuple(state[name].shape)} there, {tuple(wanted[name].shape)} in the model" for name in differ]
+    missing = [name for name in wanted if name not in there]
+    surplus = [name for name in there if name not in wanted]
+    shapes = [f"{name} {there[name]} there, {wanted[name]} in the model" for name in differ]
     faults = [
         f"{len(names)} {what}: {first_offenders(names, len(names))}"
         for what, names in (("missing", missing), ("surplus", surplus), ("of another shape", shapes))
@@ -281,4 +376,3 @@ def _load(model: Model, state: Mapping[str, Tensor], where: str) -> None:
             f"{where} does not fit {model.spec or 'the model'} ({len(wanted)} tensors): " + "; ".join(faults),
             tip="check that the model's name and parameters are those the weights were made with",
         )
-    model.net.load_state_dict(dict(state))

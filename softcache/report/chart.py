@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any, Protocol
+
+from softcache.errors import printable
 
 ROW_INCHES = 0.32
 WIDE = 20  # of the largest to the smallest number, from which an axis is logarithmic
@@ -24,9 +26,11 @@ class Row(Protocol):
     def values(self) -> Sequence[float]: ...
 
 
-def draw_rows(title: str, rows: Sequence[Row], place: Path) -> None:
-    """Write a PNG; needs matplotlib."""
-    figure_of(title, rows).savefig(place)
+def drawn_rows(title: str, rows: Sequence[Row]) -> bytes:
+    """A PNG; needs matplotlib."""
+    made = io.BytesIO()
+    figure_of(title, rows).savefig(made)
+    return made.getvalue()
 
 
 def figure_of(title: str, rows: Sequence[Row]) -> Any:
@@ -40,12 +44,17 @@ def figure_of(title: str, rows: Sequence[Row]) -> Any:
     heights = [len(group) + 1.5 for group in panels.values()]
     figure = Figure(figsize=(9, ROW_INCHES * sum(heights) + 0.8), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_plain(title), fontsize=10)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (metric, group) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, metric, group)
     axes[0].legend(fontsize=7, loc="best")
     return figure
+
+
+def _plain(text: str) -> str:
+    """A text of the recipe's as text: matplotlib would take what stands between dollars for a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _draw_panel(axis: Any, metric: str, rows: Sequence[Row]) -> None:
@@ -59,8 +68,8 @@ def _draw_panel(axis: Any, metric: str, rows: Sequence[Row]) -> None:
     numbers = [value for value, _ in [*ours, *papers]]
     if min(numbers) > 0 and max(numbers) > WIDE * min(numbers):
         axis.set_xscale("log")
-    axis.set_yticks(places, [row.label.strip() for row in rows], fontsize=7)
+    axis.set_yticks(places, [_plain(row.label.strip()) for row in rows], fontsize=7)
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel(f"{metric} in %" if metric == "top1" else metric, fontsize=8)
+    axis.set_xlabel(_plain(f"{metric} in %" if metric == "top1" else metric), fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
     axis.grid(axis="x", alpha=0.3)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
-from softcache.report.tables import size
+from softcache.report.tables import one_line, size
 
 SHOWN_AFTER_S = 2.0  # what takes no longer shows nothing
 LINE_EVERY_S = 10.0
@@ -41,7 +41,7 @@ class Meter:
         every_s: float | None = None,
     ) -> None:
         self.done, self.total, self.shown = done, total, not quiet
-        self._what, self._unit = what, unit
+        self._what, self._unit = one_line(what), unit
         self._note, self._before = "", done
         self._after = SHOWN_AFTER_S if after_s is None else after_s
         self._every = LINE_EVERY_S if every_s is None else every_s
@@ -54,7 +54,7 @@ class Meter:
             self._bar = tqdm(
                 total=total,
                 initial=done,
-                desc=what,
+                desc=self._what,
                 unit=unit if unit == "B" else f" {unit}",
                 unit_scale=True,
                 delay=self._after,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from softcache.errors import printable
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, words: bool = False) -> str:
     """An aligned text table; the first column to the left, the others to the right, or to the left if they are words."""
-    cells = [list(header), *[[cell(value) for value in row] for row in rows]]
+    cells = [[cell(value) for value in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -32,7 +34,12 @@ def cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return str(value)
+    return one_line(str(value))
+
+
+def one_line(text: str) -> str:
+    """The text without what a terminal would obey, lines and tabs among it."""
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def percent(value: float | None) -> str:

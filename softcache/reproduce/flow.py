@@ -17,7 +17,9 @@ from typing import Any
 
 from softcache.data.classes import class_indices
 from softcache.errors import ConfigError, nearest
-from softcache.report.chart import draw_rows
+from softcache.files.durable import make_folder, write_whole
+from softcache.files.inside import refuse_linked_folders
+from softcache.report.chart import drawn_rows
 from softcache.report.tables import table
 from softcache.reproduce.recipe import Recipe, Step, read_recipe, recipe_names
 from softcache.reproduce.steps import Bench, check_settings, outcome_of
@@ -119,6 +121,7 @@ def run(
     device: str | None = None,
     out: Path = Path("reproduced"),
     download: bool = False,
+    allow_code: bool = False,
     quiet: bool = False,
 ) -> Reproduced:
     """Work through a recipe; whatever of it is in `out` already is reused.
@@ -135,6 +138,7 @@ def run(
         device: for every step.
         out: a folder for the runs, caches and `table` (.txt, .json, and .png where matplotlib is).
         download: torchvision's data sets that are not in `data_root`.
+        allow_code: believe what the run folders in `models` name.
 
     Raises:
         SoftcacheError: as the steps raise them, with the step's name; mistakes in settings before the first step.
@@ -152,7 +156,9 @@ def run(
         with _naming(step, recipe):
             check_settings(step)
     folder = out / recipe.name / budget
-    bench = Bench(recipe, folder, specs, use, device, quiet, download)
+    refuse_linked_folders(folder, "folder of a recipe")
+    make_folder(folder)
+    bench = Bench(recipe, folder, specs, use, device, quiet, download, allow_code)
     for number, step in enumerate(recipe.steps, start=1):
         for seed in chosen if step.seeded else (None,):
             if not quiet:
@@ -198,10 +204,10 @@ def _finished(bench: Bench, seeds: Sequence[int], stem: str) -> Reproduced:
     done = Reproduced(
         recipe, rows, seeds, bench.specs, folder, reused, len(outcomes) - reused, use=bench.models, made=made
     )
-    (folder / f"{stem}.json").write_text(json.dumps(done.to_json(), indent=1) + "\n")
-    (folder / f"{stem}.txt").write_text(done.text() + "\n")
+    write_whole(folder / f"{stem}.json", (json.dumps(done.to_json(), indent=1) + "\n").encode())
+    write_whole(folder / f"{stem}.txt", (done.text() + "\n").encode())
     if rows and find_spec("matplotlib") is not None:
-        draw_rows(f"{recipe.title}, {recipe.budget} budget", rows, folder / f"{stem}.png")
+        write_whole(folder / f"{stem}.png", drawn_rows(f"{recipe.title}, {recipe.budget} budget", rows))
     elif rows and not bench.quiet:
         print("no picture: it takes `pip install 'softcache[demo]'`", file=sys.stderr)
     return done

@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import tomllib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from softcache.config import parse_toml, read_toml
 from softcache.errors import ConfigError, nearest
 
 BUDGETS = ("smoke", "short", "paper")
@@ -43,6 +44,8 @@ _TOP = {
     "title": str, "source": str, "about": str, "data": dict, "train": dict, "dump": dict, "eval": dict, "words": dict,
     "pair": dict, "step": list, "budget": dict,
 }  # fmt: skip
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+MANY_STEPS, LONG_TEXT = 2_000, 2**16
 _TYPE_NAMES = {str: "a string", dict: "a table", list: "a list", bool: "true or false", int: "a number"}
 _STEP = {
     "name": str, "label": str, "each": (bool, list), "seeds": bool, "paper": (int, float, str), "tolerance": (int, float),
@@ -160,29 +163,30 @@ def read_recipe(name: str, budget: str = "paper", only: Sequence[str] = ()) -> R
             raise ConfigError(
                 f"there is no recipe file {path}", tip="`softcache reproduce LIST` shows those of the package"
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"{path} cannot be read as text: {exc}", tip="a recipe is TOML in UTF-8") from None
-        return parse_recipe(path.stem, text, budget, only)
+        if path.stem in (".", ".."):
+            raise ConfigError(f"{path}: its name would be that of a folder above --out", tip="rename it")
+        return parse_recipe(path.stem, read_toml(path), budget, only)
     if name not in recipe_names():
         raise ConfigError(
             f"no recipe {name!r}",
             tip=f"{nearest(name, recipe_names())}; `softcache reproduce LIST` shows them; one of your own: path/to/recipe.toml",
         )
-    text = (files("softcache.reproduce") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-    return parse_recipe(name, text, budget, only)
+    return parse_recipe(name, (files("softcache.reproduce") / "recipes" / f"{name}.toml").read_bytes(), budget, only)
 
 
-def parse_recipe(name: str, text: str, budget: str, only: Sequence[str] = ()) -> Recipe:
-    """As `read_recipe`, from the text of a file."""
+def parse_recipe(name: str, text: str | bytes, budget: str, only: Sequence[str] = ()) -> Recipe:
+    """As `read_recipe`, of the text of a file."""
     if budget not in BUDGETS:
         raise ConfigError(f"--budget {budget}: unknown", tip=nearest(budget, BUDGETS))
     where = f"recipe {name}"
+    told = parse_toml(text.encode() if isinstance(text, str) else text, where)
     try:
-        told = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{where}: not TOML: {exc}") from None
+        return _recipe(name, told, budget, only, where)
+    except (TypeError, AttributeError, ValueError, KeyError) as exc:  # a value of another kind than one may write there
+        raise ConfigError(f"{where}: cannot be understood: {exc!r}", tip="see the recipes of the package") from exc
+
+
+def _recipe(name: str, told: Mapping[str, Any], budget: str, only: Sequence[str], where: str) -> Recipe:
     _check_keys(told, _TOP, where, needed=("title", "source", "step"))
     budgets, place = told.get("budget", {}), f"{where}: budget.{budget}"
     _check_keys(budgets, dict.fromkeys(BUDGETS, dict), f"{where}: budget")
@@ -203,6 +207,12 @@ def parse_recipe(name: str, text: str, budget: str, only: Sequence[str] = ()) ->
     names = [step.name for step in steps]
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"{where}: its steps need names of their own")
+    for one in names:
+        if not NAME.fullmatch(one):
+            raise ConfigError(
+                f"{where}: step {one[:200]!r} would be a folder of this name",
+                tip="a name has letters, digits, '-', '_', '+' and '.', and begins with a letter or digit",
+            )
     _check_keys(of_step, dict.fromkeys(names, dict), f"{place}.steps")
     trained = [step.name for step in steps if step.kind == "train"]
     _check_keys(changes.get("use", {}), dict.fromkeys(trained, str), f"{place}.use")
@@ -245,6 +255,8 @@ def _expanded(entries: Sequence[Mapping[str, Any]], pairs: Mapping[str, Mapping[
                 if entry["each"] is True or name in entry["each"]:
                     written = _of_pair(entry, name, words)
                     found += [] if written in found else [written]
+                    if len(found) > MANY_STEPS:
+                        raise ConfigError(f"a recipe of more than {MANY_STEPS:,} steps", tip="write fewer pairs")
     return found
 
 
@@ -268,6 +280,8 @@ def _written(value: Any, words: Mapping[str, Any]) -> Any:
         if value == f"{{{word}}}":
             return meaning
         value = value.replace(f"{{{word}}}", str(meaning))
+        if len(value) > LONG_TEXT:
+            raise ConfigError(f"{value[:60]!r}... would have more than {LONG_TEXT:,} characters", tip="write it out")
     return value
 
 

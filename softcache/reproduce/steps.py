@@ -24,9 +24,12 @@ from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError
 from softcache.evaluate import measure
+from softcache.files.durable import make_folder, write_whole
+from softcache.files.inside import RUN, is_inside, read_inside
 from softcache.machine import describe_device, pick_device
-from softcache.models import split_weights
+from softcache.models import load_json, split_weights
 from softcache.reproduce.recipe import DATA, REFERENCES, Recipe, Step
+from softcache.spec import parse_spec
 from softcache.targets.cache import is_cache
 from softcache.targets.cache import open as open_cache
 from softcache.train import flow as train
@@ -35,6 +38,7 @@ from softcache.version import __version__
 
 RESULT = "result.json"
 OWN = "."  # in the note of a step: its own folder
+MOST_BYTES = 2**24  # of a note
 SPREAD = 16  # samples whose contents are looked at, to know data again
 
 
@@ -71,6 +75,7 @@ class Bench:
         models: training step -> a model in its place.
         device: for every step; None: as the recipe says, or as it is found.
         download: of torchvision's data sets that are not there.
+        allow_code: believe what given run folders name.
         outcomes: so far, by step and seed (None: of a step that is done once).
         data: data spec -> identity.
     """
@@ -82,6 +87,7 @@ class Bench:
     device: str | None
     quiet: bool
     download: bool = False
+    allow_code: bool = False
     outcomes: dict[tuple[str, int | None], Outcome] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
 
@@ -118,7 +124,7 @@ def outcome_of(step: Step, seed: int | None, bench: Bench) -> Outcome:
     model = bench.models.get(step.name)
     identity = _identity(step, seed, settings, model, bench)
     folder = bench.out / f"{step.name}{'' if seed is None else f'-{seed}'}-{identity[:8]}"
-    before = _noted(folder, identity, step)
+    before = _noted(folder, identity, step, model)
     if before is not None:
         return before
     started = time.monotonic()
@@ -145,17 +151,31 @@ def _settings(step: Step, seed: int | None, bench: Bench) -> dict[str, Any]:
             settings[key] = bench.specs.get(settings[key], settings[key])
     for key, name in step.named():
         found = bench.outcome(name, seed)
-        if found is not None and key == "teacher":
-            settings[key] = [_as_member(found.folder, name) if one == name else one for one in settings[key]]
-        elif found is not None:
-            settings[key] = found.folder
+        if found is None:
+            continue
+        model = found.folder if key == "cache" else _with_factory(found.folder, name, bench)
+        if key == "teacher":
+            settings[key] = [_as_member(model, name) if one == name else one for one in settings[key]]
+        else:
+            settings[key] = model
     if step.kind == "train":
         settings.setdefault("seed", 0 if seed is None else seed)
     if bench.device is not None:
         settings["device"] = bench.device
     if bench.download:
         settings["download"] = True
+    if bench.allow_code:
+        settings["allow_code"] = True
     return settings
+
+
+def _with_factory(folder: str, name: str, bench: Bench) -> str:
+    """A run as `MODEL@RUN` where the recipe itself says by what factory it was made: what the run says is not believed."""
+    student = next((one.settings.get("student") for one in bench.recipe.steps if one.name == name), None)
+    if name in bench.models or not isinstance(student, str):
+        return folder
+    head = split_weights(student)[0]
+    return f"{head}@{folder}" if parse_spec(head).is_factory else folder
 
 
 def _as_member(model: str, name: str) -> str:
@@ -173,7 +193,9 @@ def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: 
         inputs.append([key, *own, name if found is None else found.identity])
     parts = {
         "kind": step.kind,
-        "settings": {k: v for k, v in settings.items() if k not in (*REFERENCES, *DATA, "device", "download")},
+        "settings": {
+            k: v for k, v in settings.items() if k not in (*REFERENCES, *DATA, "device", "download", "allow_code")
+        },
         "data": {key: bench.data_identity(settings[key]) for key in DATA if key in settings},
         "inputs": inputs,
         "model": None if model is None else _model_identity(model),
@@ -218,23 +240,41 @@ def _place(folder: Path) -> Path:
 
 def _note(folder: Path, identity: str, outcome: Outcome) -> None:
     place = _place(folder)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(place.parent)
     noted = replace(outcome, folder=OWN if outcome.folder == str(folder) else outcome.folder)
-    place.write_text(json.dumps({"of": identity, "outcome": asdict(noted)}) + "\n")
+    write_whole(place, (json.dumps({"of": identity, "outcome": asdict(noted)}) + "\n").encode())
 
 
-def _noted(folder: Path, identity: str, step: Step) -> Outcome | None:
-    """What a finished step gave; None where it is not there, or not whole."""
+def _noted(folder: Path, identity: str, step: Step, model: str | None) -> Outcome | None:
+    """What a finished step gave; None where it is not there, or not whole.
+
+    Args:
+        model: that was given in its place; a note that names another one is not believed.
+    """
+    place = _place(folder)
     try:
-        kept = json.loads(_place(folder).read_text())
+        kept = load_json(read_inside(place.parent, place.name, MOST_BYTES, RUN))
         outcome = Outcome(**{**kept["outcome"], "reused": True})
-        whole = kept["of"] == identity and all(isinstance(one, dict) for one in (outcome.last, outcome.best))
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = kept["of"] == identity and _is_outcome(outcome)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if outcome.folder != OWN:
-        return outcome if whole else None
-    there = is_cache(folder) if step.kind == "dump" else (folder / train.STUDENT).is_file()
+        return outcome if whole and outcome.folder in ("", model) else None
+    there = is_cache(folder) if step.kind == "dump" else folder.is_dir() and is_inside(folder, train.STUDENT, RUN)
     return replace(outcome, folder=str(folder)) if whole and there else None
+
+
+def _is_outcome(outcome: Outcome) -> bool:
+    """Whether what was read is of the types that a step gives."""
+    texts = [outcome.folder, outcome.identity, *outcome.made, *outcome.made.values()]
+    if not all(isinstance(one, str) for one in texts) or not isinstance(outcome.seconds, int | float):
+        return False
+    for scores in (outcome.last, outcome.best):
+        numbers = [value for key, value in scores.items() if key != "class_errors"]
+        numbers += scores.get("class_errors", {}).values()
+        if not all(isinstance(one, int | float) for one in numbers):
+            return False
+    return True
 
 
 def _trained(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from softcache.cache.card import card
-from softcache.cache.dump_folder import read_planned, work_folder
+from softcache.cache.dump_folder import read_planned
 from softcache.cache.manifest import Manifest, known_ids
 from softcache.cache.plan import Parent, Plan, Round
 from softcache.cache.provenance import told_data
@@ -366,7 +366,7 @@ def _refuse_same_folder(path: Path, out: Path) -> None:
 
 def _begun_with(path: Path, out: Path) -> str | None:
     """The id that an interrupted subset in `out` took its records from, where this cache has it."""
-    planned = read_planned(work_folder(out, 0)) if out.is_dir() else None
+    planned = read_planned(out, 0) if out.is_dir() else None
     before = planned.plan.parent if planned else None
     return before.id if before and before.id in known_ids(path) else None
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from softcache.codecs.matmul import full_float32
-from softcache.config import ExportConfig
+from softcache.config import ExportConfig, parse_toml
 from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
@@ -33,11 +33,15 @@ from softcache.errors import (
     DataError,
     ExportError,
     ModelError,
+    UntrustedError,
     faults_explained,
     require_extra,
 )
 from softcache.evaluate.measure import Evaluation, Sums, run_policy
+from softcache.files import durable
 from softcache.files.durable import require_room
+from softcache.files.inside import RUN as IN_RUN
+from softcache.files.inside import is_inside, read_inside
 from softcache.machine import exact_convolutions, pick_device, pick_threads, pick_workers
 from softcache.models import (
     METADATA_KEY,
@@ -66,7 +70,7 @@ from softcache.students.traced_program import (
     write_onnx,
     write_program,
 )
-from softcache.train.run_folder import CONFIG
+from softcache.train.run_folder import CONFIG, MOST_BYTES
 from softcache.version import __version__
 
 SUFFIXES = {"safetensors": ".safetensors", "program": ".pt2", "onnx": ".onnx"}
@@ -136,7 +140,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     out = _target(model_text, config)
     for package in PACKAGES if config.to == "onnx" else ():
         require_extra(package, "onnx", "export to ONNX")
-    data = config.data or _data_of_run(model_text)
+    data = config.data or _data_of_run(model_text, allow_code=config.allow_code)
     device, threads = pick_device(config.device), pick_threads(config.threads)
     torch.set_num_threads(threads)
     transfer_set = _of_its_classes(open_transfer_set(data, download=config.download), model_text)
@@ -144,7 +148,12 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     viewed = ViewedSet(transfer_set, policy, ())
     three, four = ([viewed.render(i, 0) for i in _spread(len(transfer_set), n)] for n in (3, 4))
     shape = item_shape(three[0])
-    about = {"num_classes": transfer_set.num_classes, "class_names": transfer_set.class_names, "input_shape": shape}
+    about = {
+        "num_classes": transfer_set.num_classes,
+        "class_names": transfer_set.class_names,
+        "input_shape": shape,
+        "allow_code": config.allow_code,
+    }
     with faults_explained(ModelError, f"building the model {model_text!r}"):
         model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
     model.check_trained(repr(model_text))
@@ -159,9 +168,8 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
 
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     require_room(out.parent, weights, "the exported weights need")
-    aside = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
-    try:
-        aside.touch()  # a folder that cannot be written is found out before the work
+    # a folder that cannot be written is found out before the work
+    with durable.written_by_path(out, out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")) as aside:
         if config.to == "safetensors":
             save_student(model, aside, metadata=metadata)
             fresh = load_model(_text_of_copy(model_text, aside), **about, device=str(device)).eval()  # type: ignore[arg-type]
@@ -186,9 +194,6 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
             quiet=quiet,
         )
         nbytes = aside.stat().st_size
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
     return Exported(out, config.to, nbytes, data, batch.facts, output, *found)
 
 
@@ -307,26 +312,32 @@ def _target(model_text: str, config: ExportConfig) -> Path:
         raise ConfigError(
             f"--out {out}: a file of --to {config.to} ends in {suffix}", tip=f"--out {out.with_suffix(suffix)}"
         )
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"{out}: is there already", tip="remove it, or choose another --out")
     if not out.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {out.parent}", tip="make it, or choose another --out")
     return out
 
 
-def _data_of_run(model_text: str) -> str:
-    """The evaluation set of a run's config.toml."""
+def _data_of_run(model_text: str, *, allow_code: bool) -> str:
+    """The evaluation set of a run's config.toml, which is opened only where that is allowed."""
     folder = _folder_of(model_text)
-    file = folder / CONFIG if folder is not None else None
-    if file is None or not file.is_file():
+    if folder is None or not is_inside(folder, CONFIG, IN_RUN):
         raise ConfigError(
             f"{model_text}: says nothing of an evaluation set",
             tip="--data DATA: every export is verified by running it on one",
         )
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8")).get("eval_data")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{file}: not TOML: {exc}", tip="name the evaluation set: --data DATA") from None
+    told = parse_toml(
+        read_inside(folder, CONFIG, MOST_BYTES, IN_RUN),
+        str(folder / CONFIG),
+        tip="name the evaluation set: --data DATA",
+    )
+    data = told.get("eval_data")
+    if isinstance(data, str) and not allow_code:
+        raise UntrustedError(
+            f"{model_text}: its config.toml names the evaluation set {data}; data is not opened because a run folder names it",
+            tip=f"say it yourself: --data {shlex.quote(data)}",
+        )
     if not isinstance(data, str):
         raise ConfigError(
             f"{model_text}: was trained without --eval-data",

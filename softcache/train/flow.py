@@ -33,6 +33,7 @@ from softcache.train.refuse import check, check_finite, check_last_batch
 from softcache.train.run_folder import (
     BEST,
     STUDENT,
+    best_of,
     check_same_data,
     claim_folder,
     data_fingerprint,
@@ -239,7 +240,7 @@ def finish(session: Session) -> TrainResult:
     """Save the student that is kept, evaluated as it is saved."""
     prepared, eval_set = session.prepared, session.prepared.material.eval_set
     if best := prepared.config.keep == "best":
-        load_weights(prepared.kept, str(prepared.out / BEST))
+        load_weights(prepared.kept, best_of(prepared.out))
     if prepared.ranks.first:
         if eval_set is not None and (session.evaluation is None or best):
             session.evaluation = prepared.measure(eval_set)

@@ -19,7 +19,12 @@ import torch
 
 from softcache.config import TrainConfig, to_toml
 from softcache.errors import LockedError, TrainingError
+from softcache.files import durable
+from softcache.files.inside import RUN as IN_RUN
+from softcache.files.inside import is_inside, read_inside, refuse_linked_folders
 from softcache.files.locks import release_lock, take_lock
+from softcache.models.seal import FORMAT, check_format
+from softcache.models.told import load_json
 from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
 from softcache.version import __version__
@@ -27,6 +32,8 @@ from softcache.version import __version__
 STUDENT, RUN, CONFIG = "student.safetensors", "run.json", "config.toml"
 METRICS_JSONL, METRICS_CSV, LOCK = "metrics.jsonl", "metrics.csv", "lock"
 BEST, TENSORBOARD = "best.safetensors", "tensorboard"
+
+MOST_BYTES = 2**24  # of run.json and config.toml
 
 # settings that may differ between a run and its resume: they do not belong to what is computed
 FREE_TO_CHANGE = (
@@ -46,25 +53,36 @@ FREE_TO_CHANGE = (
 def claim_folder(config: TrainConfig) -> Path:
     """The run folder, refused when it holds another run or foreign files."""
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise TrainingError(f"{out}: is a file", tip="choose another --out")
-    if (out / RUN).is_file():
-        before = _read_run(out)["config"]
+    if about := _read_run(out):
+        before = about["config"]
         now = json.loads(json.dumps(_comparable(config)))
         usual = json.loads(json.dumps({f.name: f.default for f in fields(config) if f.default is not MISSING}))
         then = {key: before.get(key, usual.get(key)) for key in now}  # an older run did not know every setting
         if then["cache"] and now["cache"]:
             then["cache"] = now["cache"]  # it may have moved: the run holds its id
+        then["allow_code"] = now["allow_code"]  # whom its user believes is no part of what is computed
         changed = [key for key in now if now[key] != then[key]]
         if changed:
-            listing = "; ".join(f"{key} was {then[key]!r}, is now {now[key]!r}" for key in changed[:6])
+            listing = "; ".join(f"{key} was {_short(then[key])}, is now {_short(now[key])}" for key in changed[:6])
             raise TrainingError(
                 f"{out}: holds a run with other settings: {listing}",
                 tip="choose another --out; the same settings resume the run",
             )
-    elif out.is_dir() and any(path.name not in (LOCK, f"{RUN}.tmp") for path in out.iterdir()):
+    elif out.is_dir() and any(not _is_left(path.name) for path in out.iterdir()):
         raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
     return out
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _is_left(name: str) -> bool:
+    """Whether a run that was killed before it wrote down what it is may have left such a file."""
+    return name == LOCK or name.startswith(f"{RUN}.tmp")
 
 
 @contextmanager
@@ -74,7 +92,8 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         LockedError: another process trains here.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(out)
+    refuse_linked_folders(out, "run folder")
     try:
         fd = take_lock(out / LOCK)
     except BlockingIOError:
@@ -84,9 +103,9 @@ def locked(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (out / LOCK).unlink(missing_ok=True)
-        if not any(out.iterdir()):
-            out.rmdir()
+        durable.remove(out / LOCK)
+        if not out.is_symlink() and not any(out.iterdir()):
+            durable.remove_folder(out)
         release_lock(fd)
 
 
@@ -99,17 +118,30 @@ def only_writer(out: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _read_run(out: Path) -> dict[str, Any]:
+    """What run.json says; empty where there is none.
+
+    Raises:
+        TrainingError: it is damaged, a link, or of a newer format.
+    """
+    path = out / RUN
     try:
-        about: dict[str, Any] = json.loads((out / RUN).read_text())
-        about["config"], about["cache"], about["data"]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise TrainingError(f"{out / RUN}: is damaged ({exc!r})", tip="choose another --out") from None
-    return about
+        data = read_inside(out, RUN, MOST_BYTES, IN_RUN)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    try:
+        about = load_json(data)
+        check_format(about.get("format"), path, about.get("softcache"), TrainingError)
+        config, cache, data_id = about["config"], about["cache"], about["data"]
+        if not isinstance(config, dict) or not isinstance(cache, str | None) or not isinstance(data_id, str):
+            raise TypeError("config, cache or data")
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise TrainingError(f"{path}: is damaged ({exc!r})", tip="choose another --out") from None
+    return dict(about)
 
 
 def check_same_data(out: Path, data: str) -> None:
     """Raise TrainingError when the run in this folder began with other samples, labels or another vocabulary."""
-    if (out / RUN).is_file() and _read_run(out)["data"] != data:
+    if (about := _read_run(out)) and about["data"] != data:
         raise TrainingError(
             f"{out}: this run began with other samples, labels or another vocabulary",
             tip="restore the data set, or choose another --out",
@@ -126,7 +158,13 @@ def data_fingerprint(ids: np.ndarray, labels: np.ndarray, vocabulary: Sequence[s
 
 def pinned_cache(out: Path) -> str | None:
     """The id of the cache that the run in this folder began with; None for a new run, or one without a cache."""
-    return _read_run(out)["cache"] if (out / RUN).is_file() else None
+    return _read_run(out).get("cache")
+
+
+def best_of(out: Path) -> str:
+    """The path of the best epoch's student; TrainingError where something else lies there, such as a link."""
+    is_inside(out, BEST, IN_RUN)
+    return str(out / BEST)
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
@@ -145,6 +183,7 @@ def describe_run(
         facts: "cache" (its id or None), "data" (its fingerprint), and whatever else is worth keeping.
     """
     about = {
+        "format": FORMAT,
         "config": _comparable(config),
         **facts,
         "stages": [stage.describe() for stage in stages],
@@ -153,26 +192,16 @@ def describe_run(
         "numpy": np.__version__,
         "python": sys.version.split()[0],
     }
-    _write_aside(out / RUN, json.dumps(about, indent=1) + "\n")
-    _write_aside(out / CONFIG, to_toml(config))
+    durable.write_whole(out / RUN, (json.dumps(about, indent=1) + "\n").encode())
+    durable.write_whole(out / CONFIG, to_toml(config).encode())
 
 
 def write_metrics(out: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     """metrics.jsonl and metrics.csv: one row per epoch."""
-    _write_aside(out / METRICS_JSONL, "".join(json.dumps(row) + "\n" for row in metrics))
+    durable.write_whole(out / METRICS_JSONL, "".join(json.dumps(row) + "\n" for row in metrics).encode())
     text = io.StringIO(newline="")
     columns = dict.fromkeys(name for row in metrics for name in row)  # stages have terms of their own
     writer = csv.DictWriter(text, fieldnames=list(columns))
     writer.writeheader()
     writer.writerows(metrics)
-    _write_aside(out / METRICS_CSV, text.getvalue())
-
-
-def _write_aside(path: Path, text: str) -> None:
-    """After a kill there is the old file or the new one, never a part of it."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    durable.write_whole(out / METRICS_CSV, text.getvalue().encode())

@@ -37,6 +37,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
             class_names=transfer_set.class_names,
             input_shape=item_shape(item),
             vocabulary=vocabulary,
+            allow_code=config.allow_code,
         )
     began = Path(config.out, RUN).is_file()  # what an older version began, it may go on with
     check_scale(model, config.student, material.some_items, learns=True, lenient=began)

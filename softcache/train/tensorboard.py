@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.errors import MissingExtraError
+from softcache.files.durable import make_folder
 from softcache.train.run_folder import TENSORBOARD
 
 
@@ -18,7 +19,9 @@ class Board:
     """
 
     def __init__(self, out: Path, epochs: int) -> None:
-        self._writer = summary_writer()(str(out / TENSORBOARD), purge_step=epochs)
+        writer = summary_writer()
+        make_folder(out / TENSORBOARD)  # each file in it has a name that was never there
+        self._writer = writer(str(out / TENSORBOARD), purge_step=epochs)
 
     def note(self, row: dict[str, Any]) -> None:
         """The numbers of an epoch's row of metrics."""

@@ -136,8 +136,11 @@ def test_only_what_is_damaged_is_written(cache: Path) -> None:
 
 def test_code_that_the_cache_names_is_not_run_unasked(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip(cache / "members/t1/part-00000.h5")
-    assert cli.main(["repair", str(cache)]) == 1
-    assert "pieces.py:toy, which is code" in (said := capsys.readouterr().out) and "--allow-code" in said
+    before = contents(cache)
+    assert cli.main(["repair", str(cache)]) == 2
+    said = capsys.readouterr().err
+    assert "pieces.py:toy" in said and f"softcache repair {cache} --allow-code" in said
+    assert contents(cache) == before
 
 
 def test_another_teacher_is_refused_and_nothing_changes(

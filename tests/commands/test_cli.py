@@ -210,7 +210,12 @@ MISTAKES = [
         "no sample 'toy/999.png'",
         "toy/",
     ),
-    row("views by code of the cache", ["views", "cache", "--sample", "toy/001.png"], "toy, which is code", "--allow-code"),
+    row(
+        "views by code of the cache",
+        ["views", "cache", "--sample", "toy/001.png"],
+        "--data pieces.py:toy.*say it yourself.*views cache --sample toy/001.png --allow-code",
+        "--allow-code",
+    ),
     row("views without a sample", ["views", "cache"], "--sample is missing", "--sample KEY: whose views"),
     row("views of no kind", ["views", "cache", "--sample", "toy/001.png", "--out", "v.gif"], "is a PNG", ".png"),
     row("policy step", [*dump_of(), "--policy", "crop_filp"], "unknown view step 'crop_filp'", "'crop_flip'"),

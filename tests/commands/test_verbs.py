@@ -58,7 +58,7 @@ SLOW_WORK = {"demo", "reproduce", "plan"}
 SLOW = {
     "softcache demo",
     "softcache demo --out my-demo --seeds 0,1,2",
-    "softcache export runs/s --to onnx",
+    "softcache export runs/s --to onnx --data digits?split=test",
     "softcache reproduce digits",
     "softcache reproduce hinton2015-mnist --data-root data --budget short --seeds 0,1,2",
 }

@@ -18,6 +18,7 @@ from conftest import WORLDS
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from softcache.data import sources
 from softcache.data.identity import check_unique, file_digest, item_digest, sample_ids
 from softcache.data.sources import StringTable, image_array
 from softcache.data.transfer_set import TransferSet, open_transfer_set
@@ -204,6 +205,24 @@ def test_damaged_idx_is_named(tmp_path: Path, part: str, content: bytes, message
     write(tmp_path / f"train-{part}", content)
     with pytest.raises(DataError, match=message):
         open_transfer_set(f"torchvision:MNIST?root={tmp_path}")
+
+
+def test_a_gz_file_that_unpacks_to_far_more_than_text_does_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 2**20)
+    honest = gzip.compress(b"".join(b"text %d\ta\n" % number for number in range(50_000)))
+    (tmp_path / "a.tsv.gz").write_bytes(honest)
+    assert len(open_transfer_set(f"tsv:{tmp_path}/a.tsv.gz")) == 50_000
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(bytes(2**20 + 1)))
+    with pytest.raises(DataError, match=r"b.tsv.gz: [\d,]+ bytes that unpack to more than 1,048,576\n.*without .gz"):
+        open_transfer_set(f"tsv:{tmp_path}/b.tsv.gz")
+
+
+def test_an_idx_header_of_many_axes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\0\0\x08\xff" + bytes(4 * 255))
+    with pytest.raises(DataError, match="its header says 255 axes"):
+        sources.read_idx(tmp_path / "x")
 
 
 def test_cut_off_gz_is_named(tmp_path: Path) -> None:

@@ -501,14 +501,14 @@ def test_an_unknown_step_in_a_cache_is_refused() -> None:
         ("resize:size=big", "view step 'resize': size: 'big' is not a whole number"),
         ("shift:pixels=1.5", "view step 'shift': pixels: '1.5' is not a whole number"),
         ("crop_flip:flip=often", "view step 'crop_flip': flip: 'often' is not a number"),
-        ("resize:size=0", "view step 'resize': size=0 must be at least 1"),
-        ("center_crop:size=-3", "view step 'center_crop': size=-3 must be at least 1"),
-        ("shift:pixels=-1", "view step 'shift': pixels=-1 must be at least 0"),
+        ("resize:size=0", "view step 'resize': size=0 must be between 1 and 16384"),
+        ("center_crop:size=-3", "view step 'center_crop': size=-3 must be between 1 and 16384"),
+        ("shift:pixels=-1", "view step 'shift': pixels=-1 must be between 0 and 16384"),
         ("crop_flip:flip=nan", "view step 'crop_flip': flip=nan must be between 0 and 1"),
         ("crop_flip:flip=1.5", "view step 'crop_flip': flip=1.5 must be between 0 and 1"),
         ("crop_flip:flip=-0.1", "view step 'crop_flip': flip=-0.1 must be between 0 and 1"),
-        ("resize:size=8,height=-1", "view step 'resize': height=-1 must be at least 0"),
-        ("resized_crop_flip:size=0", "view step 'resized_crop_flip': size=0 must be at least 1"),
+        ("resize:size=8,height=-1", "view step 'resize': height=-1 must be between 0 and 16384"),
+        ("resized_crop_flip:size=0", "view step 'resized_crop_flip': size=0 must be between 1 and 16384"),
         ("resized_crop_flip:scale_max=1.1", "view step 'resized_crop_flip': scale_max=1.1 must be between 0 and 1"),
         ("resized_crop_flip:scale_min=0.6,scale_max=0.5", "scale_min=0.6 must be at most scale_max=0.5"),
         ("erase:scale_min=0.5", "view step 'erase': scale_min=0.5 must be at most scale_max=0.33"),
@@ -562,7 +562,7 @@ def test_a_policy_at_another_size(texts: list[str], size: int, wanted: list[str]
 def test_a_policy_without_sizes_has_no_other_resolution() -> None:
     with pytest.raises(ConfigError, match="no step that sets a size, so it cannot render at 16 pixels"):
         policy_of("crop_flip", "rotate").at_size(16)
-    with pytest.raises(ConfigError, match="size=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="size=0 must be between 1 and 16384"):
         policy_of("resize:size=8").at_size(0)
 
 

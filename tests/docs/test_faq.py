@@ -44,6 +44,10 @@ def teacher(kind: str):
     }[kind])
 
 
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
 class Relabelled:
     def __init__(self, whole):
         self.whole, self.sample_keys, self.class_names = whole, list(whole.keys), whole.class_names
@@ -97,6 +101,12 @@ CASES = (
         (train("synthetic:images?size=8&channels=1&classes=9", "NEW", *FROM_CACHE),),
     ),
     Case("The cache names code", (train(DIGITS, "NEW", "--cache", "caches/views"),)),
+    Case(
+        "The cache says what it was made with",
+        (["views", "caches/a", "--sample", "digits/000001", "--out", "NEW.png"],),
+    ),
+    Case("A link inside a cache", (["verify", "caches/linked"],)),
+    Case("The run is of a factory", (["eval", "runs/coded", "--data", DIGITS],)),
     Case("Drift", (train(DIGITS, "NEW", "--cache", "caches/views", "--allow-code"),)),
     Case("Logits that are not finite", (dump(DIGITS, "user.py:teacher?kind=nan", "NEW"),)),
     Case("Too large for float16", (dump(DIGITS, "user.py:teacher?kind=large", "NEW"),)),
@@ -151,6 +161,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         policy = ("--policy", "views.py:darker")
         for command in (
             train(DIGITS, "runs/t"),
+            train(DIGITS, "runs/coded", student="user.py:net"),
             dump(DIGITS, "runs/t", "caches/a"),
             dump(f"{NOISY}40", "runs/t", "caches/noisy"),
             dump(DIGITS, "runs/t", "caches/cut"),
@@ -159,6 +170,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             dump(DIGITS, "runs/t", "caches/views", *policy),
         ):
             assert main(command) == 0
+        Path("caches/linked").mkdir()
+        for file in Path("caches/a").iterdir():
+            Path("caches/linked", file.name).symlink_to(file.absolute())
         part = Path("caches/cut/members/t/part-00000.h5")
         part.write_bytes(part.read_bytes()[:-100])
         manifest = Path("caches/newer/manifest.json")

@@ -597,7 +597,9 @@ def test_a_student_that_says_nonsense_of_itself(made: Path, tmp_path: Path, part
     told = describe_model(model)
     told["transformer"][part] = {**told["transformer"][part], **said} if said else {}
     save_file(model.net.state_dict(), tmp_path / "student.safetensors", {METADATA_KEY: json.dumps(told)})
-    with pytest.raises(ModelError, match="transformers cannot build the student again"):
+    with pytest.raises(
+        ModelError, match=r"transformers cannot build the student again|configuration of transformers is damaged"
+    ):
         load_model(str(tmp_path), num_classes=3)
 
 

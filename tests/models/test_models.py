@@ -18,7 +18,7 @@ from conftest import WORLDS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from softcache.errors import ConfigError, DataError, ModelError, SoftcacheError
+from softcache.errors import ConfigError, DataError, DumpError, ModelError, SoftcacheError, UntrustedError
 from softcache.models import (
     MODELS,
     AnyInput,
@@ -415,11 +415,13 @@ def test_factory_run_folder(factories: str, tmp_path: Path, monkeypatch: pytest.
     run = tmp_path / "run@home"  # an '@' of its own
     run.mkdir()
     save_student(model, run / "student.safetensors", metadata={})
-    with pytest.raises(ModelError, match=r"built by nets.py:plain\?width=5[\s\S]*path/to/nets.py:plain\?width=5@"):
+    with pytest.raises(UntrustedError, match=r"nets.py:plain\?width=5, which is code[\s\S]*'nets.py:plain\?width=5@"):
         load_model(str(run), num_classes=4)
+    with pytest.raises(ModelError, match=r"built by nets.py:plain\?width=5[\s\S]*path/to/nets.py:plain\?width=5@"):
+        load_model(str(run), num_classes=4, allow_code=True)
     named = load_model(f"{factories}:plain?width=5@{run}", num_classes=4)
     monkeypatch.chdir(Path(factories).parent)
-    alone = load_model("../run@home", num_classes=4)
+    alone = load_model("../run@home", num_classes=4, allow_code=True)
     assert fingerprint(named) == fingerprint(alone) == fingerprint(model)
 
 
@@ -462,7 +464,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "replace", refuse)
     nn.init.zeros_(next(model.net.parameters()))
-    with pytest.raises(OSError, match="disk gone"):
+    with pytest.raises(DumpError, match="disk gone"):
         save_student(model, path, metadata={})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["student.safetensors"]

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import softcache
-from softcache.cache.dump_folder import read_journals, work_folder
+from softcache.cache.dump_folder import read_journals
 from softcache.cache.schema import ALIGNMENT, BLOCK_BYTES, FORMAT_VERSION, ArraySpec
 from softcache.cache.write.shard import ShardWriter
 from softcache.cache.write.writer import CacheWriter, Part
@@ -182,7 +182,7 @@ def test_what_a_fault_is_called(code: int, kind: type[SoftcacheError], words: st
             raise OSError(code, os.strerror(code))
     assert type(caught.value) is kind
     tip = caught.value.tip
-    assert "--out" in tip if code == errno.ENOTDIR else "finished shards are kept" in tip and "same command" in tip
+    assert "--out" in tip if code == errno.ENOTDIR else "what was finished is kept" in tip and "same command" in tip
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, tool: Any, faults: dict[str, int]) -> None:
@@ -352,7 +352,7 @@ def test_a_torn_journal_line_does_not_swallow_the_next(tool: Any, expected: Any,
     whole = (path / "dump" / "part-2-of-2.jsonl").read_bytes()
     (path / "dump" / "part-1-of-2.jsonl").write_bytes(whole[: len(whole) // 2])
     tool.write_part(path, Part(1, 2))
-    assert sorted(read_journals(work_folder(path, 0))) == [0, 1]
+    assert sorted(read_journals(path, 0)) == [0, 1]
     tool.write_cache(path)
     assert tool.contents(path) == expected.new
 

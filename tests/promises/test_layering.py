@@ -116,7 +116,7 @@ ALLOWED: dict[str, set[str]] = {
         "reproduce",
         "demo",
     },
-    "cli": {"commands"},
+    "cli": {"commands", "report"},
     "__main__": {"cli"},
     PACKAGE: {"targets"},
 }

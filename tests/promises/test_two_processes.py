@@ -13,7 +13,7 @@ import pytest
 from conftest import QuickDump
 
 from softcache import cli, dump, train
-from softcache.cache.dump_folder import read_journals, work_folder
+from softcache.cache.dump_folder import read_journals
 from softcache.check import verify
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data.join import batches
@@ -109,7 +109,7 @@ def test_a_span_written_twice_is_the_one_that_is_there(toy: str, tmp_path: Path)
     )
     first = dump.run(config, quiet=True)
     assert first.manifest is not None
-    (entry,) = read_journals(work_folder(out, 0))[0]
+    (entry,) = read_journals(out, 0)[0]
     stale = json.loads(json.dumps(entry))
     for file in stale["files"]:
         file["sha256"] = "0" * 64

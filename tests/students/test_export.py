@@ -29,6 +29,7 @@ from softcache.errors import (
     SoftcacheError,
 )
 from softcache.evaluate.measure import evaluate
+from softcache.files import durable
 from softcache.models import Model, Projector, graft, load_model, read_metadata, save_student
 from softcache.students import export, traced_program
 
@@ -85,7 +86,7 @@ def run_folder(folder: Path, model: Model, eval_data: str | None = None, policy:
 
 
 def exported(text: str, to: str, **settings: Any) -> export.Exported:
-    settings = {"device": "cpu", "threads": 1, "batch_size": 4} | settings
+    settings = {"device": "cpu", "threads": 1, "batch_size": 4, "allow_code": True} | settings
     return export.run(text, ExportConfig(to=to, **settings), quiet=True)
 
 
@@ -494,6 +495,9 @@ def test_onnx_needs_its_extra(images: str, tmp_path: Path, monkeypatch: pytest.M
 def test_the_command_line(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_folder(tmp_path / "run", trained("mlp"), images)
     flags = ["--device", "cpu", "--threads", "1", "--quiet"]
+    assert cli.main(["export", run, "--to", "program", *flags]) == 2  # the run folder alone names the data
+    assert f"--data {images}" in capsys.readouterr().err.replace("'", "")
+    flags += ["--data", images]
     assert cli.main(["export", run, "--to", "program", *flags]) == 0
     said = capsys.readouterr()
     assert said.out.startswith(f"{run}/export.pt2: program, ") and said.err == ""
@@ -513,11 +517,13 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     run = run_folder(tmp_path / "run", trained("mlp"), images)
 
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path: Path) -> None:
+        with durable.explained("open", path):
+            raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "touch", refuse)
-    assert cli.main(["export", run, "--to", "program", "--device", "cpu", "--threads", "1", "--quiet"]) == 2
+    monkeypatch.setattr(durable, "create", refuse)
+    command = ["export", run, "--to", "program", "--data", images, "--device", "cpu", "--threads", "1", "--quiet"]
+    assert cli.main(command) == 2
     assert "Permission denied" in capsys.readouterr().err
 
 

@@ -193,9 +193,9 @@ def stop_after(saves: int, argv: list[str]) -> None:
 
 
 def differing(one: Any, other: Any, where: str = "") -> list[str]:
-    """Places at which two checkpoints differ, but for the seconds."""
+    """Places at which two checkpoints differ, but for the seconds, and the digest that counts them in."""
     if isinstance(one, dict):
-        keys = [key for key in {**one, **other} if key != "seconds"]
+        keys = [key for key in {**one, **other} if key not in ("seconds", "digest")]
         return [place for key in keys for place in differing(one.get(key), other.get(key), f"{where}/{key}")]
     if isinstance(one, list | tuple) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))

@@ -54,7 +54,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def measured(model: str, data: str, **settings: Any) -> Evaluation:
-    return measure.run(model, EvalConfig(data=data, threads=1, device="cpu", **settings), quiet=True)
+    return measure.run(model, EvalConfig(data=data, threads=1, device="cpu", allow_code=True, **settings), quiet=True)
 
 
 # ------------------------------------------------------------------------------------------------------- ema, clip-norm
@@ -352,7 +352,7 @@ def test_a_student_of_some_classes(world: World, tmp_path: Path, said: tuple[str
 
     data = open_transfer_set(world.spec("toy"))
     joined = softcache.open(world.cache("plain")).join(data)
-    model = load_model(str(tmp_path / "run"), num_classes=3)
+    model = load_model(str(tmp_path / "run"), num_classes=3, allow_code=True)
     items = torch.stack([torch.as_tensor(joined[i][0][0]) for i in range(len(data))])[:, None]
     with torch.no_grad():
         student = model.eval()(items).double()
@@ -383,7 +383,7 @@ def test_a_student_of_some_classes_is_evaluated_on_all_of_the_data(
 ) -> None:
     world.train(tmp_path / "run", "kd:temperature=1", "ce", classes=("1", "3-4"), epochs=3)
     out, data = str(tmp_path / "run"), open_transfer_set(world.spec("toy"))
-    model = load_model(out, num_classes=3)
+    model = load_model(out, num_classes=3, allow_code=True)
     items = torch.stack([torch.as_tensor(data.load(i)[0]) for i in range(len(data))])[:, None]
     with torch.no_grad():
         logits = model.eval()(items).double()
@@ -402,7 +402,9 @@ def test_a_student_of_some_classes_is_evaluated_on_all_of_the_data(
     assert compared.kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(1).mean().item(), rel=1e-5)
     assert compared.agreement == pytest.approx((teacher.argmax(1) == viewed.argmax(1)).double().mean().item())
 
-    assert cli.main(["eval", out, "--data", world.spec("toy"), "--device", "cpu", "--threads", "1"]) == 0
+    assert (
+        cli.main(["eval", out, "--data", world.spec("toy"), "--device", "cpu", "--threads", "1", "--allow-code"]) == 0
+    )
     assert f"with a label {found.labelled}" in " ".join(capsys.readouterr().out.split())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from faults.report import demand
 from faults.small_dump import ROWS, codes_at, logits_at, write_cache, write_part
 from faults.watched import Call, Recorder, layer
-from softcache.cache.dump_folder import read_journals, work_folder
+from softcache.cache.dump_folder import read_journals
 from softcache.cache.manifest import read_manifest
 from softcache.cache.reader import CacheReader
 from softcache.cache.write.writer import Part
@@ -62,7 +62,7 @@ def judge(path: Path, expected: Expected) -> str:
         if ".tmp-" not in name:
             demand(data in (expected.old.get(name), expected.new.get(name)), f"{name} is there, with other bytes")
     for number in range(2):
-        for entries in read_journals(work_folder(path, number)).values():
+        for entries in read_journals(path, number).values():
             for file in (file for entry in entries for file in entry["files"]):
                 demand(file["path"] in found, f"{file['path']} was finished, and is lost")
     try:
@@ -106,7 +106,7 @@ def resume(path: Path, expected: Expected) -> None:
     finished = {
         name: (path / name).stat().st_ino
         for number in range(2)
-        for entries in read_journals(work_folder(path, number)).values()
+        for entries in read_journals(path, number).values()
         for name in (file["path"] for entry in entries for file in entry["files"])
     }
     write_cache(path)

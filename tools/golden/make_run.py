@@ -115,8 +115,12 @@ def run(name: str, out: str) -> None:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """sha256 of the student's tensors, and of all tensors and numbers of the checkpoint, without what counts seconds."""
+    """sha256 of the student's tensors, and of all tensors and numbers of the checkpoint, without what counts seconds.
+
+    Nor is what a version says of the file among it: its format, itself, and the digest that the seconds are part of.
+    """
     state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state = {name: value for name, value in state.items() if name not in ("format", "softcache", "digest")}
     for row in state["progress"]["metrics"]:
         del row["seconds"]
     return {"student": digest(load_file(out / "student.safetensors")), "checkpoint": digest(state)}
@@ -145,7 +149,8 @@ def evaluated(run_folder: str, data: str) -> dict[str, Any]:
     """What `softcache eval --json` says, without what counts seconds."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
-        code = cli.main(["eval", run_folder, "--data", data, "--device", "cpu", "--threads", "1", "--quiet", "--json"])
+        how = ["--device", "cpu", "--threads", "1", "--allow-code", "--quiet", "--json"]
+        code = cli.main(["eval", run_folder, "--data", data, *how])
     if code:
         raise RuntimeError(f"softcache eval {run_folder}: exit code {code}")
     found: dict[str, Any] = json.loads(told.getvalue())
@@ -155,7 +160,8 @@ def evaluated(run_folder: str, data: str) -> dict[str, Any]:
 
 def logits_of(run_folder: str, data: str, out: str) -> dict[str, list[float]]:
     """Sample key -> logits of a run as a teacher, from a float32 dump."""
-    dump.run(DumpConfig(data=data, teacher=(run_folder,), out=out, codec="float32", **MACHINE), quiet=True)
+    settings: dict[str, Any] = {"data": data, "teacher": (run_folder,), "allow_code": True}
+    dump.run(DumpConfig(**settings, out=out, codec="float32", **MACHINE), quiet=True)
     cache = softcache.open(out)
     rows = np.arange(len(cache))
     logits = cache.gather(rows, np.zeros(len(rows), np.int64)).logits().double().tolist()

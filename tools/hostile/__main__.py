@@ -1,12 +1,18 @@
-"""Hostile caches, made from one small honest one: every case has sizes, hashes, checksums and ids recomputed to fit.
+"""Hostile caches, run folders and texts, made from small honest ones, and what became of them; exit 1 if one did harm.
 
-So only the rules can refuse it: the strict manifest, the gate, the way files are opened, what the reader checks of samples and
-records, and, for HDF5 features that no reader ever looks at, the structural check of `verify --full`.
+caches   with sizes, hashes, checksums and ids recomputed to fit, so that only the rules can refuse them: the strict manifest, the
+         gate, the way files are opened, what the reader checks of samples and records, and, for HDF5 features that no reader
+         ever looks at, the structural check of `verify --full`
+runs     every file of a run folder and of a cache x {link, wrong type, cut, huge, deep, foreign spec} x every verb that opens it:
+         code run, files outside touched, network asked, tracebacks, escapes on the screen
+texts    recipes, settings, spec strings, tables and pictures
+flips    1,000 single bits of a student and a checkpoint: refused, or all that is loaded equals the original
 
-python tools/hostile                   every case: refused by what, where, in what time; exit 1 if one is accepted
-python tools/hostile --only 'h5/*'     some of them
-python tools/hostile --keep FOLDER     leave the caches there
-python tools/hostile --quick           one case in twelve, two variants of each
+python tools/hostile                      everything
+python tools/hostile runs flips           some of it
+python tools/hostile caches --only 'h5/*' of caches, runs and texts those whose name fits
+python tools/hostile caches --keep FOLDER leave the caches there
+python tools/hostile --quick              a few of each
 """
 
 from __future__ import annotations
@@ -16,24 +22,38 @@ import fnmatch
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from softcache.check import verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hostile import runs as runs_of
+from hostile import texts as texts_of
+from hostile import world as world_of
 from hostile.corpus import CASES
+from hostile.flips import flipped
 from hostile.honest import make_honest
 from hostile.judge import Outcome, read_everything, try_case
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=[*PARTS], help="caches, runs, texts, flips; default: all")
     parser.add_argument("--only", default="*", help="a pattern of case names")
     parser.add_argument("--keep", type=Path, help="make the caches in this folder and leave them there")
     parser.add_argument("--all", action="store_true", help="one line for every variant, not only for every case")
-    parser.add_argument("--quick", action="store_true", help="one case in twelve, two variants of each")
+    parser.add_argument("--quick", action="store_true", help="a few of each")
     args = parser.parse_args()
+    if unknown := set(args.what) - PARTS.keys():
+        parser.error(f"{unknown.pop()!r}: there are {', '.join(PARTS)}")
+    return max(PARTS[what](args) for what in args.what)
+
+
+def caches(args: argparse.Namespace) -> int:
+    """Caches that fit."""
     folder = args.keep or Path(tempfile.mkdtemp(prefix="softcache-hostile-"))
     names = [name for name in CASES if fnmatch.fnmatch(name, args.only)][:: 12 if args.quick else 1]
     try:
@@ -46,6 +66,46 @@ def main() -> int:
     print(f"{len(outcomes)} hostile caches: {len(outcomes) - len(bad)} refused, {len(bad)} not")
     print(f"slowest: {slowest.case}: {slowest.reading_s:.2f} s reading, {slowest.verifying_s:.2f} s verifying")
     return 1 if bad else 0
+
+
+def world(args: argparse.Namespace, made: Callable[[Path], Iterator[world_of.Outcome]], what: str) -> int:
+    """Cases in a world of verbs, and their table."""
+    folder = Path(tempfile.mkdtemp(prefix="softcache-hostile-"))
+    started = time.monotonic()
+    try:
+        world_of.make_world(folder)
+        outcomes = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for outcome in made(folder):
+                outcomes.append(outcome)
+                if outcome.faults or args.all:
+                    faults = "; ".join(outcome.faults) or f"exit code {outcome.code}"
+                    print(f"{ascii(outcome.case)[1:-1]}: {ascii(faults)[1:-1]}\n    {ascii(outcome.said[:150])[1:-1]}")
+    finally:
+        shutil.rmtree(folder)
+    print(f"{what}: " + "\n  ".join(runs_of.judged(outcomes)) + f"\n  in {time.monotonic() - started:.0f} s")
+    return 1 if any(outcome.faults for outcome in outcomes) else 0
+
+
+def runs(args: argparse.Namespace) -> int:
+    """Files of run folders and caches."""
+    every = 97 if args.quick else 1
+    return world(args, lambda folder: runs_of.tried(folder, every=every, only=args.only), "runs")
+
+
+def texts(args: argparse.Namespace) -> int:
+    """Recipes, settings, specs, tables, pictures."""
+    every = 11 if args.quick else 1
+    return world(args, lambda folder: texts_of.tried(folder, every=every, only=args.only), "texts")
+
+
+def flips(args: argparse.Namespace) -> int:
+    """Single bits of what a run writes."""
+    return world(args, lambda folder: flipped(folder / "world/run", 60 if args.quick else 1000), "flips")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], int]] = {"caches": caches, "runs": runs, "texts": texts, "flips": flips}
 
 
 def tried(folder: Path, names: Sequence[str], *, at_most: int, show_all: bool) -> list[Outcome]:

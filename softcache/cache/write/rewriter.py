@@ -23,6 +23,7 @@ from softcache.cache.write.shard import write_shard
 from softcache.cache.write.writer import SpanWriter, written_span
 from softcache.errors import DamagedCacheError, LockedError
 from softcache.files import durable
+from softcache.files.inside import refuse_linked_folders
 from softcache.files.locks import release_lock, sign, take_lock
 
 REPAIR = "repair"  # below dump/
@@ -52,6 +53,7 @@ class Rewriter:
         self.bytes_written = 0
 
     def __enter__(self) -> Self:
+        refuse_linked_folders(self.root)
         durable.make_folder(self.root / WORK)
         lock = self.root / WORK / f"{REPAIR}.lock"
         try:
@@ -148,12 +150,6 @@ class Rewriter:
             self.differing.append(made.path)
             return
         final = self.root / made.path
-        for folder in list(final.relative_to(self.root).parents)[:-1]:
-            if (self.root / folder).is_symlink():
-                raise DamagedCacheError(
-                    f"{self.root / folder}: is a symbolic link; links inside a cache are not followed",
-                    tip="put a folder with its files in its place",
-                )
         durable.make_folder(final.parent)
         durable.publish(self.path / made.path, final)
         self.mended.append(made.path)

@@ -6,6 +6,8 @@ What the manifest does not name does not exist. A process killed at any moment l
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -43,6 +45,7 @@ from softcache.cache.write.shard import ShardWriter, write_shard
 from softcache.errors import CacheError, DumpError, LockedError, PlanMismatchError, SoftcacheError
 from softcache.files import durable
 from softcache.files.durable import OpenFile
+from softcache.files.inside import open_inside, refuse_linked_folders
 from softcache.files.locks import holder_of, release_lock, sign, take_lock, waiting_lock
 
 
@@ -102,10 +105,10 @@ class CacheWriter:
     ) -> None:
         self.path, self.part, self.base = path, part or Part(), base
         round_number = len(plan.rounds) - 1
-        self.work = work_folder(path, round_number)
+        self._round, self.work = round_number, work_folder(path, round_number)
         self.tag = f"{round_number}-{self.part}"  # of its temporary files
         self._refuse_foreign_folder()
-        self._refuse_links()
+        refuse_linked_folders(path)
         durable.make_folder(self.work)
         durable.make_folder(path / MANIFESTS)
         lock: OpenFile | None = None
@@ -146,15 +149,6 @@ class CacheWriter:
                 f"{self.path}: holds files that no dump wrote", tip="choose another --out, or empty the folder"
             )
 
-    def _refuse_links(self) -> None:
-        """A link inside the folder would have us write somewhere else; the folder itself may be reached through one."""
-        for folder in self._folders():
-            if folder != self.path and folder.is_symlink():
-                raise DumpError(
-                    f"{folder}: is a symbolic link; links inside a cache are not followed",
-                    tip="put a folder with its files in its place, or choose another --out",
-                )
-
     def _refuse_other_split(self) -> None:
         """A living process that splits the same dump into another number of parts would write the same spans."""
         for lock in sorted(self.work.glob("part-*.lock")):
@@ -188,7 +182,7 @@ class CacheWriter:
                     durable.remove(file)
 
     def _begin(self, plan: Plan, make_setup: Callable[[], Setup]) -> tuple[Planned, SampleTable]:
-        found = read_planned(self.work)
+        found = read_planned(self.path, self._round)
         if found is None:
             setup = make_setup()
             plan = replace(plan, samples=replace(plan.samples, fingerprint=setup.samples.fingerprint()))
@@ -242,11 +236,11 @@ class CacheWriter:
     def finished_spans(self) -> dict[int, dict[str, Any]]:
         """Journal entries of every span whose files are there, over all parts."""
         finished = {}
-        for index, entries in read_journals(self.work).items():
+        for index, entries in read_journals(self.path, self._round).items():
             there = [e for e in entries if self._belongs(index, e)]
-            there = [e for e in there if all(_has_size(self.path / f["path"], int(f["bytes"])) for f in e["files"])]
+            there = [e for e in there if all(_has_size(self.path, f["path"], int(f["bytes"])) for f in e["files"])]
             if len(there) > 1:  # written twice, with other bytes: the entry that fits the files is the one that holds
-                there = [e for e in there if all(_has_sha256(self.path / f["path"], f["sha256"]) for f in e["files"])]
+                there = [e for e in there if all(_has_sha256(self.path, f["path"], f["sha256"]) for f in e["files"])]
             if there:
                 finished[index] = there[-1]
         return finished
@@ -436,14 +430,20 @@ def written_span(
     finished(entry)
 
 
-def _has_size(path: Path, size: int) -> bool:
-    with durable.explained("stat", path):
+def _has_size(root: Path, relative: str, size: int) -> bool:
+    """Whether it is a file of this size; a link is none."""
+    with durable.explained("stat", root / relative):
         try:
-            return path.stat().st_size == size
+            found = os.lstat(root / relative)
         except (FileNotFoundError, NotADirectoryError):
             return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
-def _has_sha256(path: Path, digest: str) -> bool:
-    with durable.explained("read", path), path.open("rb") as handle:
-        return sha256_of(handle.fileno()) == digest
+def _has_sha256(root: Path, relative: str, digest: str) -> bool:
+    with durable.explained("read", root / relative):
+        fd = open_inside(root, relative)
+        try:
+            return sha256_of(fd) == digest
+        finally:
+            os.close(fd)
