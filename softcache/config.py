@@ -54,6 +54,9 @@ def option(
 DATA_HELP = (
     "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory"
 )
+CLASSES_MAP_HELP = (
+    "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
+)
 AUTOCAST = ("none", "bf16", "fp16")
 
 
@@ -104,6 +107,7 @@ class StorageOptions(MachineOptions, DataOptions):
     teacher: tuple[str, ...] = option(
         ..., "MODEL@WEIGHTS or a run folder; repeat for an ensemble", metavar="TEACHER", repeat=True
     )
+    classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")
     codec: str | None = option(None, CODEC_HELP, metavar="CODEC")
     max_kl: float | None = option(
         None, "promise: KL(teacher || stored) of every record at most this, in nats; picks a codec", metavar="NATS"
@@ -166,6 +170,7 @@ class TrainConfig(MachineOptions, DataOptions):
     classes: tuple[str, ...] = option(
         (), "a student of these classes only (names or indices, 7,8 or 0-4)", metavar="LABELS"
     )
+    classes_map: str | None = option(None, CLASSES_MAP_HELP + "; also of the cache's", metavar="FILE")
     eval_data: str | None = option(None, "data set for evaluation", metavar="DATA")
     eval_every: int = option(1, "evaluate only after every N-th epoch, and a stage's last", metavar="N")
     cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
@@ -239,6 +244,7 @@ class TrainConfig(MachineOptions, DataOptions):
 class EvalConfig(MachineOptions, DataOptions):
     """softcache eval: how good a model is on a data set."""
 
+    classes_map: str | None = option(None, CLASSES_MAP_HELP + "; also of the cache's", metavar="FILE")
     cache: str | None = option(None, "compare with the soft targets of this cache of the same data", metavar="DIR")
     combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
@@ -276,6 +282,7 @@ class ExportConfig:
         None, "the file (default: export.safetensors, .pt2 or .onnx in the run folder)", metavar="FILE"
     )
     data: str | None = option(None, "evaluation set (default: the run's own --eval-data)", metavar="DATA")
+    classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")
     policy: tuple[str, ...] = option(
         (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
     )

@@ -76,6 +76,7 @@ class Means:
         data, teachers: the transfer set and the teachers; None and () take those that the dump was given, from provenance.json.
         device, workers: as in a dump.
         allow_code: run code that the cache names: transforms of its views, factories of its data and teachers.
+        classes_map: as the dump was given it, where it was.
     """
 
     source: Path | None = None
@@ -84,6 +85,7 @@ class Means:
     device: str = "auto"
     workers: int | None = None
     allow_code: bool = False
+    classes_map: str | None = None
 
 
 def run(path: Path, means: Means, *, quiet: bool = False) -> Repaired:
@@ -238,6 +240,7 @@ def _config_of(path: Path, manifest: Manifest, number: int, means: Means) -> Dum
         keep_labels=tuple(told.get("keep_labels", ())),
         drop_labels=tuple(told.get("drop_labels", ())),
         samples=told.get("samples"),
+        classes_map=means.classes_map,
         teacher=tuple(means.teachers) or tuple(told.get("teacher", ())),
         device=means.device,
         batch_size=int(made_with["batch_size"]),

@@ -22,6 +22,9 @@ class RepairConfig:
     teacher: tuple[str, ...] = option(
         (), "repeat (default: as the dump was given them)", metavar="TEACHER", repeat=True
     )
+    classes_map: str | None = option(
+        None, "which of the data's classes is which of the teachers': as the dump was given it", metavar="FILE"
+    )
     device: str = option("auto", "as it was at the dump: bytes may depend on it", metavar="DEVICE")
     allow_code: bool = option(
         False, "run code that the cache names: transforms of its views, factories of its data and teachers"
@@ -36,6 +39,7 @@ def run(config: RepairConfig, output: Output) -> int:
         source=Path(config.from_) if config.from_ else None,
         data=config.data,
         teachers=config.teacher,
+        classes_map=config.classes_map,
         device=config.device,
         workers=config.workers,
         allow_code=config.allow_code,

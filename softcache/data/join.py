@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,6 +224,7 @@ def join(
     labels: Literal["cache", "dataset"] = "cache",
     check_content: ContentCheck | None = None,
     digest_kind: str = "item",
+    classes_map: Mapping[str, str] | None = None,
 ) -> tuple[np.ndarray, int]:
     """(N,) rows of the cache, one per sample of the data set, after every check; and the number of labels that differ.
 
@@ -234,11 +235,12 @@ def join(
         labels: "dataset" allows labels that differ from the cache's.
         check_content: "none", "spread" (64 samples) or "full". None: "spread" where the data set gives digests as the dump did.
         digest_kind: of the cache, "file" or "item". Digests of two kinds are never compared.
+        classes_map: data set's class -> cache's class, for those that are called otherwise.
 
     Raises:
         JoinError: and its children, each naming the first offenders.
     """
-    check_classes(dataset, class_names)
+    check_classes(dataset, class_names, classes_map=classes_map)
     if by == "content":
         digests = [_digest_to_join(dataset, i, digest_kind) for i in range(len(dataset))]
         rows = join_contents(table, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16), lambda i: f"sample {i}")

@@ -14,6 +14,7 @@ from torch import nn
 
 from softcache.errors import ModelError, nearest
 from softcache.models.bottleneck import resnet50
+from softcache.models.class_names import own_classes
 from softcache.models.cnn import cnn
 from softcache.models.encoder import encoder
 from softcache.models.from_timm import names_timm_weights, timm_model
@@ -69,6 +70,7 @@ __all__ = [
     "initialise",
     "load_model",
     "load_weights",
+    "own_classes",
     "read_metadata",
     "read_saved",
     "read_vocabulary",

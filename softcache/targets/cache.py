@@ -252,6 +252,7 @@ class Cache:
         labels: Literal["cache", "dataset"] = "cache",
         check_content: ContentCheck | None = None,
         whole: Any = None,
+        classes_map: Mapping[str, str] | None = None,
     ) -> Joined:
         """The data set with each sample's place in this cache, after every check.
 
@@ -263,6 +264,7 @@ class Cache:
             check_content: compare what samples hold with what the teacher saw: "none", "spread" (64 samples) or "full".
                 None: "spread", where the data set gives digests as the dump did.
             whole: under a policy that mixes, where partners are found; None: the data set itself, or what it was selected from.
+            classes_map: data set's class -> cache's class, for those that are called otherwise.
 
         Raises:
             MissingSampleError: samples that the cache does not hold.
@@ -288,6 +290,7 @@ class Cache:
             labels=labels,
             check_content=check_content,
             digest_kind=self.manifest.plan.samples.digest_kind,
+            classes_map=classes_map,
         )
         return Joined(self, dataset, rows, labels_changed=changed, whole=whole)
 
