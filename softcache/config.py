@@ -5,7 +5,9 @@ Precedence: defaults < --config file.toml < --set key=value < flags.
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shlex
 import tomllib
 import typing
@@ -57,6 +59,7 @@ DATA_HELP = (
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )
+_QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
 
@@ -66,7 +69,9 @@ class DataOptions:
 
     data: str = option(..., DATA_HELP, metavar="DATA")
     keep_labels: tuple[str, ...] = option(
-        (), "only samples of these classes (names or indices, 7,8 or 0-4)", metavar="LABELS"
+        (),
+        "only samples of these classes: names or indices, 7,8 or 0-4; a name with a comma in double quotes",
+        metavar="LABELS",
     )
     drop_labels: tuple[str, ...] = option((), "no samples of these classes", metavar="LABELS")
     samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
@@ -373,6 +378,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings."""
     if isinstance(value, str):
         is_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str
+        if is_list and _QUOTED.search(value) and not where.endswith(" stage"):
+            return split_list(value)
         whole = is_list and (":" in value or where.endswith(" stage"))  # it holds commas of its own
         return (value,) if whole else convert(value, hint, where)
     if isinstance(value, list | tuple):
@@ -383,6 +390,12 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, dict):
         raise ConfigError(f"{where}: is a table, not a value")
     return convert(str(value), hint, where)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """What stands between commas; a name that holds some itself stands in double quotes, as `"Paris, Texas",Rome`."""
+    (parts,) = csv.reader([text], skipinitialspace=True)
+    return tuple(part for part in parts if part)
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -46,7 +47,8 @@ def ids_of_words(names: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _first(name: str) -> str:
-    return _folded(name.partition(",")[0])
+    """The first of a name's words, without the number that tells two of one name apart."""
+    return _folded(re.sub(r" \([0-9]+\)$", "", name.partition(",")[0]))
 
 
 def _folded(name: str) -> str:
