@@ -129,28 +129,18 @@ class ClassReport:
 
 
 def best_order(counts: np.ndarray) -> np.ndarray:
-    """(C,) the column for each row, each taken once, for which the sum of the counts is largest; ties keep the diagonal.
-
-    The assignment problem, by shortest augmenting paths; rows whose largest count lies on the diagonal, and in whose column
-    no other row has its largest, keep it.
+    """(C,) the column for each row, each taken once, for which the sum of the counts is largest; a tie keeps the diagonal.
 
     Args:
         counts: (C, C) integers >= 0.
     """
     count = len(counts)
-    order = np.arange(count)
-    gain = 2 * counts + np.eye(count, dtype=np.int64)  # the diagonal wins a tie
-    wanted = gain.argmax(axis=1)
-    taken = np.bincount(wanted, minlength=count)
-    loose = np.flatnonzero((wanted != order) | (taken > 1))
-    loose = np.union1d(loose, wanted[loose])
-    if len(loose) > 1:
-        order[loose] = loose[_assigned(-gain[np.ix_(loose, loose)].astype(np.float64))]
-    return order
+    gain = (count + 1) * counts + np.eye(count, dtype=np.int64)  # so that the diagonal wins a tie
+    return _assigned(-gain.astype(np.float64))
 
 
 def _assigned(costs: np.ndarray) -> np.ndarray:
-    """(n,) the column of each row, for which the sum of costs (n, n) is least.
+    """(n,) the column of each row, for which the sum of costs (n, n) is least, by shortest augmenting paths.
 
     Source: R. Jonker, A. Volgenant, "A shortest augmenting path algorithm for dense and sparse linear assignment problems",
     Computing 38 (1987).

@@ -45,10 +45,12 @@ def _data_order(model: Model, class_names: Sequence[str], classes_map: Mapping[s
     A start that knows other classes is as good as another: its last layer learns the data's, which is said.
     """
     declared = model.declared_classes
+    if declared is None:
+        return None
     try:
         return match_classes(model.spec, declared, class_names, classes_map).columns
     except ModelError as exc:
-        if classes_map and set(classes_map.values()) & set(declared or ()):
+        if classes_map and set(classes_map.values()) & set(declared):
             raise
         print(f"softcache: {exc.message}; its last layer begins with what it learned of those", file=sys.stderr)
         return None

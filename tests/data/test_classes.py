@@ -40,7 +40,7 @@ def columns(own: Any, names: Any, classes_map: dict[str, str] | None = None) -> 
     return None if found is None else list(found)
 
 
-# --------------------------------------------------------------------------------------------------------- a model and its data
+# ---------------------------------------------------------------------------------------------------------- a model and its data
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_the_choice_is_no_permutation_and_the_order_is_one() -> None:
     assert Match(None, 3, "").permutation is None
 
 
-# ------------------------------------------------------------------------------------------------------------------- ImageNet
+# ---------------------------------------------------------------------------------------------------------------------- ImageNet
 
 
 def test_the_table_of_ids_is_ilsvrcs() -> None:
@@ -166,7 +166,7 @@ def test_two_classes_called_crane_are_told_apart_on_both_sides() -> None:
     assert columns(["crane", "crane", "x"], ["x", "crane (2)", "crane"]) == [2, 1, 0]
 
 
-# --------------------------------------------------------------------------------------------------------------- declared maps
+# ----------------------------------------------------------------------------------------------------------------- declared maps
 
 
 def test_a_map_says_which_class_is_which(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_data_that_lacks_classes_comes_under_the_whole_list(tmp_path: Path) -> N
             under_classes(few, names, "x")
 
 
-# -------------------------------------------------------------------------------------------------------------- chosen by name
+# ---------------------------------------------------------------------------------------------------------------- chosen by name
 
 
 @pytest.mark.parametrize(
