@@ -49,13 +49,13 @@ class LabelColumn:
         return f"{self.path}, line {self.first_line + list(self.found).index(name)}"
 
 
-def read_labels(column: LabelColumn, classes: tuple[str, ...], empty: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def read_labels(column: LabelColumn, classes: tuple[str, ...], empty: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N,) int32 labels, -1 = none, and the class names.
 
     Args:
         classes: the class list; (): the labels found, sorted, by number where all are whole numbers; ("*",): the same, and
             nothing is refused for what it looks like.
-        empty: what an empty label is, or `nan` among numbers: "none" or "class"; None: refused.
+        empty: what an empty label is, or `nan` among numbers: "unlabelled" or "class"; "": refused.
 
     Raises:
         DataError: a label that is not in `classes`; without `classes`, a header, and what is no class label.
@@ -65,12 +65,12 @@ def read_labels(column: LabelColumn, classes: tuple[str, ...], empty: str | None
         raise ConfigError(f"{path}: classes={','.join(classes)} names a class twice", tip="keep one of them")
     if column.may_be_header and classes in ((), FOUND):
         _refuse_header(column)
-    if "" in found and empty is None:
+    if "" in found and not empty:
         raise DataError(
             f"{column.line('')}: the label is empty, as in {list(found).count('')} of {len(found)} rows",
-            tip="empty=none takes these samples as unlabelled, empty=class as a class of its own",
+            tip="empty=unlabelled takes these samples as unlabelled, empty=class as a class of its own",
         )
-    unlabelled = _blanks(found) if empty == "none" else set()
+    unlabelled = _blanks(found) if empty == "unlabelled" else set()
     labels = [name for name in found if name not in unlabelled]
     if not classes:
         _refuse_accidents(column, labels)
@@ -138,7 +138,7 @@ def _refuse_no_classes(column: LabelColumn, labels: Sequence[str]) -> None:
     if blanks := sorted(_blanks(labels) - {""}):
         raise DataError(
             f"{column.line(blanks[0])}: label {blanks[0]!r} among numbers says that there is none",
-            tip="empty=none takes these samples as unlabelled; classes=* takes it as a class",
+            tip="empty=unlabelled takes these samples as unlabelled; classes=* takes it as a class",
         )
     shown = first_offenders(map(repr, kinds), len(kinds), limit=3)
     if len(numbers) == len(kinds) and any(not float(name).is_integer() for name in kinds):

@@ -222,7 +222,7 @@ def tsv(
     label: str = "1",
     header: str = "",
     classes: tuple[str, ...] = (),
-    empty: Literal["none", "class"] | None = None,
+    empty: Literal["", "unlabelled", "class"] = "",
 ) -> Source:
     """Tab-separated UTF-8 text, plain or .gz, taken as it is (no quoting); keys are the file's stem and the row.
 
@@ -234,7 +234,7 @@ def tsv(
             where it looks as if it did.
         classes: the class list. Empty: the labels found, sorted; by number where all are whole numbers; what is no class
             label is refused. "*": the labels found, whatever they look like. In a column of whole numbers -1 means no label.
-        empty: what an empty label means: "none", or "class" of its own. None: it is refused.
+        empty: what an empty label means: that the sample is "unlabelled", or a "class" of its own. Empty: it is refused.
     """
     has_header = bool(header) and bool(convert(header, bool, f"{path}: header"))
     rows, names = _tsv_rows(path, has_header)

@@ -65,7 +65,7 @@ class Answers:
         return [text for text in found if text is not None]
 
     def _constant(self, what: str) -> str | None:
-        if self.rows < FEW_ROWS:
+        if self.rows < FEW_ROWS or self.num_classes < 2:
             return None
         if self.same == self.rows:
             return f"{what} gives the same logits to all {self.rows:,} samples: they say nothing of any of them"
