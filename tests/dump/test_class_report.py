@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import WORLDS, QuickDump
+import torch
+from conftest import WORLDS, QuickDump, needs
+from PIL import Image
+from torch import nn
 
 import softcache
 from softcache import cli, dump
@@ -21,7 +24,7 @@ from softcache.dump.class_report import best_order
 from softcache.dump.list_modules import list_modules
 from softcache.errors import ClassMismatchError, ConfigError, ModelError, SoftcacheError, TeacherError
 from softcache.evaluate import measure
-from softcache.models import fingerprint, load_model
+from softcache.models import fingerprint, load_model, save_student
 from softcache.students import export
 from softcache.train import flow
 
@@ -290,3 +293,91 @@ def test_one_map_serves_every_verb(quick_dump: QuickDump, tmp_path: Path, capsys
     assert cli.main(argv) == 1
     assert cli.main([*argv, "--classes-map", str(path)]) == 0
     capsys.readouterr()
+
+
+# ----------------------------------------------------------------------------------------------------------- teachers of ImageNet
+
+
+class Thousand(nn.Module):
+    """1,000 outputs, of which number p grows with the mean of the pixels, the further down the list the faster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.linspace(-1, 1, 1000))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.flatten(1).mean(dim=1, keepdim=True) * self.slope
+
+
+IDS = ("n01440764", "n02979186", "n03888257")
+PLACES = [0, 482, 701]  # of tench, cassette player, parachute
+
+
+@pytest.fixture
+def imagenette(tmp_path: Path) -> str:
+    for number, name in enumerate(IDS):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.full((4, 4, 3), 40 + 60 * number + i, np.uint8)).save(tmp_path / f"train/{name}/{i}.png")
+    return f"imagefolder:{tmp_path / 'train'}"
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        pytest.param("torchvision:resnet18@IMAGENET1K_V1", id="words"),
+        pytest.param("timm:resnet18@a1_in1k", id="ids", marks=[needs("timm", "timm"), pytest.mark.slow]),
+    ],
+)
+def test_a_teacher_of_imagenet_serves_data_of_some_of_its_classes(
+    teacher: str, imagenette: str, quick_dump: QuickDump, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import torchvision
+
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: Thousand())
+    if teacher.startswith("timm"):
+        import timm
+
+        net = timm.create_model("resnet18")
+        net.forward = Thousand().forward
+        monkeypatch.setattr(timm, "create_model", lambda *_, **__: net)
+    cache = quick_dump(imagenette, [teacher])
+    assert cache.class_names == IDS and cache.member(cache.members[0]).class_order is None
+    assert told(cache)["members"][cache.members[0]]["columns"] == PLACES
+    model = load_model(teacher, num_classes=1000)
+    data = open_transfer_set(imagenette)
+    with torch.no_grad():
+        whole = model(model.input.collate([data.load(i)[0] for i in range(6)]))
+    np.testing.assert_allclose(logits(cache, imagenette), whole[:, PLACES], atol=1e-5)
+    # evaluated by itself it may say any of its classes; beside the cache, those of the data
+    settings: dict[str, Any] = {"data": imagenette, "threads": 1, "device": "cpu"}
+    capsys.readouterr()
+    alone = measure.run(teacher, EvalConfig(**settings), quiet=True)
+    right = (whole.argmax(1) == torch.tensor(PLACES)[torch.from_numpy(data.labels).long()]).float().mean().item()
+    assert alone.top1 == pytest.approx(right) and len(alone.class_errors) == 1000
+    assert "the data has 3 of the model's 1,000 classes" in capsys.readouterr().err
+    beside = measure.run(teacher, EvalConfig(**settings, cache=str(cache.reader.path)), quiet=True)
+    assert beside.kl == pytest.approx(0, abs=1e-6) and len(beside.class_errors) == 3
+
+
+def test_words_in_front_of_ids_are_refused_where_they_are_not_imagenets_list(
+    imagenette: str, quick_dump: QuickDump
+) -> None:
+    """The WordNet exemption of earlier versions: sorted ids switched every comparison off."""
+    teacher = f"{PIECES}:reader?order=0+1+2&names=parachute+tench+cassette player"
+    with pytest.raises(ModelError, match="knows other classes than the data has"):
+        quick_dump(imagenette, [teacher])
+
+
+def test_a_run_of_more_classes_serves_data_of_some_of_them(quick_dump: QuickDump, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = load_model("softcache:mlp?hidden=4", num_classes=6, class_names=tuple("xadbcy"), input_shape=(1, 12))
+    run.mkdir()
+    save_student(model, run / "student.safetensors", metadata={})
+    cache = quick_dump(f"{DATA}?names=a+b+c+d", [str(run)])
+    data = open_transfer_set(f"{DATA}?names=a+b+c+d")
+    with torch.no_grad():
+        live = model.eval()(model.input.collate([data.load(i)[0] for i in range(len(data))]))
+    np.testing.assert_allclose(logits(cache, f"{DATA}?names=a+b+c+d"), live[:, [1, 3, 4, 2]], atol=1e-6)
+    with pytest.raises(ModelError, match="knows 6 classes, and of the data's not 'e'"):
+        quick_dump(f"{DATA}?names=a+b+c+e", [str(run)], out="other")
