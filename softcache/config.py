@@ -59,6 +59,9 @@ DATA_HELP = (
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )
+CLASSES_MAP_OF_BOTH = (
+    "which of the data's classes is which of the model's, and of the cache's: lines with a tab between the two"
+)
 _QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
@@ -175,7 +178,7 @@ class TrainConfig(MachineOptions, DataOptions):
     classes: tuple[str, ...] = option(
         (), "a student of these classes only (names or indices, 7,8 or 0-4)", metavar="LABELS"
     )
-    classes_map: str | None = option(None, CLASSES_MAP_HELP + "; also of the cache's", metavar="FILE")
+    classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     eval_data: str | None = option(None, "data set for evaluation", metavar="DATA")
     eval_every: int = option(1, "evaluate only after every N-th epoch, and a stage's last", metavar="N")
     cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
@@ -249,7 +252,7 @@ class TrainConfig(MachineOptions, DataOptions):
 class EvalConfig(MachineOptions, DataOptions):
     """softcache eval: how good a model is on a data set."""
 
-    classes_map: str | None = option(None, CLASSES_MAP_HELP + "; also of the cache's", metavar="FILE")
+    classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     cache: str | None = option(None, "compare with the soft targets of this cache of the same data", metavar="DIR")
     combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")

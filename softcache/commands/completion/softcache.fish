@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --cache --cache-id --check-blocks --check-content --checkpoint-every --classes --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --momentum --on-drift --only --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --cache --cache-id --check-blocks --check-content --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --momentum --on-drift --only --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -70,7 +70,7 @@ complete -c softcache -n '_shtab_softcache_using demo' -l json -d 'the result fo
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a plan -d 'what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for'
 complete -c softcache -n '_shtab_softcache_using plan' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using plan' -l data -x -d 'transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory'
-complete -c softcache -n '_shtab_softcache_using plan' -l keep-labels -x -d 'only samples of these classes (names or indices, 7,8 or 0-4)'
+complete -c softcache -n '_shtab_softcache_using plan' -l keep-labels -x -d 'only samples of these classes: names or indices, 7,8 or 0-4; a name with a comma in double quotes'
 complete -c softcache -n '_shtab_softcache_using plan' -l drop-labels -x -d 'no samples of these classes'
 complete -c softcache -n '_shtab_softcache_using plan' -l samples -xka "(__fish_complete_path (commandline -ct))" -d 'only the samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using plan' -l download -d 'let torchvision download a data set that is not there'
@@ -79,6 +79,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l threads -x -d 'CPU thr
 complete -c softcache -n '_shtab_softcache_using plan' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using plan' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using plan' -l teacher -x -d 'MODEL@WEIGHTS or a run folder; repeat for an ensemble'
+complete -c softcache -n '_shtab_softcache_using plan' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
 complete -c softcache -n '_shtab_softcache_using plan' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; `softcache plan` compares them on your teacher'
 complete -c softcache -n '_shtab_softcache_using plan' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using plan' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
@@ -101,7 +102,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l json -d 'the result fo
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a dump -d 'run a teacher or an ensemble once over a transfer set and write its logits to a cache'
 complete -c softcache -n '_shtab_softcache_using dump' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using dump' -l data -x -d 'transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory'
-complete -c softcache -n '_shtab_softcache_using dump' -l keep-labels -x -d 'only samples of these classes (names or indices, 7,8 or 0-4)'
+complete -c softcache -n '_shtab_softcache_using dump' -l keep-labels -x -d 'only samples of these classes: names or indices, 7,8 or 0-4; a name with a comma in double quotes'
 complete -c softcache -n '_shtab_softcache_using dump' -l drop-labels -x -d 'no samples of these classes'
 complete -c softcache -n '_shtab_softcache_using dump' -l samples -xka "(__fish_complete_path (commandline -ct))" -d 'only the samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using dump' -l download -d 'let torchvision download a data set that is not there'
@@ -110,6 +111,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l threads -x -d 'CPU thr
 complete -c softcache -n '_shtab_softcache_using dump' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using dump' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using dump' -l teacher -x -d 'MODEL@WEIGHTS or a run folder; repeat for an ensemble'
+complete -c softcache -n '_shtab_softcache_using dump' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
 complete -c softcache -n '_shtab_softcache_using dump' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; `softcache plan` compares them on your teacher'
 complete -c softcache -n '_shtab_softcache_using dump' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using dump' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
@@ -138,7 +140,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l json -d 'the result fo
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a train -d 'train a student from a cache, or on hard labels without one'
 complete -c softcache -n '_shtab_softcache_using train' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using train' -l data -x -d 'transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory'
-complete -c softcache -n '_shtab_softcache_using train' -l keep-labels -x -d 'only samples of these classes (names or indices, 7,8 or 0-4)'
+complete -c softcache -n '_shtab_softcache_using train' -l keep-labels -x -d 'only samples of these classes: names or indices, 7,8 or 0-4; a name with a comma in double quotes'
 complete -c softcache -n '_shtab_softcache_using train' -l drop-labels -x -d 'no samples of these classes'
 complete -c softcache -n '_shtab_softcache_using train' -l samples -xka "(__fish_complete_path (commandline -ct))" -d 'only the samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using train' -l download -d 'let torchvision download a data set that is not there'
@@ -151,6 +153,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l out -xka "(__fish_com
 complete -c softcache -n '_shtab_softcache_using train' -l init-from -xka "(__fish_complete_path (commandline -ct))" -d 'start from the weights of MODEL@WEIGHTS or of a run, where names and shapes agree'
 complete -c softcache -n '_shtab_softcache_using train' -l init-map -x -d 'of --init-from: layers.1=layers.2 takes the student'"'"'s layers.1 from there; repeat'
 complete -c softcache -n '_shtab_softcache_using train' -l classes -x -d 'a student of these classes only (names or indices, 7,8 or 0-4)'
+complete -c softcache -n '_shtab_softcache_using train' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s, and of the cache'"'"'s: lines with a tab between the two'
 complete -c softcache -n '_shtab_softcache_using train' -l eval-data -x -d 'data set for evaluation'
 complete -c softcache -n '_shtab_softcache_using train' -l eval-every -x -d 'evaluate only after every N-th epoch, and a stage'"'"'s last (default: 1)'
 complete -c softcache -n '_shtab_softcache_using train' -l cache -xka "(__fish_complete_directories)" -d 'cache to learn from; none = hard labels'
@@ -200,7 +203,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l json -d 'the result f
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a eval -d 'measure a model: accuracy, likelihood, calibration, closeness to a cache'
 complete -c softcache -n '_shtab_softcache_using eval' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using eval' -l data -x -d 'transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory'
-complete -c softcache -n '_shtab_softcache_using eval' -l keep-labels -x -d 'only samples of these classes (names or indices, 7,8 or 0-4)'
+complete -c softcache -n '_shtab_softcache_using eval' -l keep-labels -x -d 'only samples of these classes: names or indices, 7,8 or 0-4; a name with a comma in double quotes'
 complete -c softcache -n '_shtab_softcache_using eval' -l drop-labels -x -d 'no samples of these classes'
 complete -c softcache -n '_shtab_softcache_using eval' -l samples -xka "(__fish_complete_path (commandline -ct))" -d 'only the samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using eval' -l download -d 'let torchvision download a data set that is not there'
@@ -208,6 +211,7 @@ complete -c softcache -n '_shtab_softcache_using eval' -l device -x -d 'cpu, cud
 complete -c softcache -n '_shtab_softcache_using eval' -l threads -x -d 'CPU threads of torch (default: all cores this process may use)'
 complete -c softcache -n '_shtab_softcache_using eval' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using eval' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
+complete -c softcache -n '_shtab_softcache_using eval' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s, and of the cache'"'"'s: lines with a tab between the two'
 complete -c softcache -n '_shtab_softcache_using eval' -l cache -xka "(__fish_complete_directories)" -d 'compare with the soft targets of this cache of the same data'
 complete -c softcache -n '_shtab_softcache_using eval' -l combine -x -d 'how the cache'"'"'s members combine (default: mean_logits)'
 complete -c softcache -n '_shtab_softcache_using eval' -l temperature -x -d 'temperature of the comparison with the cache (default: 1.0)'
@@ -230,6 +234,7 @@ complete -c softcache -n '_shtab_softcache_using export' -s h -l help -d 'show t
 complete -c softcache -n '_shtab_softcache_using export' -l to -xka "safetensors program onnx" -d 'safetensors: the weights and what rebuilds the network; program: of torch.export; onnx: for other runtimes'
 complete -c softcache -n '_shtab_softcache_using export' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'the file (default: export.safetensors, .pt2 or .onnx in the run folder)'
 complete -c softcache -n '_shtab_softcache_using export' -l data -x -d 'evaluation set (default: the run'"'"'s own --eval-data)'
+complete -c softcache -n '_shtab_softcache_using export' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
 complete -c softcache -n '_shtab_softcache_using export' -l policy -x -d 'deterministic view steps (default: those of the run)'
 complete -c softcache -n '_shtab_softcache_using export' -l download -d 'let torchvision download a data set that is not there'
 complete -c softcache -n '_shtab_softcache_using export' -l batch-size -x -d 'samples per forward pass of the verification (default: 512)'
@@ -306,6 +311,7 @@ complete -c softcache -n '_shtab_softcache_using repair' -s h -l help -d 'show t
 complete -c softcache -n '_shtab_softcache_using repair' -l from -xka "(__fish_complete_directories)" -d 'take damaged files from another copy of the cache'
 complete -c softcache -n '_shtab_softcache_using repair' -l data -x -d 'the transfer set (default: as the dump was given it)'
 complete -c softcache -n '_shtab_softcache_using repair' -l teacher -x -d 'repeat (default: as the dump was given them)'
+complete -c softcache -n '_shtab_softcache_using repair' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the teachers'"'"': as the dump was given it'
 complete -c softcache -n '_shtab_softcache_using repair' -l device -x -d 'as it was at the dump: bytes may depend on it (default: auto)'
 complete -c softcache -n '_shtab_softcache_using repair' -l allow-code -d 'run code that the cache names: transforms of its views, factories of its data and teachers'
 complete -c softcache -n '_shtab_softcache_using repair' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
