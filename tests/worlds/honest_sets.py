@@ -46,7 +46,10 @@ class Honest:
         return [" ".join([f"w{i}", *"abcdefgh"][: self.words]) for i in range(len(self.labels))]
 
     def images(self) -> list[np.ndarray]:
-        return [np.full((2, 2), i % 256, np.uint8) + np.uint8([[0, i // 256], [0, 0]]) for i in range(len(self.labels))]
+        return [
+            np.full((2, 2), i % 256, np.uint8) + np.array([[0, i // 256], [0, 0]], np.uint8)
+            for i in range(len(self.labels))
+        ]
 
     def write(self, folder: Path, number: int) -> str:
         """Its files; the spec."""
