@@ -55,7 +55,7 @@ class Answers:
     def text(self) -> str:
         """For people: how its classes were matched, and how often it is right."""
         right = "no labels to compare with" if self.top1 is None else f"top-1 {percent(self.top1)} of {self.labelled:,}"
-        return f"{self.teacher.name}: {right}; classes matched {self.teacher.match.how}"
+        return f"teacher {self.teacher.name}: {right}; classes matched {self.teacher.match.how}"
 
     def warnings(self, class_names: Sequence[str]) -> list[str]:
         """What is odd; empty for most teachers."""

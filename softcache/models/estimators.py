@@ -95,9 +95,12 @@ def _run_of(made: Any, text: str, wanted: str | None) -> tuple[Callable[[Any], A
     """What is called, and what it gives."""
     if callable(made):
         return made, wanted or METHODS.get(getattr(made, "__name__", "") if inspect.ismethod(made) else "", "logits")
-    for method, kind in METHODS.items():
-        if hasattr(made, method) and wanted in (None, kind):
-            return getattr(made, method), kind
+    there = {kind: method for method, kind in METHODS.items() if hasattr(made, method)}
+    if (wanted is None and there) or wanted in there:
+        kind = wanted or next(iter(there))
+        return getattr(made, there[kind]), kind
+    if there:  # what is said of it is looked at with its first batch
+        return getattr(made, next(iter(there.values()))), str(wanted)
     raise ModelError(
         f"{text!r} returned {type(made).__name__}, which neither is callable nor has predict_proba or decision_function",
         tip="return a torch module, a fitted classifier, or a function from a batch to (batch, classes)",

@@ -105,7 +105,7 @@ class Material:
         """The class list with its counts, and how often the cache's members are right."""
         cache = self.cache
         rights = [] if cache is None else [(name, s.accuracy) for name, s in cache.manifest.statistics.items()]
-        lines = [f"{name}: top-1 {share:.2%} in the cache" for name, share in rights if share is not None]
+        lines = [f"member {name}: top-1 {share:.2%} in the cache" for name, share in rights if share is not None]
         return "\n".join([described(self.transfer_set), *lines])
 
     def metadata(self) -> dict[str, str]:
