@@ -5,7 +5,9 @@ Precedence: defaults < --config file.toml < --set key=value < flags.
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shlex
 import tomllib
 import typing
@@ -54,6 +56,13 @@ def option(
 DATA_HELP = (
     "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory"
 )
+CLASSES_MAP_HELP = (
+    "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
+)
+CLASSES_MAP_OF_BOTH = (
+    "which of the data's classes is which of the model's, and of the cache's: lines with a tab between the two"
+)
+_QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
 
@@ -63,7 +72,9 @@ class DataOptions:
 
     data: str = option(..., DATA_HELP, metavar="DATA")
     keep_labels: tuple[str, ...] = option(
-        (), "only samples of these classes (names or indices, 7,8 or 0-4)", metavar="LABELS"
+        (),
+        "only samples of these classes: names or indices, 7,8 or 0-4; a name with a comma in double quotes",
+        metavar="LABELS",
     )
     drop_labels: tuple[str, ...] = option((), "no samples of these classes", metavar="LABELS")
     samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
@@ -108,6 +119,7 @@ class StorageOptions(MachineOptions, DataOptions):
     teacher: tuple[str, ...] = option(
         ..., "MODEL@WEIGHTS or a run folder; repeat for an ensemble", metavar="TEACHER", repeat=True
     )
+    classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")
     codec: str | None = option(None, CODEC_HELP, metavar="CODEC")
     max_kl: float | None = option(
         None, "promise: KL(teacher || stored) of every record at most this, in nats; picks a codec", metavar="NATS"
@@ -170,6 +182,7 @@ class TrainConfig(MachineOptions, DataOptions):
     classes: tuple[str, ...] = option(
         (), "a student of these classes only (names or indices, 7,8 or 0-4)", metavar="LABELS"
     )
+    classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     eval_data: str | None = option(None, "data set for evaluation", metavar="DATA")
     eval_every: int = option(1, "evaluate only after every N-th epoch, and a stage's last", metavar="N")
     cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
@@ -252,6 +265,7 @@ class TrainConfig(MachineOptions, DataOptions):
 class EvalConfig(MachineOptions, DataOptions):
     """softcache eval: how good a model is on a data set."""
 
+    classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     cache: str | None = option(None, "compare with the soft targets of this cache of the same data", metavar="DIR")
     combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
@@ -296,6 +310,7 @@ class ExportConfig:
     data: str | None = option(
         None, "evaluation set (with --allow-code by default the run's own --eval-data)", metavar="DATA"
     )
+    classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")
     policy: tuple[str, ...] = option(
         (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
     )
@@ -403,6 +418,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings."""
     if isinstance(value, str):
         is_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str
+        if is_list and _QUOTED.search(value) and not where.endswith(" stage"):
+            return split_list(value)
         whole = is_list and (":" in value or where.endswith(" stage"))  # it holds commas of its own
         return (value,) if whole else convert(value, hint, where)
     if isinstance(value, list | tuple):
@@ -413,6 +430,12 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, dict):
         raise ConfigError(f"{where}: is a table, not a value")
     return convert(str(value), hint, where)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """What stands between commas; a name that holds some itself stands in double quotes, as `"Paris, Texas",Rome`."""
+    (parts,) = csv.reader([text], skipinitialspace=True)
+    return tuple(part for part in parts if part)
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:

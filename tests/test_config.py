@@ -102,6 +102,15 @@ def test_each_type_from_a_string_and_from_toml(tmp_path: Path) -> None:
     assert other == config and isinstance(other.lr, float)
 
 
+def test_a_name_with_a_comma_stands_in_quotes() -> None:
+    wanted = ("tench, Tinca tinca", "goldfish", "a:b")
+    for text in ('"tench, Tinca tinca",goldfish,"a:b"', 'goldfish,"tench, Tinca tinca", "a:b"'):
+        assert sorted(train(sets=(f"keep-labels={text}",)).keep_labels) == sorted(wanted)
+        assert sorted(train(keep_labels=text).keep_labels) == sorted(wanted)
+    assert train(keep_labels='5" pipe,cat').keep_labels == ('5" pipe', "cat")  # inside a name it is a letter
+    assert train(stage=['epochs=1 loss="ce"']).stage == ('epochs=1 loss="ce"',)
+
+
 def test_terms_keep_their_commas() -> None:
     """A `name:key=value,...` string is one term; names without parameters may be listed."""
     kd, ce = "kd:temperature=4,weight=0.9", "ce:weight=0.1"

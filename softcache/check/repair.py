@@ -93,6 +93,7 @@ class Means:
             only.
         device, workers: as in a dump.
         allow_code: believe what the cache names: open that data and those teachers, run transforms of its views.
+        classes_map: as the dump was given it, where it was.
     """
 
     source: Path | None = None
@@ -101,6 +102,7 @@ class Means:
     device: str = "auto"
     workers: int | None = None
     allow_code: bool = False
+    classes_map: str | None = None
 
 
 def run(path: Path, means: Means, *, quiet: bool = False) -> Repaired:
@@ -300,6 +302,7 @@ def _config_of(path: Path, manifest: Manifest, number: int, means: Means, *, sel
         keep_labels=told["keep_labels"] if selected else (),
         drop_labels=told["drop_labels"] if selected else (),
         samples=told["samples"] if selected and means.allow_code else None,
+        classes_map=means.classes_map,
         teacher=tuple(means.teachers) or (told["teacher"] if means.allow_code else ()),
         allow_code=means.allow_code,
         device=means.device,

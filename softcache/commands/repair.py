@@ -21,6 +21,9 @@ class RepairConfig:
     teacher: tuple[str, ...] = option(
         (), "repeat (with --allow-code by default as the cache says)", metavar="TEACHER", repeat=True
     )
+    classes_map: str | None = option(
+        None, "which of the data's classes is which of the teachers': as the dump was given it", metavar="FILE"
+    )
     device: str = option("auto", "as it was at the dump: bytes may depend on it", metavar="DEVICE")
     allow_code: bool = option(False, ALLOW_CODE_HELP)
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
@@ -33,6 +36,7 @@ def run(config: RepairConfig, output: Output) -> int:
         source=Path(config.from_) if config.from_ else None,
         data=config.data,
         teachers=config.teacher,
+        classes_map=config.classes_map,
         device=config.device,
         workers=config.workers,
         allow_code=config.allow_code,

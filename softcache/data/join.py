@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -240,6 +240,7 @@ def join(
     digest_kind: str = "item",
     as_dumped: Callable[[Any], bool] = lambda item: True,
     same_pixels: Callable[[Sequence[Any], np.ndarray], bool] = lambda items, rows: False,
+    classes_map: Mapping[str, str] | None = None,
 ) -> Found:
     """Rows of the cache, one per sample of the data set, after every check.
 
@@ -252,11 +253,12 @@ def join(
         digest_kind: of the cache, "file" or "item". Digests of two kinds are never compared.
         as_dumped: as `check_contents` takes it.
         same_pixels: whether these items of these rows have the pixels that the teacher saw.
+        classes_map: data set's class -> cache's class, for those that are called otherwise.
 
     Raises:
         JoinError: and its children, each naming the first offenders.
     """
-    check_classes(dataset, class_names)
+    check_classes(dataset, class_names, classes_map=classes_map)
     if by == "content":
         rows = _rows_by_content(table, dataset, digest_kind)
     else:

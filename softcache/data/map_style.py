@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from softcache.data.classes import dataset_classes
+from softcache.data.label_column import MANY
 from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
 from softcache.errors import DataError, MissingExtraError, SoftcacheError, nearest
 from softcache.spec import Spec, call_factory, load_factory, load_user_file
@@ -93,7 +95,7 @@ def from_dataset(dataset: Any, name: str, prefix: str) -> Source:
         raise DataError(f"{name}: the data set is empty", tip="check the factory's parameters")
     keys = _keys(dataset, name, prefix)
     labels = _label_array(_labels(dataset, name), keys, name)
-    class_names = _class_names(dataset, labels)
+    class_names = _class_names(dataset, labels, name)
     _check_classes(labels, class_names, keys, name)
     reader: Reader = (
         dataset if hasattr(dataset, "read") and hasattr(dataset, "digest_kind") else MapStyleReader(dataset, name)
@@ -185,15 +187,23 @@ def _label_array(labels: Any, keys: Sequence[str], name: str) -> np.ndarray:
     return result
 
 
-def _class_names(dataset: Any, labels: np.ndarray) -> tuple[str, ...]:
-    for attribute in ("class_names", "classes"):
-        found = getattr(dataset, attribute, None)
-        if isinstance(found, Sequence | np.ndarray) and not isinstance(found, str):
-            return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in found)  # tuple: synonyms
+def _class_names(dataset: Any, labels: np.ndarray, name: str) -> tuple[str, ...]:
+    found = dataset_classes(dataset)
+    if found is not None:
+        return found
     count = getattr(dataset, "num_classes", None)
-    if not isinstance(count, int):
-        count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
-    return tuple(str(number) for number in range(count))
+    if isinstance(count, int):
+        return tuple(str(number) for number in range(count))
+    if labels.ndim == 2:
+        return tuple(str(number) for number in range(labels.shape[1]))
+    known = labels[labels >= 0]
+    kinds = len(np.unique(known))
+    if len(known) >= MANY and kinds >= 0.9 * len(known):
+        raise DataError(
+            f"{name}: {kinds} different labels in {len(known)} samples, for example {known[0]}: these are no classes",
+            tip="labels are class indices; if these are, give the data set class_names or num_classes",
+        )
+    return tuple(str(number) for number in range(int(labels.max()) + 1))
 
 
 def _check_classes(labels: np.ndarray, class_names: Sequence[str], keys: Sequence[str], name: str) -> None:

@@ -10,15 +10,18 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 from PIL import Image
 
 from softcache.data.identity import sample_id
+from softcache.data.label_column import LabelColumn, read_labels
 from softcache.errors import ConfigError, DataError, nearest, require_extra
+from softcache.spec import convert
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
+KEEPS_EMPTY = (".gitkeep", ".keep", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
 DIGITS_SEED = 20260101  # part of what `digits` means: another seed is another split
 DIGITS_TEST = 500
 MOST_AXES = 8  # of an IDX file
@@ -187,13 +190,15 @@ def imagefolder(path: Path) -> Source:
     labels: list[int] = []
     for label, name in enumerate(classes):
         found = [file.relative_to(path).as_posix() for file in _image_files(path / name)]
-        if not found:
+        if not found and (other := _any_file(path / name)) is not None:
             raise DataError(
-                f"{path / name}: holds no images, so class {name!r} has no samples",
-                tip=f"remove the folder, or add images ({', '.join(IMAGE_EXTENSIONS)})",
+                f"{path / name}: holds no images, so class {name!r} has no samples; {other.name} is none",
+                tip=f"remove the folder, empty it, or add images ({', '.join(IMAGE_EXTENSIONS)})",
             )
         keys += found
         labels += [label] * len(found)
+    if not keys:
+        raise DataError(f"{path}: none of its {len(classes)} folders holds an image", tip="put images into the folders")
     try:
         table = StringTable(keys)
     except UnicodeEncodeError as exc:
@@ -210,20 +215,33 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def tsv(path: Path, text: str = "0", label: str = "1", header: bool = False, classes: tuple[str, ...] = ()) -> Source:
+def _any_file(folder: Path) -> Path | None:
+    """A file anywhere below; None in a folder that was left empty, or holds what keeps an empty folder."""
+    return next((file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in KEEPS_EMPTY), None)
+
+
+def tsv(
+    path: Path,
+    text: str = "0",
+    label: str = "1",
+    header: str = "",
+    classes: tuple[str, ...] = (),
+    empty: Literal["", "unlabelled", "class"] = "",
+) -> Source:
     """Tab-separated UTF-8 text, plain or .gz, taken as it is (no quoting); keys are the file's stem and the row.
 
     Args:
         path: the file.
         text: column of the text: a number from 0, or a name from the header.
         label: column of the label, likewise; "none" where there is none.
-        header: the first line names the columns.
-        classes: the class list. Empty: the labels found, sorted; by number where all are whole numbers. In a column of
-            whole numbers -1 means no label.
+        header: "true" where the first line names the columns, "false" where it does not. Empty: it does not, and is refused
+            where it looks as if it did.
+        classes: the class list. Empty: the labels found, sorted; by number where all are whole numbers; what is no class
+            label is refused. "*": the labels found, whatever they look like. In a column of whole numbers -1 means no label.
+        empty: what an empty label means: that the sample is "unlabelled", or a "class" of its own. Empty: it is refused.
     """
-    if len(set(classes)) < len(classes):
-        raise ConfigError(f"{path}: classes={','.join(classes)} names a class twice", tip="keep one of them")
-    rows, names = _tsv_rows(path, header)
+    has_header = bool(header) and bool(convert(header, bool, f"{path}: header"))
+    rows, names = _tsv_rows(path, has_header)
     text_column = _tsv_column(path, text, "text", names, len(rows[0]))
     texts = StringTable(row[text_column] for row in rows)
     stem = path.name.removesuffix(".gz").removesuffix(".tsv")
@@ -231,7 +249,9 @@ def tsv(path: Path, text: str = "0", label: str = "1", header: bool = False, cla
         labels, class_names = np.full(len(rows), -1, np.int32), classes
     else:
         label_column = _tsv_column(path, label, "label", names, len(rows[0]))
-        labels, class_names = _tsv_labels(path, [row[label_column] for row in rows], classes, first_line=1 + header)
+        found = [row[label_column] for row in rows]
+        column = LabelColumn(path, found, texts, first_line=1 + has_header, may_be_header=not header)
+        labels, class_names = read_labels(column, classes, empty)
     return Source(TextReader(texts), numbered(stem, range(len(rows))), labels, class_names)
 
 
@@ -269,22 +289,6 @@ def _tsv_column(path: Path, wanted: str, what: str, names: Sequence[str], count:
         )
     tip = nearest(wanted, names) if names else "add header=true if the first line names the columns"
     raise DataError(f"{path}, line 1: no column {wanted!r} for the {what}", tip=tip)
-
-
-def _tsv_labels(
-    path: Path, found: Sequence[str], classes: tuple[str, ...], first_line: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    # int("01") or int(" 1") would give two spellings one class
-    numeric = all(name == "-1" or (name.isdecimal() and name == str(int(name))) for name in set(found))
-    if not classes:
-        classes = tuple(sorted(set(found) - {"-1"}, key=int) if numeric else sorted(set(found)))
-    index = {name: number for number, name in enumerate(classes)}
-    if numeric:
-        index.setdefault("-1", -1)
-    for line, name in enumerate(found, start=first_line):
-        if name not in index:
-            raise DataError(f"{path}, line {line}: label {name!r} is not in classes=", tip=nearest(name, classes))
-    return np.array([index[name] for name in found], np.int32), classes
 
 
 def read_idx(path: Path) -> np.ndarray:

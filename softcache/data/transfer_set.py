@@ -13,7 +13,7 @@ An item is a uint8 array (H, W) or (H, W, C), a string, or whatever else a user'
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from softcache.data.classes import class_indices
+from softcache.data.classes import check_classes, class_indices, places_in
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
 from softcache.data.selection import of_classes, read_keys
@@ -120,10 +120,25 @@ class TransferSet(Dataset[tuple[Any, Any]]):
             place = np.full(self.num_classes + 1, -1, np.int32)  # the last one is for -1
             place[classes] = np.arange(len(classes), dtype=np.int32)
             labels = place[self.labels]
-        names = tuple(self.class_names[i] for i in classes)
-        changed = TransferSet(self.name, Source(self._reader, self.keys, labels, names))
-        changed._rows = self._rows
+        changed = self._relabelled(labels, [self.class_names[i] for i in classes])
         changed._whole = None if self._whole is None else self._whole.with_classes(wanted)
+        return changed
+
+    def under(self, class_names: Sequence[str], columns: Sequence[int]) -> TransferSet:
+        """The same samples under a longer class list, of which theirs are some; not for several labels per sample.
+
+        Args:
+            class_names: the longer list.
+            columns: where each of this set's classes stands in it.
+        """
+        place = np.append(np.asarray(columns, np.int32), np.int32(-1))  # the last one is for -1
+        changed = self._relabelled(place[self.labels], class_names)
+        changed._whole = None if self._whole is None else self._whole.under(class_names, columns)
+        return changed
+
+    def _relabelled(self, labels: np.ndarray, class_names: Sequence[str]) -> TransferSet:
+        changed = TransferSet(self.name, Source(self._reader, self.keys, labels, tuple(class_names)))
+        changed._rows = self._rows
         return changed
 
 
@@ -167,6 +182,25 @@ def open_transfer_set(
             tip="loosen --keep-labels, --drop-labels or --samples",
         )
     return transfer_set if chosen.all() else transfer_set.select(np.flatnonzero(chosen))
+
+
+def under_classes(
+    transfer_set: TransferSet, class_names: Sequence[str], owner: str, classes_map: Mapping[str, str] | None = None
+) -> TransferSet:
+    """The set under its owner's class list: as it is, or with the classes that it lacks, which then have no samples.
+
+    Args:
+        classes_map: data's class -> owner's class, for those that are called otherwise.
+
+    Raises:
+        ClassMismatchError: it has other classes, or in another order.
+    """
+    called = [(classes_map or {}).get(name, name) for name in transfer_set.class_names]
+    places = None if transfer_set.multi_label else places_in(called, class_names)
+    if places is not None:
+        return transfer_set.under(class_names, places)
+    check_classes(transfer_set, class_names, owner, classes_map)
+    return transfer_set
 
 
 def _open_source(spec: Spec, *, download: bool) -> Source:

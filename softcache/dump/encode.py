@@ -36,6 +36,7 @@ class Encoded:
     floored: int
     samples: SampleTable
     rows: np.ndarray
+    view: int
     ready: Any = field(default=None)
 
     def append_to(self, out: Any) -> None:
@@ -107,7 +108,13 @@ class Encoded:
 
 
 def encode(
-    teacher: Teacher, storage: Storage, inputs: Any, labels: np.ndarray, samples: SampleTable, rows: np.ndarray
+    teacher: Teacher,
+    storage: Storage,
+    inputs: Any,
+    labels: np.ndarray,
+    samples: SampleTable,
+    rows: np.ndarray,
+    view: int,
 ) -> Encoded:
     """Teacher, codec and measurements, on the teacher's device; the result is on its way to the host when this returns."""
     try:
@@ -140,6 +147,7 @@ def encode(
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
     measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}
+    measured |= {"largest": logits.argmax(dim=1).int(), "alike": _alike(teacher, logits)}
     measured["kl"] = _divergences(storage, logits, coded, decoded, single=labels.ndim == 1)
     if storage.promise is not None:
         measured["promised_kl"] = kl_at(codec, logits, coded, decoded, storage.promise.temperature)
@@ -149,7 +157,7 @@ def encode(
         arrays, dense, measured = ({n: _to_pinned(v) for n, v in part.items()} for part in (arrays, dense, measured))
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(logits.device))
-    return Encoded(teacher.name, storage, arrays, dense, measured, output.floored, samples, rows, ready)
+    return Encoded(teacher.name, storage, arrays, dense, measured, output.floored, samples, rows, view, ready)
 
 
 def _encoded(
@@ -195,6 +203,12 @@ def _divergences(
     few = {name: value[:count] for name, value in coded.items() if name not in ("dense", "dense_at")}
     shown = None if decoded is None else decoded[:count]
     return torch.stack([kl_at(storage.codec, logits[:count], few, shown, t) for t in storage.grid])
+
+
+def _alike(teacher: Teacher, logits: Tensor) -> Tensor:
+    """(B,) uint8: 1 where all columns of a row are equal, plus 2 where the row is the teacher's first one again."""
+    flat = logits.amax(dim=1) == logits.amin(dim=1)
+    return flat.to(torch.uint8) + 2 * teacher.is_first_again(logits).to(torch.uint8)
 
 
 def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray) -> Tensor:

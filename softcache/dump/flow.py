@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,13 @@ from softcache.cache.schema import Span
 from softcache.cache.write.rewriter import Rewriter
 from softcache.cache.write.writer import CacheWriter, Part, Setup
 from softcache.config import DumpConfig, StorageOptions, parse_part
+from softcache.data.class_counts import described, listed_warnings
+from softcache.data.classes import read_classes_map
 from softcache.data.drift import make_probe
 from softcache.data.loading import Pair, Partners, ViewedSet, load_batches
 from softcache.data.transfer_set import TransferSet
 from softcache.dump.choose_codec import Prober, choose_storages
+from softcache.dump.class_report import ClassReport
 from softcache.dump.encode import Encoded, encode
 from softcache.dump.job import extension_job, make_plan, match_members, new_job
 from softcache.dump.layout import Storage, bytes_of_spans, sizes
@@ -110,7 +114,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     workers = pick_workers(config.workers, device)
     lost = left_out_of(teachers, prober)
     if not quiet:
-        print(sizes(plan, storages), file=sys.stderr)
+        print(sizes(plan, storages), described(transfer_set), sep="\n", file=sys.stderr)
         for name, one in lost.items():
             print(f"teacher {name!r}: {one.text()}", file=sys.stderr)
 
@@ -133,11 +137,17 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         require_room(out, bytes_of_spans(spans, storages), "the shards to be written need")
         clock = DumpProgress(writer, sum(span.rows * span.views for span in spans), quiet=quiet)
         pixels = None if job.new_views else PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed)
-        write_spans(writer, spans, viewed, job.order, teachers, storages, config.batch_size, workers, clock, pixels)
+        report = ClassReport(transfer_set, teachers, job.first_view)
+        write_spans(
+            writer, spans, viewed, job.order, teachers, storages, config.batch_size, workers, clock, pixels, report
+        )
         for teacher in teachers:
             teacher.check_at_end()
         told = provenance(config, started, clock) | told_of(teachers, lost)
         unread = left_out_before(out, len(plan.rounds) - 1) | {name: one.text() for name, one in lost.items()}
+        if not quiet:
+            print(report.text(), file=sys.stderr)
+        told["classes"] = report.facts(listed_warnings(report.warnings()))
         manifest = writer.commit(partial(card, left_out=unread), told)
         if manifest is None and part.count == 1:
             raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
@@ -156,12 +166,14 @@ def write_spans(
     workers: int,
     clock: DumpProgress,
     pixels: PixelCheck | None,
+    report: ClassReport | None = None,
 ) -> None:
     """Every batch of every span, through every teacher, into its shards. A batch never crosses a span's border.
 
     Args:
         order: (N,) position in the transfer set of each row.
         pixels: compares what is rendered with the digests that are there; None where the views are new.
+        report: is shown the answers at its view.
     """
     labels = viewed.transfer_set.labels
     collates = [teacher.collate for teacher in teachers]
@@ -183,15 +195,29 @@ def write_spans(
                 else:
                     pixels.check(rows, batch)
                 encoded = [
-                    encode(teacher, storages[teacher.name], inputs, labels[batch.index], writer.samples, rows)
+                    encode(
+                        teacher,
+                        storages[teacher.name],
+                        inputs,
+                        labels[batch.index],
+                        writer.samples,
+                        rows,
+                        int(batch.views[0]),
+                    )
                     for teacher, inputs in zip(teachers, batch.inputs, strict=True)
                 ]
-                for done in pending:
-                    done.append_to(out)
+                _append(pending, out, report)
                 pending = encoded
                 clock.count(len(rows))
-            for done in pending:
-                done.append_to(out)
+            _append(pending, out, report)
+
+
+def _append(pending: Sequence[Encoded], out: Any, report: ClassReport | None) -> None:
+    """Write what came of a batch, and show its answers to the report."""
+    for done in pending:
+        done.append_to(out)
+        if report is not None:
+            report.add(done)
 
 
 def _pairs(span: Span, order: np.ndarray, batch_size: int) -> Iterator[list[Pair]]:
@@ -212,6 +238,7 @@ def open_teachers(
     """
     (item,) = prober.items(0, 1)
     shape = None if isinstance(item, str) else tuple(getattr(item, "shape", ())) or None
+    classes_map = read_classes_map(config.classes_map)
     teachers: list[Teacher] = []
     for text in config.teacher:
         teacher = open_teacher(
@@ -224,6 +251,7 @@ def open_teachers(
             device=str(device),
             autocast=autocast_dtype(config.autocast),
             allow_code=config.allow_code,
+            classes_map=classes_map,
         )
         if not teacher.has_weights:
             raise ModelError(

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcache.data.classes import class_order
+from softcache.data.classes import Match, match_classes
 from softcache.data.loading import map_tensors, to_device
 from softcache.dump.teacher_state import StandsStill, fingerprint
 from softcache.errors import (
@@ -40,12 +40,14 @@ from softcache.features.taps import (
     list_modules,
     map_ends,
 )
-from softcache.models import Model, build, load_model
+from softcache.models import Model, build, load_model, own_classes
 from softcache.models import split_weights as split_model
+from softcache.models.estimators import callee_of
 from softcache.spec import parse_spec
 
 OUTPUTS = ("logits", "log_probs", "probs")
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # counts, as of votes
+ASKED_ROWS = 512  # of the first batches, on which an object's own `predict` is asked
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
 HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of a last layer in a half type
 # what another composition of the batch may change, of the largest logit: kernels that add up in another order, layer upon layer
@@ -65,6 +67,7 @@ class TeacherOutput:
         floored: how many probabilities of exactly zero were raised to the floor.
         classifier_input: (B, D) float32 input of the final linear layer, where it is tapped.
         features: feature -> (B, ...) in the form that is stored, where tapped.
+        whole: (B, K) of all that the teacher gave, of which some columns are taken; None where all are.
     """
 
     logits: Tensor
@@ -72,6 +75,7 @@ class TeacherOutput:
     floored: int
     classifier_input: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: Tensor | None = None
 
 
 class Teacher:
@@ -84,7 +88,10 @@ class Teacher:
         collate: items -> batch, for the loader's workers.
         output: what the teacher gives: "logits", "log_probs" or "probs".
         fingerprint: sha256 of weights and preprocessing; None until the first batch for a teacher without weights.
-        class_order: permutation that brings its outputs into the cache's order; None when they stand so already.
+        match: which of its outputs belongs to which class.
+        class_order: permutation that brings its outputs into the cache's order; None when they stand so already, and where
+            some of them are chosen.
+        decide: asks its own `predict`, (B,) columns; None where it has none, or where it may decide otherwise.
         compute_dtype: of the last layer; known after the first batch.
         has_weights: False for one of our models, or torchvision's, that was named without any.
         features: what is tapped at each call.
@@ -102,7 +109,8 @@ class Teacher:
         output: str,
         num_classes: int,
         multi_label: bool = False,
-        class_order: Sequence[int] | None = None,
+        match: Match | None = None,
+        decide: Callable[[Any], np.ndarray | None] | None = None,
         device: str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -111,7 +119,9 @@ class Teacher:
         self.name, self.model_spec, self.network, self.collate = name, model_spec, network, collate
         self.wanted_name, self.is_named = name, False
         self.output, self.num_classes, self.multi_label = output, num_classes, multi_label
-        self.class_order, self.device, self.autocast = class_order, torch.device(device), autocast
+        self.match = match or Match(None, num_classes, "as declared")
+        self.class_order, self.decide, self._asked = self.match.permutation, decide, 0
+        self.device, self.autocast = torch.device(device), autocast
         self.compute_dtype = "float32"
         self.fingerprint: str | None = None
         self.has_weights = True
@@ -124,7 +134,8 @@ class Teacher:
         if isinstance(network, nn.Module):
             with faults_explained(ModelError, f"teacher {name!r}: moving it to {device}"):
                 network.eval().requires_grad_(False).to(self.device)
-            described = f"{model_spec} {output} {network.input.describe() if isinstance(network, Model) else ''}"
+            taken = network.input.describe() if isinstance(network, Model) else ""
+            described = f"{model_spec} {output} {taken}{self._taken}"
             state = fingerprint(network)
             if state is not None:
                 self.fingerprint = hashlib.sha256(f"{state} {described}".encode()).hexdigest()
@@ -154,10 +165,63 @@ class Teacher:
         floored = 0
         if through_probs:
             values, floored = self._log(values if self.output == "probs" else values.exp())
-        if self.class_order is not None:
-            values = values[:, torch.tensor(self.class_order, device=values.device)]
-        logits = values.float()
-        return TeacherOutput(logits, relative * logits.abs().amax(dim=1), floored, classifier_input, features)
+        whole = values.float()
+        self._refuse_other_decision(batch, whole)
+        if self.match.columns is None:
+            return TeacherOutput(whole, relative * whole.abs().amax(dim=1), floored, classifier_input, features)
+        logits = whole[:, torch.tensor(self.match.columns, device=whole.device)]
+        rounding = relative * logits.abs().amax(dim=1)
+        return TeacherOutput(logits, rounding, floored, classifier_input, features, whole)
+
+    @property
+    def _taken(self) -> str:
+        """What its fingerprint says of columns that were chosen, or that a map declares."""
+        match = self.match
+        return f" columns {list(match.columns)}" if match.columns and (match.declared or match.is_choice) else ""
+
+    def _check_shape(self, raw: Tensor) -> None:
+        outputs = self.match.outputs
+        if outputs is None and raw.ndim == 2 and raw.shape[1] > max(self.match.columns or (0,)):
+            self.match = replace(self.match, outputs=raw.shape[1])  # it names no classes: what it has is seen now
+            self.class_order = self.match.permutation
+            return
+        if raw.ndim == 2 and raw.shape[1] == outputs:
+            return
+        wanted = max(self.match.columns or (0,)) + 1 if outputs is None else outputs
+        raise TeacherError(
+            f"teacher {self.name!r} gave a result of shape {tuple(raw.shape)}; "
+            + (
+                f"the transfer set has {self.num_classes} classes, so (batch, {self.num_classes}) is needed"
+                if wanted == self.num_classes
+                else f"its classes, or the map of them, ask for (batch, {wanted})"
+            )
+            + _place(self._function),
+            tip="one number a sample is no row of logits: for two classes give (0, z)"
+            if raw.ndim == 1 and self.num_classes == 2
+            else "use a teacher trained for these classes, or the data set it was trained on; one that has more classes can say "
+            "which of its outputs are these: --classes-map FILE",
+        )
+
+    def _refuse_other_decision(self, batch: Any, whole: Tensor) -> None:
+        """TeacherError where its own `predict` decides for another column than the largest, in the first batches."""
+        if self.decide is None or self._asked >= ASKED_ROWS:
+            return
+        self._asked += len(whole)
+        with self._faults_explained(batch):
+            said = self.decide(batch)
+        if said is None or len(said) != len(whole) or not ((said >= 0) & (said < whole.shape[1])).all():
+            return
+        of_said = whole.gather(1, torch.from_numpy(said).to(whole.device)[:, None])[:, 0]
+        largest = whole.amax(dim=1)
+        other = (of_said < largest - 1e-5 * largest.abs().clamp(min=1.0)).nonzero()[:, 0].tolist()
+        if other:
+            row = other[0]
+            raise TeacherError(
+                f"teacher {self.name!r}: its own predict decides otherwise than its largest column for {len(other)} of "
+                f"{len(whole)} samples; in row {row} for column {int(said[row])}, where {int(whole[row].argmax())} is largest",
+                tip="its columns may stand in another order than it says; if both are meant (a threshold, calibrated "
+                "probabilities), add decides=own to the teacher's spec",
+            )
 
     @contextmanager
     def _faults_explained(self, batch: Any) -> Iterator[None]:
@@ -193,15 +257,7 @@ class Teacher:
                 f"teacher {self.name!r} gave {_described(raw)}, not logits (batch, {self.num_classes}){_place(self._function)}",
                 tip=f"wrap it: file.py:factory may return a function or module that gives {_wanted(raw)} alone",
             )
-        if rows.ndim != 2 or rows.shape[1] != self.num_classes:
-            raise TeacherError(
-                f"teacher {self.name!r} gave a result of shape {tuple(rows.shape)}; "
-                f"the transfer set has {self.num_classes} classes, so (batch, {self.num_classes}) is needed"
-                + _place(self._function),
-                tip="one number a sample is no row of logits: for two classes give (0, z)"
-                if rows.ndim == 1 and self.num_classes == 2
-                else "use a teacher trained for these classes, or the data set it was trained on",
-            )
+        self._check_shape(rows)
         if rows.dtype.itemsize < 2 and rows.is_floating_point():
             raise TeacherError(
                 f"teacher {self.name!r} gave {str(rows.dtype).removeprefix('torch.')}, of whose rounding nothing is known",
@@ -265,8 +321,8 @@ class Teacher:
         """(C, D) float32 weight and (C,) bias of the final layer, on the CPU, classes in the cache's order."""
         weight = classifier.weight.detach().float().cpu()
         bias = None if classifier.bias is None else classifier.bias.detach().float().cpu()
-        if self.class_order is not None:
-            order = torch.tensor(self.class_order)
+        if self.match.columns is not None:
+            order = torch.tensor(self.match.columns)
             weight, bias = weight[order], None if bias is None else bias[order]
         return weight.contiguous(), bias
 
@@ -323,14 +379,15 @@ class Teacher:
         Raises:
             TeacherError: train mode, changed buffers, another output the second time, or probabilities declared as logits.
         """
-        first, second = self(batch).logits, self(batch).logits
+        output = self(batch)
+        first, second = output.logits, self(batch).logits
         self._check_frozen()
         if self.fingerprint is None:
-            self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()
+            self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes() + self._taken.encode()).hexdigest()
         self._check_same(first, second, "gave two outputs for one batch")
         self._first_batch = batch, first
         if self.output == "logits" and len(first) and not self.multi_label:
-            self._refuse_probabilities(first)
+            self._refuse_probabilities(first if output.whole is None else output.whole)
 
     def check_company(self, items: Sequence[Any]) -> None:
         """Ask the samples of the first batch again, in halves and in another order: logits must be of the sample alone.
@@ -430,6 +487,13 @@ class Teacher:
                 f"teacher {self.name!r} was declared to give logits, but its rows are log-probabilities",
                 tip="declare it: add output=log_probs to the teacher's spec, or drop its last log_softmax",
             )
+
+    def is_first_again(self, logits: Tensor) -> Tensor:
+        """(B,) bool: the rows that are the first row of the first batch, but for a rounding."""
+        if self._first_batch is None or not len(self._first_batch[1]):
+            return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        first = self._first_batch[1][0]
+        return (logits - first).abs().amax(dim=1) <= 1e-5 * first.abs().amax().clamp(min=1.0)
 
     @property
     def rounds(self) -> bool:
@@ -571,16 +635,6 @@ def _place(function: Any) -> str:
     return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})"
 
 
-@dataclass(frozen=True)
-class ArrayCollate:
-    """Items of a scikit-learn style teacher: (B, features) NumPy float32, every item flattened."""
-
-    def __call__(self, items: Sequence[Any]) -> Any:
-        if items and isinstance(items[0], str):
-            return list(items)
-        return np.stack([np.asarray(item, dtype=np.float32).ravel() for item in items])
-
-
 def open_teacher(
     text: str,
     *,
@@ -592,41 +646,60 @@ def open_teacher(
     device: str,
     autocast: torch.dtype | None,
     allow_code: bool = False,
+    classes_map: Mapping[str, str] | None = None,
 ) -> Teacher:
     """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
 
-    The parameters `name=` (of the member) and `output=` (logits, log_probs, probs) belong to the teacher, the rest to the model.
+    The parameters `name=` (of the member), `output=` (logits, log_probs, probs) and `decides=own` (its own `predict` may
+    decide otherwise than its largest column) belong to the teacher, the rest to the model.
 
     Args:
         taken: member names that are in use already.
         allow_code: call the factory that a run folder names.
+        classes_map: data's class -> teacher's class.
 
     Raises:
         ModelError: it cannot be built, has other classes, or gives something else.
     """
     head, weights = split_model(text)
     spec = parse_spec(head)
-    bare = parse_spec(spec.without("name", "output").text)
+    bare = parse_spec(spec.without("name", "output", "decides").text)
+    decides = spec.parameters.get("decides")
+    if decides not in (None, "own"):
+        raise ConfigError(f"{text!r}: decides={decides}", tip="decides=own, or leave it out")
     is_run = os.path.exists(bare.text)  # a run folder, or its student.safetensors
     chosen_name = spec.parameters.get("name")
     wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
     name = member_name(wanted_name, taken)
+    what, model_text = f"teacher {name!r}", bare.text + (f"@{weights}" if weights else "")
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
+    own = own_classes(model_text)
+    if own is not None and len(own) > num_classes:
+        match_classes(what, own, class_names, classes_map)  # refused before it is built, or fetched
+        shape |= {"num_classes": len(own), "class_names": own}
     made: Any = None
+    network: Any
+    collate: Callable[[Sequence[Any]], Any]
     if bare.is_factory and not is_run:
         with faults_explained(ModelError, f"building the teacher {text!r}"):
             made = build(bare, **shape)
     if made is None or isinstance(made, nn.Module):
         with faults_explained(ModelError, f"building the teacher {text!r}"):
-            model = load_model(bare.text + (f"@{weights}" if weights else ""), **shape, allow_code=allow_code)
+            model = load_model(model_text, **shape, allow_code=allow_code)
         declared, output, portable = model.declared_classes, model.output, model.spec
-        network, collate = model, model.input.collate
+        network, collate, decide = model, model.input.collate, None
         model.check_trained(f"teacher {text!r}")
     elif weights:
         raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
     else:
-        network, collate, output, declared = _estimator(made, text, num_classes)
-        portable = bare.portable()
+        callee = callee_of(made, text, output=spec.parameters.get("output"), multi_label=multi_label)
+        network, collate, output, declared = callee.run, callee.collate, callee.output, callee.classes
+        decide = callee.decide if decides is None else None
+        portable = (
+            bare.portable()
+            if decides is None
+            else parse_spec(f"{bare.text}{'&' if bare.parameters else '?'}decides=own").portable()
+        )
     output = spec.parameters.get("output", output)
     teacher = Teacher(
         name,
@@ -636,7 +709,8 @@ def open_teacher(
         output=output,
         num_classes=num_classes,
         multi_label=multi_label,
-        class_order=class_order(f"teacher {name!r}", declared, class_names),
+        match=match_classes(what, declared, class_names, classes_map),
+        decide=decide,
         device=device,
         autocast=autocast,
     )
@@ -645,30 +719,6 @@ def open_teacher(
         is_run or bare.is_factory or weights or bare.scheme == "hf" or "weights" in bare.parameters
     )
     return teacher
-
-
-def _estimator(made: Any, text: str, num_classes: int) -> tuple[Any, Any, str, tuple[str, ...] | None]:
-    """(callable, collate, output kind, class names) of a scikit-learn estimator or any other callable."""
-    collate = getattr(made, "collate", None) or ArrayCollate()
-    declared = getattr(made, "class_names", None)
-    output = getattr(made, "output", None)
-    found = getattr(made, "classes_", None)
-    if found is not None and declared is None:
-        kinds = np.asarray(found)
-        if kinds.dtype.kind in "iu":
-            if sorted(kinds.tolist()) != list(range(num_classes)):
-                raise ModelError(f"{text!r} was fitted on the classes {kinds.tolist()}, the data has {num_classes}")
-        else:
-            declared = tuple(map(str, kinds))
-    for method, kind in (("predict_proba", "probs"), ("decision_function", "logits")):
-        if not callable(made) and hasattr(made, method) and output in (None, kind):
-            return getattr(made, method), collate, kind, declared
-    if not callable(made):
-        raise ModelError(
-            f"{text!r} returned {type(made).__name__}, which neither is callable nor has predict_proba or decision_function",
-            tip="return a torch module, a fitted classifier, or a function from a batch to (batch, classes)",
-        )
-    return made, collate, output or "logits", declared
 
 
 def member_name(wanted: str, taken: Sequence[str]) -> str:

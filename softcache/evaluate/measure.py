@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.config import EvalConfig
-from softcache.data.classes import check_same_classes, class_indices, class_order
+from softcache.data.classes import class_indices, dataset_classes, match_classes, places_in, read_classes_map
 from softcache.data.join import batches
 from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, spread_items, to_device
-from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model, load_json, load_model, read_metadata, read_saved
+from softcache.models import Model, load_json, load_model, own_classes, read_metadata
 from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, table
@@ -117,7 +118,7 @@ def evaluate(
     bias = bias or {}
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names], device=device)
     partners = joined.partners if joined is not None else None
-    classes = class_indices(joined.cache.class_names, transfer_set.class_names) if joined is not None else []
+    classes = class_indices(_cached_names(joined), transfer_set.class_names) if joined is not None else []
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
@@ -147,6 +148,11 @@ def _check_rows(model: Model, logits: Tensor, count: int, classes: int | None) -
             + (f" of {classes} classes" if classes is not None else ""),
             tip="a model's output must be logits of shape (batch, classes)",
         )
+
+
+def _cached_names(joined: Joined) -> Sequence[str]:
+    """What the joined data calls the cache's classes, in the cache's order."""
+    return dataset_classes(joined.dataset) or joined.cache.class_names
 
 
 def _check_finite(logits: Tensor, index: np.ndarray) -> None:
@@ -264,11 +270,13 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
     _check(config)
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())
+    classes_map = read_classes_map(config.classes_map)
     if is_cache(model_text, finished=False):
-        return _run_cache(model_text, transfer_set, config, quiet=quiet)
+        return _run_cache(model_text, transfer_set, config, classes_map, quiet=quiet)
     joined = None
     if config.cache is not None:
-        joined = _open_cache(config.cache, config, quiet=quiet).join(transfer_set)
+        joined = _joined(config.cache, transfer_set, config, classes_map, quiet=quiet)
+        transfer_set = joined.dataset
         if config.policy:
             raise ConfigError("--policy and --cache cannot be given together", tip="the cache brings its own policy")
         policy = joined.cache.policy
@@ -276,7 +284,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         policy = Policy.parse(config.policy, 0)
     else:
         policy = run_policy(model_text).for_evaluation()
-    transfer_set = _with_classes_of(model_text, transfer_set)
+    transfer_set = _with_classes_of(model_text, transfer_set, classes_map, compared=joined is not None)
     model = _load(model_text, transfer_set, policy, joined.partners if joined else None, config)
     bias = parse_bias(config.bias, transfer_set.class_names)
     if config.fit_bias:
@@ -290,7 +298,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         combine=config.combine,
         temperature=config.temperature,
         bias=bias,
-        order=_order(model_text, model, transfer_set),
+        order=_order(model_text, model, transfer_set, classes_map),
         progress=not quiet,
     )
 
@@ -317,11 +325,14 @@ def _load(
 ) -> Model:
     """ModelError also for a model whose weights lack something."""
     items = spread_items(ViewedSet(transfer_set, policy, (), partners=partners))
+    own, names = own_classes(model_text), transfer_set.class_names
+    if own is not None and len(own) > len(names):
+        names = own  # of which the data's are chosen
     with faults_explained(ModelError, f"building the model {model_text!r}"):
         model = load_model(
             model_text,
-            num_classes=transfer_set.num_classes,
-            class_names=transfer_set.class_names,
+            num_classes=len(names),
+            class_names=names,
             input_shape=item_shape(items[0]),
             device=str(pick_device(config.device)),
             allow_code=config.allow_code,
@@ -331,8 +342,19 @@ def _load(
     return model
 
 
-def _order(model_text: str, model: Model, transfer_set: TransferSet) -> list[int] | None:
-    return class_order(repr(model_text), model.declared_classes, transfer_set.class_names)
+def _order(
+    model_text: str, model: Model, transfer_set: TransferSet, classes_map: Mapping[str, str]
+) -> Sequence[int] | None:
+    return match_classes(repr(model_text), model.declared_classes, transfer_set.class_names, classes_map).columns
+
+
+def _joined(
+    path: str, transfer_set: TransferSet, config: EvalConfig, classes_map: Mapping[str, str], *, quiet: bool
+) -> Joined:
+    """The data under the cache's class list, joined to it."""
+    cache = _open_cache(path, config, quiet=quiet)
+    transfer_set = under_classes(transfer_set, cache.class_names, "the cache", classes_map)
+    return cache.join(transfer_set, classes_map=None if transfer_set.class_names == cache.class_names else classes_map)
 
 
 def _how(config: EvalConfig) -> dict[str, Any]:
@@ -346,7 +368,9 @@ def _how(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig, *, quiet: bool) -> Evaluation:
+def _run_cache(
+    path: str, transfer_set: TransferSet, config: EvalConfig, classes_map: Mapping[str, str], *, quiet: bool
+) -> Evaluation:
     """A cache in the place of a model."""
     told = {"--cache": config.cache, "--policy": config.policy, "--fit-bias": config.fit_bias}
     for flag, given in told.items():
@@ -354,7 +378,8 @@ def _run_cache(path: str, transfer_set: TransferSet, config: EvalConfig, *, quie
             raise ConfigError(f"{flag} is of models; {path} is a cache", tip="leave it out, or name a model")
     if config.bias and config.combine == "vote":
         raise ConfigError("--bias is of models; votes have no logits", tip="leave it out, or name a model")
-    joined = _open_cache(path, config, quiet=quiet).join(transfer_set)
+    joined = _joined(path, transfer_set, config, classes_map, quiet=quiet)
+    transfer_set = joined.dataset
     bias = parse_bias(config.bias, transfer_set.class_names)
     return evaluate_cache(
         joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias, progress=not quiet
@@ -376,7 +401,7 @@ def _fitted_bias(
     """
     assert config.bias_data is not None
     held_out = open_transfer_set(config.bias_data, download=config.download)
-    check_same_classes(held_out, transfer_set)
+    held_out = under_classes(held_out, transfer_set.class_names, transfer_set.name)
     classes = class_indices(transfer_set.class_names, config.fit_bias)
     twice = [name for name in given if transfer_set.class_names.index(name) in classes]
     if twice:
@@ -391,8 +416,8 @@ def _fitted_bias(
         evaluate(model, held_out, policy, **_how(config))
     finally:
         hook.remove()
-    order = _order(model_text, model, held_out)
-    logits = torch.cat(rows) if order is None else torch.cat(rows)[:, order]
+    order = _order(model_text, model, held_out, read_classes_map(config.classes_map))
+    logits = torch.cat(rows) if order is None else torch.cat(rows)[:, list(order)]
     added = torch.tensor([given.get(name, 0.0) for name in transfer_set.class_names])
     shift = best_shift(logits + added, torch.from_numpy(held_out.labels).long(), classes)
     return {transfer_set.class_names[i]: shift for i in classes}
@@ -415,14 +440,28 @@ def run_policy(model_text: str) -> Policy:
         ) from None
 
 
-def _with_classes_of(model_text: str, transfer_set: TransferSet) -> TransferSet:
-    """The data under the class list of a run that has some of its classes, in the same order; else as it is."""
-    weights = _student_file(model_text)
-    saved = None if weights is None else read_saved(str(weights))
-    if saved is None or saved.class_names == transfer_set.class_names:
+def _with_classes_of(
+    model_text: str, transfer_set: TransferSet, classes_map: Mapping[str, str], *, compared: bool
+) -> TransferSet:
+    """The data under the class list of a model that has some of its classes, in the same order, or more; else as it is.
+
+    Args:
+        compared: with a cache, whose classes are the data's: then a model's outputs are chosen instead.
+    """
+    own, names = own_classes(model_text), transfer_set.class_names
+    if own is None or own == names:
         return transfer_set
-    common = tuple(name for name in transfer_set.class_names if name in saved.class_names)
-    return transfer_set.with_classes(common) if common and common == saved.class_names else transfer_set
+    if len(own) < len(names):
+        common = tuple(name for name in names if name in own)
+        return transfer_set.with_classes(common) if common and common == own else transfer_set
+    if len(own) == len(names) or compared or transfer_set.multi_label:
+        return transfer_set
+    columns = places_in(names, own) or match_classes(repr(model_text), own, names, classes_map).columns
+    print(
+        f"softcache: the data has {len(names):,} of the model's {len(own):,} classes; it is measured over all of them",
+        file=sys.stderr,
+    )
+    return transfer_set.under(own, columns or range(len(names)))
 
 
 def _student_file(model_text: str) -> Path | None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from softcache.errors import ConfigError, ModelError, SoftcacheError, nearest
 from softcache.models.bottleneck import resnet50
+from softcache.models.class_names import own_classes
 from softcache.models.cnn import cnn
 from softcache.models.encoder import encoder
 from softcache.models.from_timm import names_timm_weights, timm_model
@@ -75,6 +76,7 @@ __all__ = [
     "load_json",
     "load_model",
     "load_weights",
+    "own_classes",
     "read_metadata",
     "read_saved",
     "read_vocabulary",

@@ -45,7 +45,8 @@ def timm_model(name: str) -> Callable[..., Model]:
         """`weights` is a tag such as a1_in1k; timm downloads it if it must. mean, std: see ImageInput.
 
         in_channels wins over input_shape; without either it is 3. img_size: of a transformer that is built for one size.
-        timm's weights do not name their classes: they are taken to be the data's, in its order.
+        Weights that were trained on ImageNet, or on one of its larger kin, have its classes, by WordNet ids; of others they
+        are taken to be the data's, in its order.
         """
         if weights is not None:
             _check_weights(name, weights, num_classes)
@@ -64,9 +65,11 @@ def timm_model(name: str) -> Callable[..., Model]:
                 raise
             raise ConfigError(f"timm:{name} takes no img_size: {exc}", tip="leave it out: it takes any size") from exc
         config = resolve_model_data_config(net)
-        return Model(
+        model = Model(
             net, ImageInput(channels, mean or _of(config["mean"], channels), std or _of(config["std"], channels))
         )
+        model.class_names = None if weights is None else timm_classes(name, weights)
+        return model
 
     return build
 
@@ -76,17 +79,38 @@ def names_timm_weights(spec: Spec, weights: str) -> bool:
     return spec.scheme == "timm" and re.fullmatch(r"\w+", weights) is not None and not Path(weights).exists()
 
 
+def timm_classes(name: str, tag: str) -> tuple[str, ...] | None:
+    """The WordNet ids of the classes of weights that were trained on ImageNet or its larger kin; None of others.
+
+    Raises:
+        ConfigError: no such weights.
+    """
+    require_extra("timm", "timm", f"the model 'timm:{name}'")
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    count = _entry(name, tag).num_classes
+    subset = infer_imagenet_subset({"num_classes": count}) if "_in" in f"_{tag}" else None
+    names = None if subset is None else tuple(ImageNetInfo(subset).label_names())
+    return names if names is not None and len(names) == count else None
+
+
 def _check_weights(name: str, tag: str, num_classes: int) -> None:
+    entry = _entry(name, tag)
+    if entry.num_classes != num_classes:
+        raise ModelError(
+            f"timm:{name}: weights {tag} have {entry.num_classes} classes, the data has {num_classes}",
+            tip="leave weights out to train from scratch, or use data of the same classes",
+        )
+
+
+def _entry(name: str, tag: str) -> Any:
+    """timm's description of weights; ConfigError where it has none."""
     from timm.models import get_arch_pretrained_cfgs
 
     entries = {full.partition(".")[2]: entry for full, entry in get_arch_pretrained_cfgs(name).items()}
     if tag not in entries:
         raise ConfigError(f"timm:{name} has no weights {tag!r}", tip=nearest(tag, entries))
-    if entries[tag].num_classes != num_classes:
-        raise ModelError(
-            f"timm:{name}: weights {tag} have {entries[tag].num_classes} classes, the data has {num_classes}",
-            tip="leave weights out to train from scratch, or use data of the same classes",
-        )
+    return entries[tag]
 
 
 def _of(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

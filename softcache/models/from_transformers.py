@@ -158,11 +158,21 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
         model = _model(net, taken)
         model.untrained = untrained
         numbered = set(labels) != set(class_names) and list(class_names) == [str(i) for i in range(num_classes)]
-        unnamed = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
-        model.class_names = None if untrained or unnamed or numbered else labels
+        model.class_names = None if untrained or _unnamed(labels) or numbered else labels
         return model
 
     return build
+
+
+def transformer_classes(name: str) -> tuple[str, ...] | None:
+    """The classes that the configuration of `hf:<name>` names; None where they are LABEL_0, LABEL_1, ..."""
+    require_extra("transformers", "text", f"the model 'hf:{name}'")
+    labels = _labels(_Place.of(name).config())
+    return None if _unnamed(labels) else labels
+
+
+def _unnamed(labels: tuple[str, ...]) -> bool:
+    return all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
 
 
 def describe_transformer(model: Model) -> dict[str, Any] | None:

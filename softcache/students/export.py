@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from softcache.codecs.matmul import full_float32
 from softcache.config import ExportConfig, parse_toml
+from softcache.data.classes import match_classes, places_in, read_classes_map
 from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
@@ -48,8 +49,8 @@ from softcache.models import (
     Model,
     describe_model,
     load_model,
+    own_classes,
     read_metadata,
-    read_saved,
     save_student,
     split_weights,
 )
@@ -143,7 +144,8 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     data = config.data or _data_of_run(model_text, allow_code=config.allow_code)
     device, threads = pick_device(config.device), pick_threads(config.threads)
     torch.set_num_threads(threads)
-    transfer_set = _of_its_classes(open_transfer_set(data, download=config.download), model_text)
+    classes_map = read_classes_map(config.classes_map)
+    transfer_set = _of_its_classes(open_transfer_set(data, download=config.download), model_text, classes_map)
     policy = Policy.parse(config.policy, 0) if config.policy else run_policy(model_text).for_evaluation()
     viewed = ViewedSet(transfer_set, policy, ())
     three, four = ([viewed.render(i, 0) for i in _spread(len(transfer_set), n)] for n in (3, 4))
@@ -346,24 +348,33 @@ def _data_of_run(model_text: str, *, allow_code: bool) -> str:
     return data
 
 
-def _of_its_classes(transfer_set: TransferSet, model_text: str) -> TransferSet:
-    """The evaluation set under the class list of a saved student, which may be a part of the set's.
+def _of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapping[str, str]) -> TransferSet:
+    """The evaluation set under the class list of the weights, which may be a part of the set's, or the other way round.
 
     Raises:
         ClassMismatchError: another class list, or the same in another order.
     """
-    weights = _weights_of(model_text)
-    saved = read_saved(weights) if Path(weights).exists() else None
-    names, found = saved.class_names if saved is not None else (), transfer_set.class_names
-    if not names or names == found:
+    names, found = own_classes(model_text), transfer_set.class_names
+    if names is None or names == found:
         return transfer_set
     if tuple(name for name in found if name in names) == names:  # trained with --classes
         return transfer_set.with_classes(names)
+    if len(names) > len(found) and not transfer_set.multi_label:
+        columns = places_in(found, names) or match_classes(repr(model_text), names, found, classes_map).columns
+        return transfer_set.under(names, columns or range(len(found)))
+    if len(names) == len(found):
+        try:
+            columns = match_classes(repr(model_text), names, found, classes_map).columns
+        except ModelError:
+            columns = ()
+        if columns is None:
+            return transfer_set
     where = next((i for i, (a, b) in enumerate(zip(found, names, strict=False)) if a != b), min(len(found), len(names)))
     there, here = ("nothing" if where >= len(n) else repr(n[where]) for n in (found, names))
     raise ClassMismatchError(
         f"class {where} is {there} in {transfer_set.name}, {here} for {model_text}",
-        tip="verify on data of the classes that the model was trained for, in their order",
+        tip="verify on data of the classes that the model was trained for, in their order, or say which is which: "
+        "--classes-map FILE",
     )
 
 

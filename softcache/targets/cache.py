@@ -259,6 +259,7 @@ class Cache:
         labels: Literal["cache", "dataset"] = "cache",
         check_content: ContentCheck | None = None,
         whole: Any = None,
+        classes_map: Mapping[str, str] | None = None,
     ) -> Joined:
         """The data set with each sample's place in this cache, after every check.
 
@@ -274,6 +275,7 @@ class Cache:
             check_content: compare what samples hold with what the teacher saw: "none", "spread" (64 samples) or "full", and
                 refuse where that cannot be done. None: "spread", and where it cannot be done that is said on stderr, once.
             whole: under a policy that mixes, where partners are found; None: the data set itself, or what it was selected from.
+            classes_map: data set's class -> cache's class, for those that are called otherwise.
 
         Raises:
             MissingSampleError: samples that the cache does not hold.
@@ -305,6 +307,7 @@ class Cache:
             digest_kind=self.manifest.plan.samples.digest_kind,
             as_dumped=self._as_dumped,
             same_pixels=self._same_pixels,
+            classes_map=classes_map,
         )
         return Joined(self, dataset, found.rows, labels_changed=found.changed, whole=whole, watch_labels=found.watch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from softcache.config import TrainConfig
-from softcache.data.classes import check_same_classes, class_indices
+from softcache.data.class_counts import chance_warning, described, offset_warning
+from softcache.data.classes import class_indices, read_classes_map
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
 from softcache.data.loading import (
@@ -28,7 +29,7 @@ from softcache.data.loading import (
     spread_items,
     to_device,
 )
-from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError
 from softcache.losses import LossTerm
@@ -60,6 +61,7 @@ class Material:
         ids: (N,) uint64 sample ids in the cache; None without one: those of the keys.
         labelled: how many samples have a label.
         drift: how the views differ from what the teacher saw, by a rounding; None where they do not.
+        warnings: what is odd about the labels, and about who is right on them.
     """
 
     transfer_set: TransferSet
@@ -71,6 +73,7 @@ class Material:
     ids: np.ndarray | None
     labelled: int
     drift: str | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def cache(self) -> Cache | None:
@@ -112,7 +115,15 @@ class Material:
             "samples": len(self.transfer_set),
             "labelled": self.labelled,
             "labels_changed": self.joined.labels_changed if self.joined is not None else 0,
+            "class_warnings": list(self.warnings),
         }
+
+    def described(self) -> str:
+        """The class list with its counts, and how often the cache's members are right."""
+        cache = self.cache
+        rights = [] if cache is None else [(name, s.accuracy) for name, s in cache.manifest.statistics.items()]
+        lines = [f"member {name}: top-1 {share:.2%} in the cache" for name, share in rights if share is not None]
+        return "\n".join([described(self.transfer_set), *lines])
 
     def left_out(self, taken: Input) -> LeftOut | None:
         """What a student with this input does not read of its texts; None where that is nothing worth telling."""
@@ -260,10 +271,12 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
     """
     transfer_set = open_transfer_set(config.data, **config.selection())
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
+    cache, classes_map = _open_cache(config, quiet=quiet), read_classes_map(config.classes_map)
+    if cache is not None:
+        transfer_set = under_classes(transfer_set, cache.class_names, "the cache", classes_map)
     if eval_set is not None:
-        check_same_classes(eval_set, transfer_set)
-    cache = _open_cache(config, quiet=quiet)
-    joined = _join(cache, transfer_set, config) if cache is not None else None
+        eval_set = under_classes(eval_set, transfer_set.class_names, transfer_set.name)
+    joined = _join(cache, transfer_set, config, classes_map) if cache is not None else None
     chosen = tuple(class_indices(transfer_set.class_names, config.classes)) if config.classes else None
     weights = parse_members(config.members)
     teacher = None if cache is None else CachedTeacher(cache, config.combine, weights, config.seed, chosen)
@@ -287,7 +300,21 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
     multi_label = transfer_set.multi_label
     labelled = len(transfer_set) if multi_label else int((transfer_set.labels >= 0).sum())
     check_labels(terms, labelled=labelled, multi_label=multi_label, name=transfer_set.name)
-    return Material(transfer_set, eval_set, policy, joined, teacher, partners, ids, labelled, drift)
+    warnings = tuple(_class_warnings(transfer_set, cache))
+    return Material(transfer_set, eval_set, policy, joined, teacher, partners, ids, labelled, drift, warnings)
+
+
+def _class_warnings(transfer_set: TransferSet, cache: Cache | None) -> Iterator[str]:
+    """What is odd about the labels, and members of the cache that are right no oftener than chance."""
+    if (offset := offset_warning(transfer_set)) is not None:
+        yield offset
+    if cache is None:
+        return
+    for name, s in cache.manifest.statistics.items():
+        views = max(1, s.records // max(1, len(cache)))  # of one sample they are no further samples
+        told = chance_warning(f"member {name!r} of the cache", s.correct / views, s.labelled / views, cache.num_classes)
+        if told is not None:
+            yield told
 
 
 def visits(
@@ -337,12 +364,13 @@ def _open_cache(config: TrainConfig, *, quiet: bool) -> Cache | None:
     return cache
 
 
-def _join(cache: Cache, transfer_set: TransferSet, config: TrainConfig) -> Joined:
+def _join(cache: Cache, transfer_set: TransferSet, config: TrainConfig, classes_map: Mapping[str, str]) -> Joined:
     return cache.join(
         transfer_set,
         by=config.join,  # type: ignore[arg-type]
         labels=config.labels,  # type: ignore[arg-type]
         check_content=config.check_content,  # type: ignore[arg-type]
+        classes_map=None if transfer_set.class_names == cache.class_names else classes_map,
     )
 
 

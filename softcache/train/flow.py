@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.config import TrainConfig
+from softcache.data.class_counts import listed_warnings
 from softcache.data.loading import LoadedBatch, to_device
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
@@ -93,6 +94,10 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     torch.set_num_threads(pick_threads(config.threads))
     stages, device = parse_stages(config), pick_device(config.device)
     material = open_material(config, [term for stage in stages for term in stage.terms], quiet=quiet)
+    if ranks.first:
+        listed_warnings(material.warnings)
+    if not quiet:
+        print(material.described(), file=sys.stderr)
     check_last_batch(len(material.transfer_set), config.batch_size, ranks)
     torch.manual_seed(config.seed)
     model, sample, initialised = build_student(config, material)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from softcache.config import TrainConfig
-from softcache.data.classes import class_order
+from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.loading import ViewedSet, item_shape, spread_items
 from softcache.errors import DataError, ModelError, faults_explained
 from softcache.features.taps import eval_mode
@@ -47,7 +48,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     with faults_explained(DataError, f"the collate of the student {config.student!r}"):
         sample = model.input.collate([item, item])
     _try(model, config.student, sample, item_shape(item))
-    order = _data_order(model, transfer_set.class_names)
+    order = _data_order(model, transfer_set.class_names, read_classes_map(config.classes_map))
     if order is not None:
         reorder_classes(model, order, transfer_set.class_names, sample)
     taken = initialise(model, config.init_from, config.init_map) if config.init_from else None
@@ -62,8 +63,18 @@ def _try(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) ->
         model(sample)
 
 
-def _data_order(model: Model, class_names: Sequence[str]) -> list[int] | None:
-    """The student's outputs in the data's order, where it knows the same classes in another; None: as they are."""
+def _data_order(model: Model, class_names: Sequence[str], classes_map: Mapping[str, str]) -> Sequence[int] | None:
+    """The student's outputs in the data's order, where it knows the same classes in another; None: as they are.
+
+    A start that knows other classes is as good as another: its last layer learns the data's, which is said.
+    """
     declared = model.declared_classes
-    known = declared is not None and set(declared) == set(class_names)
-    return class_order(model.spec, declared, class_names) if known else None
+    if declared is None:
+        return None
+    try:
+        return match_classes(model.spec, declared, class_names, classes_map).columns
+    except ModelError as exc:
+        if classes_map and set(classes_map.values()) & set(declared):
+            raise
+        print(f"softcache: {exc.message}; its last layer begins with what it learned of those", file=sys.stderr)
+        return None

@@ -246,6 +246,30 @@ def test_any_torchvision_class_opens_by_name() -> None:
     assert fake.keys[5] == "all/000005"
 
 
+def test_imagenet_of_torchvision_opens_though_two_classes_are_called_crane(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets as zoo
+    from torch.utils.data import Dataset
+
+    class Stub(Dataset[Any]):
+        classes = (("crane",), ("tench", "Tinca tinca"), ("crane",))
+        targets = (2, 0, 1)
+
+        def __init__(self, root: str, split: str = "train") -> None:
+            self.split = split
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return np.full((2, 2), index, np.uint8), self.targets[index]
+
+    monkeypatch.setattr(zoo, "ImageNet", Stub)
+    found = open_transfer_set("torchvision:ImageNet?root=.&split=val")
+    assert found.class_names == ("crane", "tench, Tinca tinca", "crane (2)")
+    chosen = open_transfer_set("torchvision:ImageNet?root=.", keep_labels=["tench, Tinca tinca", "crane (2)"])
+    assert chosen.labels.tolist() == [2, 1]
+
+
 def write_cifar(root: Path) -> None:
     """Two rows of CIFAR-10 in torchvision's own layout; it is asked not to look at checksums."""
     folder = root / "cifar-10-batches-py"
@@ -366,15 +390,27 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     assert open_transfer_set(f"imagefolder:{tmp_path / 'set'}")[0][0].shape == (4, 8, 3)
 
 
+def test_an_empty_folder_keeps_its_class(animals: Path) -> None:
+    for name in ("bee", "eel/nest"):
+        (animals / name).mkdir(parents=True)
+    write(animals / "bee/.gitkeep", "")
+    found = open_transfer_set(f"imagefolder:{animals}")
+    check_whole(found)
+    assert found.class_names == ("bee", "cat", "dog", "eel")
+    assert found.labels.tolist() == [1] * 7 + [2]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda root: None, "there is no such folder"),
         (lambda root: root.mkdir(), "holds no folders"),
         (lambda root: write_png(root / "a.png", np.zeros((2, 2))), "holds no folders"),
-        (lambda root: write(root / "cat/notes.txt", ""), r"cat: holds no images, so class 'cat'"),
+        (lambda root: write(root / "cat/notes.txt", ""), r"cat: holds no images, so class 'cat'.* notes.txt is none"),
+        (lambda root: write(root / "__MACOSX/cat/._a.png", ""), r"__MACOSX: holds no images"),
+        (lambda root: (root / "cat").mkdir(parents=True), r"none of its 1 folders holds an image"),
     ],
-    ids=["missing", "empty", "flat", "empty-class"],
+    ids=["missing", "empty", "flat", "other-files", "archive", "all-empty"],
 )
 def test_imagefolder_that_cannot_be_opened(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
     make(tmp_path / "images")
@@ -544,6 +580,7 @@ def test_factory_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("twos", "of sample twos/000000 is not 0 or 1"),
         ("columns", "label rows have 3 columns for 2 classes"),
         ("twins", "two classes are called 'cat'"),
+        ("row_numbers", "250 different labels in 250 samples"),
         ("triple", "a tuple of 3, expected"),
         ("nameless", r"dict of 'input_ids', 'label'"),
         ("plane", r"has no factory 'plane'[^$]*did you mean 'plain'"),

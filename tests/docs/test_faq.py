@@ -73,6 +73,7 @@ def darker():
 DIGITS = "digits?rows=0-59"
 NOISY = "synthetic:images?size=8&channels=1&count=300&noise="
 MLP = "softcache:mlp?hidden=8"
+FOUR = "synthetic:images?size=8&channels=1&classes=4"
 
 
 def dump(data: str, teacher: str, out: str, *more: str) -> list[str]:
@@ -98,7 +99,7 @@ CASES = (
     Case("Contents differ", (train(f"{NOISY}10", "NEW", "--cache", "caches/noisy"),)),
     Case(
         "Another class list",
-        (train("synthetic:images?size=8&channels=1&classes=9", "NEW", *FROM_CACHE),),
+        (train("synthetic:images?size=8&channels=1&classes=11", "NEW", *FROM_CACHE),),
     ),
     Case("The cache names code", (train(DIGITS, "NEW", "--cache", "caches/views"),)),
     Case(
@@ -113,7 +114,8 @@ CASES = (
     Case("Two outputs for one batch", (dump(DIGITS, "user.py:teacher?kind=random", "NEW"),)),
     Case("Probabilities", (dump(DIGITS, "user.py:teacher?kind=probs", "NEW"),)),
     Case("No weights", (dump(DIGITS, MLP, "NEW"),)),
-    Case("Weights that do not fit", (dump("synthetic:images?size=8&channels=1&classes=4", f"{MLP}@runs/t", "NEW"),)),
+    Case("Weights that do not fit", (train(FOUR, "NEW", student=f"{MLP}@runs/t"),)),
+    Case("The teacher knows other classes", (dump(FOUR, "runs/t", "NEW"),)),
     Case(
         "It is not finished",
         (dump(f"{NOISY}40", "runs/t", "NEW", "--shard-rows", "256", "--part", "1/2"), ["inspect", "NEW"]),

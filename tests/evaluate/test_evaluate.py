@@ -16,7 +16,6 @@ from conftest import WORLDS, needs
 from softcache import cli, dump
 from softcache import open as open_cache
 from softcache.config import DumpConfig, EvalConfig
-from softcache.data.classes import class_order
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ClassMismatchError, ConfigError, DataError, ModelError
 from softcache.evaluate import measure
@@ -129,16 +128,6 @@ def test_a_models_classes_are_brought_into_the_datas_order(pieces: Path) -> None
     assert fitted[0] == pytest.approx(fitted[1]) and fitted[0] != 0
     with pytest.raises(ModelError, match="knows other classes than the data has, for example 'hen'"):
         measured(f"{pieces}:turned?names=ant+bee+cat+dog+eel+fox+hen", data)
-
-
-def test_wordnet_ids_in_their_order_are_imagenets_classes() -> None:
-    ids = tuple(f"n{number:08d}" for number in (1440764, 1443537, 1484850))
-    names = ("tench", "goldfish", "great white shark")
-    assert class_order("m", names, ids) is None
-    with pytest.raises(ModelError, match="other classes"):
-        class_order("m", names, ids[::-1])
-    assert class_order("m", names, names[::-1]) == [2, 1, 0]
-    assert class_order("m", None, names) is None is class_order("m", names, names)
 
 
 # -------------------------------------------------------------------------------------------------------------------- biases

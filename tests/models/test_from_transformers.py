@@ -270,6 +270,13 @@ def test_classes_are_matched_by_name(
     assert torch.equal(found, wanted if order is None else wanted[:, order])
 
 
+def test_some_of_its_classes_are_chosen_by_name(bert: Path) -> None:
+    change(bert / "config.json", id2label={0: "c", 1: "a", 2: "b"}, label2id={"c": 0, "a": 1, "b": 2})
+    one = teacher_of(f"hf:{bert}", ("b", "c"))
+    assert (one.match.columns, one.class_order) == ((2, 0), None)
+    assert torch.equal(one(one.collate(TEXTS)).logits, live(bert, TEXTS).logits[:, [2, 0]])
+
+
 def test_a_fingerprint_says_what_is_computed_and_not_where_it_lies(bert: Path, tmp_path: Path) -> None:
     first = teacher_of(f"hf:{bert}")
     assert first.name == "bert" and "/" not in first.model_spec

@@ -145,8 +145,10 @@ INNER: dict[str, dict[str, set[str]]] = {
         "choose_codec": {"features_for", "job", "layout", "teacher"},
         "encode": {"layout", "teacher"},
         "pixels": {"choose_codec"},
+        "class_report": {"encode", "teacher"},
         "flow": {
             "choose_codec",
+            "class_report",
             "encode",
             "job",
             "layout",

@@ -520,11 +520,11 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param({"cache": "views", "size": 8}, ConfigError, "cannot render at 8 pixels", "", id="size"),
         pytest.param({"cache": "one", "cache_id": "zz"}, CacheError, "0 manifests match", "", id="unknown id"),
         pytest.param({"data": "{}:toy?labels=none"}, LossError, "no sample of .* has one", "soft targets", id="ce"),
-        pytest.param({"cache": "one", "data": "{}:three_classes"}, ClassMismatchError, "3 classes", "", id="classes"),
+        pytest.param({"cache": "one", "data": "{}:five_classes"}, ClassMismatchError, "5 classes", "", id="classes"),
         pytest.param(
             {"cache": "one", "data": "{}:turned"}, ClassMismatchError, "in another order", "", id="class order"
         ),
-        pytest.param({"eval_data": "{}:three_classes"}, ClassMismatchError, "3 classes", "", id="classes of eval data"),
+        pytest.param({"eval_data": "{}:five_classes"}, ClassMismatchError, "5 classes", "", id="classes of eval data"),
         pytest.param({"loss": ("ce:temperature=2",)}, LossError, "no setting 'temperature'", "", id="parameter"),
         pytest.param({"loss": ("cee",)}, LossError, "unknown loss 'cee'", "'ce'", id="loss"),
         pytest.param({"cache": "one", "loss": ("kd:temperature=0",)}, LossError, "must be > 0", "", id="temperature"),
@@ -634,7 +634,7 @@ def test_a_rounding_is_one_recorded_warning(
     told = capsys.readouterr().err
     drift = json.loads((tmp_path / "run/run.json").read_text())["drift"]
     assert drift.endswith("of 64 checked views differ from what the teacher saw, by 1 of 255")
-    assert told == f"softcache: warning: {drift}; the run records it\n"
+    assert told.startswith(f"softcache: warning: {drift}; the run records it\n") and told.count(drift) == 1
 
 
 def test_a_policy_of_the_students_own_is_recorded_as_mismatched(world: World, tmp_path: Path) -> None:

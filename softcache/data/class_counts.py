@@ -1,0 +1,92 @@
+"""How many samples each class has, and what is odd about labels or about who is right on them: told once, refused never."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from softcache.data.classes import are_numbers
+from softcache.data.transfer_set import TransferSet
+
+SHOWN = 20  # classes that are listed one by one
+STANDARD_ERRORS = 3.0
+FAIR = 0.25  # a teacher that is this far from chance to perfection is fair
+
+
+def warn(text: str) -> None:
+    """A warning for the person at the terminal, in the one form that softcache has for it."""
+    print(f"softcache: warning: {text}", file=sys.stderr)
+
+
+def class_counts(transfer_set: TransferSet) -> np.ndarray:
+    """(C,) samples of each class; of several labels per sample, those that have it."""
+    labels = transfer_set.labels
+    if transfer_set.multi_label:
+        return np.asarray(labels.sum(axis=0))
+    return np.bincount(labels[labels >= 0], minlength=transfer_set.num_classes)
+
+
+def described(transfer_set: TransferSet) -> str:
+    """The class list with its counts, in one line; of many classes the fewest, the most and the empty ones."""
+    counts, names = class_counts(transfer_set), transfer_set.class_names
+    unlabelled = 0 if transfer_set.multi_label else int((transfer_set.labels < 0).sum())
+    rest = f"; {unlabelled:,} samples without a label" if unlabelled else ""
+    if len(names) <= SHOWN:
+        listed = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+        return f"{len(names)} classes: {listed or 'none'}{rest}"
+    order = np.argsort(counts, kind="stable")
+    few, many = (", ".join(f"{names[i]} {counts[i]:,}" for i in these) for these in (order[:3], order[:-4:-1]))
+    empty = int((counts == 0).sum())
+    none = f"; {empty:,} classes have none" if empty else ""
+    return f"{len(names):,} classes, from {few} to {many} samples{none}{rest}"
+
+
+def offset_warning(transfer_set: TransferSet) -> str | None:
+    """Labels that leave class 0 empty and fill all others: they may count from 1; None where they do not."""
+    whole = transfer_set.whole
+    if whole.multi_label or whole.num_classes < 3 or not are_numbers(whole.class_names):
+        return None
+    counts = class_counts(whole)
+    if counts[0] or not counts[1:].all():
+        return None
+    return (
+        f"no sample has label 0, and all of 1 to {whole.num_classes - 1} have samples: labels that count from 1 make a class "
+        "that nothing belongs to; count from 0, or give the data set class_names"
+    )
+
+
+def chance_warning(what: str, correct: float, labelled: float, classes: int) -> str | None:
+    """Where the largest class is the label's no oftener than chance would have it; None where it is, or too few rows tell.
+
+    Not above 1/C by three standard errors, while a fair teacher would have been right so seldom in less than 1 of 100 cases.
+
+    Args:
+        what: who is right, for the message.
+        correct: of `labelled` rows.
+    """
+    if classes < 2 or labelled < 1:
+        return None
+    chance, share = 1 / classes, correct / labelled
+    fair = chance + FAIR * (1 - chance)
+    error = math.sqrt(chance * (1 - chance) / labelled)
+    if share > chance + STANDARD_ERRORS * error or share >= fair:
+        return None
+    bits = share * math.log(share / fair) if share else 0.0
+    bits += (1 - share) * math.log((1 - share) / (1 - fair))
+    if math.exp(-labelled * bits) > 0.01:  # Chernoff's bound on so few right answers of a fair teacher
+        return None
+    return (
+        f"{what} is right on {share:.2%} of {labelled:,.0f} labelled samples, and chance is {chance:.2%}: its "
+        "columns may be other classes than the data's, or its weights or its input other than it was trained with"
+    )
+
+
+def listed_warnings(found: Sequence[str | None]) -> list[str]:
+    """Those that are there, each told."""
+    told = [text for text in found if text is not None]
+    for text in told:
+        warn(text)
+    return told

@@ -1,0 +1,43 @@
+"""The classes that a model's weights name, found before the network is built: how many outputs it is to have depends on them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from softcache.models.from_timm import names_timm_weights, timm_classes
+from softcache.models.from_torchvision import torchvision_weights
+from softcache.models.from_transformers import transformer_classes
+from softcache.models.weights import names_torchvision_weights, read_saved, split_weights
+from softcache.spec import parse_spec
+
+
+def own_classes(text: str) -> tuple[str, ...] | None:
+    """The class names, in the order of the outputs; None where the weights name none, or a factory builds the network.
+
+    Args:
+        text: `MODEL`, `MODEL@WEIGHTS` or a run folder, as `load_model` takes it.
+
+    Raises:
+        ModelError, ConfigError: no such weights.
+    """
+    if os.path.exists(text):
+        return _saved(text)
+    head, weights = split_weights(text)
+    spec = parse_spec(head)
+    if spec.scheme in ("torchvision", "timm"):  # to a factory it may mean anything
+        weights = weights or spec.parameters.get("weights", "")
+    if spec.scheme == "hf":
+        return transformer_classes(spec.name)
+    if not weights:
+        return None
+    if names_torchvision_weights(spec, weights):
+        return tuple(torchvision_weights(spec.name, weights).meta["categories"])
+    if names_timm_weights(spec, weights):
+        return timm_classes(spec.name, weights)
+    return _saved(weights) if Path(weights).exists() else None
+
+
+def _saved(path: str) -> tuple[str, ...] | None:
+    saved = read_saved(path)
+    return None if saved is None else saved.class_names or None
