@@ -101,7 +101,7 @@ def test_the_settings_of_a_model_are_taken_as_they_are() -> None:
         {"a": {"b": {"c": {"d": {"e": {}}}}}},
         {"a": object()},
     ],
-    ids=str,
+    ids=lambda setting: next(iter(setting)),
 )
 def test_a_setting_that_could_fetch_or_choose_code_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"runs/a: its configuration of transformers has a config\.[\s\S]*hf:FOLDER"):
