@@ -107,8 +107,14 @@ def refuse_linked_folders(root: Path, what: str = "cache") -> None:
     A link in the place of a file needs no such look: a file is written under a new name, which is then given to it.
     """
     for link in _linked_folders(root):
+        refuse_link(link, what)
+
+
+def refuse_link(path: Path, what: str) -> None:
+    """Raise DumpError where this path, in a folder that is called `what`, is a symbolic link."""
+    if path.is_symlink():
         raise DumpError(
-            f"{link}: is a symbolic link; links inside a {what} are not followed",
+            f"{path}: is a symbolic link; links inside a {what} are not followed",
             tip="put a folder with its files in its place, or choose another one to write into",
         )
 

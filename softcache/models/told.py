@@ -103,9 +103,7 @@ def check_config(told: Any, text: str) -> dict[str, Any]:
 def _check_setting(value: Any, text: str, place: str, deep: int) -> None:
     if isinstance(value, Mapping) and deep > 0:
         for key, inner in value.items():
-            if not isinstance(key, str) or FETCHES.fullmatch(key):
-                if inner in (None, False):
-                    continue
+            if not isinstance(key, str) or (FETCHES.fullmatch(key) and not _is_number(inner)):
                 _refuse_setting(text, f"{place}.{key}")
             _check_setting(inner, text, f"{place}.{key}", deep - 1)
     elif isinstance(value, list) and deep > 0:
@@ -122,6 +120,13 @@ def _check_setting(value: Any, text: str, place: str, deep: int) -> None:
             _refuse_setting(text, place)
     else:
         _refuse_setting(text, place)
+
+
+def _is_number(value: Any) -> bool:
+    """A size, or a list of them, or nothing: a convolution has a kernel too."""
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return value is None or value is False or (isinstance(value, int | float) and value is not True)
 
 
 def _refuse_setting(text: str, place: str) -> None:

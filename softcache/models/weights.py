@@ -110,7 +110,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _opened(weights_file(str(path)))
 
 
-_WHOLE: dict[tuple[int, ...], dict[str, str]] = {}  # files that were compared with their digests in this process
+# files that were compared with their digests in this process, and what their metadata say
+_WHOLE: dict[tuple[int, ...], dict[str, str]] = {}
 
 
 def _opened(path: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from softcache.config import TrainConfig, to_toml
 from softcache.errors import LockedError, TrainingError
 from softcache.files import durable
 from softcache.files.inside import RUN as IN_RUN
-from softcache.files.inside import is_inside, read_inside, refuse_linked_folders
+from softcache.files.inside import is_inside, read_inside, refuse_link
 from softcache.files.locks import release_lock, take_lock
 from softcache.models.seal import FORMAT, check_format
 from softcache.models.told import load_json
@@ -93,7 +93,7 @@ def locked(out: Path) -> Iterator[None]:
         LockedError: another process trains here.
     """
     durable.make_folder(out)
-    refuse_linked_folders(out, "run folder")
+    refuse_link(out / TENSORBOARD, "run folder")  # the only folder in it that is written into
     try:
         fd = take_lock(out / LOCK)
     except BlockingIOError:

@@ -24,6 +24,10 @@ BERT: dict[str, Any] = {
     "rope_scaling": {"type": "linear", "factor": 2.0},
     "auto_map": None,
     "use_kernels": False,
+    "conv_kernel_size": 9,
+    "conv_kernel_sizes": [3, 5],
+    "backbone_width": 0.5,
+    "pretraining_tp": 1,
 }
 
 

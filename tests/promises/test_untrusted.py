@@ -82,6 +82,12 @@ def test_a_run_that_is_resumed_writes_through_no_link(name: str, link: Any, plac
     assert not Path("run", name).is_symlink()
 
 
+def test_the_folder_for_tensorboard_is_no_link(place: Path, outside: Path) -> None:
+    Path("run/tensorboard").symlink_to(outside / "full")
+    done = do("resume", place, outside)
+    assert (done.code, done.faults) == (2, []) and "run/tensorboard: is a symbolic link" in done.said
+
+
 @pytest.mark.parametrize("file", ["dump/part-1-of-1.lock", "dump/repair.lock"])
 def test_a_lock_with_a_second_name_is_not_written(file: str, place: Path, outside: Path) -> None:
     Path("cache", file).unlink(missing_ok=True)
@@ -230,6 +236,21 @@ def test_a_recipe_of_the_users_own_names_its_factories(
     assert cli.main(["reproduce", "r.toml", "--out", "out", "--device", "cpu", "--quiet"]) == 0
     made = cli.main(["reproduce", "r.toml", "--out", "out", "--device", "cpu", "--quiet", "--use", "a=run"])
     assert made == 0, capsys.readouterr().err  # of softcache's own: built by name
+
+
+HARMFUL = [
+    name
+    for name in texts.RECIPES
+    if name.startswith(("a step", "a billion", "laughs", "deep", "large", "pairs", "words"))
+]
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_recipe_that_would_leave_its_folder_or_grow_is_refused(name: str, place: Path, outside: Path) -> None:
+    text = texts.RECIPES[name]
+    Path("r.toml").write_bytes(text.encode() if isinstance(text, str) else text)
+    done = world.judge(name, ["reproduce", "r.toml", "--out", "fresh", "--device", "cpu"], place, outside)
+    assert (done.code, done.faults) == (2, []) and not Path("fresh").exists()
 
 
 def test_a_note_of_a_recipe_that_names_somebody_elses_run_is_not_believed(place: Path, outside: Path) -> None:
