@@ -498,7 +498,7 @@ def _damage(cache: Path) -> None:
 
 def judged(outcomes: Sequence[Outcome]) -> list[str]:
     """A table: how many, and of what kind their faults are."""
-    kinds = ("code run", "outside touched", "network asked", "traceback", "escapes", "seconds")
+    kinds = ("code run", "outside touched", "network asked", "traceback", "escapes", "something else", "seconds")
     lines = [
         f"{len(outcomes)} cases, {sum(o.code == 0 for o in outcomes)} went on, {sum(o.code != 0 for o in outcomes)} were refused"
     ]
