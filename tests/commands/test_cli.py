@@ -213,8 +213,8 @@ MISTAKES = [
     row(
         "views by code of the cache",
         ["views", "cache", "--sample", "toy/001.png"],
-        "--data pieces.py:toy.*say it yourself.*views cache --sample toy/001.png --allow-code",
-        "--allow-code",
+        "made with --data pieces.py:toy.*softcache views cache --sample toy/001.png --allow-code",
+        "say it yourself: --data pieces.py:toy",
     ),
     row("views without a sample", ["views", "cache"], "--sample is missing", "--sample KEY: whose views"),
     row("views of no kind", ["views", "cache", "--sample", "toy/001.png", "--out", "v.gif"], "is a PNG", ".png"),

@@ -96,6 +96,16 @@ def test_a_lock_with_a_second_name_is_not_written(file: str, place: Path, outsid
         assert do(verb, place, outside).faults == []
 
 
+@pytest.mark.parametrize("attack", ["a pipe", "a socket", "link to nothing", "link to a file", "hard link", "noise"])
+def test_what_lies_where_a_repair_works_is_not_opened(attack: str, place: Path, outside: Path) -> None:
+    """To clear such a folder away it was opened, and of a pipe it was waited for its writer."""
+    runs.ATTACKS[attack](place / "cache/dump/repair", outside)
+    runs._damage(place / "cache")
+    done = do("repair by a teacher", place, outside)
+    assert (done.code, done.faults) == (0, [])
+    assert do("verify --full", place, outside).code == 0
+
+
 def test_a_journal_with_a_second_name_is_refused(place: Path, outside: Path) -> None:
     Path("cache/manifest.json").unlink()
     shutil.rmtree("cache/members/run")

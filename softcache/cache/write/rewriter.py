@@ -72,7 +72,10 @@ class Rewriter:
         release_lock(self._lock)
 
     def _clear(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.is_dir() and not self.path.is_symlink():
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:  # of a pipe it would wait for the writer
+            durable.remove(self.path)
 
     def concerns(self, number: int) -> bool:
         """Whether a round wrote something damaged."""
