@@ -181,8 +181,8 @@ class Fuzz:
             self._flush_batch()
 
     def _read_file(self, file: StoredFile) -> str:
-        """Read all that is in one file, every block checked."""
-        reader = CacheReader(self.root, check_blocks="always")
+        """Read all that is in one file, every block checked; not the hash of it, which nothing else would be seen behind."""
+        reader = CacheReader(self.root, check_blocks="always", check_files=False)
         return "the same numbers" if same(part_of(reader, file), part_of_honest(self.honest, file)) else "OTHER NUMBERS"
 
     def _open_file(self, file: StoredFile, entry: StoredFile) -> str:

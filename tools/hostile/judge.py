@@ -46,8 +46,10 @@ def read_decoded(cache: softcache.Cache) -> dict[str, np.ndarray]:
     return found
 
 
-def read_everything(path: Path, *, check_blocks: CheckBlocks = "first") -> dict[str, np.ndarray]:
-    cache = softcache.open(path, check_blocks=check_blocks)
+def read_everything(
+    path: Path, *, check_blocks: CheckBlocks = "first", check_files: bool = True
+) -> dict[str, np.ndarray]:
+    cache = softcache.open(path, check_blocks=check_blocks, check_files=check_files)
     return read_stored(cache.reader) | {f"decoded/{name}": value for name, value in read_decoded(cache).items()}
 
 
