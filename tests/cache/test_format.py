@@ -38,6 +38,7 @@ from softcache.codecs.fidelity import round_up_to_half
 from softcache.codecs.packing import pack
 from softcache.codecs.packing import unpack as unpack_numbers
 from softcache.config import DumpConfig
+from softcache.data.classes import Match
 from softcache.data.identity import file_digest, item_digest, pixel_digest, sample_id
 from softcache.data.philox import Draws, philox, step_key
 from softcache.data.views import STEPS, Policy, make_step
@@ -1476,9 +1477,9 @@ def test_what_logits_mean_by_output(output: str, multi_label: bool) -> None:
     if output == "log_probs":
         probs = np.maximum(probs, 1e-30)
     given = {"logits": np.array([[1.5, -2.0, 0.25]] * 3), "log_probs": np.log(np.maximum(probs, 1e-30)), "probs": probs}
-    order = [2, 0, 1]
+    match = Match((2, 0, 1), 3, "by name")
     teacher = Teacher(
-        "t", "", lambda _: given[output], list, output=output, num_classes=3, multi_label=multi_label, class_order=order
+        "t", "", lambda _: given[output], list, output=output, num_classes=3, multi_label=multi_label, match=match
     )
     made = teacher(None)
     log_p, log_q = np.log(np.maximum(probs, floor_)), np.log(np.maximum(1 - probs, floor_))
@@ -1488,7 +1489,7 @@ def test_what_logits_mean_by_output(output: str, multi_label: bool) -> None:
         expected, floored = log_p - log_q, int((probs < floor_).sum() + (1 - probs < floor_).sum())
     else:
         expected, floored = log_p, int((probs < floor_).sum())
-    np.testing.assert_allclose(made.logits.numpy(), expected[:, order], rtol=1e-6)
+    np.testing.assert_allclose(made.logits.numpy(), expected[:, match.columns], rtol=1e-6)
     assert made.floored == floored
 
 

@@ -161,6 +161,7 @@ def test_a_view_that_stands_still_is_told_once(
     )
 
     one_view = quick_dump(out="one").join(open_transfer_set(f"{toy}:images"))
+    capsys.readouterr()
     moving = joined.for_view(0)
     for epoch in range(6):
         moving.set_epoch(epoch)

@@ -345,6 +345,7 @@ def test_positions_name_samples_of_torchvisions_own_classes_alone(
 ) -> None:
     own = cifar(tmp_path, monkeypatch)
     cache = quick_dump(f"torchvision:CIFAR10?root={tmp_path}")
+    capsys.readouterr()
     rows = cache.join(own(tmp_path), check_content="full").rows.tolist()
     assert cache.join(own(tmp_path, transform=scaled)).rows.tolist() == rows
     order = np.argsort(own(tmp_path).targets, kind="stable")

@@ -262,7 +262,9 @@ def test_random_states_and_progress_come_back(tmp_path: Path) -> None:
     random.seed(1)
     random.gauss(0, 1)  # leaves half a pair behind
     np.random.standard_normal()
-    progress = Progress(1, 3, 2, {"loss": torch.tensor(0.5, dtype=torch.float64)}, [{"loss": 0.5, "view": 1}])
+    progress = Progress(
+        1, 3, 2, {"loss": torch.tensor(0.5, dtype=torch.float64)}, [{"epoch": 0, "loss": 0.5, "view": 1}]
+    )
     save_progress(tmp_path, pieces(3.0), progress, Ranks())
     expected = draw()
     assert draw() != expected
