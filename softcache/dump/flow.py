@@ -38,7 +38,7 @@ from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
 from softcache.dump.teacher import Teacher, open_teacher
-from softcache.errors import DumpError, ModelError
+from softcache.errors import DumpError, ModelError, printable
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 
 
@@ -108,7 +108,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     plan = replace(plan, license=job.base.plan.license if job.base else config.license)
     workers = pick_workers(config.workers, device)
     if not quiet:
-        print(sizes(plan, storages), described(transfer_set), sep="\n", file=sys.stderr)
+        print(sizes(plan, storages), printable(described(transfer_set)), sep="\n", file=sys.stderr)
 
     def make_setup() -> Setup:
         constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
@@ -136,7 +136,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
             teacher.check_at_end()
         told = provenance(config, started, clock)
         if not quiet:
-            print(report.text(), file=sys.stderr)
+            print(printable(report.text()), file=sys.stderr)
         told["classes"] = report.facts(listed_warnings(report.warnings()))
         manifest = writer.commit(card, told)
         if manifest is None and part.count == 1:

@@ -38,6 +38,7 @@ from softcache.codecs.fidelity import round_up_to_half
 from softcache.codecs.packing import pack
 from softcache.codecs.packing import unpack as unpack_numbers
 from softcache.config import DumpConfig
+from softcache.data.classes import Match
 from softcache.data.identity import file_digest, item_digest, pixel_digest, sample_id
 from softcache.data.philox import Draws, philox, step_key
 from softcache.data.views import STEPS, Policy, make_step
@@ -1478,7 +1479,14 @@ def test_what_logits_mean_by_output(output: str, multi_label: bool) -> None:
     given = {"logits": np.array([[1.5, -2.0, 0.25]] * 3), "log_probs": np.log(np.maximum(probs, 1e-30)), "probs": probs}
     order = [2, 0, 1]
     teacher = Teacher(
-        "t", "", lambda _: given[output], list, output=output, num_classes=3, multi_label=multi_label, class_order=order
+        "t",
+        "",
+        lambda _: given[output],
+        list,
+        output=output,
+        num_classes=3,
+        multi_label=multi_label,
+        match=Match(tuple(order), 3, ""),
     )
     made = teacher(None)
     log_p, log_q = np.log(np.maximum(probs, floor_)), np.log(np.maximum(1 - probs, floor_))
