@@ -10,6 +10,7 @@ import numpy as np
 
 from softcache.data.classes import are_numbers
 from softcache.data.transfer_set import TransferSet
+from softcache.errors import printable
 
 SHOWN = 20  # classes that are listed one by one
 STANDARD_ERRORS = 3.0
@@ -18,7 +19,7 @@ FAIR = 0.25  # a teacher that is this far from chance to perfection is fair
 
 def warn(text: str) -> None:
     """A warning for the person at the terminal, in the one form that softcache has for it."""
-    print(f"softcache: warning: {text}", file=sys.stderr)
+    print(printable(f"softcache: warning: {text}"), file=sys.stderr)
 
 
 def class_counts(transfer_set: TransferSet) -> np.ndarray:

@@ -39,7 +39,7 @@ from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
 from softcache.dump.teacher import Teacher, open_teacher
-from softcache.errors import DumpError, ModelError
+from softcache.errors import DumpError, ModelError, printable
 from softcache.files.durable import require_room
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model
@@ -114,7 +114,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     workers = pick_workers(config.workers, device)
     lost = left_out_of(teachers, prober)
     if not quiet:
-        print(sizes(plan, storages), described(transfer_set), sep="\n", file=sys.stderr)
+        print(sizes(plan, storages), printable(described(transfer_set)), sep="\n", file=sys.stderr)
         for name, one in lost.items():
             print(f"teacher {name!r}: {one.text()}", file=sys.stderr)
 
@@ -146,7 +146,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         told = provenance(config, started, clock) | told_of(teachers, lost)
         unread = left_out_before(out, len(plan.rounds) - 1) | {name: one.text() for name, one in lost.items()}
         if not quiet:
-            print(report.text(), file=sys.stderr)
+            print(printable(report.text()), file=sys.stderr)
         told["classes"] = report.facts(listed_warnings(report.warnings()))
         manifest = writer.commit(partial(card, left_out=unread), told)
         if manifest is None and part.count == 1:

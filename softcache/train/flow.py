@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from softcache.config import TrainConfig
 from softcache.data.class_counts import listed_warnings
 from softcache.data.loading import LoadedBatch, to_device
+from softcache.errors import printable
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device, pick_threads
@@ -97,7 +98,7 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     if ranks.first:
         listed_warnings(material.warnings)
     if not quiet:
-        print(material.described(), file=sys.stderr)
+        print(printable(material.described()), file=sys.stderr)
     check_last_batch(len(material.transfer_set), config.batch_size, ranks)
     torch.manual_seed(config.seed)
     model, sample, initialised = build_student(config, material)

@@ -12,7 +12,7 @@ import torch
 from softcache.config import TrainConfig
 from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.loading import ViewedSet, item_shape, spread_items
-from softcache.errors import DataError, ModelError, faults_explained
+from softcache.errors import DataError, ModelError, faults_explained, printable
 from softcache.features.taps import eval_mode
 from softcache.models import Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
@@ -76,5 +76,6 @@ def _data_order(model: Model, class_names: Sequence[str], classes_map: Mapping[s
     except ModelError as exc:
         if classes_map and set(classes_map.values()) & set(declared):
             raise
-        print(f"softcache: {exc.message}; its last layer begins with what it learned of those", file=sys.stderr)
+        said = f"softcache: {exc.message}; its last layer begins with what it learned of those"
+        print(printable(said), file=sys.stderr)
         return None

@@ -313,7 +313,9 @@ def test_a_mistake_gets_a_message_a_tip_and_an_exit_code(
     assert re.search(message, text, re.DOTALL), text
     assert "Traceback" not in text
     if code == 2:
-        assert re.search("^softcache: error: ", errors, re.MULTILINE)  # a warning may stand before it
+        assert all(
+            line.startswith("softcache: warning: ") for line in errors.partition("softcache: error: ")[0].splitlines()
+        )
         assert said == ""
     if tip is not None:
         assert re.search(r"^  tip: .*" + tip, errors, re.MULTILINE), errors
