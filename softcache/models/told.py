@@ -20,6 +20,9 @@ NUMBERS = re.compile(r"[-+0-9.eE]{0,32}(,[-+0-9.eE]{1,32}){0,1024}|true|false|no
 NAME = re.compile(r"\w{1,128}", re.ASCII)
 MOST = 2**24  # of a width or a number of layers
 MANY_LAYERS = 1024
+MOST_OF_OTHERS = (
+    4096  # channels, or pixels of a side: torchvision's and timm's networks are not laid out without memory
+)
 # of a transformers configuration: what would have it fetch something, or choose code by a name
 FETCHES = re.compile(
     "auto_map|.*name_or_path|.*attn_implementation|.*experts_implementation|.*kernel.*|quantization_config|backbone.*|.*pretrained.*"
@@ -72,7 +75,7 @@ def check_spec(spec: Spec, text: str, *, allow_code: bool) -> None:
 
 def _check_numbers(spec: Spec, text: str, again: str) -> None:
     for key, value in spec.parameters.items():
-        most = MANY_LAYERS if key in ("depth", "layers") else MOST
+        most = MANY_LAYERS if key in ("depth", "layers") else MOST if spec.scheme == "softcache" else MOST_OF_OTHERS
         numbers = [_number(one) for one in value.split(",")]
         if len(numbers) > MANY_LAYERS or any(abs(one) > most for one in numbers):
             raise ModelError(

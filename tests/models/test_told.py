@@ -79,6 +79,12 @@ def test_numbers_that_no_network_has_are_refused(query: str) -> None:
         check_spec(parse_spec(f"softcache:mlp?{query}"), "runs/a", allow_code=False)
 
 
+def test_of_other_packages_only_small_numbers_are_taken() -> None:
+    check_spec(parse_spec("timm:vit_tiny_patch16_224?img_size=4096"), "runs/a", allow_code=False)
+    with pytest.raises(ModelError, match=r"in_channels is over 4,096[\s\S]*yourself"):
+        check_spec(parse_spec("timm:resnet18?in_channels=16000000"), "runs/a", allow_code=False)
+
+
 def test_the_settings_of_a_model_are_taken_as_they_are() -> None:
     assert check_config(BERT, "runs/a") == BERT
 
