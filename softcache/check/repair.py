@@ -34,9 +34,10 @@ from softcache.data.loading import Partners, ViewedSet
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.dump.choose_codec import Prober, storage_of
-from softcache.dump.flow import open_teachers, write_spans
+from softcache.dump.flow import write_spans
 from softcache.dump.job import order_of
 from softcache.dump.made_with import left_out_before
+from softcache.dump.open_teachers import open_teachers
 from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import make_samples, open_samples

@@ -23,28 +23,24 @@ from softcache.cache.reader import CacheReader
 from softcache.cache.schema import Span
 from softcache.cache.write.rewriter import Rewriter
 from softcache.cache.write.writer import CacheWriter, Part, Setup
-from softcache.config import DumpConfig, StorageOptions, parse_part
+from softcache.config import DumpConfig, parse_part
 from softcache.data.class_counts import described, listed_warnings
-from softcache.data.classes import read_classes_map
 from softcache.data.drift import make_probe
 from softcache.data.loading import Pair, Partners, ViewedSet, load_batches
-from softcache.data.transfer_set import TransferSet
 from softcache.dump.choose_codec import Prober, choose_storages
 from softcache.dump.class_report import ClassReport
 from softcache.dump.encode import Encoded, encode
 from softcache.dump.job import extension_job, make_plan, match_members, new_job
 from softcache.dump.layout import Storage, bytes_of_spans, sizes
 from softcache.dump.made_with import left_out_before, made_with, provenance, told_of
+from softcache.dump.open_teachers import left_out_of, open_teachers
 from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
-from softcache.dump.teacher import Teacher, open_teacher
-from softcache.errors import DumpError, ModelError, printable
+from softcache.dump.teacher import Teacher
+from softcache.errors import DumpError, printable
 from softcache.files.durable import require_room
-from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model
-from softcache.models.item_range import check_scale
-from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
+from softcache.machine import pick_device, pick_threads, pick_workers
 
 
 @dataclass(frozen=True)
@@ -225,59 +221,6 @@ def _pairs(span: Span, order: np.ndarray, batch_size: int) -> Iterator[list[Pair
     for view in range(span.view_start, span.view_stop):
         for start in range(span.row_start, span.row_stop, batch_size):
             yield [(int(i), view) for i in order[start : min(start + batch_size, span.row_stop)]]
-
-
-def open_teachers(
-    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device, *, again: bool = False
-) -> list[Teacher]:
-    """The teachers of the config, each checked on the first batch of the cache's rows.
-
-    Args:
-        again: they made a cache that is there, to whose records more of the same is written: what an older version let pass
-            is told, and not refused.
-    """
-    (item,) = prober.items(0, 1)
-    shape = None if isinstance(item, str) else tuple(getattr(item, "shape", ())) or None
-    classes_map = read_classes_map(config.classes_map)
-    teachers: list[Teacher] = []
-    for text in config.teacher:
-        teacher = open_teacher(
-            text,
-            taken=[t.name for t in teachers],
-            num_classes=transfer_set.num_classes,
-            class_names=transfer_set.class_names,
-            multi_label=transfer_set.multi_label,
-            input_shape=shape,
-            device=str(device),
-            autocast=autocast_dtype(config.autocast),
-            allow_code=config.allow_code,
-            classes_map=classes_map,
-        )
-        if not teacher.has_weights:
-            raise ModelError(
-                f"teacher {text!r} has no weights: its logits would be random numbers",
-                tip=f"write {text}@WEIGHTS, or name a run folder",
-            )
-        if isinstance(teacher.network, Model):
-            told = check_scale(teacher.network, text, prober.first_items(), lenient=again)
-            teacher.warnings += [told] if told is not None else []
-        teachers.append(teacher)
-    for teacher in teachers:
-        teacher.check_first_batch(prober.first_batch(teacher))
-        if not again:
-            teacher.check_company(prober.first_items())
-    return teachers
-
-
-def left_out_of(teachers: Sequence[Teacher], prober: Prober) -> dict[str, LeftOut]:
-    """What each teacher leaves out of the first texts, which in a permuted order are a fair sample; where it is worth telling."""
-    found = {}
-    for teacher in teachers:
-        if isinstance(teacher.network, Model) and isinstance(prober.items(0, 1)[0], str):
-            one = left_out(teacher.network.input, prober.items(0, LOOKED_AT))
-            if one is not None and one.is_worth_telling:
-                found[teacher.name] = one
-    return found
 
 
 def _part(config: DumpConfig) -> Part:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from softcache.config import StorageOptions
 from softcache.data.loading import Partners, ViewedSet
 from softcache.dump.choose_codec import Prober
-from softcache.dump.flow import open_teachers
 from softcache.dump.job import new_job
+from softcache.dump.open_teachers import open_teachers
 from softcache.dump.samples import open_samples
 from softcache.machine import pick_device
 from softcache.report.tables import table

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcache.data.classes import Match, match_classes
+from softcache.data.classes import Match
 from softcache.data.loading import map_tensors, to_device
+from softcache.dump.results import described, likely_meant, numbers, place_of
 from softcache.dump.teacher_state import StandsStill, fingerprint
 from softcache.errors import (
     ConfigError,
@@ -26,8 +24,6 @@ from softcache.errors import (
     SoftcacheError,
     TeacherError,
     faults_explained,
-    first_offenders,
-    is_users_file,
     nearest,
 )
 from softcache.features.spec import FeatureSpec, parse_features
@@ -40,22 +36,13 @@ from softcache.features.taps import (
     list_modules,
     map_ends,
 )
-from softcache.models import Model, build, load_model, own_classes
-from softcache.models import split_weights as split_model
-from softcache.models.estimators import callee_of
-from softcache.spec import parse_spec
+from softcache.models import Model
 
 OUTPUTS = ("logits", "log_probs", "probs")
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # counts, as of votes
 ASKED_ROWS = 512  # of the first batches, on which an object's own `predict` is asked
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
 HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of a last layer in a half type
-# what another composition of the batch may change, of the largest logit: kernels that add up in another order, layer upon layer
-FLOAT32_APART = 1e-3
-HALF_APART = {torch.float16: 0.01, torch.bfloat16: 0.04}  # the first also for a GPU's float32, which may be TF32
-FEW_ROWS = (
-    0.1  # whose near-ties inside (a router's choice, a neighbour at the same distance) rounding may decide otherwise
-)
 
 
 @dataclass
@@ -97,6 +84,7 @@ class Teacher:
         features: what is tapped at each call.
         classifier: the final linear layer, where its input is tapped at each call.
         warnings: what was told of it, for provenance.
+        first_batch: the inputs that `check_first_batch` saw, and its logits; None before.
     """
 
     def __init__(
@@ -128,7 +116,7 @@ class Teacher:
         self.features: tuple[FeatureSpec, ...] = ()
         self.classifier: nn.Linear | None = None
         self.warnings: list[str] = []
-        self._first_batch: tuple[Any, Tensor] | None = None
+        self.first_batch: tuple[Any, Tensor] | None = None
         self._half: torch.dtype | None = None
         self._last: nn.Linear | None = None
         if isinstance(network, nn.Module):
@@ -195,7 +183,7 @@ class Teacher:
                 if wanted == self.num_classes
                 else f"its classes, or the map of them, ask for (batch, {wanted})"
             )
-            + _place(self._function),
+            + place_of(self.function),
             tip="one number a sample is no row of logits: for two classes give (0, z)"
             if raw.ndim == 1 and self.num_classes == 2
             else "use a teacher trained for these classes, or the data set it was trained on; one that has more classes can say "
@@ -251,11 +239,11 @@ class Teacher:
 
     def _as_rows(self, raw: Any) -> Tensor:
         """What it gave as (B, C) on its device; TeacherError for anything that is no such numbers."""
-        rows = raw if isinstance(raw, Tensor) else _numbers(raw)
+        rows = raw if isinstance(raw, Tensor) else numbers(raw)
         if rows is None or rows.layout != torch.strided or not (rows.is_floating_point() or rows.dtype in WHOLE):
             raise TeacherError(
-                f"teacher {self.name!r} gave {_described(raw)}, not logits (batch, {self.num_classes}){_place(self._function)}",
-                tip=f"wrap it: file.py:factory may return a function or module that gives {_wanted(raw)} alone",
+                f"teacher {self.name!r} gave {described(raw)}, not logits (batch, {self.num_classes}){place_of(self.function)}",
+                tip=f"wrap it: file.py:factory may return a function or module that gives {likely_meant(raw)} alone",
             )
         self._check_shape(rows)
         if rows.dtype.itemsize < 2 and rows.is_floating_point():
@@ -266,7 +254,7 @@ class Teacher:
         return rows.to(self.device)
 
     @property
-    def _function(self) -> Any:
+    def function(self) -> Any:
         """What a user wrote, to name the place of."""
         return self._net.forward if isinstance(self.network, nn.Module) else self.network
 
@@ -385,95 +373,9 @@ class Teacher:
         if self.fingerprint is None:
             self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes() + self._taken.encode()).hexdigest()
         self._check_same(first, second, "gave two outputs for one batch")
-        self._first_batch = batch, first
+        self.first_batch = batch, first
         if self.output == "logits" and len(first) and not self.multi_label:
             self._refuse_probabilities(first if output.whole is None else output.whole)
-
-    def check_company(self, items: Sequence[Any]) -> None:
-        """Ask the samples of the first batch again, in halves and in another order: logits must be of the sample alone.
-
-        Call it after `check_first_batch`, with the same samples; texts are halved into the shorter and the longer ones, so
-        that padding differs.
-
-        Raises:
-            TeacherError: more rows than rounding explains are others.
-        """
-        assert self._first_batch is not None, "check_first_batch comes first"
-        together, count = self._first_batch[1], len(items)
-        if len(together) != count:
-            raise TeacherError(
-                f"teacher {self.name!r} gave {len(together)} rows for {count} samples",
-                tip="one row of logits per sample, in their order",
-            )
-        if count < 2:
-            return
-        before = self.autocast, self.compute_dtype
-        try:
-            if self.autocast is not None:
-                together = self._without_autocast(together)
-            order, apart = self._in_other_company(items)
-            self._check_alike(together[order], apart)
-        finally:
-            self.autocast, self.compute_dtype = before
-
-    def _without_autocast(self, logits: Tensor) -> Tensor:
-        """Those of the first batch without autocast, of which less is rounding; left as it is where the module needs it."""
-        assert self._first_batch is not None
-        autocast, self.autocast = self.autocast, None
-        try:
-            return self(self._first_batch[0]).logits
-        except TeacherError:
-            self.autocast = autocast
-            return logits
-
-    def _in_other_company(self, items: Sequence[Any]) -> tuple[list[int], Tensor]:
-        """The logits of the first batch's samples in an order of two halves, and that order."""
-        count = len(items)
-        order = list(range(count))[::-1]
-        if isinstance(items[0], str):
-            order.sort(key=lambda i: len(items[i]))
-        halves = order[: count // 2], order[count // 2 :]
-        try:
-            return order, torch.cat([self(self.collated([items[i] for i in half])).logits for half in halves])
-        except TeacherError:  # made for batches of one size: as many samples, half of them, each twice
-            order = (halves[1] * 2)[:count]
-            return order, self(self.collated([items[i] for i in order])).logits
-
-    def _check_alike(self, together: Tensor, apart: Tensor) -> None:
-        if together.shape != apart.shape:
-            raise TeacherError(
-                f"teacher {self.name!r} gave {len(apart)} rows for {len(together)} samples",
-                tip="one row of logits per sample, in their order",
-            )
-        if self.output != "logits":  # logarithms of the smallest probabilities are all rounding
-            together, apart = ((v.sigmoid() if self.multi_label else v.exp()) for v in (together, apart))
-        known = (together.isfinite() & apart.isfinite()).all(dim=1)
-        together, apart = together[known], apart[known]
-        if not len(together):
-            return
-        scale = max(1.0, float(together.abs().amax()))
-        differences = (together - apart).abs().amax(dim=1)
-        others = int((differences > self._tolerance * scale).sum())
-        if others > FEW_ROWS * len(together):
-            raise TeacherError(
-                f"teacher {self.name!r} gives other {self.output} for the same samples in another batch: {others} of "
-                f"{len(together)} differ, by up to {float(differences.max()):.3g} where the largest is {scale:.3g}"
-                + _place(self._function),
-                tip="its logits must depend on the sample alone: BatchNorm with running statistics, nothing sorted or "
-                "normalised across the batch, padding masked, nothing random in its collate",
-            )
-
-    @property
-    def _tolerance(self) -> float:
-        """Of the largest logit."""
-        halves = [self.autocast, *(p.dtype for p in self._parameters)]
-        if torch.bfloat16 in halves:
-            return HALF_APART[torch.bfloat16]
-        return HALF_APART[torch.float16] if torch.float16 in halves or self.device.type != "cpu" else FLOAT32_APART
-
-    @property
-    def _parameters(self) -> list[nn.Parameter]:
-        return list(self.network.parameters()) if isinstance(self.network, nn.Module) else []
 
     def _refuse_probabilities(self, values: Tensor) -> None:
         sums = values.sum(dim=1)
@@ -490,9 +392,9 @@ class Teacher:
 
     def is_first_again(self, logits: Tensor) -> Tensor:
         """(B,) bool: the rows that are the first row of the first batch, but for a rounding."""
-        if self._first_batch is None or not len(self._first_batch[1]):
+        if self.first_batch is None or not len(self.first_batch[1]):
             return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        first = self._first_batch[1][0]
+        first = self.first_batch[1][0]
         return (logits - first).abs().amax(dim=1) <= 1e-5 * first.abs().amax().clamp(min=1.0)
 
     @property
@@ -503,8 +405,8 @@ class Teacher:
     def check_at_end(self) -> None:
         """After the last batch: TeacherError for a teacher that learned, or changed its mind, during the dump."""
         self._check_frozen()
-        if self._first_batch is not None:
-            batch, before = self._first_batch
+        if self.first_batch is not None:
+            batch, before = self.first_batch
             self._check_same(before, self(batch).logits, "gave another output for the first batch than before the dump")
 
     def _check_same(self, before: Tensor, now: Tensor, what: str) -> None:
@@ -587,138 +489,6 @@ def _half_type(network: nn.Module) -> torch.dtype | None:
     """The half type that all its floating-point parameters have; None for every other network."""
     found = {p.dtype for p in network.parameters() if p.is_floating_point()}
     return next(iter(found)) if len(found) == 1 and found <= set(HALF_ROUNDING) else None
-
-
-def _numbers(raw: Any) -> Tensor | None:
-    """Arrays, and sequences of numbers, as a tensor; None for everything else."""
-    if raw is None or isinstance(raw, str | bytes | Mapping | Iterator):
-        return None
-    if isinstance(raw, list | tuple) and any(isinstance(one, Tensor) for one in raw):
-        return None
-    try:
-        return torch.as_tensor(np.asarray(raw))
-    except (TypeError, ValueError, RuntimeError):  # ragged, or no numbers
-        return None
-
-
-def _described(raw: Any) -> str:
-    """What a result is, for a message: its class, and what it holds."""
-    if isinstance(raw, Tensor):
-        layout = "" if raw.layout == torch.strided else f" in layout {raw.layout}".replace("torch.", "")
-        return f"a tensor of {str(raw.dtype).removeprefix('torch.')}{layout}"
-    name = type(raw).__name__
-    if isinstance(raw, Mapping):
-        return f"{name} of {first_offenders(map(repr, raw), len(raw))}"
-    if isinstance(raw, list | tuple):
-        kinds = (f"{type(one).__name__}{list(getattr(one, 'shape', ''))}" for one in raw)
-        return f"{name} of {first_offenders(kinds, len(raw), 3)}"
-    if isinstance(raw, np.ndarray):
-        return f"an array of {raw.dtype}"
-    return name
-
-
-def _wanted(raw: Any) -> str:
-    """Which part of a result is likely meant."""
-    if isinstance(raw, Mapping):
-        return next((f"result[{key!r}]" for key in ("logits", "scores", "output", "out") if key in raw), "its logits")
-    if isinstance(raw, list | tuple) and raw and isinstance(raw[0], Tensor | np.ndarray) and raw[0].ndim == 2:
-        return "result[0]"
-    return "its logits"
-
-
-def _place(function: Any) -> str:
-    """(file.py, line 3), where a Python function or a method begins; nothing for others."""
-    call = function if inspect.isroutine(function) else type(function).__call__ if callable(function) else None
-    code = getattr(inspect.unwrap(call), "__code__", None) if call is not None else None
-    if code is None or not is_users_file(code.co_filename):
-        return ""
-    return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})"
-
-
-def open_teacher(
-    text: str,
-    *,
-    taken: Sequence[str],
-    num_classes: int,
-    class_names: Sequence[str],
-    multi_label: bool,
-    input_shape: tuple[int, ...] | None,
-    device: str,
-    autocast: torch.dtype | None,
-    allow_code: bool = False,
-    classes_map: Mapping[str, str] | None = None,
-) -> Teacher:
-    """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
-
-    The parameters `name=` (of the member), `output=` (logits, log_probs, probs) and `decides=own` (its own `predict` may
-    decide otherwise than its largest column) belong to the teacher, the rest to the model.
-
-    Args:
-        taken: member names that are in use already.
-        allow_code: call the factory that a run folder names.
-        classes_map: data's class -> teacher's class.
-
-    Raises:
-        ModelError: it cannot be built, has other classes, or gives something else.
-    """
-    head, weights = split_model(text)
-    spec = parse_spec(head)
-    bare = parse_spec(spec.without("name", "output", "decides").text)
-    decides = spec.parameters.get("decides")
-    if decides not in (None, "own"):
-        raise ConfigError(f"{text!r}: decides={decides}", tip="decides=own, or leave it out")
-    is_run = os.path.exists(bare.text)  # a run folder, or its student.safetensors
-    chosen_name = spec.parameters.get("name")
-    wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
-    name = member_name(wanted_name, taken)
-    what, model_text = f"teacher {name!r}", bare.text + (f"@{weights}" if weights else "")
-    shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
-    own = own_classes(model_text)
-    if own is not None and len(own) > num_classes:
-        match_classes(what, own, class_names, classes_map)  # refused before it is built, or fetched
-        shape |= {"num_classes": len(own), "class_names": own}
-    made: Any = None
-    network: Any
-    collate: Callable[[Sequence[Any]], Any]
-    if bare.is_factory and not is_run:
-        with faults_explained(ModelError, f"building the teacher {text!r}"):
-            made = build(bare, **shape)
-    if made is None or isinstance(made, nn.Module):
-        with faults_explained(ModelError, f"building the teacher {text!r}"):
-            model = load_model(model_text, **shape, allow_code=allow_code)
-        declared, output, portable = model.declared_classes, model.output, model.spec
-        network, collate, decide = model, model.input.collate, None
-        model.check_trained(f"teacher {text!r}")
-    elif weights:
-        raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
-    else:
-        callee = callee_of(made, text, output=spec.parameters.get("output"), multi_label=multi_label)
-        network, collate, output, declared = callee.run, callee.collate, callee.output, callee.classes
-        decide = callee.decide if decides is None else None
-        portable = (
-            bare.portable()
-            if decides is None
-            else parse_spec(f"{bare.text}{'&' if bare.parameters else '?'}decides=own").portable()
-        )
-    output = spec.parameters.get("output", output)
-    teacher = Teacher(
-        name,
-        portable,
-        network,
-        collate,
-        output=output,
-        num_classes=num_classes,
-        multi_label=multi_label,
-        match=match_classes(what, declared, class_names, classes_map),
-        decide=decide,
-        device=device,
-        autocast=autocast,
-    )
-    teacher.wanted_name, teacher.is_named = wanted_name, bool(chosen_name)
-    teacher.has_weights = bool(
-        is_run or bare.is_factory or weights or bare.scheme == "hf" or "weights" in bare.parameters
-    )
-    return teacher
 
 
 def member_name(wanted: str, taken: Sequence[str]) -> str:

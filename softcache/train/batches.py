@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softcache.config import TrainConfig
-from softcache.data.class_counts import chance_warning, described, offset_warning
+from softcache.data.class_counts import chance_warning, described, listed_warnings, offset_warning
 from softcache.data.classes import class_indices, read_classes_map
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
@@ -31,11 +31,11 @@ from softcache.data.loading import (
 )
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
-from softcache.errors import CacheError, ConfigError
+from softcache.errors import CacheError, ConfigError, printable
 from softcache.losses import LossTerm
 from softcache.models import Input
 from softcache.models.item_range import ITEMS_KEY, scale_of
-from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
+from softcache.models.left_out import LOOKED_AT, left_out
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache, Joined
 from softcache.targets.cache import open as open_cache
@@ -118,19 +118,26 @@ class Material:
             "class_warnings": list(self.warnings),
         }
 
-    def described(self) -> str:
-        """The class list with its counts, and how often the cache's members are right."""
-        cache = self.cache
-        rights = [] if cache is None else [(name, s.accuracy) for name, s in cache.manifest.statistics.items()]
+    def tell(self, *, quiet: bool) -> None:
+        """Warnings of the classes; unless quiet also the class list with its counts, and how often each member is right."""
+        listed_warnings(self.warnings)
+        if quiet:
+            return
+        members = {} if self.cache is None else self.cache.manifest.statistics
+        rights = [(name, one.accuracy) for name, one in members.items()]
         lines = [f"member {name}: top-1 {share:.2%} in the cache" for name, share in rights if share is not None]
-        return "\n".join([described(self.transfer_set), *lines])
+        print(printable("\n".join([described(self.transfer_set), *lines])), file=sys.stderr)
 
-    def left_out(self, taken: Input) -> LeftOut | None:
-        """What a student with this input does not read of its texts; None where that is nothing worth telling."""
+    def left_out(self, taken: Input, *, quiet: bool) -> dict[str, Any]:
+        """What a run records of texts that a student with this input does not read: nothing where that is not worth telling."""
         if not isinstance(self.some_items[0], str):
-            return None
+            return {}
         found = left_out(taken, spread_items(self.viewed(), LOOKED_AT))
-        return found if found is not None and found.is_worth_telling else None
+        if found is None or not found.is_worth_telling:
+            return {}
+        if not quiet:
+            print(f"the student: {found.text()}", file=sys.stderr)
+        return {"left_out": found.to_json()}
 
     def metadata(self, taken: Input) -> dict[str, str]:
         """What the file of a student with this input says of the data it learned from."""

@@ -8,7 +8,6 @@ process computes its share of each batch, and the first one evaluates and writes
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.config import TrainConfig
-from softcache.data.class_counts import listed_warnings
 from softcache.data.loading import LoadedBatch, to_device
-from softcache.errors import printable
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device, pick_threads
@@ -96,9 +93,7 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     stages, device = parse_stages(config), pick_device(config.device)
     material = open_material(config, [term for stage in stages for term in stage.terms], quiet=quiet)
     if ranks.first:
-        listed_warnings(material.warnings)
-    if not quiet:
-        print(printable(material.described()), file=sys.stderr)
+        material.tell(quiet=quiet)
     check_last_batch(len(material.transfer_set), config.batch_size, ranks)
     torch.manual_seed(config.seed)
     model, sample, initialised = build_student(config, material)
@@ -143,11 +138,7 @@ def begin(prepared: Prepared) -> Session:
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
         facts = material.facts(prepared.config, data, prepared.initialised)
-        lost = material.left_out(prepared.model.input)
-        if lost is not None:
-            facts["left_out"] = lost.to_json()
-            if not prepared.quiet:
-                print(f"the student: {lost.text()}", file=sys.stderr)
+        facts |= material.left_out(prepared.model.input, quiet=prepared.quiet)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
     if ranks.size > 1:

@@ -12,6 +12,7 @@ import torch
 from conftest import QuickDump
 from torch import Tensor, nn
 
+from softcache.dump.company import check_company
 from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
 
@@ -33,7 +34,7 @@ def asked(network: Any, items: Sequence[Any] = ITEMS, collate: Any = stacked, **
     """A teacher that has gone through both looks at its first batch."""
     one = Teacher("t", "spec", network, collate, **{"output": "logits", "num_classes": 3} | settings)
     one.check_first_batch(one.collated(items))
-    one.check_company(items)
+    check_company(one, items)
     return one
 
 

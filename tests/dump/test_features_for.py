@@ -24,7 +24,8 @@ from softcache import cli, dump, train
 from softcache.codecs import make_codec
 from softcache.config import DumpConfig, TrainConfig
 from softcache.dump.features_for import features_for
-from softcache.dump.teacher import Teacher, open_teacher
+from softcache.dump.open_teachers import open_teacher
+from softcache.dump.teacher import Teacher
 from softcache.errors import LossError, SoftcacheError
 from softcache.features.taps import classifier_feature, classifier_of, map_ends
 from softcache.losses import CLASSIFIER, LOSSES, make_term

@@ -16,7 +16,8 @@ from conftest import WORLDS
 from torch import Tensor, nn
 
 from softcache.data.classes import Match
-from softcache.dump.teacher import Teacher, member_name, open_teacher
+from softcache.dump.open_teachers import open_teacher
+from softcache.dump.teacher import Teacher, member_name
 from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError
 from softcache.models import load_model, save_student
 from softcache.models.estimators import ArrayCollate

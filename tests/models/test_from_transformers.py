@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import softcache
 from softcache import cli
 from softcache.data.transfer_set import open_transfer_set
-from softcache.dump.teacher import Teacher, open_teacher
+from softcache.dump.open_teachers import open_teacher
+from softcache.dump.teacher import Teacher
 from softcache.errors import ConfigError, DataError, MissingExtraError, ModelError, SoftcacheError
 from softcache.features.taps import classifier_feature, classifier_of
 from softcache.models import METADATA_KEY, Model, TokenizerInput, describe_model, initialise, load_model, save_student

@@ -29,7 +29,7 @@ from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
-from softcache.dump.teacher import open_teacher
+from softcache.dump.open_teachers import open_teacher
 from softcache.evaluate.measure import evaluate
 from softcache.losses import kd
 from softcache.losses.schedules import Moment, Schedule

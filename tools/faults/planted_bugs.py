@@ -147,8 +147,8 @@ BUGS = (
     ),
     Bug(
         "a teacher is not asked in other company",
-        "dump/flow.py",
-        "            teacher.check_company(prober.first_items())\n",
+        "dump/open_teachers.py",
+        "            check_company(teacher, prober.first_items())\n",
         "            pass\n",
         "tests/dump/test_company.py",
     ),

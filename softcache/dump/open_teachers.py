@@ -1,0 +1,165 @@
+"""From spec strings to teachers that were looked at hard: built, matched with the data's classes, and asked once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcache.config import StorageOptions
+from softcache.data.classes import match_classes, read_classes_map
+from softcache.data.transfer_set import TransferSet
+from softcache.dump.choose_codec import Prober
+from softcache.dump.company import check_company
+from softcache.dump.teacher import Teacher, member_name
+from softcache.errors import ConfigError, ModelError, faults_explained
+from softcache.machine import autocast_dtype
+from softcache.models import Model, build, load_model, own_classes
+from softcache.models import split_weights as split_model
+from softcache.models.estimators import callee_of
+from softcache.models.item_range import check_scale
+from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
+from softcache.spec import parse_spec
+
+
+def open_teachers(
+    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device, *, again: bool = False
+) -> list[Teacher]:
+    """The teachers of the config, each checked on the first batch of the cache's rows.
+
+    Args:
+        again: they made a cache that is there, to whose records more of the same is written: what an older version let pass
+            is told, and not refused.
+    """
+    (item,) = prober.items(0, 1)
+    shape = None if isinstance(item, str) else tuple(getattr(item, "shape", ())) or None
+    classes_map = read_classes_map(config.classes_map)
+    teachers: list[Teacher] = []
+    for text in config.teacher:
+        teacher = open_teacher(
+            text,
+            taken=[t.name for t in teachers],
+            num_classes=transfer_set.num_classes,
+            class_names=transfer_set.class_names,
+            multi_label=transfer_set.multi_label,
+            input_shape=shape,
+            device=str(device),
+            autocast=autocast_dtype(config.autocast),
+            allow_code=config.allow_code,
+            classes_map=classes_map,
+        )
+        if not teacher.has_weights:
+            raise ModelError(
+                f"teacher {text!r} has no weights: its logits would be random numbers",
+                tip=f"write {text}@WEIGHTS, or name a run folder",
+            )
+        if isinstance(teacher.network, Model):
+            told = check_scale(teacher.network, text, prober.first_items(), lenient=again)
+            teacher.warnings += [told] if told is not None else []
+        teachers.append(teacher)
+    for teacher in teachers:
+        teacher.check_first_batch(prober.first_batch(teacher))
+        if not again:
+            check_company(teacher, prober.first_items())
+    return teachers
+
+
+def left_out_of(teachers: Sequence[Teacher], prober: Prober) -> dict[str, LeftOut]:
+    """What each teacher leaves out of the first texts, which in a permuted order are a fair sample; where it is worth telling."""
+    found = {}
+    for teacher in teachers:
+        if isinstance(teacher.network, Model) and isinstance(prober.items(0, 1)[0], str):
+            one = left_out(teacher.network.input, prober.items(0, LOOKED_AT))
+            if one is not None and one.is_worth_telling:
+                found[teacher.name] = one
+    return found
+
+
+def open_teacher(
+    text: str,
+    *,
+    taken: Sequence[str],
+    num_classes: int,
+    class_names: Sequence[str],
+    multi_label: bool,
+    input_shape: tuple[int, ...] | None,
+    device: str,
+    autocast: torch.dtype | None,
+    allow_code: bool = False,
+    classes_map: Mapping[str, str] | None = None,
+) -> Teacher:
+    """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
+
+    The parameters `name=` (of the member), `output=` (logits, log_probs, probs) and `decides=own` (its own `predict` may
+    decide otherwise than its largest column) belong to the teacher, the rest to the model.
+
+    Args:
+        taken: member names that are in use already.
+        allow_code: call the factory that a run folder names.
+        classes_map: data's class -> teacher's class.
+
+    Raises:
+        ModelError: it cannot be built, has other classes, or gives something else.
+    """
+    head, weights = split_model(text)
+    spec = parse_spec(head)
+    bare = parse_spec(spec.without("name", "output", "decides").text)
+    decides = spec.parameters.get("decides")
+    if decides not in (None, "own"):
+        raise ConfigError(f"{text!r}: decides={decides}", tip="decides=own, or leave it out")
+    is_run = os.path.exists(bare.text)  # a run folder, or its student.safetensors
+    chosen_name = spec.parameters.get("name")
+    wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
+    name = member_name(wanted_name, taken)
+    what, model_text = f"teacher {name!r}", bare.text + (f"@{weights}" if weights else "")
+    shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
+    own = own_classes(model_text)
+    if own is not None and len(own) > num_classes:
+        match_classes(what, own, class_names, classes_map)  # refused before it is built, or fetched
+        shape |= {"num_classes": len(own), "class_names": own}
+    made: Any = None
+    network: Any
+    collate: Callable[[Sequence[Any]], Any]
+    if bare.is_factory and not is_run:
+        with faults_explained(ModelError, f"building the teacher {text!r}"):
+            made = build(bare, **shape)
+    if made is None or isinstance(made, nn.Module):
+        with faults_explained(ModelError, f"building the teacher {text!r}"):
+            model = load_model(model_text, **shape, allow_code=allow_code)
+        declared, output, portable = model.declared_classes, model.output, model.spec
+        network, collate, decide = model, model.input.collate, None
+        model.check_trained(f"teacher {text!r}")
+    elif weights:
+        raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
+    else:
+        callee = callee_of(made, text, output=spec.parameters.get("output"), multi_label=multi_label)
+        network, collate, output, declared = callee.run, callee.collate, callee.output, callee.classes
+        decide = callee.decide if decides is None else None
+        portable = (
+            bare.portable()
+            if decides is None
+            else parse_spec(f"{bare.text}{'&' if bare.parameters else '?'}decides=own").portable()
+        )
+    output = spec.parameters.get("output", output)
+    teacher = Teacher(
+        name,
+        portable,
+        network,
+        collate,
+        output=output,
+        num_classes=num_classes,
+        multi_label=multi_label,
+        match=match_classes(what, declared, class_names, classes_map),
+        decide=decide,
+        device=device,
+        autocast=autocast,
+    )
+    teacher.wanted_name, teacher.is_named = wanted_name, bool(chosen_name)
+    teacher.has_weights = bool(
+        is_run or bare.is_factory or weights or bare.scheme == "hf" or "weights" in bare.parameters
+    )
+    return teacher
