@@ -135,8 +135,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         for teacher in teachers:
             teacher.check_at_end()
         told = provenance(config, started, clock)
-        if not quiet:
-            print(printable(report.text()), file=sys.stderr)
+        if not quiet and (answers := report.text()):
+            print(printable(answers), file=sys.stderr)
         told["classes"] = report.facts(listed_warnings(report.warnings()))
         manifest = writer.commit(card, told)
         if manifest is None and part.count == 1:

@@ -447,6 +447,8 @@ def open_teacher(
     collate: Callable[[Sequence[Any]], Any]
     if bare.is_factory and not is_run:
         made = build(bare, **shape)
+    if decides is not None and (made is None or isinstance(made, nn.Module)):
+        raise ConfigError(f"{text!r}: decides=own is of objects with a predict of their own", tip="leave it out")
     if made is None or isinstance(made, nn.Module):
         model = load_model(model_text, **shape)
         declared, output, portable = model.declared_classes, model.output, model.spec
