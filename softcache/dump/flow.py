@@ -141,8 +141,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
             teacher.check_at_end()
         told = provenance(config, started, clock) | told_of(teachers, lost)
         unread = left_out_before(out, len(plan.rounds) - 1) | {name: one.text() for name, one in lost.items()}
-        if not quiet:
-            print(printable(report.text()), file=sys.stderr)
+        if not quiet and (answers := report.text()):
+            print(printable(answers), file=sys.stderr)
         told["classes"] = report.facts(listed_warnings(report.warnings()))
         manifest = writer.commit(partial(card, left_out=unread), told)
         if manifest is None and part.count == 1:

@@ -127,6 +127,8 @@ def open_teacher(
     if bare.is_factory and not is_run:
         with faults_explained(ModelError, f"building the teacher {text!r}"):
             made = build(bare, **shape)
+    if decides is not None and (made is None or isinstance(made, nn.Module)):
+        raise ConfigError(f"{text!r}: decides=own is of objects with a predict of their own", tip="leave it out")
     if made is None or isinstance(made, nn.Module):
         with faults_explained(ModelError, f"building the teacher {text!r}"):
             model = load_model(model_text, **shape, allow_code=allow_code)

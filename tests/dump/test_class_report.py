@@ -136,6 +136,7 @@ def test_estimators_are_matched_by_value(quick_dump: QuickDump, kind: str, value
             "its own predict decides otherwise than its largest",
         ),
         ("", "estimator?values=0+1+2+3&decides=mine", ConfigError, "decides=mine"),
+        ("", "reader?decides=own", ConfigError, "decides=own is of objects with a predict"),
     ],
 )
 def test_refused(quick_dump: QuickDump, data: str, teacher: str, error: type[SoftcacheError], message: str) -> None:
@@ -381,3 +382,43 @@ def test_a_run_of_more_classes_serves_data_of_some_of_them(quick_dump: QuickDump
     np.testing.assert_allclose(logits(cache, f"{DATA}?names=a+b+c+d"), live[:, [1, 3, 4, 2]], atol=1e-6)
     with pytest.raises(ModelError, match="knows 6 classes, and of the data's not 'e'"):
         quick_dump(f"{DATA}?names=a+b+c+e", [str(run)], out="other")
+
+
+def test_outputs_of_a_teacher_that_names_no_classes_are_chosen_by_number(quick_dump: QuickDump, tmp_path: Path) -> None:
+    path = tmp_path / "map.tsv"
+    for order, numbers in (("9+0+8+1+2+3", "1352"), ("3+2+1+0", "3210")):  # some of six, and four in another order
+        path.write_text("".join(f"{name}\t{i}\n" for name, i in zip(EXACT.split("+"), numbers, strict=True)))
+        cache = quick_dump(DATA, [f"{PIECES}:reader?order={order}"], out=order, classes_map=str(path))
+        columns = [int(order.split("+")[int(i)]) for i in numbers]
+        np.testing.assert_allclose(logits(cache), pixels()[:, columns], atol=1e-5)
+        assert cache.member("reader").class_order == (None if len(order) > 7 else [3, 2, 1, 0])
+    path.write_text("ant\t0\nbee\t1\ncat\t2\ndog\t7\n")
+    with pytest.raises(TeacherError, match=r"its classes, or the map of them, ask for \(batch, 8\)"):
+        quick_dump(DATA, [f"{PIECES}:reader?order=0+1+2+3"], out="wrong", classes_map=str(path))
+
+
+def test_data_may_lack_a_class_in_every_verb(imagenette: str, quick_dump: QuickDump, tmp_path: Path) -> None:
+    """Its folder is empty, or is not there: samples keep their class, and the student all of the cache's."""
+    teacher = f"{PIECES}:reader?order=0+1+2&names={'+'.join(IDS)}"
+    cache = quick_dump(imagenette, [teacher])
+    for file in (tmp_path / "train" / IDS[1]).iterdir():
+        file.unlink()
+    for state in ("empty", "absent"):
+        if state == "absent":
+            (tmp_path / "train" / IDS[1]).rmdir()
+        settings: dict[str, Any] = {"data": imagenette, "threads": 1, "device": "cpu"}
+        out = str(tmp_path / state)
+        run = TrainConfig(
+            **settings, eval_data=imagenette, cache=str(cache.reader.path), student="softcache:mlp?hidden=4", out=out,
+            loss=("kd", "ce"), epochs=1, workers=0,
+        )  # fmt: skip
+        flow.run(run, quiet=True)
+        found = measure.run(out, EvalConfig(**settings, cache=str(cache.reader.path)), quiet=True)
+        assert {name: count for name, (_, count) in found.class_errors.items()} == dict(
+            zip(IDS, (2, 0, 2), strict=True)
+        )
+        alone = measure.run(out, EvalConfig(**settings), quiet=True)
+        assert alone.errors == found.errors and load_model(out, num_classes=3).declared_classes == IDS
+        whole = measure.run(str(cache.reader.path), EvalConfig(**settings), quiet=True)
+        assert whole.labelled == 4
+        assert export.run(out, ExportConfig(to="safetensors", **settings), quiet=True).before.errors == found.errors
