@@ -24,13 +24,14 @@ class Replay:
         path: the cache.
         data: the transfer set; None: the one the dump was given, from provenance.json.
         allow_code: run code that the cache names: transforms of its views, a factory of its data.
+        quiet: no progress while the cache's files are hashed.
 
     Raises:
         ConfigError: it is not known which data set that was, or it is code that may not be called.
     """
 
-    def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False) -> None:
-        self.cache = open_cache(path, allow_code=allow_code)
+    def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False, quiet: bool = False) -> None:
+        self.cache = open_cache(path, allow_code=allow_code, quiet=quiet)
         self.transfer_set = open_transfer_set(data or _data_of(path, allow_code=allow_code))
         self._index_of_row = find_ids(sample_ids(self.transfer_set.keys), self.cache.samples.ids)
         partners = Partners(self.transfer_set, self._index_of_row)
