@@ -24,14 +24,15 @@ class Replay:
         path: the cache.
         data: the transfer set; None: the one that provenance.json names, with `allow_code` only.
         allow_code: believe what the cache names: open that data set, run transforms of its views.
+        quiet: no progress while the cache's files are hashed.
 
     Raises:
         ConfigError: it is not known which data set that was.
         UntrustedError: nobody but the cache says which it was.
     """
 
-    def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False) -> None:
-        self.cache = open_cache(path, allow_code=allow_code)
+    def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False, quiet: bool = False) -> None:
+        self.cache = open_cache(path, allow_code=allow_code, quiet=quiet)
         self.transfer_set = open_transfer_set(data or _data_of(path, allow_code=allow_code))
         self._index_of_row = find_ids(sample_ids(self.transfer_set.keys), self.cache.samples.ids)
         partners = Partners(self.transfer_set, self._index_of_row)

@@ -105,7 +105,7 @@ def run(
         from softcache.check.replay import Replay
 
         try:
-            verdict.notes.append(Replay(path, data, allow_code=allow_code).check(replay))
+            verdict.notes.append(Replay(path, data, allow_code=allow_code, quiet=quiet).check(replay))
         except DriftError as exc:
             verdict.faults.append(f"replay: {exc.message}; {exc.tip}")
     if verdict.faults:

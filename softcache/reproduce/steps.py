@@ -305,7 +305,7 @@ def _given(model: str, settings: Mapping[str, Any]) -> Outcome:
 
 def _dumped(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
     if is_cache(folder):  # finished, and then stopped before it was noted
-        return Outcome(str(folder), open_cache(folder).id)
+        return Outcome(str(folder), open_cache(folder, quiet=quiet).id)
     result = dump.run(resolve(DumpConfig, flags={**settings, "out": str(folder)}).config, quiet=quiet)
     assert result.manifest is not None
     return Outcome(str(folder), result.manifest.id)

@@ -402,6 +402,34 @@ def test_positions_of_a_factorys_data_go_by_the_name_that_the_cache_has(quick_du
         cache.join(pairs, keys="name")  # type: ignore[arg-type]
 
 
+def test_caches_that_earlier_versions_made_of_tables_and_text_go_on(quick_dump: QuickDump, tmp_path: Path) -> None:
+    """They know a table of a factory by position, and its classes by number."""
+    (tmp_path / "table.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).resolve().parents[1] / 'data')!r})\n"
+        "import numpy as np\nfrom columns import HuggingFace\n"
+        "def reviews():\n"
+        "    texts = [f'text {i * i}' for i in range(30)]\n"
+        "    return HuggingFace({}, {'text': texts, 'label': [i % 3 for i in range(30)]})\n"
+        "def teacher(): return lambda texts: np.array([[len(t), 1.5, 0] for t in texts])\n"
+    )
+    cache = quick_dump(f"{tmp_path}/table.py:reviews", [f"{tmp_path}/table.py:teacher"])
+    assert (cache.class_names, cache.samples.key(0).startswith("reviews/0000")) == (("0", "1", "2"), True)
+    texts, labels = [f"text {i * i}" for i in range(30)], [i % 3 for i in range(30)]
+    table = HuggingFace({}, {"text": texts, "label": labels})
+    for how in ({"keys": "position"}, {"keys": [f"reviews/{i:06d}" for i in range(30)]}):
+        joined = cache.join(table, check_content="full", **how)  # type: ignore[arg-type]
+        assert [cache.samples.key(int(row)) for row in joined.rows[:2]] == ["reviews/000000", "reviews/000001"]
+    with pytest.raises(ContentMismatchError):
+        cache.join(HuggingFace({}, {"text": texts[::-1], "label": labels}), keys="position")
+    lines = "".join(f"{text}\t{label}\n" for text, label in zip(texts, labels, strict=True))
+    (tmp_path / "reviews.tsv").write_text(lines)
+    of_text = quick_dump(f"tsv:{tmp_path}/reviews.tsv", [f"{tmp_path}/table.py:teacher"], out="text")
+    assert (
+        of_text.join(table, keys="position", check_content="full").rows.tolist()
+        == of_text.find([f"reviews/{i:06d}" for i in range(30)]).tolist()
+    )
+
+
 def test_folders_are_compared_by_the_bytes_of_their_files(quick_dump: QuickDump, tmp_path: Path) -> None:
     for folder, seed in (("own", 1), ("other", 2)):
         draw = np.random.default_rng(seed)

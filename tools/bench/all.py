@@ -41,7 +41,7 @@ COMMANDS = {  # OUT: the folder; ROOT: --data-root; minutes, estimated, on two c
     "dump": ("dump.py --threads 1", 12),
     "plan": ("dump.py --threads 1 --samples 20000 --views 4 --plan-only", 2),
     "verify": ("verify.py --threads 1 --rounds 3", 6),
-    "open": ("open.py", 6),
+    "open": ("open.py", 12),
     "views": ("views.py --data-root ROOT --out OUT/views", 45),
     "real": ("codecs.py --only real --model OUT/views/teacher --data 'torchvision:MNIST?root=ROOT&train=false'", 2),
 }
