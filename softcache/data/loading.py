@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, DataError, SoftcacheError, first_offenders
+from softcache.errors import ConfigError, DataError, SoftcacheError, first_offenders, place_of
 from softcache.spec import load_user_file, user_files
 
 Pair = tuple[int, int]  # (index in the transfer set, view index)
@@ -212,7 +212,7 @@ class ViewedSet(Dataset[Any]):
             named = first_offenders((self.transfer_set.keys[i] for i in odd or index.tolist()), len(odd or index))
             why = f"of another shape than {usual}: " if odd else ""
             raise DataError(
-                f"the model cannot take this batch: {type(exc).__name__}: {exc}; samples {why}{named}",
+                f"the model cannot take this batch: {type(exc).__name__}: {exc} ({place_of(exc)}); samples {why}{named}",
                 tip="make their items alike (--policy resize:size=N), or leave them out with --samples",
             ) from exc
 
@@ -230,7 +230,7 @@ def _naming(key: str, note: str, tip: str) -> Iterator[None]:
         exc.add_note(note)
         raise
     except Exception as exc:
-        raise DataError(f"sample {key}: {type(exc).__name__}: {exc}", tip=tip) from exc
+        raise DataError(f"sample {key}: {type(exc).__name__}: {exc} ({place_of(exc)})", tip=tip) from exc
 
 
 def _restore(files: Sequence[str], state: bytes) -> ViewedSet:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from softcache.data.classes import dataset_classes
 from softcache.data.label_column import MANY
 from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
-from softcache.errors import DataError, MissingExtraError, SoftcacheError, nearest
+from softcache.errors import DataError, MissingExtraError, SoftcacheError, faults_explained, nearest
 from softcache.spec import Spec, call_factory, load_factory, load_user_file
 
 ITEM_NAMES = ("item", "image", "text")
@@ -66,8 +66,9 @@ def _import_and_unpickle(file: str, reader: bytes) -> UserFileReader:
 
 def from_factory(spec: Spec) -> Source:
     """What the spec's factory returns, as a source: a map-style data set, or a TransferSet (read as it is)."""
-    dataset = call_factory(load_factory(spec), spec.parameters, spec.text)
-    source = from_dataset(dataset, spec.text, spec.name)
+    factory = load_factory(spec)
+    with faults_explained(DataError, f"the data set {spec.text!r}"):
+        source = from_dataset(call_factory(factory, spec.parameters, spec.text), spec.text, spec.name)
     if not spec.scheme.endswith(".py"):
         return source
     reader = UserFileReader(str(Path(spec.scheme).resolve()), source.reader)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softcache.data.images import describe, to_tensor
 from softcache.data.philox import Draws, step_key
-from softcache.errors import ConfigError, DataError
+from softcache.errors import ConfigError, DataError, faults_explained, place_of
 from softcache.spec import Spec, call_factory, load_factory, parse_spec
 
 
@@ -41,7 +41,7 @@ def seeded(image: Tensor, draws: Draws, *, transform: str) -> Tensor:
             made = change(image.clone(memory_format=torch.contiguous_format))
     except Exception as exc:
         raise DataError(
-            f"{transform!r} failed on {describe(image)}: {type(exc).__name__}: {exc}",
+            f"{transform!r} failed on {describe(image)}: {type(exc).__name__}: {exc} ({place_of(exc)})",
             tip="it is called with a uint8 tensor C x H x W, and must take every image of the data set",
         ) from exc
     return _as_image(made, transform)
@@ -69,7 +69,9 @@ def _open(transform: str) -> Callable[[Tensor], Any]:
     spec = parse_spec(transform)
     _check_file(spec)
     with seeded_generators(Draws(0, step_key(transform, 0), 0, 0)):
-        made = call_factory(load_factory(spec), spec.parameters, spec.text)
+        factory = load_factory(spec)
+        with faults_explained(ConfigError, f"the transform {transform!r}"):
+            made = call_factory(factory, spec.parameters, spec.text)
     if not callable(made):
         raise ConfigError(
             f"{transform!r} gave {type(made).__name__}, which cannot be called",

@@ -30,7 +30,8 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     transfer_set = material.transfer_set
     item = material.viewed().render(0, 0)
     texts = (transfer_set.load(i)[0] for i in range(len(transfer_set)))
-    vocabulary = build_vocabulary(texts) if isinstance(item, str) else None
+    with faults_explained(DataError, f"reading the texts of {transfer_set.name}"):
+        vocabulary = build_vocabulary(texts) if isinstance(item, str) else None
     with faults_explained(ModelError, f"building the student {config.student!r}"):
         model = load_model(
             config.student,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ import torch
 from conftest import QuickDump
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from softcache.dump.company import check_company
+=======
+import softcache
+from softcache.check import repair
+>>>>>>> teachers
 from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
 
@@ -140,16 +146,37 @@ def test_rows_that_are_missing_are_told_at_once() -> None:
         asked(Net(lambda z: z[:-1]))
 
 
-def test_a_dump_asks_before_anything_is_written(quick_dump: QuickDump, tmp_path: Any) -> None:
+SHIFTED = """import torch
+from torch import nn
+class Shifted(nn.Module):
+    def forward(self, batch):
+        rows = batch.flatten(1)[:, :4]
+        return rows - rows.mean(0)
+def shifted(): return Shifted()
+"""
+
+
+def test_a_cache_that_an_older_version_made_of_such_a_teacher_is_still_mended(
+    quick_dump: QuickDump, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bytes: its batches are those of the dump."""
     world = tmp_path / "world.py"
-    world.write_text(
-        "import torch\nfrom torch import nn\n"
-        "class Shifted(nn.Module):\n"
-        "    def forward(self, batch):\n"
-        "        rows = batch.flatten(1)[:, :4]\n"
-        "        return rows - rows.mean(0)\n"
-        "def shifted(): return Shifted()\n"
-    )
+    world.write_text(SHIFTED)
+    with monkeypatch.context() as older:
+        older.setattr(Teacher, "check_company", lambda self, items: None)
+        cache = quick_dump(teacher=[f"{world}:shifted"])
+    (part,) = (tmp_path / "cache" / "members" / "shifted").glob("*.h5")
+    before = part.read_bytes()
+    part.unlink()
+    means = repair.Means(data=f"{toy}:images", teachers=(f"{world}:shifted",))
+    assert repair.run(tmp_path / "cache", means, quiet=True).mended == [f"members/shifted/{part.name}"]
+    assert part.read_bytes() == before
+    assert softcache.open(tmp_path / "cache").id == cache.id
+
+
+def test_a_dump_asks_before_anything_is_written(quick_dump: QuickDump, tmp_path: Path) -> None:
+    world = tmp_path / "world.py"
+    world.write_text(SHIFTED)
     with pytest.raises(TeacherError, match=r"in another batch: .*\(world.py, line 4\)"):
         quick_dump(teacher=[f"{world}:shifted"])
     assert not (tmp_path / "cache").exists()

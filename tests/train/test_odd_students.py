@@ -129,3 +129,26 @@ def test_auxiliary_classifiers_are_left_aside_or_out(tmp_path: Path) -> None:
     assert len(with_them.net.state_dict()) > len(without.net.state_dict())
     with pytest.raises(SoftcacheError, match="has no auxiliary classifiers"):
         load_model("torchvision:resnet18?aux_logits=true", num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("opens", r"the data set .* failed: KeyError: 'no labels' \(data.py, line 5\)", id="a factory"),
+        pytest.param("reads", r"sample reads/\d+: ValueError: no picture \(data.py, line 13\)", id="an item"),
+    ],
+)
+def test_faults_of_a_data_set_are_told_with_their_place(tmp_path: Path, name: str, message: str) -> None:
+    data = tmp_path / "data.py"
+    data.write_text(
+        "import numpy as np\n\n\n"
+        "def opens():\n    raise KeyError('no labels')\n\n\n"
+        "class Reads:\n    targets = [0, 1]\n    classes = ['a', 'b']\n    __len__ = lambda self: 2\n"
+        "    def __getitem__(self, i):\n        raise ValueError('no picture')\n\n\n"
+        "def reads():\n    return Reads()\n"
+    )
+    with pytest.raises(DataError, match=message):
+        train.run(
+            TrainConfig(data=f"{data}:{name}", student="softcache:mlp", out=str(tmp_path / "run"), loss=("ce",)),
+            quiet=True,
+        )
