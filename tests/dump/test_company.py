@@ -13,12 +13,9 @@ import torch
 from conftest import QuickDump
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from softcache.dump.company import check_company
-=======
 import softcache
 from softcache.check import repair
->>>>>>> teachers
+from softcache.dump.company import check_company
 from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
 
