@@ -28,6 +28,8 @@ FETCHES = re.compile(
     "auto_map|.*name_or_path|.*attn_implementation|.*experts_implementation|.*kernel.*|quantization_config|backbone.*|.*pretrained.*"
     "|.*remote.*|_commit_hash|transformers_weights"
 )
+MANY_MODULES = 2**15
+COUNTS = re.compile("layer|depth|block|group|expert|num_.*heads|^n_head")  # of modules: each is made, one by one
 
 
 def load_json(text: str | bytes) -> Any:
@@ -99,7 +101,7 @@ def check_config(told: Any, text: str) -> dict[str, Any]:
     """
     if not isinstance(told, Mapping) or not isinstance(told.get("model_type"), str):
         raise ModelError(f"{text}: its configuration of transformers is damaged", tip="copy the file again")
-    _check_setting(told, text, "config", 4)
+    _check_setting(told, text, "config", 6)
     return dict(told)
 
 
@@ -118,7 +120,8 @@ def _check_setting(value: Any, text: str, place: str, deep: int) -> None:
     elif isinstance(value, bool) or value is None or isinstance(value, float):
         return
     elif isinstance(value, int):
-        most = MANY_LAYERS if re.search("layer|depth|block", place) else 2**31
+        name = place.rpartition(".")[2]
+        most = MANY_MODULES if COUNTS.search(name) and not name.endswith(("_size", "_dim")) else 2**31
         if abs(value) > most:
             _refuse_setting(text, place)
     else:
@@ -126,10 +129,10 @@ def _check_setting(value: Any, text: str, place: str, deep: int) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """A size, or a list of them, or nothing: a convolution has a kernel too."""
+    """A size, or a list of them, or nothing: a convolution has a kernel too, and a model inside another one no name."""
     if isinstance(value, list):
         return all(map(_is_number, value))
-    return value is None or value is False or (isinstance(value, int | float) and value is not True)
+    return value in (None, False, "") or (isinstance(value, int | float) and value is not True)
 
 
 def _refuse_setting(text: str, place: str) -> None:

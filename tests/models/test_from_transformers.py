@@ -28,6 +28,8 @@ from softcache.dump.teacher import Teacher
 from softcache.errors import ConfigError, DataError, MissingExtraError, ModelError, SoftcacheError
 from softcache.features.taps import classifier_feature, classifier_of
 from softcache.models import METADATA_KEY, Model, TokenizerInput, describe_model, initialise, load_model, save_student
+from softcache.models.from_transformers import BESIDES
+from softcache.models.told import check_config
 from softcache.reproduce import flow as reproduce
 from softcache.students.traced_program import Batch, trace
 
@@ -734,3 +736,22 @@ def test_a_masked_language_model_is_no_teacher(tmp_path: Path) -> None:
     assert loaded(f"hf:{folder}").untrained
     with pytest.raises(ModelError, match="which would be random numbers"):
         teacher_of(f"hf:{folder}")
+
+
+@pytest.mark.slow
+def test_the_settings_of_every_classifier_are_believed() -> None:
+    """But of those that fetch kernels from the hub."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+
+    refused, tried = set(), 0
+    for kind in CLASSIFIERS:
+        try:
+            told = json.loads(kind().to_json_string(use_diff=False))
+        except Exception:  # one that has no defaults
+            continue
+        tried += 1
+        try:
+            check_config({key: value for key, value in told.items() if key not in BESIDES}, "x")
+        except ModelError:
+            refused.add(kind.__name__)
+    assert tried > 20 and refused <= {"JambaConfig", "ZambaConfig", "Zamba2Config"}

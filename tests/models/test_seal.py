@@ -170,7 +170,7 @@ def test_tensors_that_are_far_larger_than_their_file_are_refused(tmp_path: Path)
 TOO_LARGE = {
     "wide": {"spec": "softcache:mlp?hidden=16000000,16000000"},
     "deep": {"spec": "softcache:wrn?depth=100&width=1000", "input_shape": [8, 8]},
-    "many": {"spec": "softcache:mlp?hidden=" + ",".join(["4"] * 1000)},
+    "many": {"spec": "softcache:mlp?hidden=" + ",".join(["4"] * 200)},
     "over the most": {"spec": "softcache:mlp?hidden=99999999999"},
     "a wide item": {"input_shape": [10**5, 10**5]},
     "a wide graft": {

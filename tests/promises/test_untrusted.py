@@ -21,6 +21,11 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 world, runs, texts, flips = (importlib.import_module(f"hostile.{name}") for name in ("world", "runs", "texts", "flips"))
 
 
+def quick_first(*values: str) -> list[Any]:
+    """Parameters, of which the quick tier takes the first."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * (i > 0)) for i, value in enumerate(values)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`world/` and `outside/`."""
@@ -96,7 +101,7 @@ def test_a_lock_with_a_second_name_is_not_written(file: str, place: Path, outsid
         assert do(verb, place, outside).faults == []
 
 
-@pytest.mark.parametrize("attack", ["a pipe", "a socket", "link to nothing", "link to a file", "hard link", "noise"])
+@pytest.mark.parametrize("attack", quick_first("a pipe", "a socket", "link to nothing", "link to a file", "hard link"))
 def test_what_lies_where_a_repair_works_is_not_opened(attack: str, place: Path, outside: Path) -> None:
     """To clear such a folder away it was opened, and of a pipe it was waited for its writer."""
     runs.ATTACKS[attack](place / "cache/dump/repair", outside)
@@ -171,7 +176,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("verb", ["repair", "views", "verify --replay"])
-@pytest.mark.parametrize("what", FOREIGN)
+@pytest.mark.parametrize("what", quick_first(*FOREIGN))
 def test_what_provenance_names_is_opened_only_where_the_user_repeats_it(
     verb: str, what: str, place: Path, outside: Path
 ) -> None:
@@ -255,7 +260,7 @@ HARMFUL = [
 ]
 
 
-@pytest.mark.parametrize("name", HARMFUL)
+@pytest.mark.parametrize("name", quick_first(*HARMFUL))
 def test_a_recipe_that_would_leave_its_folder_or_grow_is_refused(name: str, place: Path, outside: Path) -> None:
     text = texts.RECIPES[name]
     Path("r.toml").write_bytes(text.encode() if isinstance(text, str) else text)
@@ -336,7 +341,11 @@ SHOWN = (  # (file, attack): one of each way in which a file is opened
 )
 
 
-@pytest.mark.parametrize(("file", "name"), SHOWN, ids=str)
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [pytest.param(*one, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, one in enumerate(SHOWN)],
+    ids=str,
+)
 def test_what_a_file_of_a_run_folder_says_ends_in_a_refusal(file: str, name: str, place: Path, outside: Path) -> None:
     runs.DOCUMENTS[file][name](place / "run" / file, outside)
     verb = {"student.safetensors": "eval", "config.toml": "export of its data"}.get(file, "resume")
@@ -360,7 +369,7 @@ def test_files_and_texts_do_no_harm(part: Any, folder: Path) -> None:
     assert len(found) > 20 and {one.code for one in found} >= {0, 2}
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_refused_or_changes_nothing(count: int, place: Path) -> None:
     found = list(flips.flipped(place / "run", count))
     assert [(one.case, one.faults) for one in found if one.faults] == []
