@@ -194,10 +194,10 @@ class TrainConfig(MachineOptions, DataOptions):
     members: tuple[str, ...] = option((), "members to use, with weights if wanted: a=0.7,b=0.3", metavar="NAMES")
     labels: str = option("cache", "dataset: allow labels that differ from the cache's", choices=("cache", "dataset"))
     join: str = option("key", "how samples find their rows", choices=("key", "content"))
-    check_content: str | None = option(
-        None,
-        "compare contents with the cache's (default: spread, and where that cannot be done it is said)",
-        choices=("none", "spread", "full"),
+    check_content: str = option(
+        "auto",
+        "compare contents with the cache's; auto: spread, and where that cannot be done it is said",
+        choices=("auto", "none", "spread", "full"),
     )
     read: str = option("mmap", "pread suits network file systems", choices=("mmap", "pread"))
     check_blocks: str = option(

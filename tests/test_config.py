@@ -111,6 +111,14 @@ def test_a_name_with_a_comma_stands_in_quotes() -> None:
     assert train(stage=['epochs=1 loss="ce"']).stage == ('epochs=1 loss="ce"',)
 
 
+@over_kinds
+def test_every_choice_of_a_setting_can_be_given(kind: type[Any]) -> None:
+    """One called "none" too, which in an optional setting would be no value at all."""
+    for field in dataclasses.fields(kind):
+        for choice in field.metadata["choices"] or ():
+            assert getattr(resolve(kind, flags=NEEDED[kind] | {field.name: choice}).config, field.name) == choice
+
+
 def test_terms_keep_their_commas() -> None:
     """A `name:key=value,...` string is one term; names without parameters may be listed."""
     kd, ce = "kd:temperature=4,weight=0.9", "ce:weight=0.1"

@@ -376,7 +376,7 @@ def _join(cache: Cache, transfer_set: TransferSet, config: TrainConfig, classes_
         transfer_set,
         by=config.join,  # type: ignore[arg-type]
         labels=config.labels,  # type: ignore[arg-type]
-        check_content=config.check_content,  # type: ignore[arg-type]
+        check_content=None if config.check_content == "auto" else config.check_content,  # type: ignore[arg-type]
         classes_map=None if transfer_set.class_names == cache.class_names else classes_map,
     )
 

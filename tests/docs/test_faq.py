@@ -41,6 +41,7 @@ def teacher(kind: str):
         "large": lambda logits: logits * 1e7,
         "random": lambda logits: logits + torch.randn_like(logits),
         "probs": lambda logits: logits.softmax(1),
+        "batch": lambda logits: logits - logits.mean(0),
     }[kind])
 
 
@@ -62,6 +63,15 @@ class Relabelled:
 
 def relabelled():
     return Relabelled(open_transfer_set("digits?rows=0-59"))
+
+
+class Normalised(Relabelled):
+    def __getitem__(self, index):
+        return (torch.from_numpy(self.whole[index][0])[None] / 255 - 0.1) / 0.2, self.labels[index]
+
+
+def normalised():
+    return Normalised(open_transfer_set("digits?rows=0-59"))
 '''
 VIEWS_FILE = """
 from pathlib import Path
@@ -71,6 +81,7 @@ def darker():
     return lambda image: image.clamp(max=int(Path("most.txt").read_text()))
 """
 DIGITS = "digits?rows=0-59"
+NORMALISED = "user.py:normalised"
 NOISY = "synthetic:images?size=8&channels=1&count=300&noise="
 MLP = "softcache:mlp?hidden=8"
 FOUR = "synthetic:images?size=8&channels=1&classes=4"
@@ -112,6 +123,8 @@ CASES = (
     Case("Logits that are not finite", (dump(DIGITS, "user.py:teacher?kind=nan", "NEW"),)),
     Case("Too large for float16", (dump(DIGITS, "user.py:teacher?kind=large", "NEW"),)),
     Case("Two outputs for one batch", (dump(DIGITS, "user.py:teacher?kind=random", "NEW"),)),
+    Case("Other logits in another batch", (dump(DIGITS, "user.py:teacher?kind=batch", "NEW"),)),
+    Case("Normalised twice", (train(NORMALISED, "NEW", student="softcache:cnn"),)),
     Case("Probabilities", (dump(DIGITS, "user.py:teacher?kind=probs", "NEW"),)),
     Case("No weights", (dump(DIGITS, MLP, "NEW"),)),
     Case("Weights that do not fit", (train(FOUR, "NEW", student=f"{MLP}@runs/t"),)),
@@ -213,6 +226,7 @@ def test_most_headings_are_met() -> None:
         "The disk is full",
         "No locks",  # of a file system
         "A package is missing",
+        "A loader process died",  # of too little memory
     }
 
 

@@ -489,6 +489,13 @@ def argv_of(config: TrainConfig) -> list[str]:
     return argv
 
 
+def but_for_chance(err: str) -> list[str]:
+    """What is said besides that the teacher of these tests is right no oftener than by chance."""
+    return [
+        line for line in err.splitlines() if not re.match("softcache: warning: member 'teacher'.* and chance is", line)
+    ]
+
+
 def torchrun(argv: Sequence[str], **environment: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
@@ -513,11 +520,11 @@ def test_torchrun_says_nothing_twice_and_ends_where_one_process_does(
     ran = torchrun(argv_of(config))
     out, err = ran.communicate(timeout=120)
     assert ran.returncode == 0, err
-    steps = [
-        int(found[1]) for line in err.splitlines() if (found := re.match(r"train \S+/two: (\d+) of 30 steps", line))
-    ]
-    assert len(steps) == len(err.splitlines()), err  # how far it is, where it takes long, and nothing else
+    lines = err.splitlines()
+    assert len(set(lines)) == len(lines)  # the class list, a warning of the teacher, and how far it is
+    steps = [int(found[1]) for line in lines if (found := re.match(r"train \S+/two: (\d+) of 30 steps", line))]
     assert steps == sorted(set(steps))
+    assert sum(line.startswith("softcache: warning: ") for line in lines) == 1
     assert out.count("eval_top1") == 1
     assert out.count("next: softcache eval") == 1
     assert cli.main(argv_of(replace(config, out=str(tmp_path / "alone")))) == 0
@@ -533,7 +540,7 @@ def test_torchrun_says_nothing_twice_and_ends_where_one_process_does(
 def test_torchrun_warns_of_nothing_where_some_parameters_are_left_alone(world: World, tmp_path: Path) -> None:
     ran = torchrun([*argv_of(world.config(tmp_path / "run", "fitnet:layer=early,student=early")), "--quiet"])
     _, err = ran.communicate(timeout=120)
-    assert (ran.returncode, err) == (0, "")
+    assert (ran.returncode, but_for_chance(err)) == (0, [])
 
 
 @pytest.mark.timeout(300)
@@ -553,7 +560,7 @@ def test_torchrun_killed_and_resumed_is_bit_for_bit_the_same(world: World, tmp_p
     for name in ("killed", "alone"):
         ran = torchrun([*argv_of(replace(config, out=str(tmp_path / name))), "--quiet"])
         _, err = ran.communicate(timeout=120)
-        assert (ran.returncode, err) == (0, "")
+        assert (ran.returncode, but_for_chance(err)) == (0, [])
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "alone")
 
 

@@ -85,8 +85,8 @@ BUGS = (
     Bug(
         "a teacher's own order of classes is ignored",
         "dump/teacher.py",
-        "            values = values[:, torch.tensor(self.class_order, device=values.device)]\n",
-        "            values = values.clone()\n",
+        "        logits = whole[:, torch.tensor(self.match.columns, device=whole.device)]\n",
+        "        logits = whole.clone()\n",
         "tests/dump",
     ),
     Bug(

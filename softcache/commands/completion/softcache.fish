@@ -164,7 +164,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l combine -x -d 'how me
 complete -c softcache -n '_shtab_softcache_using train' -l members -x -d 'members to use, with weights if wanted: a=0.7,b=0.3'
 complete -c softcache -n '_shtab_softcache_using train' -l labels -xka "cache dataset" -d 'dataset: allow labels that differ from the cache'"'"'s (default: cache)'
 complete -c softcache -n '_shtab_softcache_using train' -l join -xka "key content" -d 'how samples find their rows (default: key)'
-complete -c softcache -n '_shtab_softcache_using train' -l check-content -xka "none spread full" -d 'compare contents with the cache'"'"'s (default: spread, and where that cannot be done it is said)'
+complete -c softcache -n '_shtab_softcache_using train' -l check-content -xka "auto none spread full" -d 'compare contents with the cache'"'"'s; auto: spread, and where that cannot be done it is said (default: auto)'
 complete -c softcache -n '_shtab_softcache_using train' -l read -xka "mmap pread" -d 'pread suits network file systems (default: mmap)'
 complete -c softcache -n '_shtab_softcache_using train' -l check-blocks -xka "first always never" -d 'when the checksums of the cache'"'"'s blocks are looked at (default: first)'
 complete -c softcache -n '_shtab_softcache_using train' -l check-files -xka "yes no" -d 'no: take cache files of the right name and size for those that the manifest names, without hashing them (default: yes)'

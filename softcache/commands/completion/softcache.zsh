@@ -335,7 +335,7 @@ _shtab_softcache_train_options=(
   "*--members[members to use, with weights if wanted\: a\=0.7,b\=0.3]:NAMES:"
   "--labels[dataset\: allow labels that differ from the cache\'s (default\: cache)]:{cache,dataset}:(cache dataset)"
   "--join[how samples find their rows (default\: key)]:{key,content}:(key content)"
-  "--check-content[compare contents with the cache\'s (default\: spread, and where that cannot be done it is said)]:{none,spread,full}:(none spread full)"
+  "--check-content[compare contents with the cache\'s\; auto\: spread, and where that cannot be done it is said (default\: auto)]:{auto,none,spread,full}:(auto none spread full)"
   "--read[pread suits network file systems (default\: mmap)]:{mmap,pread}:(mmap pread)"
   "--check-blocks[when the checksums of the cache\'s blocks are looked at (default\: first)]:{first,always,never}:(first always never)"
   "--check-files[no\: take cache files of the right name and size for those that the manifest names, without hashing them (default\: yes)]:{yes,no}:(yes no)"
