@@ -6,6 +6,7 @@ A message says what is wrong with the value found; the tip says what to do about
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 import sysconfig
@@ -194,11 +195,26 @@ def printable(text: str) -> str:
 _TOLD: set[str] = set()
 
 
+def warn(message: str) -> None:
+    """Say on stderr what may be wrong and is not refused, however quiet a verb is to be."""
+    print(f"softcache: warning: {printable(message)}", file=sys.stderr)
+
+
+def tell_once(text: str) -> None:
+    """Say it on stderr; the same once in a process, and of several processes in the first alone."""
+    if text not in _TOLD and os.environ.get("RANK", "0") == "0":
+        _TOLD.add(text)
+        print(printable(text), file=sys.stderr)
+
+
 def warn_once(message: str) -> None:
-    """Say on stderr what may be wrong and is not refused; the same once in a process."""
-    if message not in _TOLD:
-        _TOLD.add(message)
-        print(f"softcache: warning: {printable(message)}", file=sys.stderr)
+    """As `warn`; the same once."""
+    tell_once(f"softcache: warning: {message}")
+
+
+def note_once(message: str) -> None:
+    """Say on stderr what is worth knowing and is right; the same once."""
+    tell_once(f"softcache: note: {message}")
 
 
 def first_offenders(items: Iterable[str], total: int, limit: int = 5) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,11 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import softcache
-from softcache import dump
+from softcache import dump, errors
 from softcache.config import DumpConfig
 from softcache.report import progress
 
@@ -68,9 +70,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # everything here is tiny
 
 
+def seed_everything() -> None:
+    """Every global generator begins anew, whichever tests ran before, and in whichever worker."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
-    torch.manual_seed(0)  # whichever tests ran before, and in whichever worker
+    seed_everything()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_TOLD", set())  # what is said once is said in each test
 
 
 @pytest.fixture(autouse=True)

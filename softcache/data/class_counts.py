@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from softcache.data.classes import are_numbers
 from softcache.data.transfer_set import TransferSet
-from softcache.errors import printable
+from softcache.errors import warn
 
 SHOWN = 20  # classes that are listed one by one
 STANDARD_ERRORS = 3.0
 FAIR = 0.25  # a teacher that is this far from chance to perfection is fair
-
-
-def warn(text: str) -> None:
-    """A warning for the person at the terminal, in the one form that softcache has for it."""
-    print(printable(f"softcache: warning: {text}"), file=sys.stderr)
 
 
 def class_counts(transfer_set: TransferSet) -> np.ndarray:

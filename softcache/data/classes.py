@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
 from softcache.data.imagenet import ids_of_words, ilsvrc_ids, wordnet_ids
-from softcache.errors import ClassMismatchError, DataError, ModelError, first_offenders, nearest
+from softcache.errors import ClassMismatchError, DataError, ModelError, first_offenders, nearest, note_once
 
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
 _INDICES = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
@@ -319,10 +318,7 @@ def check_classes(
         classes_map: data's class -> owner's class, for those that are called otherwise.
     """
     if _check_part(dataset, class_names, owner, classes_map or {}):
-        print(
-            f"softcache: classes are matched by number: one of data set and {owner} only counts 0 to {len(class_names) - 1}",
-            file=sys.stderr,
-        )
+        note_once(f"classes are matched by number: one of data set and {owner} only counts 0 to {len(class_names) - 1}")
 
 
 def _check_part(dataset: Any, class_names: Sequence[str], owner: str, classes_map: Mapping[str, str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from softcache.data.drift import check_drift
 from softcache.data.identity import pixel_digest
 from softcache.data.loading import LoadedBatch, ViewedSet
 from softcache.dump.choose_codec import CHECKED_SAMPLES, Prober
+from softcache.errors import warn
 
 
 def renderer(viewed: ViewedSet, order: np.ndarray) -> Callable[[int, int], Any]:
@@ -37,4 +37,4 @@ class PixelCheck:
         drift = check_drift(self._reader, rows, batch.views, batch.pixel_digests, self._render)
         if drift is not None and not self._told:
             self._told = True
-            print(f"softcache: warning: {drift}", file=sys.stderr)
+            warn(str(drift))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from softcache.data.join import batches
 from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, ModelError, faults_explained
+from softcache.errors import ConfigError, ModelError, faults_explained, note_once
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_json, load_model, own_classes, read_metadata
@@ -457,10 +456,7 @@ def _with_classes_of(
     if len(own) == len(names) or compared or transfer_set.multi_label:
         return transfer_set
     columns = places_in(names, own) or match_classes(repr(model_text), own, names, classes_map).columns
-    print(
-        f"softcache: the data has {len(names):,} of the model's {len(own):,} classes; it is measured over all of them",
-        file=sys.stderr,
-    )
+    note_once(f"the data has {len(names):,} of the model's {len(own):,} classes; it is measured over all of them")
     return transfer_set.under(own, columns or range(len(names)))
 
 

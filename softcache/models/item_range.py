@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from softcache.errors import DataError
+from softcache.errors import DataError, warn
 from softcache.models.inputs import ImageInput, Input, VectorInput, array_of
 from softcache.models.model import Model
 from softcache.models.weights import METADATA_KEY, read_metadata, split_weights, weights_file
@@ -103,7 +102,7 @@ def _differ(taken: Input, learned: str, found: str) -> bool:
 def _told(message: str, tip: str, *, lenient: bool) -> str:
     if not lenient:
         raise DataError(message, tip=tip)
-    print(f"softcache: warning: {message}; {tip}", file=sys.stderr)
+    warn(f"{message}; {tip}")
     return message
 
 

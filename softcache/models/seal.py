@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcache.errors import SoftcacheError
+from softcache.errors import SoftcacheError, note_once
 
 FORMAT = 1
 FORMAT_KEY, DIGEST_KEY = "softcache_format", "softcache_digest"  # among the strings of a safetensors file
 
 STRETCH = 64  # a tensor that is one number many times, as `expand` makes it, takes no room in a file
-
-_NOTED: set[str] = set()
 
 
 def digest(value: Any) -> str:
@@ -111,10 +108,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     for one in inner:
         yield from _tensors(one)
-
-
-def note_once(text: str) -> None:
-    """A note on stderr, once in each process."""
-    if text not in _NOTED and os.environ.get("RANK", "0") == "0":
-        _NOTED.add(text)
-        print(f"softcache: note: {text}", file=sys.stderr)

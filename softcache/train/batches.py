@@ -31,7 +31,7 @@ from softcache.data.loading import (
 )
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
-from softcache.errors import CacheError, ConfigError, printable
+from softcache.errors import CacheError, ConfigError, tell_once, warn
 from softcache.losses import LossTerm
 from softcache.models import Input
 from softcache.models.item_range import ITEMS_KEY, scale_of
@@ -126,7 +126,8 @@ class Material:
         members = {} if self.cache is None else self.cache.manifest.statistics
         rights = [(name, one.accuracy) for name, one in members.items()]
         lines = [f"member {name}: top-1 {share:.2%} in the cache" for name, share in rights if share is not None]
-        print(printable("\n".join([described(self.transfer_set), *lines])), file=sys.stderr)
+        for line in (described(self.transfer_set), *lines):  # of many students from one cache once
+            tell_once(line)
 
     def left_out(self, taken: Input, *, quiet: bool) -> dict[str, Any]:
         """What a run records of texts that a student with this input does not read: nothing where that is not worth telling."""
@@ -403,5 +404,5 @@ def _check_views(joined: Joined, viewed: ViewedSet, config: TrainConfig) -> str 
     drift = cache.check_pixels(items, joined.rows[index].astype(np.int64), views, render, on_drift=config.on_drift)
     if drift is None:
         return None
-    print(f"softcache: warning: {drift}; the run records it", file=sys.stderr)
+    warn(f"{drift}; the run records it")
     return str(drift)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from softcache.config import TrainConfig
 from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.loading import ViewedSet, item_shape, spread_items
-from softcache.errors import DataError, ModelError, faults_explained, printable
+from softcache.errors import DataError, ModelError, faults_explained, note_once
 from softcache.features.taps import eval_mode
 from softcache.models import Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
@@ -77,6 +76,5 @@ def _data_order(model: Model, class_names: Sequence[str], classes_map: Mapping[s
     except ModelError as exc:
         if classes_map and set(classes_map.values()) & set(declared):
             raise
-        said = f"softcache: {exc.message}; its last layer begins with what it learned of those"
-        print(printable(said), file=sys.stderr)
+        note_once(f"{exc.message}; its last layer begins with what it learned of those")
         return None

@@ -234,7 +234,7 @@ def test_a_cache_that_only_counts_is_matched_by_number_and_says_so_once(capsys: 
 
     check_classes(ConcatDataset([Subset(Set([1, 2]), [0]), Set([3])]), ("0", "1"))  # what 0.4.0 wrote of a nameless set
     assert capsys.readouterr().err.count("matched by number") == 1
-    check_classes(named("0", "1"), ("neg", "pos"))
+    check_classes(named("0", "1"), ("neg", "pos"), "the run")
     check_classes(named("a", "b"), ("x", "y"), classes_map={"a": "x", "b": "y"})
     check_classes(named("a", "b"), ("a", "b"))
     assert capsys.readouterr().err.count("matched by number") == 1

@@ -174,7 +174,7 @@ def test_a_subset_in_another_order_mixes_with_the_whole_set() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than there may be cores
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.whole), "forkserver"])
 def test_four_workers_by_every_start_method(method: str) -> None:
     check_through_loaders(range(COUNT), 4, method)
 

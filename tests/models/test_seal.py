@@ -12,13 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from softcache.errors import ModelError, SoftcacheError
-from softcache.models import load_model, load_weights, read_metadata, save_student, seal
+from softcache.models import load_model, load_weights, read_metadata, save_student
 from softcache.models.seal import check_format, digest, refuse_stretched
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(seal, "_NOTED", set())
     torch.manual_seed(0)
     model = load_model("softcache:mlp?hidden=3", num_classes=2, class_names=("a", "b"), input_shape=(2, 2))
     save_student(model, tmp_path / "student.safetensors", metadata={"softcache_version": "0.6.0", "x": "y"})

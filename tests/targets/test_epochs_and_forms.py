@@ -13,7 +13,6 @@ from conftest import QuickDump
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from softcache import errors
 from softcache.data.transfer_set import open_transfer_set
 from softcache.targets.cache import Cache, Joined
 
@@ -22,11 +21,6 @@ START_METHODS = [
     pytest.param("spawn", marks=pytest.mark.slow),
     pytest.param("forkserver", marks=pytest.mark.slow),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors, "_TOLD", set())
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from conftest import WORLDS, QuickDump
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from softcache import errors
 from softcache.data.join import SPREAD
 from softcache.errors import (
     ClassMismatchError,
@@ -30,11 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 from columns import ClassLabel, Frame, HuggingFace, HuggingFaceStream
 
 NAMES = ("ant", "bee", "cat", "dog")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors, "_TOLD", set())
 
 
 class World:

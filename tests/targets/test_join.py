@@ -167,7 +167,7 @@ def test_forked_workers(workers: int, quick_dump: QuickDump, toy: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.whole)])
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_other_start_methods(method: str, workers: int, quick_dump: QuickDump, toy: Path) -> None:
     check_with_workers(quick_dump(policy=("shift",), views=2), toy, workers, method)
