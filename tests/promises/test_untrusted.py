@@ -361,10 +361,10 @@ def test_what_a_file_of_a_run_folder_says_ends_in_a_refusal(file: str, name: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [runs, texts], ids=["runs", "texts"])
-def test_files_and_texts_do_no_harm(part: Any, folder: Path) -> None:
-    """One in twenty-nine; all of them by `python tools/hostile runs texts`."""
-    found = list(part.tried(folder, every=29))
+@pytest.mark.parametrize(("part", "every"), [(runs, 29), (texts, 13)], ids=["runs", "texts"])
+def test_files_and_texts_do_no_harm(part: Any, every: int, folder: Path) -> None:
+    """Some of them; all by `python tools/hostile runs texts`."""
+    found = list(part.tried(folder, every=every))
     assert [(one.case, one.faults) for one in found if one.faults] == []
     assert len(found) > 20 and {one.code for one in found} >= {0, 2}
 
