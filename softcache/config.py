@@ -103,6 +103,9 @@ class MachineOptions:
 
 
 MOST_TOML = 2**24  # bytes
+CHECK_FILES_HELP = (
+    "no: take cache files of the right name and size for those that the manifest names, without hashing them"
+)
 ALLOW_CODE_HELP = (
     "believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data"
 )
@@ -203,11 +206,7 @@ class TrainConfig(MachineOptions, DataOptions):
     check_blocks: str = option(
         "first", "when the checksums of the cache's blocks are looked at", choices=("first", "always", "never")
     )
-    check_files: str = option(
-        "yes",
-        "no: take cache files of the right name and size for those that the manifest names, without hashing them",
-        choices=("yes", "no"),
-    )
+    check_files: str = option("yes", CHECK_FILES_HELP, choices=("yes", "no"))
     allow_code: bool = option(False, ALLOW_CODE_HELP)
     view: int | None = option(None, "always this view (default: epoch modulo views)", metavar="V")
     size: int | None = option(None, "render the cache's views at this width instead of the teacher's", metavar="PIXELS")
@@ -285,11 +284,7 @@ class EvalConfig(MachineOptions, DataOptions):
     bias_model: str | None = option(
         None, "find it on this model, a twin that was not trained on --bias-data", metavar="MODEL"
     )
-    check_files: str = option(
-        "yes",
-        "no: take cache files of the right name and size for those that the manifest names, without hashing them",
-        choices=("yes", "no"),
-    )
+    check_files: str = option("yes", CHECK_FILES_HELP, choices=("yes", "no"))
     per_class: bool = option(False, "also the errors on each class")
     allow_code: bool = option(False, ALLOW_CODE_HELP)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from softcache.cache.canonical import canonical_json
 from softcache.cache.file_entry import StoredFile
-from softcache.cache.open_file import read_inside
 from softcache.cache.plan import Plan
 from softcache.cache.schema import WORK
 from softcache.cache.strict_json import JOURNALED, MAX_BYTES, PLANNED, read_shape
 from softcache.errors import DamagedCacheError
 from softcache.files.durable import explained
+from softcache.files.inside import read_inside
 
 PLAN = "plan.json"
 

@@ -13,14 +13,13 @@ from softcache.cache.canonical import canonical_json
 from softcache.cache.dump_folder import read_journals, read_planned, work_folder
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.manifest_rules import check_manifest
-from softcache.cache.open_file import read_inside
 from softcache.cache.plan import Plan
 from softcache.cache.schema import FORMAT_VERSION, MANIFEST, MANIFESTS
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.strict_json import MANIFEST as MANIFEST_SHAPE
 from softcache.cache.strict_json import MAX_BYTES, check_shape, read_canonical
 from softcache.errors import CacheError, DamagedCacheError, UnfinishedCacheError
-from softcache.files.inside import is_inside
+from softcache.files.inside import is_inside, read_inside
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from softcache.cache.file_entry import StoredFile
 from softcache.errors import DamagedCacheError
-from softcache.files.inside import CACHE, open_inside, read_inside
-
-__all__ = ["COPY_AGAIN", "open_checked", "open_inside", "read_inside"]
+from softcache.files.inside import CACHE, open_inside
 
 COPY_AGAIN = CACHE.tip
 

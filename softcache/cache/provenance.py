@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from softcache.cache.dump_folder import work_folder
-from softcache.cache.open_file import read_inside
 from softcache.cache.schema import PROVENANCE
 from softcache.errors import DamagedCacheError
+from softcache.files.inside import read_inside
 
 MAX_BYTES = 2**20
 

@@ -17,7 +17,6 @@ import torch
 from softcache.cache.bound_files import BoundFiles
 from softcache.cache.card import card
 from softcache.cache.manifest import Manifest, known_ids, read_manifest
-from softcache.cache.open_file import read_inside
 from softcache.cache.plan import Plan
 from softcache.cache.provenance import provenance_path, read_provenance
 from softcache.cache.reader import CacheReader, read_samples
@@ -52,7 +51,7 @@ from softcache.errors import (
     UntrustedError,
 )
 from softcache.files import durable
-from softcache.files.inside import refuse_linked_folders
+from softcache.files.inside import read_inside, refuse_linked_folders
 from softcache.machine import pick_device, pick_workers
 
 MOST_THREADS = 2**10

@@ -17,11 +17,12 @@ from softcache.cache.checksums import Damage, bad_blocks, damage_of, sha256_of
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.hdf5_check import structure_faults
 from softcache.cache.manifest import Manifest, known_ids, read_manifest
-from softcache.cache.open_file import open_checked, read_inside
+from softcache.cache.open_file import open_checked
 from softcache.cache.reader import read_samples
 from softcache.cache.schema import CRC_SUFFIX, MANIFESTS, SAMPLES
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import DamagedCacheError, DriftError, LinkedCacheError, UnfinishedCacheError, first_offenders
+from softcache.files.inside import read_inside
 from softcache.report.progress import Meter
 
 WHOLE, DAMAGED, UNFINISHED = 0, 1, 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.data.class_counts import chance_warning, offset_warning
+from softcache.data.class_counts import STANDARD_ERRORS, chance_warning, offset_warning
 from softcache.data.transfer_set import TransferSet
 from softcache.dump.encode import Encoded
 from softcache.dump.teacher import Teacher
@@ -15,7 +15,6 @@ from softcache.report.tables import percent
 
 MANY_CLASSES = 1000  # of more than these another order is not looked for
 FEW_ROWS = 8  # fewer may be alike by chance
-STANDARD_ERRORS = 3.0
 
 
 class Answers:

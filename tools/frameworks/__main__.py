@@ -178,17 +178,21 @@ def loader_of(dataset: Any) -> DataLoader[Any]:
     return DataLoader(dataset, BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True)
 
 
+def one_pass(watch: Watch, student: nn.Module, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    for images, records in loader:
+        loss = watch.step(student, images, records)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def plain_loop(joined: softcache.Joined) -> Watch:
     watch, student = Watch(joined), student_of()
     optimizer = torch.optim.SGD(student.parameters(), 0.01)
     loader = loader_of(joined.as_pair())
     for epoch in range(EPOCHS):
         joined.set_epoch(epoch)  # ONE LINE
-        for images, records in loader:
-            loss = watch.step(student, images, records)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        one_pass(watch, student, optimizer, loader)
     return watch
 
 
@@ -287,11 +291,7 @@ def timm_loop(joined: softcache.Joined) -> Watch:
     )
     for epoch in range(EPOCHS):
         dataset.set_epoch(epoch)  # as timm's train.py does
-        for images, records in loader:
-            loss = watch.step(student, images, records)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        one_pass(watch, student, optimizer, loader)
     return watch
 
 

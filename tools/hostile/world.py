@@ -76,6 +76,12 @@ def command(*words: str) -> None:
         assert cli.main([*words]) == 0, said.getvalue()
 
 
+def dump_by(teacher: str) -> list[str]:
+    """The command line that makes the cache of the world."""
+    views = ["--views", "2", "--policy", "shift:pixels=1"]
+    return ["dump", "--data", DATA, "--teacher", teacher, *views, "--out", "cache"]
+
+
 def make_world(folder: Path) -> None:
     """`world/` with data, runs and a cache made by the verbs themselves; `outside/` with what they must not touch."""
     world, outside = folder / "world", folder / "outside"
@@ -89,20 +95,7 @@ def make_world(folder: Path) -> None:
     with contextlib.chdir(world):
         runs = ["train", "--data", DATA, "--eval-data", EVAL, "--student", MLP, "--epochs", "1", "--keep", "best", *how]
         command(*runs, "--out", "run")
-        command(
-            "dump",
-            "--data",
-            DATA,
-            "--teacher",
-            "run",
-            "--views",
-            "2",
-            "--policy",
-            "shift:pixels=1",
-            "--out",
-            "cache",
-            *how,
-        )
+        command(*dump_by("run"), *how)
         shutil.copytree("run", "other")
         shutil.copytree("cache", "backup")
 
@@ -134,21 +127,7 @@ VERBS: dict[str, Sequence[str]] = {
     "learn": ["train", "--cache", "cache", "--data", DATA, "--student", MLP, "--epochs", "1", "--out", "fresh"],
     "eval the cache": ["eval", "cache", "--data", DATA],
     "extend": ["dump", "--extend", "--out", "cache", "--data", DATA, "--teacher", "other", "--views", "3"],
-    "dump again": [
-        *(
-            "dump",
-            "--data",
-            DATA,
-            "--teacher",
-            "other?name=run",
-            "--views",
-            "2",
-            "--policy",
-            "shift:pixels=1",
-            "--out",
-            "cache",
-        ),
-    ],
+    "dump again": dump_by("other?name=run"),
 }
 OF_RUNS = (
     "eval",
