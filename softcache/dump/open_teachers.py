@@ -13,8 +13,8 @@ from torch import nn
 from softcache.config import StorageOptions
 from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.transfer_set import TransferSet
+from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.choose_codec import Prober
-from softcache.dump.company import check_company
 from softcache.dump.teacher import Teacher, member_name
 from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.machine import autocast_dtype
@@ -64,7 +64,7 @@ def open_teachers(
     for teacher in teachers:
         teacher.check_first_batch(prober.first_batch(teacher))
         if not again:
-            check_company(teacher, prober.first_items())
+            check_batch_composition(teacher, prober.first_items())
     return teachers
 
 

@@ -30,9 +30,9 @@ from softcache.models.mobilenet import mobilenetv2
 from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
+from softcache.models.saved_metadata import check_spec, load_json
 from softcache.models.shufflenet import shufflenetv1, shufflenetv2
 from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
-from softcache.models.told import check_spec, load_json
 from softcache.models.vgg import vgg
 from softcache.models.weights import (
     METADATA_KEY,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, require_extra
 from softcache.models.inputs import check_strings
 from softcache.models.model import Model
-from softcache.models.told import check_config
+from softcache.models.saved_metadata import check_config
 
 # what a configuration says besides the network: who wrote it, and the classes, which are the data's
 BESIDES = (

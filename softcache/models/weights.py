@@ -26,8 +26,8 @@ from softcache.models.graft import regraft
 from softcache.models.inputs import ImageInput, TextInput
 from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft
+from softcache.models.saved_metadata import load_json
 from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest, refuse_stretched
-from softcache.models.told import load_json
 from softcache.spec import Spec, parse_spec
 
 STUDENT = "student.safetensors"  # its name in a run folder

@@ -23,8 +23,8 @@ from softcache.files import durable
 from softcache.files.inside import RUN as IN_RUN
 from softcache.files.inside import is_inside, read_inside, refuse_link
 from softcache.files.locks import release_lock, take_lock
+from softcache.models.saved_metadata import load_json
 from softcache.models.seal import FORMAT, check_format
-from softcache.models.told import load_json
 from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
 from softcache.version import __version__

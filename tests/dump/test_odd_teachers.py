@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softcache.dump.company import check_company
+from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.teacher import Teacher
 from softcache.dump.teacher_state import digest_of, fingerprint
 from softcache.errors import TeacherError
@@ -293,7 +293,7 @@ def test_a_model_in_a_half_type_is_normalised_in_float32_first(dtype: torch.dtyp
     items = [np.random.default_rng(i).integers(0, 256, (8, 8, 3)).astype(np.uint8) for i in range(4)]
     one = Teacher("t", "spec", model, model.input.collate, output="logits", num_classes=3)
     one.check_first_batch(one.collated(items))
-    check_company(one, items)
+    check_batch_composition(one, items)
     with torch.no_grad():
         wanted = net(model.input.prepare(model.input.collate(items)).to(dtype)).float()
     assert torch.equal(one(one.collated(items)).logits, wanted)

@@ -29,7 +29,7 @@ from softcache.errors import ConfigError, DataError, MissingExtraError, ModelErr
 from softcache.features.taps import classifier_feature, classifier_of
 from softcache.models import METADATA_KEY, Model, TokenizerInput, describe_model, initialise, load_model, save_student
 from softcache.models.from_transformers import BESIDES
-from softcache.models.told import check_config
+from softcache.models.saved_metadata import check_config
 from softcache.reproduce import flow as reproduce
 from softcache.students.traced_program import Batch, trace
 

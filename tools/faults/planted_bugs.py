@@ -146,11 +146,11 @@ BUGS = (
         "tests/train/test_checkpoint.py",
     ),
     Bug(
-        "a teacher is not asked in other company",
+        "a teacher is not asked in another batch",
         "dump/open_teachers.py",
-        "            check_company(teacher, prober.first_items())\n",
+        "            check_batch_composition(teacher, prober.first_items())\n",
         "            pass\n",
-        "tests/dump/test_company.py",
+        "tests/dump/test_batch_composition.py",
     ),
     Bug(
         "floats that were normalised already are normalised again",

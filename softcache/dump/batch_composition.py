@@ -20,7 +20,7 @@ FEW_ROWS = (
 )
 
 
-def check_company(teacher: Teacher, items: Sequence[Any]) -> None:
+def check_batch_composition(teacher: Teacher, items: Sequence[Any]) -> None:
     """Ask the samples of the first batch again, in halves and in another order: logits must be of the sample alone.
 
     Call it after `check_first_batch`, with the same samples; texts are halved into the shorter and the longer ones, so
@@ -42,7 +42,7 @@ def check_company(teacher: Teacher, items: Sequence[Any]) -> None:
     try:
         if teacher.autocast is not None:
             together = _without_autocast(teacher, together)
-        order, apart = _in_other_company(teacher, items)
+        order, apart = _in_another_composition(teacher, items)
         _check_alike(teacher, together[order], apart)
     finally:
         teacher.autocast, teacher.compute_dtype = before
@@ -59,7 +59,7 @@ def _without_autocast(teacher: Teacher, logits: Tensor) -> Tensor:
         return logits
 
 
-def _in_other_company(teacher: Teacher, items: Sequence[Any]) -> tuple[list[int], Tensor]:
+def _in_another_composition(teacher: Teacher, items: Sequence[Any]) -> tuple[list[int], Tensor]:
     """The logits of the first batch's samples in an order of two halves, and that order."""
     count = len(items)
     order = list(range(count))[::-1]

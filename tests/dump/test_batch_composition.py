@@ -1,4 +1,4 @@
-"""A teacher's logits are of the sample alone: the samples of the first batch are asked again in another company."""
+"""A teacher's logits are of the sample alone: the samples of the first batch are asked again in another batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import softcache
 from softcache.check import repair
 from softcache.dump import open_teachers
-from softcache.dump.company import check_company
+from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
 
@@ -38,7 +38,7 @@ def asked(network: Any, items: Sequence[Any] = ITEMS, collate: Any = stacked, **
     """A teacher that has gone through both looks at its first batch."""
     one = Teacher("t", "spec", network, collate, **{"output": "logits", "num_classes": 3} | settings)
     one.check_first_batch(one.collated(items))
-    check_company(one, items)
+    check_batch_composition(one, items)
     return one
 
 
@@ -161,7 +161,7 @@ def test_a_cache_that_an_older_version_made_of_such_a_teacher_is_still_mended(
     world = tmp_path / "world.py"
     world.write_text(SHIFTED)
     with monkeypatch.context() as older:
-        older.setattr(open_teachers, "check_company", lambda teacher, items: None)
+        older.setattr(open_teachers, "check_batch_composition", lambda teacher, items: None)
         cache = quick_dump(teacher=[f"{world}:shifted"])
     (part,) = (tmp_path / "cache" / "members" / "shifted").glob("*.h5")
     before = part.read_bytes()

@@ -8,7 +8,7 @@ import pytest
 
 from softcache.errors import ModelError, SoftcacheError, UntrustedError
 from softcache.models import MODELS
-from softcache.models.told import check_config, check_spec, load_json
+from softcache.models.saved_metadata import check_config, check_spec, load_json
 from softcache.spec import parse_spec
 
 BERT: dict[str, Any] = {
