@@ -55,6 +55,8 @@ def claim_folder(config: TrainConfig) -> Path:
     out = Path(config.out)
     if os.path.exists(out) and not out.is_dir():
         raise TrainingError(f"{out}: is a file", tip="choose another --out")
+    # listed before the run is read: a process that begins at the same moment writes run.json before anything else
+    strangers = out.is_dir() and any(not _is_left(path.name) for path in out.iterdir())
     if about := _read_run(out):
         before = about["config"]
         now = json.loads(json.dumps(_comparable(config)))
@@ -70,7 +72,7 @@ def claim_folder(config: TrainConfig) -> Path:
                 f"{out}: holds a run with other settings: {listing}",
                 tip="choose another --out; the same settings resume the run",
             )
-    elif out.is_dir() and any(not _is_left(path.name) for path in out.iterdir()):
+    elif strangers:
         raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
     return out
 

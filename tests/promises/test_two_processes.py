@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,41 @@ def test_a_second_training_in_a_folder_is_refused(toy: str, tmp_path: Path) -> N
     os.close(fd)
     assert train.run(settings(toy, tmp_path / "run"), quiet=True).metrics
     assert not (tmp_path / "run" / "lock").exists()
+
+
+@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.parametrize("verb", ["dump", "train"])
+def test_another_process_begins_at_the_same_moment(
+    toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, moment: int
+) -> None:
+    """What it makes between two looks at the folder is ours: gone on with, never called somebody else's."""
+    out, there = tmp_path / "out", tmp_path / "there"
+
+    def work(out: Path) -> object:
+        if verb == "train":
+            return train.run(settings(toy, out, epochs=1), quiet=True)
+        config = DumpConfig(data=f"{toy}:images?count=40", teacher=(f"{toy}:exact",), out=str(out), threads=1)
+        return dump.run(config, quiet=True).manifest
+
+    work(there)
+    out.mkdir()
+    looks = 0
+
+    def appears(look: Any) -> Any:
+        def looked(path: Path) -> Any:
+            nonlocal looks
+            if path == out or path.parent == out:
+                looks += 1
+                if looks == moment + 1:
+                    shutil.copytree(there, out, dirs_exist_ok=True)
+            return look(path)
+
+        return looked
+
+    for name in ("is_dir", "iterdir", "exists"):
+        monkeypatch.setattr(Path, name, appears(getattr(Path, name)))
+    assert work(out)
+    assert looks > moment
 
 
 def test_several_processes_without_torchrun_are_refused(

@@ -140,11 +140,12 @@ class CacheWriter:
     def _refuse_foreign_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise DumpError(f"{self.path}: is a file", tip="choose another --out")
-        if self.base is not None or not self.path.is_dir() or (self.path / WORK).is_dir():
+        if self.base is not None or not self.path.is_dir():
             return
         with durable.explained("listing", self.path):
             occupied = any(self.path.iterdir())
-        if occupied:
+        # looked for after the listing: a process that begins at the same moment makes this folder before anything else
+        if occupied and not (self.path / WORK).is_dir():
             raise DumpError(
                 f"{self.path}: holds files that no dump wrote", tip="choose another --out, or empty the folder"
             )
