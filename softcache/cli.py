@@ -42,12 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 again = shlex.join(["softcache", *words, "--allow-code"])
                 print(f"  or, if you trust whoever made it: {again}", file=sys.stderr)
             return exc.exit_code
-        except KeyboardInterrupt:
-            print(f"\nsoftcache: interrupted; {after_stop}", file=sys.stderr)
-            return EXIT_INTERRUPT
-        except _Terminated:
-            print(f"\nsoftcache: terminated; {after_stop}", file=sys.stderr)
-            return EXIT_TERMINATED
+        except (KeyboardInterrupt, _Terminated) as exc:
+            terminated = isinstance(exc, _Terminated)
+            told = (*getattr(exc, "__notes__", ()), after_stop)[0]  # a verb may know better what there is to go on with
+            print(f"\nsoftcache: {'terminated' if terminated else 'interrupted'}; {told}", file=sys.stderr)
+            return EXIT_TERMINATED if terminated else EXIT_INTERRUPT
         except BrokenPipeError:  # the reader of our output has gone: nothing to say, nobody to say it to
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_USER

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ def run_with(
             look(prepared)
         flow.rehearse(prepared)
         session: Session = flow.begin(prepared)
-        for live in flow.stages_to_do(session):
-            while session.progress.epoch < live.stage.config.epochs:
-                flow.one_epoch(session, live, step=step)
+        with closing(session.batches), session.stop:
+            for live in flow.stages_to_do(session):
+                while session.progress.epoch < live.stage.config.epochs:
+                    flow.one_epoch(session, live, step=step)
         return flow.finish(session)
 
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -249,8 +249,8 @@ def load_batches(
     workers: int = 0,
     pin_memory: bool = False,
     start_method: str | None = None,
-) -> Iterator[LoadedBatch]:
-    """Batches in the order of `pairs`, loaded by worker processes. Faults are raised here, with their tips; so is a death."""
+) -> Generator[LoadedBatch]:
+    """Batches in the order of `pairs`, loaded by worker processes, which end with it. Faults are raised here, with their tips; so is a death."""
     loader: DataLoader[Any] = DataLoader(
         viewed,
         batch_sampler=pairs,  # any iterable of index lists

@@ -180,7 +180,8 @@ INNER: dict[str, dict[str, set[str]]] = {
         "learner": {"objective", "pairs", "ranks"},
         "batches": {"objective", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
-        "session": {"batches", "checkpoint", "objective", "pairs", "ranks", "stages", "tensorboard"},
+        "stop": {"ranks"},
+        "session": {"batches", "checkpoint", "objective", "pairs", "ranks", "stages", "stop", "tensorboard"},
         "metrics": {"batches", "checkpoint", "session"},
         "flow": {
             "batches",
@@ -194,6 +195,7 @@ INNER: dict[str, dict[str, set[str]]] = {
             "run_folder",
             "session",
             "stages",
+            "stop",
             "student",
             "tensorboard",
             "term_modules",
