@@ -93,18 +93,23 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     check(config)
     out, device = claim_folder(config), pick_device(config.device)
     with told_where_it_stands(out), joined_ranks(device) as ranks, only_writer(out, ranks):
-        prepared = prepare(config, ranks, quiet=quiet or not ranks.first)
-        rehearse(prepared)
-        session = begin(prepared)
-        with session.meter, closing(session.batches), session.stop:
-            for live in stages_to_do(session):
-                while session.progress.epoch < live.stage.config.epochs:
-                    try:
-                        one_epoch(session, live)
-                    except Asked:
-                        save_progress(out, live.trained, session.progress, ranks)
-                        session.stop.leave(f"{out} is saved {session.place}: the same command goes on from there")
-        return finish(session)
+        return learn(config, ranks, quiet=quiet or not ranks.first)
+
+
+def learn(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> TrainResult:
+    """The whole of a run in a folder that is ours, from its beginning or from where it stopped."""
+    prepared = prepare(config, ranks, quiet=quiet)
+    rehearse(prepared)
+    session = begin(prepared)
+    with session.meter, closing(session.batches), session.stop:
+        for live in stages_to_do(session):
+            while session.progress.epoch < live.stage.config.epochs:
+                try:
+                    one_epoch(session, live)
+                except Asked:
+                    save_progress(prepared.out, live.trained, session.progress, ranks)
+                    session.stop.leave(f"{prepared.out} is saved {session.place}: the same command goes on from there")
+    return finish(session)
 
 
 def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> Prepared:
