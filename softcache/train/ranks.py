@@ -5,9 +5,7 @@ Every process computes its share of a global batch, so that the result is that o
 
 from __future__ import annotations
 
-import gc
 import os
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,13 +118,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
         yield ranks
         ranks.everyone(None)  # nobody leaves before rank 0, which writes last
-    except BaseException as exc:
-        traceback.clear_frames(exc.__traceback__)
-        raise
     finally:
-        # A group outlives its destruction where something still refers to it, such as DistributedDataParallel; and a thread of
-        # it that lets go of a tensor while Python ends aborts the process: "terminate called without an active exception".
-        gc.collect()
         dist.destroy_process_group()
 
 

@@ -31,6 +31,8 @@ from softcache.train.checkpoint import Progress, Trained, read_progress, restore
 from softcache.train.ranks import Ranks
 
 EPOCHS, STEPS = 3, 12
+SLOW = pytest.mark.slow
+TERM, INT = signal.SIGTERM, signal.SIGINT
 
 
 @pytest.fixture(scope="module")
@@ -226,13 +228,27 @@ def test_stopped_after_any_step_and_resumed(folder: Path, undisturbed: Path, tmp
 @pytest.mark.parametrize(
     ("place", "calls", "number", "where"),
     [
-        pytest.param("one_step", 1, signal.SIGTERM, "in epoch 1 after step 1 of 3", id="in the first step"),
-        pytest.param("one_step", 8, signal.SIGINT, "in epoch 3 after step 2 of 3", id="in a step of the second stage"),
-        pytest.param("one_step", 6, signal.SIGTERM, "in epoch 2 after step 3 of 3", id="in the last step of an epoch"),
-        pytest.param("evaluate", 2, signal.SIGTERM, "in epoch 2 after step 3 of 3", id="while it is evaluated"),
-        pytest.param("save_progress", 1, signal.SIGINT, "after epoch 1", id="while it is saved"),
-        pytest.param("make_optimizer", 2, signal.SIGTERM, "after epoch 2", id="between two stages"),
-        pytest.param("save_progress", 4, signal.SIGTERM, None, id="while it is saved for the last time"),
+        pytest.param(
+            "one_step",
+            1,
+            signal.SIGTERM,
+            "in epoch 1 after step 1 of 3",
+            id="in the first step",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("one_step", 8, INT, "in epoch 3 after step 2 of 3", id="in a step of the second stage"),
+        pytest.param(
+            "one_step",
+            6,
+            signal.SIGTERM,
+            "in epoch 2 after step 3 of 3",
+            id="in the last step of an epoch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("evaluate", 2, TERM, "in epoch 2 after step 3 of 3", id="while it is evaluated"),
+        pytest.param("save_progress", 1, INT, "after epoch 1", id="while it is saved", marks=pytest.mark.slow),
+        pytest.param("make_optimizer", 2, TERM, "after epoch 2", id="between two stages", marks=pytest.mark.slow),
+        pytest.param("save_progress", 4, TERM, None, id="while it is saved for the last time"),
     ],
 )
 def test_a_signal_saves_the_run_where_it_stands(
@@ -252,9 +268,9 @@ def test_a_signal_saves_the_run_where_it_stands(
         return original(*args, **more)
 
     monkeypatch.setattr(module, place, signalled)
-    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(one) for one in (TERM, INT)]
     assert cli.main(argv) == 128 + number
-    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(one) for one in (TERM, INT)] == handlers
     word = "terminated" if number == signal.SIGTERM else "interrupted"
     told = f"run is saved {where}: the same command goes on from there" if where else "goes on from the checkpoint in"
     assert re.search(f"softcache: {word}; .*{told}", capsys.readouterr().err)
@@ -273,7 +289,7 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [TERM, INT])
 def test_a_step_that_takes_too_long_is_given_up(
     folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, number: int
 ) -> None:
