@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,10 @@ from softcache.train.checkpoint import (
 )
 from softcache.train.learner import Learner, backward, over_ranks, tapped
 from softcache.train.metrics import epoch_row, is_best, is_stale
-from softcache.train.objective import Given, build_objectives
+from softcache.train.objective import Given, Objective, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
 from softcache.train.ranks import ALONE, Ranks, joined_ranks
-from softcache.train.refuse import check, check_finite, check_last_batch
+from softcache.train.refuse import check, check_finite, check_last_batch, lone_sample_explained, smallest_piece
 from softcache.train.run_folder import (
     BEST,
     STUDENT,
@@ -139,18 +140,28 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
 
 
 def rehearse(prepared: Prepared) -> None:
-    """Every stage on two samples: what does not fit is refused before anything is learned or written."""
-    config, material, steps = prepared.config, prepared.material, prepared.steps
-    few = material.few(prepared.model.input.collate, views_of(0, material.cache, config)[0])
+    """Every stage on two samples, and on one where training will: what does not fit is refused before anything is learned."""
+    config, material, ranks = prepared.config, prepared.material, prepared.ranks
+    collate, view = prepared.model.input.collate, views_of(0, material.cache, config)[0]
+    few, lone = material.few(collate, view), material.few(collate, view, 1)
+    least = smallest_piece(prepared.count, config.batch_size, ranks, config.accumulate) * config.views_per_visit
     for stage, objective in zip(prepared.stages, prepared.objectives, strict=True):
         freeze_for(stage, prepared.model, objective, prepared.fixed)
-        batch = material.batch(few, config, objective.feature_names, prepared.device)
-        counts = (len(few.index),) * prepared.ranks.size
-        given = Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
+        steps, epochs = prepared.steps, stage.config.epochs
+        first, last = Moment(0, 0, steps, epochs), Moment(epochs - 1, steps - 1, steps, epochs)
         with tapped(prepared.student, objective) as taps:
             learner = Learner(prepared.model, objective, taps, autocast=prepared.autocast)
-            last = Moment(stage.config.epochs - 1, steps - 1, steps, stage.config.epochs)
-            learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, last.epochs), last])
+            learner.rehearse(*_given(prepared, objective, few), [first, last])
+            if least == 1:
+                with lone_sample_explained(config, prepared.count, ranks):
+                    learner.rehearse_in_training(*_given(prepared, objective, lone), first)
+
+
+def _given(prepared: Prepared, objective: Objective, few: LoadedBatch) -> tuple[Any, Given]:
+    """Inputs, and what the terms are given, of some samples that every rank has."""
+    batch = prepared.material.batch(few, prepared.config, objective.feature_names, prepared.device)
+    counts = (len(few.index),) * prepared.ranks.size
+    return batch.inputs, Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
 
 
 def begin(prepared: Prepared) -> Session:

@@ -177,7 +177,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "term_modules": {"pairs"},
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
-        "learner": {"objective", "pairs", "ranks"},
+        "learner": {"checkpoint", "objective", "pairs", "ranks"},
         "batches": {"objective", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
         "stop": {"ranks"},
