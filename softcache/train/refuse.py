@@ -90,8 +90,8 @@ def lone_sample_explained(config: TrainConfig, count: int, ranks: Ranks) -> Iter
         pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
         processes = f" on {ranks.size} processes" if ranks.size > 1 else ""
         raise ConfigError(
-            f"of {count} samples in batches of {config.batch_size}{pieces}{processes}, one is computed alone, and the student has "
-            "a BatchNorm that needs two",
+            f"of {count} samples in batches of {config.batch_size}{pieces}{processes}, one is computed alone, and the student "
+            "has a BatchNorm that needs two",
             tip=f"choose another --batch-size, such as {better}"
             if better
             else "use fewer pieces or processes, or more samples",

@@ -441,7 +441,7 @@ def test_a_batchnorm_that_would_see_one_sample_is_refused_before_the_first_step(
     assert cli.main([*argv, *more, "--student", "softcache:vgg8", *out]) == 2
     said = capsys.readouterr().err
     assert f"error: of {rows} samples in batches of 16" in said
-    assert "a BatchNorm that needs two" in said
+    assert "has a BatchNorm that needs two" in said
     assert said.rstrip().endswith(tip)
     assert not (tmp_path / "run").exists()
     # maps of several places have values enough, and views of a visit are further rows
