@@ -28,7 +28,7 @@ def run(config: TrainConfig, output: Output) -> int:
 
 def _text(result: TrainResult, eval_data: str | None) -> str:
     """About ten epochs, the last among them, and the evaluation."""
-    from softcache.evaluate.measure import summary
+    from softcache.evaluate.evaluation import summary
     from softcache.report.tables import table
 
     shown = [row for row in result.metrics if row["epoch"] % max(1, len(result.metrics) // 10) == 0]
