@@ -65,6 +65,11 @@ class Evaluation:
         """For machines."""
         return {**asdict(self), "errors": self.errors}
 
+    def columns(self) -> dict[str, Any]:
+        """What a run's row of metrics has of it."""
+        found = {"eval_top1": self.top1, "eval_nll": self.nll, "eval_errors": self.errors}
+        return found | ({"eval_wrong_samples": self.wrong_samples} if self.multi_label else {})
+
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) lines for a table, without what does not apply."""
         several = self.multi_label
