@@ -24,6 +24,7 @@ from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError
 from softcache.evaluate import measure
+from softcache.evaluate.evaluation import Evaluation
 from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import RUN, is_inside, read_inside
 from softcache.machine import describe_device, pick_device
@@ -33,6 +34,7 @@ from softcache.spec import parse_spec
 from softcache.targets.cache import is_cache
 from softcache.targets.cache import open as open_cache
 from softcache.train import flow as train
+from softcache.train.metrics import best_epoch
 from softcache.train.stages import parse_stages
 from softcache.version import __version__
 
@@ -284,8 +286,9 @@ def _trained(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
     if result.evaluation is None:
         return Outcome(str(folder), student, seconds=seconds)
     last = _scores(result.evaluation)
-    measured = [row for row in result.metrics if row.get("eval_top1") is not None]
-    best = max(measured, key=lambda row: row["eval_top1"])
+    place = best_epoch(result.metrics)
+    assert place is not None  # `_scores` has refused what has no labels
+    best = result.metrics[place]
     at_best = {**last, "errors": best["eval_errors"], "top1": 100 * best["eval_top1"]}
     return Outcome(str(folder), student, last, at_best, seconds)
 
@@ -317,7 +320,7 @@ def _evaluated(settings: Mapping[str, Any]) -> Outcome:
     return Outcome("", hashlib.sha256(json.dumps(scores).encode()).hexdigest(), scores, scores)
 
 
-def _scores(evaluation: measure.Evaluation) -> dict[str, Any]:
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.top1 is None or evaluation.errors is None:
         raise ConfigError("the data has no labels, so that nothing can be counted", tip="evaluate on data with labels")
     by_class = {name: errors for name, (errors, _) in evaluation.class_errors.items()}
