@@ -308,7 +308,7 @@ def _refuse_too_large(path: Path, spec: Spec, saved: SavedModel, text: str, data
     most = sum(map(math.prod, there.values()))
     if saved.shrunk is not None:
         check_whole_size(made.net, most, text)
-        reshrink(made, saved.shrunk, text)
+        reshrink(made, saved.shrunk, text, most=most)
     if saved.graft is None:
         refuse_misfit(made, there, text)
     elif sum(tensor.numel() for tensor in made.net.state_dict().values()) > GRAFTED * most:

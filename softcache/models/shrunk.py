@@ -135,11 +135,12 @@ class Factored(nn.Sequential):
 # ----------------------------------------------------------------------------------------------------------------- applying
 
 
-def shrink_by(net: nn.Module, record: Shrunk) -> None:
+def shrink_by(net: nn.Module, record: Shrunk, *, most: int | None = None) -> None:
     """Make a network smaller as a record says; what is left keeps its names and its values.
 
     Args:
         net: changed in place, on any device. What stands for a module in two is at first not its product.
+        most: how many numbers there are to be loaded in all: no layer is made of more. None: the record is believed.
 
     Raises:
         ModelError: a module that is not there, of another kind, or without such channels. Then the network is of no use.
@@ -149,7 +150,7 @@ def shrink_by(net: nn.Module, record: Shrunk) -> None:
     for name, sides in record.kept.items():
         keep_channels(_module(net, name), name, sides)
     for name, rank in record.factors.items():
-        put(net, name, factored(_module(net, name), name, rank))
+        put(net, name, factored(_module(net, name), name, rank, most=most))
 
 
 def check_whole_size(net: nn.Module, stored: int, where: str) -> None:
@@ -269,19 +270,21 @@ def _take(module: nn.Module, name: str, channels: Channels, axis: int) -> None:
         setattr(module, name, left)
 
 
-def factored(module: nn.Module, name: str, rank: int) -> Factored:
+def factored(module: nn.Module, name: str, rank: int, *, most: int | None = None) -> Factored:
     """Two modules of random weights in the place of one, with `rank` channels between them; its bias is kept.
 
     Raises:
-        ModelError: no linear layer or convolution of one group, or a rank that is none of it.
+        ModelError: no linear layer or convolution of one group, or more numbers than there are.
     """
     if not (is_plain(module) and isinstance(module, DENSE)) or getattr(module, "groups", 1) != 1:
         raise ModelError(
             f"its record puts two modules in the place of {name!r}, a {type(module).__name__}, which has no rank"
         )
-    out, taken = len(module.weight), module.weight[0].numel()
-    if rank >= min(out, taken):
-        raise ModelError(f"its record gives {name!r} a rank of {rank:,}; it is a matrix of {out:,} x {taken:,}")
+    numbers = rank * (len(module.weight) + module.weight[0].numel())
+    if most is not None and numbers > most:
+        raise ModelError(
+            f"its record gives {name!r} a rank of {rank:,}: {numbers:,} numbers, of {most:,} that there are"
+        )
     where: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     second: nn.Module
     if isinstance(module, nn.Linear):

@@ -277,24 +277,28 @@ def load_weights(model: Model, weights: str) -> None:
     saved = read_saved(weights)
     if saved is not None:
         _check_same_input(model, saved, weights)
+        most = sum(map(math.prod, stored_shapes(path).values()))
         if saved.shrunk is not None and model.shrunk is None:
-            reshrink(model, saved.shrunk, weights)
+            reshrink(model, saved.shrunk, weights, most=most)
         if saved.graft is not None and model.graft is None:
-            regraft(model, saved.graft, most=sum(map(math.prod, stored_shapes(path).values())))
+            regraft(model, saved.graft, most=most)
     _load(model, read_state(path), weights)
     model.untrained = ()
     if saved is not None and saved.class_names:
         model.class_names = saved.class_names
 
 
-def reshrink(model: Model, record: Shrunk, where: str) -> None:
+def reshrink(model: Model, record: Shrunk, where: str, *, most: int) -> None:
     """Leave out of a network what was left out of the one that weights were saved of.
+
+    Args:
+        most: how many numbers the weights have.
 
     Raises:
         ModelError: the record is of another network.
     """
     try:
-        shrink_by(model.net, record)
+        shrink_by(model.net, record, most=most)
     except ModelError as exc:
         raise ModelError(f"{where} does not fit {model.spec or 'the model'}: {exc.message}", tip=exc.tip) from None
     model.shrunk = record
