@@ -81,7 +81,7 @@ class Stack:
 
 
 def find_stacks(net: nn.Module, samples: Samples) -> list[Stack]:
-    """The stacks of a network, in its order; a single block is one, too, where its container has nothing but such blocks."""
+    """The stacks of a network, in its order, of the kinds of block of which there are several; a single block is one too."""
     containers = {
         name: module
         for name, module in net.named_modules()
@@ -111,8 +111,10 @@ def find_stacks(net: nn.Module, samples: Samples) -> list[Stack]:
                 stacks += [Stack(tuple(run))] if run else []
                 run, kind = [own], type(block)
         stacks += [Stack(tuple(run))] if run else []
-    repeated = {type(net.get_submodule(stack.blocks[0])) for stack in stacks if len(stack.blocks) > 1}
-    return [stack for stack in stacks if type(net.get_submodule(stack.blocks[0])) in repeated]
+    kinds = [type(net.get_submodule(stack.blocks[0])) for stack in stacks]
+    repeated = {kind for kind, stack in zip(kinds, stacks, strict=True) if len(stack.blocks) > 1}
+    repeated = repeated or {kind for kind in kinds if kinds.count(kind) > 1}
+    return [stack for kind, stack in zip(kinds, stacks, strict=True) if kind in repeated]
 
 
 def _is_block(module: nn.Module) -> bool:
