@@ -53,9 +53,7 @@ def option(
     )
 
 
-DATA_HELP = (
-    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, table:PATH?text=NAME&label=NAME, file.py:factory"
-)
+DATA_HELP = "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, table:PATH?text=NAME&label=NAME, file.py:factory"
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )
