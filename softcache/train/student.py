@@ -47,7 +47,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
         check_same_scale(model.input, material.some_items, evaluated)
     with faults_explained(DataError, f"the collate of the student {config.student!r}"):
         sample = model.input.collate([item, item])
-    _try(model, config.student, sample, item_shape(item))
+    try_student(model, config.student, sample, item_shape(item))
     order = _data_order(model, transfer_set.class_names, read_classes_map(config.classes_map))
     if order is not None:
         reorder_classes(model, order, transfer_set.class_names, sample)
@@ -55,7 +55,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     return model, sample, None if taken is None else taken.text()
 
 
-def _try(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:
+def try_student(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:
     """Run the network once, on the CPU: a fault of its own is told with its place, and before anything else asks it."""
     size = "" if shape is None else f" on items of shape {shape}"
     tip = "pictures may be too small for it: the view step `resize:size=N` makes them larger, or another student takes them"
