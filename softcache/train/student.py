@@ -13,14 +13,14 @@ from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.loading import ViewedSet, item_shape, spread_items
 from softcache.errors import DataError, ModelError, faults_explained, note_once
 from softcache.features.taps import eval_mode
-from softcache.models import Model, build_vocabulary, load_model
+from softcache.models import Initialised, Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
 from softcache.models.item_range import check_same_scale, check_scale
 from softcache.train.batches import Material
 from softcache.train.run_folder import RUN
 
 
-def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, str | None]:
+def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, Initialised | None]:
     """The network on the CPU, two samples as it collates them, and what it took from other weights (None: nothing).
 
     Raises:
@@ -52,7 +52,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     if order is not None:
         reorder_classes(model, order, transfer_set.class_names, sample)
     taken = initialise(model, config.init_from, config.init_map) if config.init_from else None
-    return model, sample, None if taken is None else taken.text()
+    return model, sample, taken
 
 
 def try_student(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:
