@@ -268,6 +268,9 @@ class EvalConfig(MachineOptions, DataOptions):
     classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     cache: str | None = option(None, "compare with the soft targets of this cache of the same data", metavar="DIR")
     combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
+    members: tuple[str, ...] = option(
+        (), "members of the cache to use, with weights if wanted: a=0.7,b=0.3", metavar="NAMES"
+    )
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
     batch_size: int = option(512, "samples per forward pass", metavar="B")
     policy: tuple[str, ...] = option(

@@ -11,7 +11,7 @@ from unittest import mock
 
 from softcache.config import TrainConfig
 from softcache.data.transfer_set import TransferSet
-from softcache.evaluate.measure import Evaluation
+from softcache.evaluate.evaluation import Evaluation
 from softcache.machine import pick_device
 from softcache.train import TrainResult, flow
 from softcache.train.refuse import check

@@ -24,6 +24,7 @@ from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError
 from softcache.evaluate import measure
+from softcache.evaluate.evaluation import Evaluation
 from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import RUN, is_inside, read_inside
 from softcache.machine import describe_device, pick_device
@@ -321,7 +322,7 @@ def _evaluated(settings: Mapping[str, Any]) -> Outcome:
     return Outcome("", hashlib.sha256(json.dumps(scores).encode()).hexdigest(), scores, scores)
 
 
-def _scores(evaluation: measure.Evaluation) -> dict[str, Any]:
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.top1 is None or evaluation.errors is None:
         raise ConfigError("the data has no labels, so that nothing can be counted", tip="evaluate on data with labels")
     by_class = {name: errors for name, (errors, _) in evaluation.class_errors.items()}

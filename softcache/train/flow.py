@@ -238,7 +238,7 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
     if prepared.material.eval_set is not None and due:
         found = prepared.measure(prepared.material.eval_set) if ranks.first else None
         session.evaluation = found = ranks.agree(found)
-        row |= {"eval_top1": found.top1, "eval_nll": found.nll, "eval_errors": found.errors}
+        row |= found.columns()
     row["seconds"] = round(time.monotonic() - started, 3)
     metrics.append(row)
     ended = "eval_top1" in row and is_stale(metrics, settings.patience, live.number)

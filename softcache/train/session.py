@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet
-from softcache.evaluate.measure import Evaluation, evaluate
+from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.measure import evaluate
 from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_workers
 from softcache.models import Initialised, Model
