@@ -40,11 +40,12 @@ from softcache.models.left_out import LOOKED_AT, left_out
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache, Joined
 from softcache.targets.cache import open as open_cache
+from softcache.targets.ensemble import parse_members
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.objective import Given, Labels
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import pinned_cache
-from softcache.train.terms import check_labels, check_mixed, check_term, parse_members
+from softcache.train.terms import check_labels, check_mixed, check_term
 from softcache.version import __version__
 
 

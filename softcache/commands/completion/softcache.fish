@@ -216,6 +216,7 @@ complete -c softcache -n '_shtab_softcache_using eval' -l autocast -xka "none bf
 complete -c softcache -n '_shtab_softcache_using eval' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s, and of the cache'"'"'s: lines with a tab between the two'
 complete -c softcache -n '_shtab_softcache_using eval' -l cache -xka "(__fish_complete_directories)" -d 'compare with the soft targets of this cache of the same data'
 complete -c softcache -n '_shtab_softcache_using eval' -l combine -x -d 'how the cache'"'"'s members combine (default: mean_logits)'
+complete -c softcache -n '_shtab_softcache_using eval' -l members -x -d 'members of the cache to use, with weights if wanted: a=0.7,b=0.3'
 complete -c softcache -n '_shtab_softcache_using eval' -l temperature -x -d 'temperature of the comparison with the cache (default: 1.0)'
 complete -c softcache -n '_shtab_softcache_using eval' -l batch-size -x -d 'samples per forward pass (default: 512)'
 complete -c softcache -n '_shtab_softcache_using eval' -l policy -x -d 'deterministic view steps (default: those of the run)'

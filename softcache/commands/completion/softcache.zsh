@@ -121,6 +121,7 @@ _shtab_softcache_eval_options=(
   "--classes-map[which of the data\'s classes is which of the model\'s, and of the cache\'s\: lines with a tab between the two]:FILE:_files"
   "--cache[compare with the soft targets of this cache of the same data]:DIR:_files -/"
   "--combine[how the cache\'s members combine (default\: mean_logits)]:RULE:"
+  "*--members[members of the cache to use, with weights if wanted\: a\=0.7,b\=0.3]:NAMES:"
   "--temperature[temperature of the comparison with the cache (default\: 1.0)]:T:"
   "--batch-size[samples per forward pass (default\: 512)]:B:"
   "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
