@@ -86,6 +86,17 @@ class Shrunk:
             {name: rank for name, rank in factors.items() if not is_below(name, cut)},
         )
 
+    def of_whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a whole network, with the channels that are left; those of another size are as they were."""
+        left = dict(state)
+        for name, sides in self.kept.items():
+            for tensor in left.keys() & {f"{name}.{one}" for one in TENSORS}:
+                for axis, side in enumerate(("out", "in")):
+                    channels = sides.get(side, ())
+                    if channels and left[tensor].ndim > axis and channels[-1] < left[tensor].shape[axis]:
+                        left[tensor] = left[tensor].index_select(axis, torch.tensor(channels))
+        return left
+
 
 def _sides(told: Any) -> dict[str, Channels]:
     if not isinstance(told, dict) or not told or not set(told) <= set(SIDES):

@@ -7,12 +7,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from softcache.models.weights import student_bytes
 from softcache.students.samples import Samples
@@ -66,25 +64,11 @@ def multiply_adds(samples: Samples) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a kernel of its own, in which nothing is counted
     try:
-        with sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             samples.run(1)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.operations // 2
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up what torch says of the operations of each call. (torch's own FlopCounterMode takes seconds to load.)"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
+    return counter.get_total_flops() // 2
 
 
 def _in_turns(runs: Sequence[Callable[[], object]]) -> list[float]:

@@ -178,7 +178,7 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
     data, eval_set = (_opened(text, config) for text in (config.data, config.eval_data))
     samples = _samples(config, data, eval_set, policy, device)
     before = copy.deepcopy(samples.model)
-    require_room(out, sum(tensor.nbytes for tensor in before.state_dict().values()), "the smaller model needs at most")
+    require_room(out, sum(tensor.nbytes for tensor in before.state_dict().values()), "the smaller model may need")
     with locked(out), Meter(f"shrink {config.model}", len(methods) + 3, unit="steps", quiet=quiet) as meter:
         steps = []
         for method in methods:

@@ -19,7 +19,7 @@ from softcache import cli
 from softcache.config import ShrinkConfig, TrainConfig
 from softcache.errors import ConfigError, ModelError, SoftcacheError
 from softcache.files import durable
-from softcache.models import Model, Shrunk, load_model, save_student
+from softcache.models import Model, Shrunk, initialise, load_model, save_student
 from softcache.models.shrunk import BATCH_NORMS, shrink_by
 from softcache.students import cost, shrink
 from softcache.students.carve import carve, find_stacks, spread_blocks
@@ -337,6 +337,30 @@ def test_a_smaller_student_is_healed_from_a_cache(run: Path, tmp_path: Path, ima
     small, healed = (load_model(str(tmp_path / name), num_classes=4) for name in ("small", "healed"))
     assert healed.shrunk == small.shrunk
     assert [p.shape for p in healed.parameters()] == [p.shape for p in small.parameters()]
+
+
+def test_a_smaller_student_begins_with_its_own_channels_of_another_network(run: Path) -> None:
+    whole = load_model(str(run), num_classes=4)
+    model = load_model(str(run), num_classes=4)
+    samples = samples_of(model)
+    for step in (carve(model.net, samples, depth=0.5), carve(model.net, samples, width=0.5)):
+        model.shrunk = step[0] if model.shrunk is None else model.shrunk.then(step[0])
+    wanted = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    done = initialise(model, str(run))
+    assert done.taken == done.numbers and whole.net.state_dict().keys() > wanted.keys()
+    assert all(torch.equal(wanted[name], tensor) for name, tensor in model.net.state_dict().items())
+
+
+def test_zeros_that_nothing_holds_are_told_before_training(
+    run: Path, tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shrunk(run, tmp_path / "sparse", "prune:unstructured,amount=0.8,scope=layer")
+    out = str(tmp_path / "out")
+    argv = ["train", "--student", str(tmp_path / "sparse"), "--data", images, "--epochs", "1", "--out", out]
+    assert cli.main([*argv, "--threads", "1", "--device", "cpu"]) == 0
+    assert "80% of the student's weights are zero, as after prune:unstructured" in capsys.readouterr().err
 
 
 def test_killed_before_the_end_there_is_no_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
