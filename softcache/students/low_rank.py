@@ -52,6 +52,10 @@ def low_rank(
         for name, layer in _layers(net).items()
         if layer is not samples.classifier and not is_below(name, keep)
     }
+    if not layers:
+        raise ConfigError(
+            f"lowrank: {samples.what} has no linear layer and no convolution of one group beside its classifier"
+        )
     moments = answers_of(layers, samples) if samples.given else {}
     ranks = {}
     for name, layer in layers.items():

@@ -15,6 +15,7 @@ from softcache.models.shrunk import DENSE, Shrunk, is_below, shrink_by
 from softcache.students.channels import Group, Side, channel_groups, kept_without, without_effect
 from softcache.students.samples import Samples
 
+WEIGHTY = (*DENSE, nn.Conv1d)  # whose single weights may be zero
 MULTIPLE = 8  # of which the widths are that are left
 CLOSE = 1e-3  # of the largest logit: what rounding may change
 
@@ -39,7 +40,9 @@ def prune_weights(
     if scope not in ("layer", "global"):
         raise ConfigError(f"prune:unstructured,scope={scope}: is none", tip="scope=global or scope=layer")
     weights = [
-        module.weight for name, module in net.named_modules() if isinstance(module, DENSE) and not is_below(name, keep)
+        module.weight
+        for name, module in net.named_modules()
+        if isinstance(module, WEIGHTY) and not is_below(name, keep)
     ]
     if not weights:
         raise ConfigError("prune:unstructured: the network has no convolution and no linear layer to choose weights of")
@@ -113,14 +116,20 @@ def leave_channels(
         ConfigError, ModelError: as `prune_channels`.
     """
     groups = channel_groups(net, samples.run)
+    if not groups:
+        raise ModelError(
+            f"{what}: {samples.what} has no channels that can be left out: all of them reach the logits, or a layer that "
+            "mixes them otherwise than a convolution or a linear layer does",
+            tip="`softcache help SMALLER` lists the networks that it works with; prune:unstructured takes any",
+        )
     free = [group for group in groups if not any(is_below(name, keep) for name, _ in group.sides)]
     dropped = {group: _left_out(group, amount, choose) for group in free}
     thinner = [group for group in free if dropped[group]]
     if not thinner:
         widest = max((len(group.units) for group in free), default=0)
         raise ConfigError(
-            f"{what}: no channels can be left out of {samples.what}: of {len(groups)} groups of layers with channels of their "
-            f"own the widest has {widest}, and multiples of {MULTIPLE} are left",
+            f"{what}: no channels can be left out of {samples.what}: of {len(free)} groups of layers the widest has "
+            f"{widest}, and multiples of {MULTIPLE} are left",
             tip="take more of them, a wider network, or another method: lowrank, prune:unstructured",
         )
     if not _works_without(net, samples, [unit for group in thinner for unit in dropped[group]]):
