@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError
+from softcache.models import final_linear
 from softcache.models.shrunk import DENSE, Factored, Shrunk, factored, is_below, is_plain, put
 from softcache.students.samples import Samples
 
@@ -47,11 +48,8 @@ def low_rank(
     for name, share in (("energy", energy), ("rank", rank)):
         if share is not None and not 0 < share < 1:
             raise ConfigError(f"lowrank:{name}={share}: a share of everything is more than 0 and less than 1")
-    layers = {
-        name: layer
-        for name, layer in _layers(net).items()
-        if layer is not samples.classifier and not is_below(name, keep)
-    }
+    last = samples.classifier or final_linear(net, samples.model.num_classes)
+    layers = {name: layer for name, layer in _layers(net).items() if layer is not last and not is_below(name, keep)}
     if not layers:
         raise ConfigError(
             f"lowrank: {samples.what} has no linear layer and no convolution of one group beside its classifier"

@@ -15,7 +15,6 @@ from softcache.models.shrunk import DENSE, Shrunk, is_below, shrink_by
 from softcache.students.channels import Group, Side, channel_groups, kept_without, without_effect
 from softcache.students.samples import Samples
 
-WEIGHTY = (*DENSE, nn.Conv1d)  # whose single weights may be zero
 MULTIPLE = 8  # of which the widths are that are left
 CLOSE = 1e-3  # of the largest logit: what rounding may change
 
@@ -40,9 +39,9 @@ def prune_weights(
     if scope not in ("layer", "global"):
         raise ConfigError(f"prune:unstructured,scope={scope}: is none", tip="scope=global or scope=layer")
     weights = [
-        module.weight
+        weight
         for name, module in net.named_modules()
-        if isinstance(module, WEIGHTY) and not is_below(name, keep)
+        if (weight := _matrix(module)) is not None and not is_below(name, keep)
     ]
     if not weights:
         raise ConfigError("prune:unstructured: the network has no convolution and no linear layer to choose weights of")
@@ -51,6 +50,12 @@ def prune_weights(
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     count = sum(weight.numel() for weight in weights)
     return Shrunk(), f"{zeros:,} of {count:,} weights are zero ({scope}); nothing holds them there in training"
+
+
+def _matrix(module: nn.Module) -> Tensor | None:
+    """The weight of a convolution or a linear layer, of whatever library; an embedding's is a table."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.ndim > 1 and not isinstance(module, nn.Embedding) else None
 
 
 def _check_amount(what: str, amount: float) -> None:
