@@ -19,6 +19,7 @@ from softcache.data.class_counts import chance_warning, described, listed_warnin
 from softcache.data.classes import class_indices, read_classes_map
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
+from softcache.data.label_kind import is_known
 from softcache.data.loading import (
     LoadedBatch,
     Pair,
@@ -60,7 +61,7 @@ class Material:
         teacher: the cache's members as one teacher; None likewise.
         partners: what mixed views are mixed with.
         ids: (N,) uint64 sample ids in the cache; None without one: those of the keys.
-        labelled: how many samples have a label.
+        labelled: how many samples have a label; of several, one that is known.
         drift: how the views differ from what the teacher saw, by a rounding; None where they do not.
         warnings: what is odd about the labels, and about who is right on them.
     """
@@ -307,7 +308,7 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
     multi_label = transfer_set.multi_label
-    labelled = len(transfer_set) if multi_label else int((transfer_set.labels >= 0).sum())
+    labelled = int(is_known(transfer_set.labels).reshape(len(transfer_set), -1).any(axis=1).sum())
     check_labels(terms, labelled=labelled, multi_label=multi_label, name=transfer_set.name)
     warnings = tuple(_class_warnings(transfer_set, cache))
     return Material(transfer_set, eval_set, policy, joined, teacher, partners, ids, labelled, drift, warnings)

@@ -253,7 +253,7 @@ def evaluated(tmp_path: Path, world: World) -> None:
         assert_same(measure.run(out, EvalConfig(**how), quiet=True), said)
 
 
-@pytest.mark.parametrize(("kind", "flavour"), [("single", "missing"), ("several", "ties")], ids=str)
+@pytest.mark.parametrize(("kind", "flavour"), [("single", "ties"), ("several", "missing")], ids=str)
 def test_every_number_of_an_evaluation(kind: str, flavour: str, tmp_path: Path) -> None:
     evaluated(tmp_path, made(kind, flavour))
 
