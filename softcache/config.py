@@ -53,15 +53,14 @@ def option(
     )
 
 
-DATA_HELP = (
-    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory"
-)
+DATA_HELP = "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, table:PATH?text=NAME&label=NAME, file.py:factory"
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )
 CLASSES_MAP_OF_BOTH = (
     "which of the data's classes is which of the model's, and of the cache's: lines with a tab between the two"
 )
+SETTINGS = "stage"  # the setting whose values are lines of settings
 _QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
@@ -352,7 +351,7 @@ def resolve(
             name = f"{name}_" if f"{name}_" in known else name  # a Python keyword
             if name not in known:
                 raise ConfigError(f"{origin}: unknown setting {key!r}", tip=nearest(name, known))
-            values[name] = coerce(value, hints[name], _place(known[name], origin))
+            values[name] = coerce(value, hints[name], _place(known[name], origin), settings=name == SETTINGS)
             origins[name] = origin
     for name, f in known.items():
         choices = f.metadata["choices"]
@@ -412,19 +411,24 @@ def flag_of(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings."""
+def coerce(value: Any, hint: Any, where: str, *, settings: bool = False) -> Any:
+    """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings.
+
+    Args:
+        settings: each text is a line of settings, `epochs=5 loss=kd`, and so is each table.
+    """
     if isinstance(value, str):
         is_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str
-        if is_list and _QUOTED.search(value) and not where.endswith(" stage"):
+        if is_list and _QUOTED.search(value) and not settings:
             return split_list(value)
-        whole = is_list and (":" in value or where.endswith(" stage"))  # it holds commas of its own
+        whole = is_list and (":" in value or settings)  # it holds commas of its own
         return (value,) if whole else convert(value, hint, where)
     if isinstance(value, list | tuple):
         if typing.get_origin(hint) is not tuple:
             raise ConfigError(f"{where}: {list(value)!r} is a list, not one value")
         element = (typing.get_args(hint) or (str,))[0]
-        return tuple(_table_text(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
+        written = settings_text if settings else _table_text
+        return tuple(written(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
     if isinstance(value, dict):
         raise ConfigError(f"{where}: is a table, not a value")
     return convert(str(value), hint, where)
@@ -437,8 +441,6 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:
-    if where.endswith(" stage"):
-        return settings_text(table, where)
     if "name" not in table:
         raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
     rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")

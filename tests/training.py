@@ -36,8 +36,7 @@ def run_with(
             prepared = measured_by(prepared, measure)
         if look is not None:
             look(prepared)
-        flow.rehearse(prepared)
-        session: Session = flow.begin(prepared)
+        session: Session = flow.begin(prepared, flow.rehearse(prepared))
         for live in flow.stages_to_do(session):
             while session.progress.epoch < live.stage.config.epochs:
                 flow.one_epoch(session, live, step=step)

@@ -161,7 +161,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
 
     A student of some of the data's classes is measured on those: samples of the others count as unlabelled.
     """
-    _check(config)
+    check(config)
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())
     classes_map = read_classes_map(config.classes_map)
@@ -206,7 +206,8 @@ def _open_cache(path: str, config: EvalConfig, *, quiet: bool) -> Cache:
     return open_cache(path, check_files=config.check_files == "yes", allow_code=config.allow_code, quiet=quiet)
 
 
-def _check(config: EvalConfig) -> None:
+def check(config: EvalConfig) -> None:
+    """Refuse numbers and combinations that cannot be."""
     if not config.temperature > 0:
         raise ConfigError(f"--temperature {config.temperature}: must be > 0")
     if config.batch_size < 1:
