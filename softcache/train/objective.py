@@ -206,9 +206,10 @@ class _Batch:
         if name in HEAD_INPUTS:
             return self.given.targets.head(self._teacher.members[0], temperature)[HEAD_INPUTS.index(name)]
         assert name == "teacher_logits", name
-        asked = (temperature, term.loss.link)
+        link = term.loss.link if term.loss.link == "sigmoid" else self.given.targets.link
+        asked = (temperature, link)
         if asked not in self._logits:
-            self._logits[asked] = self._teacher.logits(self.given.targets, temperature, term.loss.link)
+            self._logits[asked] = self._teacher.logits(self.given.targets, temperature, link)
         return self._logits[asked]
 
     def teacher_rows(self, first: int, last: int) -> Tensor:
