@@ -271,6 +271,12 @@ def choose_storages(
             codec = restore(before, num_classes, job.known_constants(out, teacher.name))
         else:
             assert wanted is not None
+            if teacher.multi_label and not wanted.complete:
+                raise ConfigError(
+                    f"--codec {wanted.text} keeps the largest classes and the rest of a softmax; this set has several labels per "
+                    "sample, and no loss learns from some of them",
+                    tip="choose float16, int8 or headtail, which keep every logit",
+                )
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
         texts = _asked_of(config.features, teacher, known)
