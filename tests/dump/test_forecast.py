@@ -108,11 +108,15 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_several_labels_are_compared_by_each_label(pieces: Path) -> None:
     found = foreseen(config(pieces, data="images?multi_label=true&count=200"), codecs=("int8", "topk:k=10"))
     assert "binary KL of a label in nats" in found.text() and "decisions kept" in found.text()
     assert "keeps the largest classes and the rest of a softmax" in choice(found, "topk:k=10").refused
     assert 0 < choice(found, "int8").worst(1.0) < 1e-3
+
+
+def test_the_binary_kl_of_a_record_is_the_mean_over_its_labels() -> None:
     given, stored = (np.random.default_rng(seed).normal(0, 3, (4, 5)) for seed in (0, 1))
     p, q = (1 / (1 + np.exp(-one / 4)) for one in (given, stored))
     wanted = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean(axis=1)
