@@ -53,15 +53,14 @@ def option(
     )
 
 
-DATA_HELP = (
-    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory"
-)
+DATA_HELP = "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, table:PATH?text=NAME&label=NAME, file.py:factory"
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )
 CLASSES_MAP_OF_BOTH = (
     "which of the data's classes is which of the model's, and of the cache's: lines with a tab between the two"
 )
+SETTINGS = "stage"  # the setting whose values are lines of settings
 _QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
@@ -269,6 +268,9 @@ class EvalConfig(MachineOptions, DataOptions):
     classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     cache: str | None = option(None, "compare with the soft targets of this cache of the same data", metavar="DIR")
     combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
+    members: tuple[str, ...] = option(
+        (), "members of the cache to use, with weights if wanted: a=0.7,b=0.3", metavar="NAMES"
+    )
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
     batch_size: int = option(512, "samples per forward pass", metavar="B")
     policy: tuple[str, ...] = option(
@@ -321,6 +323,35 @@ class ExportConfig:
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
 
 
+BY_HELP = (
+    "carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, "
+    "lowrank:energy=0.95, lowrank:rank=0.25; repeat to do one after the other"
+)
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """softcache shrink: a smaller model out of a trained one, as a run folder."""
+
+    model: str = option(..., "run folder or MODEL@WEIGHTS", metavar="MODEL", positional=True)
+    by: tuple[str, ...] = option(..., BY_HELP, metavar="METHOD", repeat=True)
+    out: str = option(..., "run folder of the smaller model", metavar="DIR")
+    data: str | None = option(
+        None, "samples by which lowrank chooses and BatchNorm is measured anew; labels are not used", metavar="DATA"
+    )
+    eval_data: str | None = option(None, "data set on which both models are measured", metavar="DATA")
+    classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")
+    policy: tuple[str, ...] = option(
+        (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
+    )
+    download: bool = option(False, "let torchvision download a data set that is not there")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
+    batch_size: int = option(64, "samples of the batch that is timed, and of each forward pass", metavar="B")
+    seed: int = option(0, "weights of layers that begin anew", metavar="SEED")
+    device: str = option("auto", "where it is measured", metavar="DEVICE")
+    threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")
+
+
 @dataclass(frozen=True)
 class Resolved(Generic[Config]):
     """A config and, per field, where its value came from."""
@@ -353,7 +384,7 @@ def resolve(
             name = f"{name}_" if f"{name}_" in known else name  # a Python keyword
             if name not in known:
                 raise ConfigError(f"{origin}: unknown setting {key!r}", tip=nearest(name, known))
-            values[name] = coerce(value, hints[name], _place(known[name], origin))
+            values[name] = coerce(value, hints[name], _place(known[name], origin), settings=name == SETTINGS)
             origins[name] = origin
     for name, f in known.items():
         choices = f.metadata["choices"]
@@ -413,19 +444,24 @@ def flag_of(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings."""
+def coerce(value: Any, hint: Any, where: str, *, settings: bool = False) -> Any:
+    """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings.
+
+    Args:
+        settings: each text is a line of settings, `epochs=5 loss=kd`, and so is each table.
+    """
     if isinstance(value, str):
         is_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str
-        if is_list and _QUOTED.search(value) and not where.endswith(" stage"):
+        if is_list and _QUOTED.search(value) and not settings:
             return split_list(value)
-        whole = is_list and (":" in value or where.endswith(" stage"))  # it holds commas of its own
+        whole = is_list and (":" in value or settings)  # it holds commas of its own
         return (value,) if whole else convert(value, hint, where)
     if isinstance(value, list | tuple):
         if typing.get_origin(hint) is not tuple:
             raise ConfigError(f"{where}: {list(value)!r} is a list, not one value")
         element = (typing.get_args(hint) or (str,))[0]
-        return tuple(_table_text(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
+        written = settings_text if settings else _table_text
+        return tuple(written(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
     if isinstance(value, dict):
         raise ConfigError(f"{where}: is a table, not a value")
     return convert(str(value), hint, where)
@@ -438,8 +474,6 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:
-    if where.endswith(" stage"):
-        return settings_text(table, where)
     if "name" not in table:
         raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
     rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")

@@ -25,6 +25,7 @@ from softcache.codecs.matmul import full_float32
 from softcache.config import ExportConfig, parse_toml
 from softcache.data.classes import match_classes, places_in, read_classes_map
 from softcache.data.join import batches
+from softcache.data.label_kind import answers
 from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
@@ -38,7 +39,9 @@ from softcache.errors import (
     faults_explained,
     require_extra,
 )
-from softcache.evaluate.measure import Evaluation, Sums, run_policy
+from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.measure import run_policy
+from softcache.evaluate.sums import Sums
 from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.files.inside import RUN as IN_RUN
@@ -88,8 +91,8 @@ class Exported:
         data: the evaluation set.
         inputs, output: what the exported model takes and gives.
         before, after: the model and the file, over the evaluation set.
-        agreement: share of samples whose largest class is the same.
-        changed: how many have another one; all of them near-ties within the bound.
+        agreement: share of samples whose largest class is the same; of several labels, of the yes-or-no decisions.
+        changed: how many are another one; all of them near-ties within the bound.
         max_difference: largest |difference| of a logit.
     """
 
@@ -107,7 +110,7 @@ class Exported:
 
     def text(self) -> str:
         """For people."""
-        after = dict(self.after.rows())
+        after, several = dict(self.after.rows()), self.after.multi_label
         rows = [(name, value, after[name]) for name, value in self.before.rows()]
         return "\n".join(
             [
@@ -117,7 +120,8 @@ class Exported:
                 "",
                 table(["", "model", "exported"], rows),
                 "",
-                f"the same top-1 for {percent(self.agreement)} of the samples ({self.changed} changed); largest |logit "
+                f"the same {'answer' if several else 'top-1'} for {percent(self.agreement)} of the "
+                f"{'yes-or-no decisions' if several else 'samples'} ({self.changed} changed); largest |logit "
                 f"difference| {self.max_difference:.3g}, allowed {ABSOLUTE:g} + {RELATIVE:g} |logit|",
             ]
         )
@@ -137,7 +141,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
         ExportError: the model cannot be traced, or the file does not answer as the model does; no file is left.
         SoftcacheError: other children, for what cannot be opened.
     """
-    _refuse_untrained(model_text)
+    refuse_untrained(model_text)
     out = _target(model_text, config)
     for package in PACKAGES if config.to == "onnx" else ():
         require_extra(package, "onnx", "export to ONNX")
@@ -145,7 +149,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     device, threads = pick_device(config.device), pick_threads(config.threads)
     torch.set_num_threads(threads)
     classes_map = read_classes_map(config.classes_map)
-    transfer_set = _of_its_classes(open_transfer_set(data, download=config.download), model_text, classes_map)
+    transfer_set = of_its_classes(open_transfer_set(data, download=config.download), model_text, classes_map)
     policy = Policy.parse(config.policy, 0) if config.policy else run_policy(model_text).for_evaluation()
     viewed = ViewedSet(transfer_set, policy, ())
     three, four = ([viewed.render(i, 0) for i in _spread(len(transfer_set), n)] for n in (3, 4))
@@ -174,7 +178,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     with durable.written_by_path(out, out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")) as aside:
         if config.to == "safetensors":
             save_student(model, aside, metadata=metadata)
-            fresh = load_model(_text_of_copy(model_text, aside), **about, device=str(device)).eval()  # type: ignore[arg-type]
+            fresh = load_model(text_of_copy(model_text, aside), **about, device=str(device)).eval()  # type: ignore[arg-type]
             exported: Forward = lambda inputs: fresh(to_device(inputs, device))  # noqa: E731
         else:
             program = trace(model, batch, model_text)
@@ -203,7 +207,7 @@ def _metadata(
     model: Model, model_text: str, format: str, inputs: Sequence[TensorFact], output: TensorFact
 ) -> dict[str, str]:
     """What goes with each file: what is known of the weights, and how the exported model is called."""
-    weights = Path(_weights_of(model_text))
+    weights = Path(weights_of(model_text))
     known = read_metadata(weights) if weights.is_dir() or weights.suffix == ".safetensors" else {}
     carried = {key: value for key, value in known.items() if key.startswith("softcache")}
     call = {
@@ -232,15 +236,16 @@ def _compare(
     where: str,
     quiet: bool,
 ) -> tuple[Evaluation, Evaluation, float, int, float]:
-    """Model and file over every sample: two evaluations, agreement, how many top-1 changed, the largest difference.
+    """Model and file over every sample: two evaluations, agreement, how many answers changed, the largest difference.
 
     The first batch is one sample, so that the file is seen to take batches of other sizes than it was traced with.
 
     Raises:
-        ExportError: a logit differs by more than the bound. A top-1 that changes within it is a near-tie.
+        ExportError: a logit differs by more than the bound. An answer that changes within it is a near-tie.
     """
     count, order = len(transfer_set), np.arange(len(transfer_set))
-    before, after = Sums(transfer_set.num_classes), Sums(transfer_set.num_classes)
+    several = transfer_set.multi_label
+    before, after = (Sums(transfer_set.num_classes, multi_label=several) for _ in range(2))
     seconds = [0.0, 0.0]
     changed, largest = 0, 0.0
     viewed = ViewedSet(transfer_set, policy, [model.input.collate])
@@ -269,9 +274,12 @@ def _compare(
             before.add_labels(reference, labels)
             after.add_labels(found, labels)
             largest = max(largest, float(difference.max()))
-            changed += int((reference.argmax(dim=1) != found.argmax(dim=1)).sum())
-    evaluations = (s.result(count, t, 1.0) for s, t in zip((before, after), seconds, strict=True))
-    return (*evaluations, 1 - changed / count, changed, largest)  # type: ignore[return-value]
+            said = (answers(logits, multi_label=several) for logits in (reference, found))
+            changed += int(torch.ne(*said).sum())
+    names = transfer_set.class_names
+    evaluations = (s.result(count, t, 1.0, names) for s, t in zip((before, after), seconds, strict=True))
+    asked = count * (len(names) if several else 1)
+    return (*evaluations, 1 - changed / asked, changed, largest)  # type: ignore[return-value]
 
 
 def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: str) -> Tensor:
@@ -348,7 +356,7 @@ def _data_of_run(model_text: str, *, allow_code: bool) -> str:
     return data
 
 
-def _of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapping[str, str]) -> TransferSet:
+def of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapping[str, str]) -> TransferSet:
     """The evaluation set under the class list of the weights, which may be a part of the set's, or the other way round.
 
     Raises:
@@ -378,7 +386,7 @@ def _of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Map
     )
 
 
-def _refuse_untrained(model_text: str) -> None:
+def refuse_untrained(model_text: str) -> None:
     if os.path.exists(model_text) or split_weights(model_text)[1]:
         return
     spec = parse_spec(model_text)
@@ -386,19 +394,19 @@ def _refuse_untrained(model_text: str) -> None:
         raise ConfigError(f"{model_text!r} has no weights", tip=f"name them: {model_text}@WEIGHTS, or a run folder")
 
 
-def _weights_of(model_text: str) -> str:
+def weights_of(model_text: str) -> str:
     """The path part of a model text; it need not exist."""
     return model_text if os.path.exists(model_text) else split_weights(model_text)[1] or model_text
 
 
 def _folder_of(model_text: str) -> Path | None:
     """The run folder behind a model text, if there is one."""
-    path = Path(_weights_of(model_text))
+    path = Path(weights_of(model_text))
     folder = path.parent if path.suffix == ".safetensors" else path
     return folder if path.exists() and folder.is_dir() else None
 
 
-def _text_of_copy(model_text: str, path: Path) -> str:
+def text_of_copy(model_text: str, path: Path) -> str:
     """The model text for a copy of the weights: a student says itself what it is, unless a factory of the user builds it."""
     head = "" if os.path.exists(model_text) else split_weights(model_text)[0]
     return f"{head}@{path}" if head and parse_spec(head).is_factory else str(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, to_device
 from softcache.data.transfer_set import TransferSet
+from softcache.errors import warn
 from softcache.evaluate.measure import Evaluation
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
@@ -38,15 +39,15 @@ from softcache.train.checkpoint import (
     save_progress,
 )
 from softcache.train.learner import Learner, backward, over_ranks, tapped
-from softcache.train.metrics import epoch_row, is_best, is_stale
+from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
 from softcache.train.objective import Given, Objective, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
+from softcache.train.outlook import outlook, reach_of, single_samples
 from softcache.train.ranks import ALONE, Ranks, joined_ranks
 from softcache.train.refuse import check, check_finite, check_last_batch, lone_sample_explained, smallest_piece
 from softcache.train.run_folder import (
     BEST,
     STUDENT,
-    best_of,
     check_same_data,
     claim_folder,
     data_fingerprint,
@@ -100,8 +101,7 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
 def learn(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> TrainResult:
     """The whole of a run in a folder that is ours, from its beginning or from where it stopped."""
     prepared = prepare(config, ranks, quiet=quiet)
-    rehearse(prepared)
-    session = begin(prepared)
+    session = begin(prepared, rehearse(prepared))
     with session.meter, closing(session.batches), session.stop:
         for live in stages_to_do(session):
             while session.progress.epoch < live.stage.config.epochs:
@@ -139,22 +139,30 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     )  # fmt: skip
 
 
-def rehearse(prepared: Prepared) -> None:
-    """Every stage on two samples, and on one where training will: what does not fit is refused before anything is learned."""
+def rehearse(prepared: Prepared) -> tuple[str, ...]:
+    """Every stage on two samples, and on one where training will: what does not fit is refused before anything is learned.
+
+    Returns:
+        What the run will learn little by.
+    """
     config, material, ranks = prepared.config, prepared.material, prepared.ranks
     collate, view = prepared.model.input.collate, views_of(0, material.cache, config)[0]
     few, lone = material.few(collate, view), material.few(collate, view, 1)
     least = smallest_piece(prepared.count, config.batch_size, ranks, config.accumulate) * config.views_per_visit
+    reaches = []
     for stage, objective in zip(prepared.stages, prepared.objectives, strict=True):
         freeze_for(stage, prepared.model, objective, prepared.fixed)
         steps, epochs = prepared.steps, stage.config.epochs
         first, last = Moment(0, 0, steps, epochs), Moment(epochs - 1, steps - 1, steps, epochs)
         with tapped(prepared.student, objective) as taps:
             learner = Learner(prepared.model, objective, taps, autocast=prepared.autocast)
-            learner.rehearse(*_given(prepared, objective, few), [first, last])
+            values = learner.rehearse(*_given(prepared, objective, few), [first, last])
+            single = learner.rehearse(*_given(prepared, objective, lone), [last]) if single_samples(prepared) else {}
             if least == 1:
                 with lone_sample_explained(config, prepared.count, ranks):
                     learner.rehearse_in_training(*_given(prepared, objective, lone), first)
+            reaches.append(reach_of(prepared.model.net, objective.terms, values, single))
+    return outlook(prepared, reaches)
 
 
 def _given(prepared: Prepared, objective: Objective, few: LoadedBatch) -> tuple[Any, Given]:
@@ -164,8 +172,12 @@ def _given(prepared: Prepared, objective: Objective, few: LoadedBatch) -> tuple[
     return batch.inputs, Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
 
 
-def begin(prepared: Prepared) -> Session:
-    """Look where an earlier start of this run stopped, and write down what the run is."""
+def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
+    """Look where an earlier start of this run stopped, and write down what the run is.
+
+    Args:
+        told: what is said before the first step, and recorded.
+    """
     material, ranks = prepared.material, prepared.ranks
     vocabulary = getattr(prepared.model.input, "vocabulary", ())
     data = data_fingerprint(material.sample_ids, material.transfer_set.labels, vocabulary)
@@ -173,7 +185,11 @@ def begin(prepared: Prepared) -> Session:
     session = Session(prepared, *read_progress(prepared.out, ranks), stop=Stop(ranks))
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
-        facts = material.facts(prepared.config, data, prepared.initialised)
+        initialised = None if prepared.initialised is None else prepared.initialised.text()
+        facts = material.facts(prepared.config, data, initialised)
+        for line in told:
+            warn(line)
+        facts |= {"warnings": list(told)}
         facts |= material.left_out(prepared.model.input, quiet=prepared.quiet)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
@@ -260,15 +276,14 @@ def end_epoch(session: Session, live: LiveStage, started: float) -> None:
     due = (len(metrics) + 1) % config.eval_every == 0 or progress.epoch + 1 == settings.epochs
     if prepared.material.eval_set is not None and due:
         session.evaluation = found = evaluated(session, prepared.material.eval_set)
-        row |= {"eval_top1": found.top1, "eval_nll": found.nll, "eval_errors": found.errors}
+        row |= found.columns()
     row["seconds"] = round(time.monotonic() - started, 3)
-    best = is_best(row, metrics)
     metrics.append(row)
     ended = "eval_top1" in row and is_stale(metrics, settings.patience, live.number)
     progress.epoch, progress.step, progress.sums = settings.epochs if ended else progress.epoch + 1, 0, {}
     if ranks.first:
         write_metrics(prepared.out, metrics)  # before the checkpoint: a run killed in between does this epoch again
-        if best and config.keep == "best":
+        if config.keep == "best" and best_epoch(metrics) == len(metrics) - 1:
             save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata(prepared.model.input))
         if session.board is not None:
             session.board.note(row)
@@ -309,13 +324,16 @@ def told_where_it_stands(out: Path) -> Iterator[None]:
 def finish(session: Session) -> TrainResult:
     """Save the student that is kept, evaluated as it is saved."""
     prepared, eval_set = session.prepared, session.prepared.material.eval_set
-    if best := prepared.config.keep == "best":
-        load_weights(prepared.kept, best_of(prepared.out))
+    kept = kept_student(prepared.out, session.progress.metrics, prepared.config.keep)
+    if best := kept.path is not None:
+        load_weights(prepared.kept, kept.path)
     if prepared.ranks.first:
+        if kept.told:
+            warn(kept.told)
         if eval_set is not None and (session.evaluation is None or best):
             session.evaluation = prepared.measure(eval_set)
         save_student(prepared.kept, prepared.out / STUDENT, metadata=prepared.material.metadata(prepared.model.input))
     if session.board is not None:
         session.board.close()
     parameters = sum(p.numel() for p in prepared.model.net.parameters())
-    return TrainResult(prepared.out, session.progress.metrics, session.evaluation, parameters)
+    return TrainResult(prepared.out, session.progress.metrics, session.evaluation, parameters, kept.epoch)

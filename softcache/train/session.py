@@ -16,10 +16,11 @@ from torch.optim.swa_utils import AveragedModel
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, Pair, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet
-from softcache.evaluate.measure import Evaluation, evaluate
+from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.measure import evaluate
 from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_workers
-from softcache.models import Model
+from softcache.models import Initialised, Model
 from softcache.report.progress import Meter
 from softcache.train.batches import Material, views_of, visits
 from softcache.train.checkpoint import Progress, Trained
@@ -53,7 +54,7 @@ class Prepared:
     quiet: bool
     material: Material
     model: Model
-    initialised: str | None
+    initialised: Initialised | None
     sample: Any
     student: Student | None
     objectives: list[Objective]
@@ -197,9 +198,11 @@ class TrainResult:
         metrics: one row per epoch, as in metrics.jsonl.
         evaluation: of the student that is kept; None without evaluation data.
         parameters: how many numbers the student has.
+        kept_epoch: after which epoch the student that is kept was so, counted from 0 as in `metrics`.
     """
 
     path: Path
     metrics: list[dict[str, Any]]
     evaluation: Evaluation | None
     parameters: int
+    kept_epoch: int
