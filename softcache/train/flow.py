@@ -158,10 +158,10 @@ def rehearse(prepared: Prepared) -> tuple[str, ...]:
             learner = Learner(prepared.model, objective, taps, autocast=prepared.autocast)
             values = learner.rehearse(*_given(prepared, objective, few), [first, last])
             single = learner.rehearse(*_given(prepared, objective, lone), [last]) if single_samples(prepared) else {}
+            reaches.append(reach_of(prepared.model.net, objective.terms, values, single))
             if least == 1:
                 with lone_sample_explained(config, prepared.count, ranks):
                     learner.rehearse_in_training(*_given(prepared, objective, lone), first)
-            reaches.append(reach_of(prepared.model.net, objective.terms, values, single))
     return outlook(prepared, reaches)
 
 
