@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from softcache.data.hf_datasets import hf_dataset, is_columns_file
 from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
 from softcache.data.sources import PACKINGS, Source, StringTable, numbered
 from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, only, value_name
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
-from softcache.errors import DataError, first_offenders, nearest, warn_once
+from softcache.errors import ConfigError, DataError, first_offenders, nearest, warn_once
 from softcache.spec import convert
 
 Empty = Literal["", "unlabelled", "class"]
@@ -83,7 +84,8 @@ def table(
     separator: str = "",
     quotes: str = "",
 ) -> Source:
-    """A file of rows and columns: TSV, CSV or JSON lines in UTF-8, plain or packed. Columns as `tsv` has them.
+    """A file of rows and columns: CSV, TSV or JSON lines in UTF-8, plain or packed; with the extra `datasets` Parquet or Arrow.
+    Columns as `tsv` has them.
 
     Args:
         path: the file; its ending says how it is written, where it says nothing its first rows.
@@ -93,6 +95,10 @@ def table(
         separator: between the columns of CSV, one letter or `tab`. Empty: of comma, semicolon, tab and | the one that divides.
         quotes: "true" where cells may stand in quotes, "false" where quotes are letters. Empty: true of CSV, false of TSV.
     """
+    if is_columns_file(path):
+        if separator or quotes or header:
+            raise ConfigError(f"{path}: separator=, quotes= and header= are of text files", tip="leave them out")
+        return hf_dataset(str(path), text=text, label=label, key=key, classes=classes, empty=empty)
     file = TextFile(path)
     layout = layout_of(file, separator, bool(convert(quotes, bool, f"{path}: quotes")) if quotes else None)
     return _source(file, layout, _Wanted(path, text, label, key, header), classes, empty)
