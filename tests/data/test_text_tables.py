@@ -135,7 +135,7 @@ def test_the_separator_is_found_where_one_divides_the_rows(tmp_path: Path) -> No
         ("x.csv", "a,1\nb,2\n", "?separator=ab", "separator=ab"),
         ("x.csv", b"PK\x03\x04\xff", "", r"is a workbook or a zip archive[^$]*save the sheet as CSV"),
         ("x.csv", "text,label\n".encode("utf-16"), "", "is UTF-16"),
-        ("x.csv", gzip.compress(b"text,label\n"), "", "is packed by gzip"),
+        ("x.csv", b"\x1f\x8b\x08\0\xff", "", "is packed by gzip"),
         ("x.csv", 'text,label\n"a\nb",x\nc,\n', "", "line 4: the label is empty"),
         ("x.csv", "text,a,b\nx,0,1\ny,1,no\n", "?label=a,b", "line 3: 'no' in the column 'b' is neither 0 nor 1"),
         ("x.csv", "text,a,b\nx,0,1\n", "?label=a,b&classes=one", "1 classes= for 2 columns"),
