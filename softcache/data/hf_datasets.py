@@ -66,6 +66,11 @@ def is_columns_file(path: Path) -> bool:
         return False
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether save_to_disk wrote it."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def _read(place: Path, path: str, config: str) -> Any:
     import datasets
 
@@ -73,7 +78,7 @@ def _read(place: Path, path: str, config: str) -> Any:
         if place.suffix == ".arrow":
             return datasets.Dataset.from_file(str(place))
         return datasets.Dataset.from_parquet(str(place))
-    if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if is_saved(place):
         return datasets.load_from_disk(str(place))
     return datasets.load_dataset(str(place) if place.is_dir() else path, config or None)
 

@@ -21,6 +21,7 @@ from softcache.spec import convert
 
 Empty = Literal["", "unlabelled", "class"]
 Place = int | str  # of a column: its number, of JSON lines its name
+LOOKED_AT = 4096  # rows of TSV, for quotes
 NAMED_WITHIN = 100  # JSON lines, by which the columns are known
 
 
@@ -101,7 +102,10 @@ def table(
         return hf_dataset(str(path), text=text, label=label, key=key, classes=classes, empty=empty)
     file = TextFile(path)
     layout = layout_of(file, separator, bool(convert(quotes, bool, f"{path}: quotes")) if quotes else None)
-    return _source(file, layout, _Wanted(path, text, label, key, header), classes, empty)
+    source = _source(file, layout, _Wanted(path, text, label, key, header), classes, empty)
+    if layout == TSV and not quotes:
+        _tell_quotes(path, source.reader)
+    return source
 
 
 def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str, ...], empty: Empty) -> Source:
@@ -128,6 +132,20 @@ def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str,
     else:
         labels, class_names = read_labels(column, classes, empty)
     return Source(reader, keys, labels, class_names)
+
+
+def _tell_quotes(path: Path, reader: Any) -> None:
+    """Warn where a text among the first ones is written as CSV writes quotes inside quotes, in a file that undoes none."""
+    for row in range(min(LOOKED_AT, len(reader.rows))):
+        item, _ = reader.read(row)
+        for text in (item,) if isinstance(item, str) else item:
+            inside = text[1:-1].replace('""', "") if text[:1] == text[-1:] == '"' else text
+            if len(text) > 2 and '""' in text[1:-1] and '"' not in inside:
+                warn_once(
+                    f"{path}: texts stand in quotes, as in row {row}, and they stay there: quotes=true takes them off, "
+                    "quotes=false says that they belong to the texts"
+                )
+                return
 
 
 def stem(path: Path) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from softcache.data.classes import check_classes, class_indices, places_in
-from softcache.data.hf_datasets import hf_dataset
+from softcache.data.hf_datasets import hf_dataset, is_saved
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.label_kind import has_several
 from softcache.data.map_style import from_factory, from_torchvision
@@ -229,7 +229,7 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if not spec.scheme and os.path.exists(
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
-        kind = "imagefolder" if path.is_dir() else "table"
+        kind = ("hf-dataset" if is_saved(path) else "imagefolder") if path.is_dir() else "table"
         raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {kind}:{spec.text}?")
     if spec.scheme in OTHER_WORDS:
         kind = OTHER_WORDS[spec.scheme]

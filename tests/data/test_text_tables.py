@@ -170,6 +170,27 @@ def test_who_has_a_csv_file_is_led_to_table(tmp_path: Path, capsys: pytest.Captu
     assert f"table:{path} reads CSV" in capsys.readouterr().err
 
 
+def test_quotes_that_stay_in_tab_separated_text_are_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = 'so "good"\tx\n"a" or "b"\ty\n"\tx\n""\ty\n'  # nobody's CSV
+    opened(tmp_path / "x.tsv", plain)
+    quoted = plain + '"so ""good"""\tx\n'
+    opened(tmp_path / "x.tsv", quoted, "?quotes=false")
+    open_transfer_set(f"tsv:{tmp_path / 'x.tsv'}")
+    assert "quotes" not in capsys.readouterr().err
+    assert items(opened(tmp_path / "x.tsv", quoted))[4] == '"so ""good"""'
+    assert "as in row 4, and they stay there: quotes=true" in capsys.readouterr().err
+
+
+def test_a_folder_is_told_what_it_may_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder\n.*imagefolder:.*hf-dataset:"):
+        open_transfer_set(f"table:{tmp_path}")
+    (tmp_path / "state.json").touch()
+    with pytest.raises(SoftcacheError, match="did you mean hf-dataset:"):
+        open_transfer_set(str(tmp_path))
+
+
 def test_a_column_gives_the_keys(tmp_path: Path) -> None:
     found = opened(tmp_path / "x.csv", "id,text,label\n7,a,x\nzwei,b,y\n", "?key=id")
     assert list(found.keys) == ["7", "zwei"] and items(found) == ["a", "b"]
