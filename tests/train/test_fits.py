@@ -56,6 +56,7 @@ def value(
 ) -> Iterator[Tensor]:
     """The loss, and its gradient, of a student's logits, as a run would compute it."""
     settings = term.settings_at(Moment())
+    settings.pop("class_weights", None)  # which a run makes of its data
     logits = rows(3.0, 99).requires_grad_()
     labels = torch.tensor([0, 1, 2, 3, 4, -1]) if not several else (rows(1.0, 7) > 0)
     temperature = settings.get("temperature", 1.0)
