@@ -15,7 +15,7 @@ from softcache.losses import LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import Initialised
 from softcache.train.session import Prepared
-from softcache.train.stages import Stage
+from softcache.train.stages import Stage, unused_settings
 from softcache.train.terms import named_terms
 
 LOOKED_AT = 4096  # moments of a stage, spread over its steps
@@ -100,6 +100,8 @@ def outlook(prepared: Prepared, reaches: Sequence[Reach]) -> tuple[str, ...]:
     told += _of_start(prepared.initialised)
     told += _of_parameters(prepared, reaches)
     told += _of_judgement(prepared)
+    told += [one.said for one in unused_settings(prepared.config, stages)]
+    told += _of_one_member(prepared)
     return tuple(dict.fromkeys(told))
 
 
@@ -220,3 +222,10 @@ def _of_judgement(prepared: Prepared) -> Iterator[str]:
         yield f"{data.name} has no labels, so that no epoch is better than another: --keep best keeps the last"
     if any(stage.config.patience is not None for stage in prepared.stages):
         yield f"{data.name} has no labels, so that no epoch is better than another: --patience ends no stage"
+
+
+def _of_one_member(prepared: Prepared) -> Iterator[str]:
+    """A rule that combines one member, which is itself under each of them but `vote`."""
+    teacher, combine = prepared.material.teacher, prepared.config.combine
+    if teacher is not None and len(teacher.members) == 1 and combine not in ("mean_logits", "vote"):
+        yield f"--combine {combine} does nothing: {teacher.members[0]} is the only member"

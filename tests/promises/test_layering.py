@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "machine": set(),
     "features": set(),
     "config": {"spec"},
+    "unused": {"config"},
     "cache": {"files"},
     "codecs": {"spec", "features"},
     "losses": {"spec", "features"},
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
+        "unused",
         "spec",
         "machine",
         "report",
@@ -52,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"config", "spec", "machine", "report", "data", "models", "targets"},
     "train": {
         "config",
+        "unused",
         "spec",
         "machine",
         "report",  # progress: how far a run is
@@ -70,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
         "files",
         "codecs",  # matmul only: products in float32
         "config",
+        "unused",
         "spec",
         "data",
         "features",
@@ -173,7 +177,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "stages": {"terms"},
         "run_folder": {"ranks", "stages"},
         "tensorboard": {"run_folder"},
-        "refuse": {"ranks", "stages", "tensorboard"},
+        "refuse": {"ranks", "run_folder", "stages", "tensorboard"},
         "term_modules": {"pairs"},
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
@@ -211,6 +215,7 @@ PACKAGES: dict[str, set[str]] = {
     "files": set(),
     "spec": set(),
     "config": set(),
+    "unused": set(),
     "cli": set(),
     "commands": set(),
     "__main__": set(),
@@ -219,7 +224,7 @@ PACKAGES: dict[str, set[str]] = {
     "codecs": {"torch"},
     "features": {"torch"},
     "losses": {"torch"},
-    "machine": {"torch"},
+    "machine": {"numpy", "torch"},
 }
 
 # package -> the only modules that may import it

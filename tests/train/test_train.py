@@ -509,10 +509,10 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param(
             {"cache": "one", "policy": ("shift",)}, ConfigError, "cannot be given together", "own", id="policy"
         ),
-        pytest.param({"view": 0}, ConfigError, "--view needs --cache", "", id="view without cache"),
+        pytest.param({"view": 0}, ConfigError, "--view 0 needs --cache", "", id="view without cache"),
         pytest.param({"members": ("a",)}, ConfigError, "--members needs --cache", "", id="members without cache"),
-        pytest.param({"cache_id": "ab"}, ConfigError, "--cache-id needs --cache", "", id="id without cache"),
-        pytest.param({"size": 8}, ConfigError, "--size needs --cache", "", id="size without cache"),
+        pytest.param({"cache_id": "ab"}, ConfigError, "--cache-id ab needs --cache", "", id="id without cache"),
+        pytest.param({"size": 8}, ConfigError, "--size 8 needs --cache", "", id="size without cache"),
         pytest.param({"augment": ("shift",)}, ConfigError, "--augment needs --cache", "", id="augment without cache"),
         pytest.param(
             {"cache": "views", "augment": ("shift",), "size": 8}, ConfigError, "together", "own size", id="size twice"
