@@ -44,6 +44,7 @@ class Entry:
         layer: which layer by default; None where it takes none.
         adapter: by default; None likewise.
         over: what its mean runs over.
+        multi_label: it fits data with several labels per sample, too.
         source: the paper.
         text: its documentation.
     """
@@ -58,6 +59,7 @@ class Entry:
     layer: str | None
     adapter: str | None
     over: str
+    multi_label: bool
     source: str
     text: str
 
@@ -79,6 +81,7 @@ def entry(name: str) -> Entry:
         loss.layers if layered else None,
         loss.adapter if layered else None,
         loss.over,
+        loss.takes_several,
         loss.source,
         inspect.getdoc(loss.function) or "",
     )
@@ -118,10 +121,11 @@ def explanation(name: str) -> str:
         first, *others = [f"LAYER:{kind}" for kind in one.features if kind != CLASSIFIER]
         facts += [
             ("stored", f"{one.stored}, as {' or '.join([first, *others])}"),
-            ("layer", f"of the teacher: {WHERE[loss.layers]}; layer=NAME chooses, NAME/NAME several, which are summed"),
+            ("layer", f"of the teacher: {_where(loss)}; {_chosen(loss)}"),
             ("student", "its layer at the same place; student=NAME chooses"),
-            ("adapter", f"between the two: {loss.adapter}; adapter=identity, linear or mlp chooses"),
         ]
+        if not loss.graft:
+            facts += [("adapter", f"between the two: {loss.adapter}; adapter=identity, linear or mlp chooses")]
     if loss.graft:
         facts += [
             (
@@ -129,6 +133,12 @@ def explanation(name: str) -> str:
                 "a learned projector behind that layer and the teacher's own classifier, frozen, become part of the student",
             )
         ]
+    fits = (
+        "one class per sample, or several labels, each a yes or no" if one.multi_label else "one class per sample alone"
+    )
+    facts += [("data", fits)]
+    if loss.needs_positive:
+        facts += [("rules", "not of votes (--combine vote): it divides by the teacher's probabilities")]
     if loss.needs("labels") and loss.mixed is None:
         facts += [("views", "not those mixed with a partner (mixup, cutmix): it is defined by one label")]
     facts += [("schedules", f"{', '.join(one.scheduled)} may change over training, as in weight=linear(1, 0)")]
@@ -136,7 +146,7 @@ def explanation(name: str) -> str:
     given = f"{name}:weight=W{settings}"
     if loss.has_teacher:
         kept = f"--for {name}" if not loss.needs("head_ids") else f"--codec topk:k=10 --for {name}"
-        hard = "" if loss.needs("labels") else "--loss ce "
+        hard = "" if loss.needs("labels") or loss.graft else "--loss ce "
         facts += [
             ("dump", f"softcache dump --data DATA --teacher TEACHER {kept} --out CACHE"),
             ("train", f"softcache train --cache CACHE --data DATA --student MODEL --out RUN \\\n{hard}--loss {given}"),
@@ -199,12 +209,31 @@ def _needs(loss: Loss) -> str:
     if loss.needs("head_ids"):
         wanted.append("logits of a top-k cache")
     if loss.has_features:
-        wanted.append(f"{WHERE[loss.layers]} of the teacher")
+        wanted.append(f"{_where(loss)} of the teacher")
     if _takes_classifier(loss):
         wanted.append("the teacher's classifier: it must end with an nn.Linear")
     if loss.needs("labels"):
         wanted.append("hard labels")
     return "; ".join(wanted)
+
+
+def _where(loss: Loss) -> str:
+    """Which layer of the teacher, by default."""
+    return (
+        "the map that the classifier averages, or the input of the final linear layer"
+        if loss.graft
+        else WHERE[loss.layers]
+    )
+
+
+def _chosen(loss: Loss) -> str:
+    """How other layers are named."""
+    if loss.graft:
+        return "layer=NAME chooses"
+    if loss.needs("student_maps"):
+        return "layer=NAME/NAME chooses, early to late"
+    one = "NAME+NAME" if loss.features[0] == "fsp" else "NAME"
+    return f"layer={one} chooses, {one}/{one} several, which are summed"
 
 
 def _takes_classifier(loss: Loss) -> bool:

@@ -16,8 +16,8 @@ def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
-        labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy averaged over
-            batch and classes.
+        labels: (B,) int64 class index, -1 = no label; or (B, C) of 1 and 0, -1 = unknown, then binary cross-entropy averaged
+            over what is known of batch and classes.
 
     Returns:
         Scalar >= 0, in nats; zero (with a zero gradient) when no row of the batch is labelled. Ratio to the textbook form: 1.
@@ -35,7 +35,10 @@ def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
     """
     student = at_least_float32(student_logits)
     if labels.ndim == 2:
-        return F.binary_cross_entropy_with_logits(student, labels.to(student.dtype))
+        known = labels >= 0
+        target = torch.where(known, labels, 0).to(student.dtype)
+        rows = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+        return torch.where(known, rows, 0.0).sum() / known.sum().clamp(min=1)
     labelled = labels >= 0
     total = F.cross_entropy(student, labels, ignore_index=-1, reduction="sum")
     return total / labelled.sum().clamp(min=1)
@@ -46,7 +49,8 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
 
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
-        labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy.
+        labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) of 1 and 0, -1 = unknown, then binary
+            cross-entropy.
         shares: (B,) in [0, 1], weight of a sample's own label.
 
     Returns:
@@ -62,8 +66,12 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
     student = at_least_float32(student_logits)
     weights = torch.stack([shares, 1 - shares]).to(student.dtype)  # (2, B)
     if labels.ndim == 2:
-        mixture = weights[0, :, None] * labels + weights[1, :, None] * partner_labels
-        return F.binary_cross_entropy_with_logits(student, mixture)
+        several = torch.stack([labels, partner_labels])  # (2, B, C)
+        weights = torch.where(several >= 0, weights[:, :, None], 0.0)
+        target = torch.where(several >= 0, several, 0).to(student.dtype)
+        rows = F.binary_cross_entropy_with_logits(student.expand(2, -1, -1), target, reduction="none")
+        total = weights.sum()
+        return (weights * rows).sum() / torch.where(total > 0, total, 1.0)
     pair = torch.stack([labels, partner_labels])  # (2, B)
     losses = torch.stack([F.cross_entropy(student, one, ignore_index=-1, reduction="none") for one in pair])
     weights = torch.where(pair >= 0, weights, 0.0)
@@ -102,7 +110,8 @@ def dkd(
         ValueError: temperature is not positive, or the shapes do not fit.
 
     Source: Zhao et al., "Decoupled Knowledge Distillation" (2022); the authors' code masks the label by -1000 in
-        place of leaving it out, and takes the logarithm of probabilities.
+        place of leaving it out, and takes the logarithm of probabilities. standardized: Sun et al., "Logit Standardization in
+        Knowledge Distillation" (2024).
     """
     student, teacher = checked(student_logits, teacher_logits, temperature)
     own = _own_class(student, labels)
@@ -156,8 +165,11 @@ def shifted_kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, t
     """`kd` with the teacher put right: where its first class is not the label, their two logits change places.
 
     Args:
-        student_logits, teacher_logits, temperature: as `kd`. Of equal largest teacher logits the smaller class is exchanged.
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        teacher_logits: (B, C), same classes in the same order, before softmax. Of equal largest logits the smaller class is
+            exchanged.
         labels: (B,) int64 class index; rows below 0 have none and keep the teacher's logits.
+        temperature: > 0. The T**2 factor is that of `kd`.
 
     Returns:
         Scalar >= 0, in nats, averaged over all rows; at equality zero only where the teacher is right. Ratio to the textbook
@@ -186,8 +198,8 @@ def tf_virtual(student_logits: Tensor, labels: Tensor, temperature: float = 20.0
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         labels: (B,) int64 class index; rows below 0 have none and are left out.
-        temperature: > 0; the authors use 20 and more.
-        correct: in (0, 1); the authors use 0.9 and more.
+        temperature: > 0; the authors' code has 10 to 40.
+        correct: in (0, 1); the authors' code has 0.99.
 
     Returns:
         Scalar >= 0, in nats; zero when the student gives the virtual teacher's probabilities, when no row is labelled, and
@@ -198,7 +210,8 @@ def tf_virtual(student_logits: Tensor, labels: Tensor, temperature: float = 20.0
 
     Source: Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization" (2020), Tf-KD_reg.
         The authors' code is another function: it takes softmax(probabilities / T) for the target, which is nearly uniform,
-        does not temper the student, has no T**2 and averages over B x C.
+        does not temper the student, has no T**2 and averages over B x C. Its weights (0.1 to 0.95, and a factor up to 100)
+        belong to that, and to no temperature here.
     """
     if not 0 < correct < 1:
         raise ValueError(f"correct must be in (0, 1), got {correct}")

@@ -182,6 +182,16 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "student=LAYER",
     ),
     # ---- shapes
+    "averaged fsp of one map": (
+        "--cache {path}/maps --loss fsp_average:layer=stage2",
+        "loss 'fsp_average' takes 2 maps or more, and is given stage2:map alone",
+        "--for fsp_average",
+    ),
+    "a word that srrl does not know": (
+        "--cache {path}/vectors --loss srrl:logits=mes",
+        "loss 'srrl': logits: unknown value 'mes'",
+        "did you mean 'mse'",
+    ),
     "an adapter that is not there": (
         "--cache {path}/vectors --loss hint:adapter=liner",
         "unknown adapter 'liner'",
@@ -229,8 +239,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "use kd or soft_ce",
     ),
     "a level that a rule does not keep": (
-        "--cache {path}/two --loss mse_logits --combine vote",
-        "rule 'vote' does not keep",
+        "--cache {path}/two --loss mse_logits --combine mean_probs",
+        "rule 'mean_probs' does not keep",
         "mean_logits",
     ),
     "classes that a codec does not keep": (
@@ -274,8 +284,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "several labels": (
         "--cache {path}/many --data {pieces}:images?labels=many --loss wsld",
-        "one label per sample, and .* may have several",
-        "use ce or bce",
+        "one class per sample, and the samples of .* have several labels",
+        "--loss bce learns from the teacher, as kd does of one class; mse_logits, ce and losses on features fit too",
     ),
     "no negatives": (
         "--cache {path}/ants --data {pieces}:images?labels=ants --loss crd",
