@@ -54,9 +54,7 @@ def option(
     )
 
 
-DATA_HELP = (
-    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory"
-)
+DATA_HELP = "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, table:PATH?text=NAME&label=NAME, file.py:factory"
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )

@@ -3,11 +3,12 @@
     digits  digits?split=test             scikit-learn's bundled 8x8 digits
     torchvision:NAME?root=PATH&train=true torchvision's classification data sets
     imagefolder:PATH                      one folder per class
-    tsv:PATH?text=0&label=1&header=true   tab-separated text, plain or .gz
+    table:PATH?text=NAME&label=NAME       TSV, CSV or JSON lines, plain or packed
+    tsv:PATH?text=0&label=1&header=true   tab-separated text, as it is
     synthetic:images?classes=10           made up, for trials; also synthetic:texts
     package.module:factory?arg=1          any map-style data set; also path/file.py:factory
 
-An item is a uint8 array (H, W) or (H, W, C), a string, or whatever else a user's data set returns.
+An item is a uint8 array (H, W) or (H, W, C), a string, a pair of strings, or whatever else a user's data set returns.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from softcache.data.classes import check_classes, class_indices, places_in
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
 from softcache.data.selection import of_classes, read_keys
-from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
+from softcache.data.sources import Source, StringTable, digits, imagefolder
 from softcache.data.synthetic import images, texts
+from softcache.data.text_tables import table, tsv
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec
 
-FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "tsv": tsv}
+FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "table": table, "tsv": tsv}
 MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
+OTHER_WORDS = dict.fromkeys(("csv", "json", "jsonl", "ndjson", "txt", "text", "file"), "table")  # for a source
 SOURCES = ("digits", "torchvision", "synthetic", *FILE_SOURCES)
 
 
@@ -220,8 +223,13 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if not spec.scheme and os.path.exists(
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
-        kind = "imagefolder" if path.is_dir() else "tsv"
+        kind = "imagefolder" if path.is_dir() else "table"
         raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {kind}:{spec.text}?")
+    if spec.scheme in OTHER_WORDS:
+        kind = OTHER_WORDS[spec.scheme]
+        raise ConfigError(
+            f"{spec.text!r}: no source is called {spec.scheme!r}", tip=f"did you mean {kind}:{spec.name}?"
+        )
     tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"
     raise ConfigError(f"{spec.text!r}: no source is called {spec.scheme or spec.name!r}", tip=tip)
 

@@ -15,6 +15,7 @@ from softcache.errors import DataError, ModelError, faults_explained, note_once
 from softcache.features.taps import eval_mode
 from softcache.models import Initialised, Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
+from softcache.models.inputs import is_text
 from softcache.models.item_range import check_same_scale, check_scale
 from softcache.train.batches import Material
 from softcache.train.run_folder import RUN
@@ -30,7 +31,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     item = material.viewed().render(0, 0)
     texts = (transfer_set.load(i)[0] for i in range(len(transfer_set)))
     with faults_explained(DataError, f"reading the texts of {transfer_set.name}"):
-        vocabulary = build_vocabulary(texts) if isinstance(item, str) else None
+        vocabulary = build_vocabulary(texts) if is_text(item) else None
     with faults_explained(ModelError, f"building the student {config.student!r}"):
         model = load_model(
             config.student,

@@ -66,7 +66,7 @@ _shtab_softcache_demo_defaults_added=0
 
 _shtab_softcache_dump_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
@@ -109,7 +109,7 @@ _shtab_softcache_dump_defaults_added=0
 
 _shtab_softcache_eval_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
@@ -211,7 +211,7 @@ _shtab_softcache_losses_defaults_added=0
 
 _shtab_softcache_plan_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
@@ -313,7 +313,7 @@ _shtab_softcache_subset_defaults_added=0
 
 _shtab_softcache_train_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
