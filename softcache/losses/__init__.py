@@ -58,6 +58,7 @@ INPUTS = {
 }
 CLASSIFIER = "head"  # in place of a layer: the input of the final linear layer; settings and saved runs write it so
 VECTORS = (CLASSIFIER, "pool", "flatten", "cls", "mean_tokens")
+CLASS_WEIGHTS = "class_weights"  # a setting that is a tensor: terms hold what it is made of, "balanced" or a file
 PLACEMENT = ("member", "layer", "student", "adapter")  # settings of every loss on features
 
 
@@ -307,6 +308,8 @@ def __getattr__(name: str) -> Any:
 
 def _setting(loss: Loss, name: str, key: str, value: Any) -> Any:
     where = f"loss {name!r}: {key}"
+    if key == CLASS_WEIGHTS:
+        return "" if value in (None, "") else str(value)
     if loss.is_scheduled(key):
         return Schedule.parse(value, where)
     return convert(str(value), loss.choices.get(key, type(loss.defaults[key])), where)

@@ -158,7 +158,8 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
         facts = material.facts(prepared.config, data, initialised)
         for line in told:
             warn(line)
-        facts |= {"warnings": list(told)}
+        weights = [one.class_weights for one in prepared.objectives]
+        facts |= {"warnings": list(told)} | ({"class_weights": weights} if any(weights) else {})
         facts |= material.left_out(prepared.model.input, quiet=prepared.quiet)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
