@@ -20,7 +20,6 @@ def ce(
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         labels: (B,) int64 class index, -1 = no label; or (B, C) of 1 and 0, -1 = unknown, then binary cross-entropy averaged
             over what is known of batch and classes.
-
         smoothing: in [0, 1), the share of the target that all C classes get evenly; of one label per row.
         class_weights: (C,) >= 0, with which each class counts, as torch's `weight`; of one label per row. Train it as
             `class_weights=balanced` (samples / (classes * samples of the class), as scikit-learn) or as a file.
