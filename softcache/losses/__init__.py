@@ -266,6 +266,8 @@ class LossTerm:
     def describe(self) -> dict[str, Any]:
         """As a run records it."""
         values = {key: value.recorded if isinstance(value, Schedule) else value for key, value in self.settings.items()}
+        if not values.get(CLASS_WEIGHTS):
+            values.pop(CLASS_WEIGHTS, None)
         return {"name": self.name, "weight": self.weight.recorded, **values, **self.placement}
 
 
