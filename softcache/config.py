@@ -511,6 +511,10 @@ def parse_settings(text: str, where: str) -> dict[str, list[str]]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"{where}: {word!r} is not key=value", tip="write 'epochs=5 lr=0.01 loss=kd'")
+        if re.search(r"[;,]\s*(epochs|lr|loss|freeze|schedule|optimizer)=", value):
+            raise ConfigError(
+                f"{where}: {word!r}: settings stand apart by spaces", tip="write 'epochs=5 lr=0.01 loss=kd'"
+            )
         found.setdefault(key.replace("-", "_"), []).append(value)
     return found
 

@@ -399,6 +399,10 @@ def _refuse_untrained(model_text: str) -> None:
     if os.path.exists(model_text) or split_weights(model_text)[1]:
         return
     spec = parse_spec(model_text)
+    if not spec.scheme:
+        raise ModelError(
+            f"{model_text!r} is neither a run folder nor a model", tip="name a run folder that exists, or MODEL@WEIGHTS"
+        )
     if spec.scheme in ("softcache", "timm", "torchvision") and "weights" not in spec.parameters:
         raise ConfigError(f"{model_text!r} has no weights", tip=f"name them: {model_text}@WEIGHTS, or a run folder")
 

@@ -443,6 +443,7 @@ def more_and_other_classes(folder: Path) -> None:
 
 MISTAKES = [
     ("no such run", "nowhere", {"out": "x.pt2"}, nothing, ModelError, "'nowhere' is neither a run folder nor a model"),
+    ("no such run, and no file named", "nowhere", {}, nothing, ModelError, "'nowhere' is neither a run folder nor a model"),
     ("run unfinished", "run", {}, unfinished, ModelError, "holds no student.safetensors"),
     ("damaged weights", "run", {}, cut_short, ModelError, "is not a safetensors file"),
     ("no weights", "softcache:mlp", {"out": "x.pt2"}, nothing, ConfigError, r"has no weights[\s\S]*softcache:mlp@WEIGHTS"),
