@@ -90,7 +90,7 @@ def outlook(prepared: Prepared, reaches: Sequence[Reach]) -> tuple[str, ...]:
     """
     steps, stages = prepared.steps, prepared.stages
     idle = [_idle(stage, steps, reach) for stage, reach in zip(stages, reaches, strict=True)]
-    if all(idle):
+    if all(idle) and not any(map(_is_short, stages, reaches)):
         raise ConfigError(f"nothing can be learned: {idle[0]}", tip="mend it, or evaluate the student as it is")
     told = [_of(stages, number, why) for number, why in enumerate(idle) if why]
     for number, (stage, reach) in enumerate(zip(stages, reaches, strict=True)):
@@ -129,6 +129,11 @@ def _idle(stage: Stage, steps: int, reach: Reach) -> str:
             f"pieces of one sample leave nothing to relate, and the gradient of {', '.join(sorted(reach.terms))} is 0"
         )
     return ""
+
+
+def _is_short(stage: Stage, reach: Reach) -> bool:
+    """Whether more epochs would teach something: a trial of one epoch of a long schedule is no mistake."""
+    return any(stage.factor.bounds) and any(map(weighs, stage.terms)) and reach.terms != reach.single
 
 
 def _of_stage(stage: Stage, steps: int, reach: Reach) -> Iterator[str]:
