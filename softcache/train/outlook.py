@@ -102,6 +102,7 @@ def outlook(prepared: Prepared, reaches: Sequence[Reach]) -> tuple[str, ...]:
     told += _of_judgement(prepared)
     told += [one.said for one in unused_settings(prepared.config, stages)]
     told += _of_one_member(prepared)
+    told += _of_pieces(prepared)
     return tuple(dict.fromkeys(told))
 
 
@@ -234,3 +235,9 @@ def _of_one_member(prepared: Prepared) -> Iterator[str]:
     teacher, combine = prepared.material.teacher, prepared.config.combine
     if teacher is not None and len(teacher.members) == 1 and combine not in ("mean_logits", "vote"):
         yield f"--combine {combine} does nothing: {teacher.members[0]} is the only member"
+
+
+def _of_pieces(prepared: Prepared) -> Iterator[str]:
+    asked, size = prepared.config.accumulate, min(prepared.config.batch_size, prepared.count)
+    if asked > size:
+        yield f"--accumulate {asked}: batches have {size} samples, and so many pieces at most"

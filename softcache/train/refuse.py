@@ -38,11 +38,6 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("--size and --augment cannot be given together", tip="--augment sets its own size")
     if config.view is not None and config.views_per_visit > 1:
         raise ConfigError("--view and --views-per-visit cannot be given together")
-    if config.accumulate > config.batch_size:
-        raise ConfigError(
-            f"--accumulate {config.accumulate}: a batch of {config.batch_size} samples has no so many pieces",
-            tip=f"--accumulate {config.batch_size} takes them one by one",
-        )
     if config.tensorboard:
         summary_writer()
     if config.sync_bn and (device := pick_device(config.device)).type != "cuda":

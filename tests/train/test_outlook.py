@@ -66,6 +66,8 @@ def test_of_an_ordinary_run_nothing_is_told(world: World) -> None:
         (["kd:temperature=linear(4, 0.01)"], {}, r"temperature 0.01 .* a factor of 3e\+43: .* T\*\*2 is 1e-04"),
         (["kd", "rkd_distance:layer=late"], {"accumulate": 128}, "'rkd_distance' relates .*: pieces of one sample"),
         (["kd", "rkd_distance:layer=late"], {"batch_size": 1}, "'rkd_distance' relates .*: pieces of one sample"),
+        (["kd"], {"accumulate": 1000}, "--accumulate 1000: batches have 128 samples"),
+        (["kd"], {"combine": "mean_probs"}, "--combine mean_probs does nothing: teacher is the only member"),
         (["hint:layer=early"], {}, "of the student's .* numbers get no gradient from any loss: .*"),
         (["hint:layer=late"], {"freeze": ("*",)}, "no stage trains the student: none of its .* numbers"),
         (
