@@ -5,7 +5,6 @@ Precedence: defaults < --config file.toml < --set key=value < flags.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shlex
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from softcache.errors import ConfigError, nearest
-from softcache.spec import convert
+from softcache.spec import convert, split_list
 
 Config = TypeVar("Config")
 
@@ -425,12 +424,6 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, dict):
         raise ConfigError(f"{where}: is a table, not a value")
     return convert(str(value), hint, where)
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    """What stands between commas; a name that holds some itself stands in double quotes, as `"Paris, Texas",Rome`."""
-    (parts,) = csv.reader([text], skipinitialspace=True)
-    return tuple(part for part in parts if part)
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:

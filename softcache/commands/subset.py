@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcache.commands.flags import RESUMES, Output, Verb
-from softcache.config import option, split_list
+from softcache.config import option
 from softcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run(config: SubsetConfig, output: Output) -> int:
 
 def _names(flag: str, given: Sequence[str]) -> tuple[str, ...]:
     """Every name of a list; a list that was given and holds none is refused, since an empty one means all."""
-    names = split_list(",".join(given))
+    names = tuple(filter(None, given))
     if given and not names:
         raise ConfigError(f"{flag} names nothing", tip="leave it out to keep all")
     return names

@@ -28,7 +28,7 @@ from softcache.data.selection import of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
 from softcache.data.synthetic import images, texts
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
-from softcache.spec import Spec, call_factory, parse_spec
+from softcache.spec import Spec, call_factory, parse_spec, quoted
 
 FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "tsv": tsv}
 MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
@@ -213,6 +213,7 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
             raise ConfigError(f"{spec.text!r}: no such synthetic data", tip=nearest(spec.name, MADE_UP))
         return _checked_call(MADE_UP[spec.name], spec)
     if spec.scheme in FILE_SOURCES:
+        _refuse_unquoted(spec)
         return _checked_call(FILE_SOURCES[spec.scheme], spec, path=Path(spec.name).expanduser())
     if spec.is_factory:
         return from_factory(spec)
@@ -221,9 +222,20 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
         kind = "imagefolder" if path.is_dir() else "tsv"
-        raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {kind}:{spec.text}?")
+        literal = f"{kind}:{quoted(spec.name, '?')}"
+        raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {literal}?")
     tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"
     raise ConfigError(f"{spec.text!r}: no source is called {spec.scheme or spec.name!r}", tip=tip)
+
+
+def _refuse_unquoted(spec: Spec) -> None:
+    """Raise ConfigError where what stands before the '?' is no path, and all of it is one."""
+    path = spec.text.partition(":")[2]
+    if "?" in path and os.path.exists(path) and not os.path.exists(Path(spec.name).expanduser()):
+        raise ConfigError(
+            f"{spec.text!r}: there is no {spec.name}; {path} is there, and behind a '?' stand parameters",
+            tip=f"quote the path: {spec.scheme}:{quoted(path, '?')}",
+        )
 
 
 def _checked_call(source: Callable[..., Source], spec: Spec, **offered: Any) -> Source:

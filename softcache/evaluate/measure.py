@@ -23,7 +23,16 @@ from softcache.data.views import Policy
 from softcache.errors import ConfigError, ModelError, faults_explained, note_once
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model, load_json, load_model, own_classes, read_metadata
+from softcache.models import (
+    Model,
+    load_json,
+    load_model,
+    own_classes,
+    path_alone,
+    path_and_choice,
+    read_metadata,
+    split_weights,
+)
 from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.report.tables import percent, table
@@ -462,10 +471,10 @@ def _with_classes_of(
 
 def _student_file(model_text: str) -> Path | None:
     """The run folder or safetensors file that a model's text names; None where there is none."""
-    text = model_text.rpartition("@")[2]
-    if not os.path.exists(text):  # unlike Path.exists, no error for a spec longer than a file name can be
+    text = path_alone(model_text) or split_weights(model_text)[1]
+    path = Path(path_and_choice(text)[0])
+    if not text or not os.path.exists(path):
         return None
-    path = Path(text)
     return None if path.is_file() and path.suffix != ".safetensors" else path
 
 

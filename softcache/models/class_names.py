@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from softcache.models.from_timm import names_timm_weights, timm_classes
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import transformer_classes
-from softcache.models.weights import names_torchvision_weights, read_saved, split_weights
-from softcache.spec import parse_spec
+from softcache.models.weights import names_torchvision_weights, path_alone, path_and_choice, read_saved, split_weights
+from softcache.spec import parse_spec, unquoted
 
 
 def own_classes(text: str) -> tuple[str, ...] | None:
@@ -21,12 +20,12 @@ def own_classes(text: str) -> tuple[str, ...] | None:
     Raises:
         ModelError, ConfigError: no such weights.
     """
-    if os.path.exists(text):
-        return _saved(text)
+    if (path := path_alone(text)) is not None:
+        return _saved(path)
     head, weights = split_weights(text)
     spec = parse_spec(head)
     if spec.scheme in ("torchvision", "timm"):  # to a factory it may mean anything
-        weights = weights or spec.parameters.get("weights", "")
+        weights = unquoted(weights, text) or spec.value("weights")
     if spec.scheme == "hf":
         return transformer_classes(spec.name)
     if not weights:
@@ -35,7 +34,7 @@ def own_classes(text: str) -> tuple[str, ...] | None:
         return tuple(torchvision_weights(spec.name, weights).meta["categories"])
     if names_timm_weights(spec, weights):
         return timm_classes(spec.name, weights)
-    return _saved(weights) if Path(weights).exists() else None
+    return _saved(weights) if os.path.exists(path_and_choice(weights)[0]) else None
 
 
 def _saved(path: str) -> tuple[str, ...] | None:

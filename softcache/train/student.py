@@ -52,7 +52,9 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     if order is not None:
         reorder_classes(model, order, transfer_set.class_names, sample)
     taken = initialise(model, config.init_from, config.init_map) if config.init_from else None
-    return model, sample, None if taken is None else taken.text()
+    told = [f"{config.student}: {model.weights_told}"] if model.weights_told else []
+    told += [] if taken is None else [taken.text()]
+    return model, sample, "; ".join(told) or None
 
 
 def _try(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:
