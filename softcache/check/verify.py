@@ -34,6 +34,7 @@ class Verdict:
 
     Attributes:
         state: "whole", "damaged" or "unfinished".
+        full: whether every byte was read; else "whole" is what names and sizes tell.
         faults: one sentence each, naming file, data set, block, rows and samples.
         files, nbytes: how many files the manifest names, and their bytes.
         id: of the manifest.
@@ -45,6 +46,7 @@ class Verdict:
     path: str
     state: str
     faults: list[str] = field(default_factory=list)
+    full: bool = False
     files: int = 0
     nbytes: int = 0
     seconds: float = 0.0
@@ -59,7 +61,8 @@ class Verdict:
 
     def text(self) -> str:
         if self.state == "whole":
-            head = f"{self.path}: whole; {self.files} files, {self.nbytes / 1e6:,.1f} MB in {self.seconds:.2f} s, id {self.id}"
+            extent = "whole" if self.full else "whole by names and sizes"
+            head = f"{self.path}: {extent}; {self.files} files, {self.nbytes / 1e6:,.1f} MB in {self.seconds:.2f} s, id {self.id}"
             return "\n".join([head, *(f"  {note}" for note in self.notes)])
         lines = [f"{self.path}: {self.state}", *(f"  {fault}" for fault in self.faults)]
         if self.state == "damaged":
@@ -93,7 +96,7 @@ def run(
         raise
     except DamagedCacheError as exc:
         return Verdict(str(path), "damaged", [exc.message])
-    verdict = Verdict(str(path), "whole", files=len(manifest.files), nbytes=manifest.nbytes, id=manifest.id)
+    verdict = Verdict(str(path), "whole", full=full, files=len(manifest.files), nbytes=manifest.nbytes, id=manifest.id)
     verdict.faults += _copy_faults(path)
     for file, found in _checked(path, manifest, full=full, quiet=quiet):
         verdict.damaged.append(file.path)

@@ -20,14 +20,15 @@ def run(config: TrainConfig, output: Output) -> int:
     if os.environ.get("RANK", "0") != "0":  # of several processes the first talks
         return 0
     if output.json:
-        print(json.dumps({"path": str(result.path), "parameters": result.parameters, **result.metrics[-1]}))
+        facts = {"path": str(result.path), "parameters": result.parameters, "kept_epoch": result.kept_epoch}
+        print(json.dumps({**facts, **result.metrics[-1]}))
     else:
-        print(_text(result, config.eval_data))
+        print(_text(result, config))
     return 0
 
 
-def _text(result: TrainResult, eval_data: str | None) -> str:
-    """About ten epochs, the last among them, and the evaluation."""
+def _text(result: TrainResult, config: TrainConfig) -> str:
+    """About ten epochs, the last among them, and the evaluation of the student that is kept."""
     from softcache.evaluate.measure import summary
     from softcache.report.tables import table
 
@@ -37,8 +38,9 @@ def _text(result: TrainResult, eval_data: str | None) -> str:
     names = dict.fromkeys(name for row in result.metrics for name in row)  # stages have terms of their own
     columns = [name for name in names if name not in ("view", "seconds")] + ["seconds"]
     blocks = [table(columns, [[row.get(name) for name in columns] for row in shown])]
-    if eval_data is not None and result.evaluation is not None:
-        blocks.append(summary(eval_data, result.evaluation))
+    if config.eval_data is not None and result.evaluation is not None:
+        title = config.eval_data if config.keep == "last" else f"{config.eval_data}, epoch {result.kept_epoch}"
+        blocks.append(summary(title, result.evaluation))
     blocks.append(f"{result.path}: {result.parameters:,} parameters; next: softcache eval {result.path} --data ...")
     return "\n\n".join(blocks)
 

@@ -22,7 +22,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.reader import CacheReader
 from softcache.cache.schema import Span
 from softcache.cache.write.rewriter import Rewriter
-from softcache.cache.write.writer import CacheWriter, Part, Setup
+from softcache.cache.write.writer import CacheWriter, Part, Setup, refuse_foreign_folder
 from softcache.config import DumpConfig, parse_part
 from softcache.data.class_counts import described, listed_warnings
 from softcache.data.drift import make_probe
@@ -88,6 +88,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     """
     started = time.monotonic()
     out, part = Path(config.out), _part(config)
+    if not config.extend:
+        refuse_foreign_folder(out)
     device = pick_device(config.device)
     transfer_set, ids = open_samples(config)
     job = extension_job(config, transfer_set) if config.extend else new_job(config, transfer_set, out)

@@ -33,6 +33,7 @@ from softcache.spec import parse_spec
 from softcache.targets.cache import is_cache
 from softcache.targets.cache import open as open_cache
 from softcache.train import flow as train
+from softcache.train.metrics import best_epoch
 from softcache.train.stages import parse_stages
 from softcache.version import __version__
 
@@ -284,8 +285,9 @@ def _trained(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
     if result.evaluation is None:
         return Outcome(str(folder), student, seconds=seconds)
     last = _scores(result.evaluation)
-    measured = [row for row in result.metrics if row.get("eval_top1") is not None]
-    best = max(measured, key=lambda row: row["eval_top1"])
+    place = best_epoch(result.metrics)
+    assert place is not None  # `_scores` has refused what has no labels
+    best = result.metrics[place]
     at_best = {**last, "errors": best["eval_errors"], "top1": 100 * best["eval_top1"]}
     return Outcome(str(folder), student, last, at_best, seconds)
 

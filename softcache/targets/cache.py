@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,12 +22,10 @@ from torch.utils.data import Dataset
 
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
-from softcache.cache.plan import FeatureInfo, MemberInfo
+from softcache.cache.plan import MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import MANIFEST, WORK
-from softcache.codecs import Codec, codec_constants, restore_codec
-from softcache.codecs.features import StoredFeature
 from softcache.data.drift import Drift, Render, check_drift
 from softcache.data.foreign import check_map_style, dataset_keys, item_of, label_of, replace_item
 from softcache.data.identity import pixel_digest, sample_ids
@@ -38,6 +36,8 @@ from softcache.data.views import Policy
 from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, warn_once
 from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
+from softcache.targets.described import member_codec, member_feature
+from softcache.targets.forms import JoinedForm, as_dict, as_pair
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
 
@@ -57,43 +57,8 @@ class Cache:
     def __init__(self, reader: CacheReader, *, allow_code: bool = False) -> None:
         self.reader, self.allow_code = reader, allow_code
         members = self.manifest.plan.members
-        self.codecs = {member.name: self._codec(member) for member in members}
-        self.features = {m.name: {f.name: self._feature(m, f) for f in m.features} for m in members}
-
-    def _codec(self, member: MemberInfo) -> Codec:
-        constants = codec_constants(self.reader.constants(member.name))
-        codec = restore_codec(member.codec["name"], member.codec["parameters"], self.num_classes, constants)
-        if codec.constants.keys() != constants.keys():
-            raise CacheError(
-                f"{self.reader.path}: member {member.name!r} has the constants {sorted(constants)}, codec {codec.text} takes "
-                f"{sorted(codec.constants)}",
-                tip="the cache was not written by softcache, or was changed; copy it again",
-            )
-        described = (dict(member.codec["parameters"]), list(member.codec["fields"]))
-        if (codec.parameters, [field.to_json() for field in codec.fields]) != described:
-            raise CacheError(
-                f"{self.reader.path}: the records of member {member.name!r} are laid out otherwise than {codec.text} has them",
-                tip="install the softcache that wrote the cache, or dump again",
-            )
-        bound: dict[str, tuple[str, tuple[int, ...]]] = {"eps": ("<f2", ())} if codec.bounded else {}
-        self._check_arrays(member.name, {**codec.arrays, **bound}, f"codec {codec.text}")
-        return codec
-
-    def _feature(self, member: MemberInfo, info: FeatureInfo) -> StoredFeature:
-        feature = StoredFeature.described(info.name, info.dtype, info.stored, info.arrays, info.shapes)
-        self._check_arrays(member.name, feature.arrays(), f"feature {info.name!r}")
-        return feature
-
-    def _check_arrays(self, member: str, wanted: Mapping[str, tuple[str, tuple[int, ...]]], what: str) -> None:
-        """The data sets of a member's parts must be of the kind that decoding takes."""
-        found = self.reader.array_kinds(member)
-        for name, kind in wanted.items():
-            if found.get(name) != kind:
-                raise CacheError(
-                    f"{self.reader.path}: {what} of member {member!r} needs the data set {name!r} as {kind}, "
-                    f"the manifest names {found.get(name)}",
-                    tip="the cache was not written by softcache, or was changed; copy it again",
-                )
+        self.codecs = {member.name: member_codec(reader, member) for member in members}
+        self.features = {m.name: {f.name: member_feature(reader, m.name, f) for f in m.features} for m in members}
 
     @property
     def manifest(self) -> Manifest:
@@ -512,7 +477,7 @@ class Joined(Dataset[Any]):
             >>> sorted(one), one["record"] == joined[3][1]
             (['item', 'key', 'label', 'record', 'view'], True)
         """
-        return JoinedForm(self, _as_dict)
+        return JoinedForm(self, as_dict)
 
     def as_pair(self) -> JoinedForm:
         """The same samples as (item, record): the record stands in the label's place, for loops that take (inputs, labels).
@@ -522,7 +487,7 @@ class Joined(Dataset[Any]):
             >>> int(joined.gather([record]).labels[0]) == int(data.labels[3])
             True
         """
-        return JoinedForm(self, _as_pair)
+        return JoinedForm(self, as_pair)
 
     def gather(
         self, records: Tensor | np.ndarray, *, members: Sequence[str] | None = None, features: Sequence[str] = ()
@@ -577,45 +542,6 @@ class Joined(Dataset[Any]):
             members, features: as `Cache.gather`.
         """
         return self.cache.gather(self.rows[index].astype(np.int64), views, members=members, features=features)
-
-
-class JoinedForm(Dataset[Any]):
-    """A joined data set whose samples have another form: what `Joined.as_dict` and `Joined.as_pair` give.
-
-    Attributes:
-        joined: what it was made of, for `joined.gather(records)`.
-    """
-
-    def __init__(self, joined: Joined, form: Callable[[Joined, tuple[Any, ...]], Any]) -> None:
-        self.joined, self._form = joined, form
-
-    def __len__(self) -> int:
-        return len(self.joined)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._form(self.joined, self.joined[index])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """A batch in one reading."""
-        return [self._form(self.joined, one) for one in self.joined.__getitems__(indices)]
-
-    def set_epoch(self, epoch: int) -> None:
-        """As `Joined.set_epoch`."""
-        self.joined.set_epoch(epoch)
-
-
-def _as_dict(joined: Joined, one: tuple[Any, ...]) -> dict[str, Any]:
-    sample, record, *mixed = one
-    view, row = divmod(record, len(joined.cache))
-    if not isinstance(sample, dict):
-        label = label_of(sample)
-        sample = {"item": item_of(sample)} | ({} if label is None else {"label": label})
-    partner = dict(zip(("partner", "share"), mixed, strict=True)) if mixed else {}
-    return {**sample, "key": joined.cache.samples.key(row), "view": view, "record": record, **partner}
-
-
-def _as_pair(joined: Joined, one: tuple[Any, ...]) -> tuple[Any, int]:
-    return item_of(one[0], joined.item_column), one[1]
 
 
 def _shared(view: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, to_device
+from softcache.errors import warn
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device, pick_threads
@@ -24,7 +25,7 @@ from softcache.models import load_weights, save_student
 from softcache.train.batches import open_material, views_of
 from softcache.train.checkpoint import Trained, read_progress, restore, save_progress
 from softcache.train.learner import Learner, backward, over_ranks, tapped
-from softcache.train.metrics import epoch_row, is_best, is_stale
+from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
 from softcache.train.objective import Given, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
 from softcache.train.ranks import ALONE, Ranks, joined_ranks
@@ -32,7 +33,6 @@ from softcache.train.refuse import check, check_finite, check_last_batch
 from softcache.train.run_folder import (
     BEST,
     STUDENT,
-    best_of,
     check_same_data,
     claim_folder,
     data_fingerprint,
@@ -220,13 +220,12 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
         session.evaluation = found = ranks.agree(found)
         row |= {"eval_top1": found.top1, "eval_nll": found.nll, "eval_errors": found.errors}
     row["seconds"] = round(time.monotonic() - started, 3)
-    best = is_best(row, metrics)
     metrics.append(row)
     ended = "eval_top1" in row and is_stale(metrics, settings.patience, live.number)
     progress.epoch, progress.step, progress.sums = settings.epochs if ended else progress.epoch + 1, 0, {}
     if ranks.first:
         write_metrics(prepared.out, metrics)  # before the checkpoint: a run killed in between does this epoch again
-        if best and config.keep == "best":
+        if config.keep == "best" and best_epoch(metrics) == len(metrics) - 1:
             save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata(prepared.model.input))
         if session.board is not None:
             session.board.note(row)
@@ -236,13 +235,16 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
 def finish(session: Session) -> TrainResult:
     """Save the student that is kept, evaluated as it is saved."""
     prepared, eval_set = session.prepared, session.prepared.material.eval_set
-    if best := prepared.config.keep == "best":
-        load_weights(prepared.kept, best_of(prepared.out))
+    kept = kept_student(prepared.out, session.progress.metrics, prepared.config.keep)
+    if best := kept.path is not None:
+        load_weights(prepared.kept, kept.path)
     if prepared.ranks.first:
+        if kept.told:
+            warn(kept.told)
         if eval_set is not None and (session.evaluation is None or best):
             session.evaluation = prepared.measure(eval_set)
         save_student(prepared.kept, prepared.out / STUDENT, metadata=prepared.material.metadata(prepared.model.input))
     if session.board is not None:
         session.board.close()
     parameters = sum(p.numel() for p in prepared.model.net.parameters())
-    return TrainResult(prepared.out, session.progress.metrics, session.evaluation, parameters)
+    return TrainResult(prepared.out, session.progress.metrics, session.evaluation, parameters, kept.epoch)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from softcache.files.inside import RUN, is_inside
 from softcache.losses.schedules import Moment
 from softcache.train.batches import views_of
 from softcache.train.checkpoint import Progress
+from softcache.train.run_folder import BEST
 from softcache.train.session import LiveStage, Prepared
 
 
@@ -26,14 +31,51 @@ def epoch_row(prepared: Prepared, live: LiveStage, progress: Progress, moment: M
     return row | {name: value / ranks.size / prepared.steps for name, value in sums.items()}
 
 
-def is_best(row: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an epoch that was evaluated is better than all before it."""
-    return "eval_top1" in row and all((row["eval_top1"] or 0) > (other.get("eval_top1") or 0) for other in past)
+def score_of(row: Mapping[str, Any]) -> float | None:
+    """What an epoch is judged by; None where it was not evaluated, or where nothing could be counted."""
+    score = row.get("eval_top1")
+    return None if score is None or math.isnan(score) else float(score)
+
+
+def best_epoch(metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """Which of the epochs that were evaluated was the best, of equal ones the first; None where none was evaluated."""
+    scores = {place: score for place, row in enumerate(metrics) if (score := score_of(row)) is not None}
+    return max(scores, key=scores.__getitem__, default=None)
 
 
 def is_stale(metrics: Sequence[Mapping[str, Any]], patience: int | None, stage: int) -> bool:
-    """Whether the best evaluation of a stage is `patience` epochs old."""
-    if patience is None:
-        return False
-    scores = [row.get("eval_top1") or 0.0 for row in metrics if row.get("stage", 0) == stage]
-    return len(scores) - 1 - scores.index(max(scores)) >= patience
+    """Whether the best evaluation of a stage is `patience` epochs old; never where none could be counted."""
+    own = [row for row in metrics if row.get("stage", 0) == stage]
+    best = best_epoch(own)
+    return patience is not None and best is not None and len(own) - 1 - best >= patience
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which student a finished run keeps.
+
+    Attributes:
+        epoch: after which it was so, counted from 0 over all stages.
+        path: of its weights; None: those that the run ended with.
+        told: why it is not the best, where the best was asked for; else empty.
+    """
+
+    epoch: int
+    path: str | None = None
+    told: str = ""
+
+
+def kept_student(out: Path, metrics: Sequence[Mapping[str, Any]], keep: str) -> Kept:
+    """The best of the epochs that were evaluated where `keep` asks for it and there is one, else the last.
+
+    Raises:
+        TrainingError: something else lies where its weights should, such as a link.
+    """
+    last, best = len(metrics) - 1, best_epoch(metrics)
+    if keep != "best":
+        return Kept(last)
+    if best is None:
+        return Kept(last, told="--keep best: no evaluation could count anything; the last epoch's student is kept")
+    if not is_inside(out, BEST, RUN):
+        return Kept(last, told=f"{out / BEST}: is not there; the last epoch's student is kept, the best was {best}")
+    return Kept(best, str(out / BEST))

@@ -21,7 +21,7 @@ from softcache.config import TrainConfig, to_toml
 from softcache.errors import LockedError, TrainingError
 from softcache.files import durable
 from softcache.files.inside import RUN as IN_RUN
-from softcache.files.inside import is_inside, read_inside, refuse_link
+from softcache.files.inside import read_inside, refuse_link
 from softcache.files.locks import release_lock, take_lock
 from softcache.models.saved_metadata import load_json
 from softcache.models.seal import FORMAT, check_format
@@ -161,12 +161,6 @@ def data_fingerprint(ids: np.ndarray, labels: np.ndarray, vocabulary: Sequence[s
 def pinned_cache(out: Path) -> str | None:
     """The id of the cache that the run in this folder began with; None for a new run, or one without a cache."""
     return _read_run(out).get("cache")
-
-
-def best_of(out: Path) -> str:
-    """The path of the best epoch's student; TrainingError where something else lies there, such as a link."""
-    is_inside(out, BEST, IN_RUN)
-    return str(out / BEST)
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:

@@ -164,9 +164,11 @@ class TrainResult:
         metrics: one row per epoch, as in metrics.jsonl.
         evaluation: of the student that is kept; None without evaluation data.
         parameters: how many numbers the student has.
+        kept_epoch: after which epoch the student that is kept was so, counted from 0 as in `metrics`.
     """
 
     path: Path
     metrics: list[dict[str, Any]]
     evaluation: Evaluation | None
     parameters: int
+    kept_epoch: int

@@ -69,7 +69,8 @@ def test_a_whole_cache(pristine: Path, full: bool) -> None:
     assert verdict.files == len(files) == 4
     assert verdict.nbytes == sum(p.stat().st_size for p in files)
     assert verdict.id == hashlib.sha256((pristine / "manifest.json").read_bytes()).hexdigest()
-    assert "whole" in verdict.text() and verdict.id in verdict.text()
+    told = "whole" if full else "whole by names and sizes"
+    assert f": {told}; " in verdict.text() and verdict.id in verdict.text()
 
 
 @pytest.mark.slow

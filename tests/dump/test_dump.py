@@ -521,11 +521,11 @@ def test_logits_that_are_not_finite_name_their_samples(world: World, value: str,
     assert not list(world.path.rglob("*.tmp*"))
 
 
-def test_a_folder_of_somebody_else(world: World) -> None:
+def test_a_folder_of_somebody_else_is_refused_before_a_teacher_is_opened(world: World) -> None:
     (world.path / "cache").mkdir()
     (world.path / "cache" / "thesis.txt").write_text("years of work")
     with pytest.raises(DumpError, match="files that no dump wrote"):
-        world.dump()
+        world.dump(teacher=("none_of_that_name",))
     assert [p.name for p in (world.path / "cache").iterdir()] == ["thesis.txt"]
     (world.path / "file").write_text("")
     with pytest.raises(DumpError, match="is a file"):

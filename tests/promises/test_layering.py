@@ -181,7 +181,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "batches": {"objective", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
         "session": {"batches", "checkpoint", "objective", "pairs", "ranks", "stages", "tensorboard"},
-        "metrics": {"batches", "checkpoint", "session"},
+        "metrics": {"batches", "checkpoint", "run_folder", "session"},
         "flow": {
             "batches",
             "checkpoint",

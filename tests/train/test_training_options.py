@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from softcache.losses.schedules import Moment
 from softcache.models import load_model, read_saved
 from softcache.train import flow as train
 from softcache.train import objective
+from softcache.train.metrics import best_epoch, is_stale
 
 STEPS = 3  # of an epoch: 301 samples in batches of 128
 
@@ -244,7 +246,7 @@ def test_what_cannot_be_is_refused(world: World, tmp_path: Path, settings: dict[
 # --------------------------------------------------------------------------------------------------- patience, keep best
 
 
-def with_scores(config: TrainConfig, scores: Sequence[float]) -> list[dict[str, Any]]:
+def with_scores(config: TrainConfig, scores: Sequence[float | None]) -> list[dict[str, Any]]:
     """Train, with evaluations that were made up."""
     made = iter([*scores, *[0.0] * 20])
     return run_with(config, measure=lambda: Evaluation(100, 100, 0.0, top1=next(made), nll=1.0)).metrics
@@ -317,6 +319,52 @@ def test_patience_waits_for_an_evaluation(world: World, tmp_path: Path) -> None:
     data = world.spec("toy")
     config = world.config(tmp_path / "run", "kd", epochs=9, patience=1, eval_data=data, eval_every=2)
     assert len(with_scores(config, (0.5, 0.4))) == 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        pytest.param([None, 0.2, None, 0.4, 0.4], 3, id="the-first-of-equals"),
+        pytest.param([None, 0.0, None, 0.0], 1, id="zero-throughout-where-the-first-was-not-evaluated"),
+        pytest.param([0.0, 0.0], 0, id="zero-throughout"),
+        pytest.param([math.nan, 0.1, math.nan], 1, id="no-number"),
+        pytest.param([None, None, math.nan], None, id="none"),
+        pytest.param([], None, id="nothing"),
+    ],
+)
+def test_the_best_is_among_what_was_evaluated(scores: list[float | None], best: int | None) -> None:
+    rows = [{} if score is None else {"eval_top1": score} for score in scores]
+    assert best_epoch(rows) == best
+    assert best_epoch([{"eval_top1": None}, *rows]) == (None if best is None else best + 1)
+    age = 0 if best is None else len(rows) - 1 - best
+    for patience in range(1, 4):
+        assert is_stale(rows, patience, 0) == (best is not None and age >= patience)
+    assert not is_stale(rows, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "every", "kept"),
+    [pytest.param((0.0,) * 4, 2, 1, id="zero"), pytest.param((None,) * 4, 1, 3, id="no-labels")],
+)
+def test_a_finished_run_can_always_be_saved(
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    scores: tuple[float | None, ...],
+    every: int,
+    kept: int,
+) -> None:
+    settings: dict[str, Any] = {"eval_data": world.spec("toy"), "epochs": 4, "patience": 4, "keep": "best"}
+    config = world.config(tmp_path / "run", "ce", cache=None, eval_every=every, **settings)
+    with_scores(config, scores)
+    last = world.train(tmp_path / "last", "ce", cache=None, epochs=4)
+    assert same_weights(tmp_path / "last", tmp_path / "run") == (kept == 3)
+    assert ("the last epoch's student is kept" in capsys.readouterr().err) == (kept == 3)
+    (tmp_path / "run/best.safetensors").unlink(missing_ok=True)  # as older versions left such runs
+    again = train.run(config, quiet=True)
+    assert (again.kept_epoch, last.kept_epoch) == (3, 3)
+    assert same_weights(tmp_path / "last", tmp_path / "run")
+    assert "the last epoch's student is kept" in capsys.readouterr().err
 
 
 def test_channels_last_changes_the_memory_and_not_the_mathematics(world: World, tmp_path: Path) -> None:

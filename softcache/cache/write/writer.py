@@ -78,6 +78,19 @@ class Setup:
     constants: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
 
+def refuse_foreign_folder(path: Path) -> None:
+    """Raise DumpError where a new cache cannot begin: a file, or a folder of somebody else's files."""
+    if path.exists() and not path.is_dir():
+        raise DumpError(f"{path}: is a file", tip="choose another --out")
+    if not path.is_dir():
+        return
+    with durable.explained("listing", path):
+        occupied = any(path.iterdir())
+    # looked for after the listing: a process that begins at the same moment makes this folder before anything else
+    if occupied and not (path / WORK).is_dir():
+        raise DumpError(f"{path}: holds files that no dump wrote", tip="choose another --out, or empty the folder")
+
+
 class CacheWriter:
     """Writes the spans of one part of one round. Use as a context manager: it holds the part's lock.
 
@@ -107,7 +120,8 @@ class CacheWriter:
         round_number = len(plan.rounds) - 1
         self._round, self.work = round_number, work_folder(path, round_number)
         self.tag = f"{round_number}-{self.part}"  # of its temporary files
-        self._refuse_foreign_folder()
+        if base is None:
+            refuse_foreign_folder(path)
         refuse_linked_folders(path)
         durable.make_folder(self.work)
         durable.make_folder(path / MANIFESTS)
@@ -136,19 +150,6 @@ class CacheWriter:
     @property
     def plan(self) -> Plan:
         return self.planned.plan
-
-    def _refuse_foreign_folder(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise DumpError(f"{self.path}: is a file", tip="choose another --out")
-        if self.base is not None or not self.path.is_dir():
-            return
-        with durable.explained("listing", self.path):
-            occupied = any(self.path.iterdir())
-        # looked for after the listing: a process that begins at the same moment makes this folder before anything else
-        if occupied and not (self.path / WORK).is_dir():
-            raise DumpError(
-                f"{self.path}: holds files that no dump wrote", tip="choose another --out, or empty the folder"
-            )
 
     def _refuse_other_split(self) -> None:
         """A living process that splits the same dump into another number of parts would write the same spans."""
