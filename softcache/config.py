@@ -53,7 +53,8 @@ def option(
 
 
 DATA_HELP = (
-    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, tsv:PATH?text=0&label=1, file.py:factory"
+    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, images:PATH, tsv:PATH?text=0&label=1, "
+    "file.py:factory"
 )
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
@@ -77,6 +78,7 @@ class DataOptions:
     )
     drop_labels: tuple[str, ...] = option((), "no samples of these classes", metavar="LABELS")
     samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
+    without: str | None = option(None, "no samples whose keys this file lists, one a line", metavar="FILE")
     download: bool = option(False, "let torchvision download a data set that is not there")
 
     def selection(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class DataOptions:
             "keep_labels": self.keep_labels,
             "drop_labels": self.drop_labels,
             "samples": Path(self.samples) if self.samples else None,
+            "without": Path(self.without) if self.without else None,
         }
 
 
@@ -165,6 +168,11 @@ class DumpConfig(StorageOptions):
         None, "what others may do with the cache, for its card: cc-by-4.0, ...", metavar="TEXT"
     )
     extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
+    misfits: str | None = option(
+        None,
+        "write the keys of all samples that cannot be read, or do not fit the others: for --without",
+        metavar="FILE",
+    )
     part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
     list_modules: bool = option(False, "print the teacher's modules and their output shapes for --features, and stop")
 

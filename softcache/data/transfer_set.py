@@ -3,6 +3,7 @@
     digits  digits?split=test             scikit-learn's bundled 8x8 digits
     torchvision:NAME?root=PATH&train=true torchvision's classification data sets
     imagefolder:PATH                      one folder per class
+    images:PATH?labels=FILE               pictures of one folder, without classes or with labels from a table
     tsv:PATH?text=0&label=1&header=true   tab-separated text, plain or .gz
     synthetic:images?classes=10           made up, for trials; also synthetic:texts
     package.module:factory?arg=1          any map-style data set; also path/file.py:factory
@@ -22,6 +23,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from softcache.data.classes import check_classes, class_indices, places_in
+from softcache.data.flat_images import flat_images
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
 from softcache.data.selection import of_classes, read_keys
@@ -30,7 +32,7 @@ from softcache.data.synthetic import images, texts
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec, quoted
 
-FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "tsv": tsv}
+FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "images": flat_images, "tsv": tsv}
 MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
 SOURCES = ("digits", "torchvision", "synthetic", *FILE_SOURCES)
 
@@ -149,6 +151,7 @@ def open_transfer_set(
     keep_labels: Sequence[int | str] = (),
     drop_labels: Sequence[int | str] = (),
     samples: Path | None = None,
+    without: Path | None = None,
 ) -> TransferSet:
     """The transfer set that a spec string names, with samples chosen and the class list left whole.
 
@@ -158,6 +161,7 @@ def open_transfer_set(
         keep_labels: classes to keep, by name, index or range of indices (0-4); unlabelled samples are left out.
         drop_labels: classes to leave out; with several labels per sample, one of these is enough.
         samples: a text file of keys, one per line. The order stays the transfer set's.
+        without: likewise, of samples that are left out.
 
     Raises:
         ConfigError: a spec that cannot be understood.
@@ -172,6 +176,8 @@ def open_transfer_set(
     chosen = np.ones(len(transfer_set), dtype=bool)
     if samples is not None:
         chosen &= _listed(transfer_set.keys, Path(samples))
+    if without is not None:
+        chosen &= ~_listed(transfer_set.keys, Path(without))
     if keep_labels:
         chosen &= of_classes(transfer_set.labels, transfer_set.class_names, keep_labels)
     if drop_labels:
@@ -179,7 +185,7 @@ def open_transfer_set(
     if not chosen.any():
         raise DataError(
             f"{spec!r}: none of its {len(transfer_set)} samples is selected",
-            tip="loosen --keep-labels, --drop-labels or --samples",
+            tip="loosen --keep-labels, --drop-labels, --samples or --without",
         )
     return transfer_set if chosen.all() else transfer_set.select(np.flatnonzero(chosen))
 
@@ -221,7 +227,8 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if not spec.scheme and os.path.exists(
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
-        kind = "imagefolder" if path.is_dir() else "tsv"
+        has_folders = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+        kind = "imagefolder" if has_folders else "images" if path.is_dir() else "tsv"
         literal = f"{kind}:{quoted(spec.name, '?')}"
         raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {literal}?")
     tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"

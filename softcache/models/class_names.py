@@ -15,7 +15,7 @@ def own_classes(text: str) -> tuple[str, ...] | None:
     """The class names, in the order of the outputs; None where the weights name none, or a factory builds the network.
 
     Args:
-        text: `MODEL`, `MODEL@WEIGHTS` or a run folder, as `load_model` takes it.
+        text: `MODEL`, `MODEL@WEIGHTS` or a run folder, as `load_model` takes it, or with the parameters of a teacher.
 
     Raises:
         ModelError, ConfigError: no such weights.
@@ -26,6 +26,8 @@ def own_classes(text: str) -> tuple[str, ...] | None:
     spec = parse_spec(head)
     if spec.scheme in ("torchvision", "timm"):  # to a factory it may mean anything
         weights = unquoted(weights, text) or spec.value("weights")
+    if not spec.scheme and os.path.exists(spec.name):
+        return _saved(spec.name)
     if spec.scheme == "hf":
         return transformer_classes(spec.name)
     if not weights:

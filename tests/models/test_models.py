@@ -491,7 +491,7 @@ def test_code_in_a_weights_file_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("BOMB", str(tmp_path / "boom"))
     torch.save({"state_dict": Bomb()}, tmp_path / "w.pt")
     model = load_model("softcache:mlp?hidden=3", num_classes=2, input_shape=(2, 2))
-    with pytest.raises(ModelError, match="cannot be read as plain tensors: .*mkdir, which is code"):
+    with pytest.raises(ModelError, match=r"cannot be read as plain tensors: .*mkdir, which is code"):
         load_weights(model, str(tmp_path / "w.pt"))
     assert not (tmp_path / "boom").exists()
 
