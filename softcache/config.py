@@ -53,7 +53,7 @@ def option(
 
 
 DATA_HELP = (
-    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, images:PATH, tsv:PATH?text=0&label=1, "
+    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, images:PATH, table:PATH?text=NAME&label=NAME, "
     "file.py:factory"
 )
 CLASSES_MAP_HELP = (
@@ -62,6 +62,7 @@ CLASSES_MAP_HELP = (
 CLASSES_MAP_OF_BOTH = (
     "which of the data's classes is which of the model's, and of the cache's: lines with a tab between the two"
 )
+SETTINGS = "stage"  # the setting whose values are lines of settings
 _QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
@@ -274,6 +275,9 @@ class EvalConfig(MachineOptions, DataOptions):
     classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     cache: str | None = option(None, "compare with the soft targets of this cache of the same data", metavar="DIR")
     combine: str = option("mean_logits", "how the cache's members combine", metavar="RULE")
+    members: tuple[str, ...] = option(
+        (), "members of the cache to use, with weights if wanted: a=0.7,b=0.3", metavar="NAMES"
+    )
     temperature: float = option(1.0, "temperature of the comparison with the cache", metavar="T")
     batch_size: int = option(512, "samples per forward pass", metavar="B")
     policy: tuple[str, ...] = option(
@@ -356,7 +360,7 @@ def resolve(
             name = f"{name}_" if f"{name}_" in known else name  # a Python keyword
             if name not in known:
                 raise ConfigError(f"{origin}: unknown setting {key!r}", tip=nearest(name, known))
-            values[name] = coerce(value, hints[name], _place(known[name], origin))
+            values[name] = coerce(value, hints[name], _place(known[name], origin), settings=name == SETTINGS)
             origins[name] = origin
     for name, f in known.items():
         choices = f.metadata["choices"]
@@ -416,27 +420,30 @@ def flag_of(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings."""
+def coerce(value: Any, hint: Any, where: str, *, settings: bool = False) -> Any:
+    """A value from TOML or the command line as the type of its field; tables become `name:key=value,...` strings.
+
+    Args:
+        settings: each text is a line of settings, `epochs=5 loss=kd`, and so is each table.
+    """
     if isinstance(value, str):
         is_list = typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str
-        if is_list and _QUOTED.search(value) and not where.endswith(" stage"):
+        if is_list and _QUOTED.search(value) and not settings:
             return split_list(value)
-        whole = is_list and (":" in value or where.endswith(" stage"))  # it holds commas of its own
+        whole = is_list and (":" in value or settings)  # it holds commas of its own
         return (value,) if whole else convert(value, hint, where)
     if isinstance(value, list | tuple):
         if typing.get_origin(hint) is not tuple:
             raise ConfigError(f"{where}: {list(value)!r} is a list, not one value")
         element = (typing.get_args(hint) or (str,))[0]
-        return tuple(_table_text(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
+        written = settings_text if settings else _table_text
+        return tuple(written(v, where) if isinstance(v, dict) else coerce(v, element, where) for v in value)
     if isinstance(value, dict):
         raise ConfigError(f"{where}: is a table, not a value")
     return convert(str(value), hint, where)
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:
-    if where.endswith(" stage"):
-        return settings_text(table, where)
     if "name" not in table:
         raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
     rest = ",".join(f"{key}={value}" for key, value in table.items() if key != "name")

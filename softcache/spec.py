@@ -344,7 +344,9 @@ def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], whe
         if hint is None and parameter is not None and parameter.default not in (inspect.Parameter.empty, None):
             hint = _type_of(parameter.default)
         arguments[name] = convert(
-            text if _is_list(hint) else unquoted(text, where), hint, f"{where!r}: parameter {name!r}"
+            text if _is_list(hint) or _has_elements(text) else unquoted(text, where),
+            hint,
+            f"{where!r}: parameter {name!r}",
         )
     for name, parameter in known.items():
         if (
@@ -367,6 +369,11 @@ def _is_list(hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(map(_is_list, typing.get_args(hint)))
     return origin in (tuple, list) or hint in (tuple, list)
+
+
+def _has_elements(text: str) -> bool:
+    """Whether commas divide a value: its reader takes it apart, and each element's quotes off."""
+    return len(split_outside(text, ",", brackets=False)) > 1
 
 
 def _type_of(default: Any) -> Any:

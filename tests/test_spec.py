@@ -146,3 +146,9 @@ def test_a_path_with_a_question_mark_that_is_there_is_offered_in_quotes(tmp_path
 def test_quotes_are_taken_off_a_whole_part_only() -> None:
     assert unquoted('"a ""b"" c"') == 'a "b" c' and unquoted('a "b"') == 'a "b"' and unquoted("") == ""
     assert [unquoted(quoted(name)) for name in odd_names(1, 500)] == odd_names(1, 500)
+
+
+def test_columns_of_a_table_are_named_by_the_same_rule(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('"a, b",c,label\nx,y,p\nz,w,q\n')
+    assert open_transfer_set(f'table:{tmp_path}/t.csv?text="a, b"&label=label')[1][0] == "z"
+    assert open_transfer_set(f'table:{tmp_path}/t.csv?text="a, b",c&label=label')[1][0] == ("z", "w")

@@ -11,7 +11,7 @@ from unittest import mock
 
 from softcache.config import TrainConfig
 from softcache.data.transfer_set import TransferSet
-from softcache.evaluate.measure import Evaluation
+from softcache.evaluate.evaluation import Evaluation
 from softcache.machine import pick_device
 from softcache.train import TrainResult, flow
 from softcache.train.refuse import check
@@ -36,8 +36,7 @@ def run_with(
             prepared = measured_by(prepared, measure)
         if look is not None:
             look(prepared)
-        flow.rehearse(prepared)
-        session: Session = flow.begin(prepared)
+        session: Session = flow.begin(prepared, flow.rehearse(prepared))
         for live in flow.stages_to_do(session):
             while session.progress.epoch < live.stage.config.epochs:
                 flow.one_epoch(session, live, step=step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -19,14 +18,15 @@ class EvalOfModel(EvalConfig):
 
 def run(config: EvalOfModel, output: Output) -> int:
     from softcache.evaluate import measure
+    from softcache.evaluate.evaluation import class_table, summary
 
     result = measure.run(config.model, config, quiet=output.quiet)
     if output.json:
-        print(json.dumps(dataclasses.asdict(result)))
+        print(json.dumps(result.to_json()))
         return 0
-    print(measure.summary(f"{config.model} on {config.data}", result))
+    print(summary(f"{config.model} on {config.data}", result))
     if config.per_class:
-        print("\n" + measure.class_table(result))
+        print("\n" + class_table(result))
     return 0
 
 

@@ -29,7 +29,7 @@ def run(config: TrainConfig, output: Output) -> int:
 
 def _text(result: TrainResult, config: TrainConfig) -> str:
     """About ten epochs, the last among them, and the evaluation of the student that is kept."""
-    from softcache.evaluate.measure import summary
+    from softcache.evaluate.evaluation import summary
     from softcache.report.tables import table
 
     shown = [row for row in result.metrics if row["epoch"] % max(1, len(result.metrics) // 10) == 0]

@@ -16,7 +16,7 @@ from softcache.data.sources import (
     Source,
     StringTable,
     image_files,
-    read_maybe_gz,
+    read_unpacked,
     utf8_keys,
 )
 from softcache.errors import DataError, first_offenders, note_once
@@ -68,7 +68,7 @@ def _labelled(file: Path, keys: StringTable, classes: tuple[str, ...]) -> tuple[
     stems: dict[str, list[int]] = {}
     for key, row in known.items():
         stems.setdefault(os.path.splitext(key)[0], []).append(row)
-    rows: dict[int, str] = {}
+    rows: dict[int, tuple[str, int]] = {}  # label and line of each
     unknown = []
     for number, name, label in _lines(file):
         place = known.get(name)
@@ -79,7 +79,7 @@ def _labelled(file: Path, keys: StringTable, classes: tuple[str, ...]) -> tuple[
         elif place in rows:
             raise DataError(f"{file}, line {number}: {name} has a label already", tip="keep one line for each picture")
         else:
-            rows[place] = label
+            rows[place] = label, number
     if not rows:
         raise DataError(
             f"{file}: names none of the {len(keys)} pictures; its first name is {unknown[0] if unknown else 'missing'!r}",
@@ -88,7 +88,8 @@ def _labelled(file: Path, keys: StringTable, classes: tuple[str, ...]) -> tuple[
     if len(rows) < len(keys) or unknown:
         note_once(f"{file}: has labels of {len(rows)} of {len(keys)} pictures, and {len(unknown)} lines of others")
     order = sorted(rows)
-    column = LabelColumn(file, [rows[row] for row in order], [keys[row] for row in order], 1, may_be_header=False)
+    found_labels, lines = [rows[row][0] for row in order], [rows[row][1] for row in order]
+    column = LabelColumn(str(file), found_labels, [keys[row] for row in order], lines, may_be_header=False)
     values, names = read_labels(column, classes, "")
     found = np.full(len(keys), -1, np.int32)
     found[order] = values
@@ -98,7 +99,7 @@ def _labelled(file: Path, keys: StringTable, classes: tuple[str, ...]) -> tuple[
 def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
     """Number, name and label of each line."""
     try:
-        content = read_maybe_gz(file).decode("utf-8-sig")
+        content = read_unpacked(file).decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise DataError(f"{file}: not UTF-8 ({exc.reason})", tip="convert the file to UTF-8") from None
     for number, line in enumerate(content.splitlines(), start=1):

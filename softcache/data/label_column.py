@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,21 +32,23 @@ class LabelColumn:
 
     Attributes:
         path: of the file, for messages.
-        found: the label of each row.
+        found: the label of each row; "" where it has none.
         texts: the text of each row.
-        first_line: of the file, in which the first row stands.
+        lines: of the file, in which each row begins; of other tables the numbers of the rows.
         may_be_header: nobody said whether the first line names the columns.
+        line_word: what `lines` counts.
     """
 
-    path: Path
-    found: Sequence[str]
+    path: str
+    found: Sequence[Any]
     texts: Sequence[str]
-    first_line: int
+    lines: Sequence[int] | np.ndarray
     may_be_header: bool
+    line_word: str = "line"
 
-    def line(self, name: str) -> str:
+    def line(self, name: Any) -> str:
         """Where a label stands first."""
-        return f"{self.path}, line {self.first_line + list(self.found).index(name)}"
+        return f"{self.path}, {self.line_word} {self.lines[list(self.found).index(name)]}"
 
 
 def read_labels(column: LabelColumn, classes: tuple[str, ...], empty: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -91,6 +93,59 @@ def read_labels(column: LabelColumn, classes: tuple[str, ...], empty: str) -> tu
     return np.array([index[name] for name in found], np.int32), classes
 
 
+def read_several(
+    column: LabelColumn, names: Sequence[str], classes: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N, C) bool labels of C columns of 0 and 1, and the class names: those of the columns, or as many of `classes`.
+
+    Args:
+        column: its `found` has C values a row.
+
+    Raises:
+        DataError: a value that is neither 0 nor 1; another number of classes.
+    """
+    classes = tuple(names) if classes in ((), FOUND) else classes
+    if len(classes) != len(names):
+        raise DataError(
+            f"{column.path}: {len(classes)} classes= for {len(names)} columns of labels", tip="make them equal"
+        )
+    values = {value: value_of(value) for value in {value for row in column.found for value in row}}
+    for value, number in values.items():
+        if number not in ("0", "1"):
+            row = next(row for row in column.found if value in row)
+            raise DataError(
+                f"{column.line(row)}: {value!r} in the column {names[row.index(value)]!r} is neither 0 nor 1",
+                tip="several columns of labels say of each class whether a sample has it; label=NAME takes one column",
+            )
+    return np.array([[values[value] == "1" for value in row] for row in column.found], np.bool_), classes
+
+
+def read_lists(column: LabelColumn, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N, C) bool labels of a column of lists of class names, and the class names: those found, sorted, or `classes`.
+
+    Raises:
+        DataError: a row that has no list, or a name that is not in `classes`.
+    """
+    wrong = next((row for row in column.found if not isinstance(row, list)), None)
+    if wrong is not None:
+        raise DataError(
+            f"{column.line(wrong)}: the label is {wrong!r}, and a list in other rows",
+            tip="give each sample a list of its classes, [] where it has none of them",
+        )
+    kinds = {name for row in column.found for name in row}
+    if classes in ((), FOUND):
+        numeric = all(name.isdecimal() for name in kinds)
+        classes = tuple(sorted(kinds, key=int) if numeric else sorted(kinds))
+    index = {name: number for number, name in enumerate(classes)}
+    labels = np.zeros((len(column.found), len(classes)), np.bool_)
+    for number, row in enumerate(column.found):
+        for name in row:
+            if name not in index:
+                raise DataError(f"{column.line(row)}: label {name!r} is not in classes=", tip=nearest(name, classes))
+            labels[number, index[name]] = True
+    return labels, classes
+
+
 def _refuse_header(column: LabelColumn) -> None:
     """A class that only the first line has, and lines that repeat it, may be the names of the columns."""
     label, text = column.found[0], column.texts[0]
@@ -107,7 +162,7 @@ def _refuse_header(column: LabelColumn) -> None:
     )
     if label and looks:
         raise DataError(
-            f"{column.path}, line {column.first_line}: {text!r} with label {label!r} looks like the names of the columns, "
+            f"{column.line(label)}: {text!r} with label {label!r} looks like the names of the columns, "
             "and would become a sample and a class of its own",
             tip="add header=true if it names the columns, header=false if it is a sample",
         )

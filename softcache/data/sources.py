@@ -1,31 +1,33 @@
-"""The built-in sources of samples: digits, image folders, tab-separated text; and the reader of IDX files."""
+"""What every source gives, digits and image folders; and the reader of IDX files."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 from PIL import Image
 
 from softcache.data.identity import sample_id
-from softcache.data.label_column import LabelColumn, read_labels
-from softcache.errors import ConfigError, DataError, nearest, require_extra
-from softcache.spec import convert
+from softcache.errors import ConfigError, DataError, require_extra
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 KEEPS_EMPTY = (".gitkeep", ".keep", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
 DIGITS_SEED = 20260101  # part of what `digits` means: another seed is another split
 DIGITS_TEST = 500
 MOST_AXES = 8  # of an IDX file
-MOST_UNPACKED = 2**32  # bytes that a .gz file is unpacked to in memory
+PACKINGS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MOST_UNPACKED = 2**32  # bytes that a packed file is unpacked to in memory
 PACKED = 200  # so many times its size at most, beyond what is small: text packs to a tenth, a bomb to a thousandth
 
 
@@ -61,10 +63,12 @@ class StringTable(Sequence[str]):
     """Many strings as one block of UTF-8 and an array of offsets: small, and a forked worker copies none of it."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        parts = [string.encode("utf-8") for string in strings]
-        self._blob = b"".join(parts)
-        self._offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum([len(part) for part in parts], out=self._offsets[1:])
+        blob, offsets = bytearray(), array("q", [0])
+        for string in strings:  # one after the other: a list of them all would take several times their room
+            blob += string.encode("utf-8")
+            offsets.append(len(blob))
+        self._blob = bytes(blob)
+        self._offsets = np.frombuffer(offsets, np.int64)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -229,84 +233,13 @@ def _any_file(folder: Path) -> Path | None:
     return next((file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in KEEPS_EMPTY), None)
 
 
-def tsv(
-    path: Path,
-    text: str = "0",
-    label: str = "1",
-    header: str = "",
-    classes: tuple[str, ...] = (),
-    empty: Literal["", "unlabelled", "class"] = "",
-) -> Source:
-    """Tab-separated UTF-8 text, plain or .gz, taken as it is (no quoting); keys are the file's stem and the row.
-
-    Args:
-        path: the file.
-        text: column of the text: a number from 0, or a name from the header.
-        label: column of the label, likewise; "none" where there is none.
-        header: "true" where the first line names the columns, "false" where it does not. Empty: it does not, and is refused
-            where it looks as if it did.
-        classes: the class list. Empty: the labels found, sorted; by number where all are whole numbers; what is no class
-            label is refused. "*": the labels found, whatever they look like. In a column of whole numbers -1 means no label.
-        empty: what an empty label means: that the sample is "unlabelled", or a "class" of its own. Empty: it is refused.
-    """
-    has_header = bool(header) and bool(convert(header, bool, f"{path}: header"))
-    rows, names = _tsv_rows(path, has_header)
-    text_column = _tsv_column(path, text, "text", names, len(rows[0]))
-    texts = StringTable(row[text_column] for row in rows)
-    stem = path.name.removesuffix(".gz").removesuffix(".tsv")
-    if label == "none":
-        labels, class_names = np.full(len(rows), -1, np.int32), classes
-    else:
-        label_column = _tsv_column(path, label, "label", names, len(rows[0]))
-        found = [row[label_column] for row in rows]
-        column = LabelColumn(path, found, texts, first_line=1 + has_header, may_be_header=not header)
-        labels, class_names = read_labels(column, classes, empty)
-    return Source(TextReader(texts), numbered(stem, range(len(rows))), labels, class_names)
-
-
-def _tsv_rows(path: Path, header: bool) -> tuple[list[list[str]], list[str]]:
-    data = read_maybe_gz(path)
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 ({exc.reason})", tip="convert the file to UTF-8") from None
-    # str.splitlines would also split at separators that belong to the text
-    rows = [line.removesuffix("\r").split("\t") for line in content.removesuffix("\n").split("\n")] if content else []
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(rows[0]):
-            raise DataError(
-                f"{path}, line {number}: {len(row)} columns, but line 1 has {len(rows[0])}",
-                tip="each line needs the same number of tabs",
-            )
-    names = rows.pop(0) if header and rows else []
-    if not rows:
-        raise DataError(
-            f"{path}, line {1 + bool(names)}: the file ends before the first row", tip="give a file with rows"
-        )
-    return rows, names
-
-
-def _tsv_column(path: Path, wanted: str, what: str, names: Sequence[str], count: int) -> int:
-    if wanted.isdecimal() and int(wanted) < count:
-        return int(wanted)
-    if wanted in names:
-        return list(names).index(wanted)
-    if wanted.isdecimal():
-        raise DataError(
-            f"{path}, line 1: no column {wanted} for the {what}, there are {count}", tip="columns count from 0"
-        )
-    tip = nearest(wanted, names) if names else "add header=true if the first line names the columns"
-    raise DataError(f"{path}, line 1: no column {wanted!r} for the {what}", tip=tip)
-
-
 def read_idx(path: Path) -> np.ndarray:
     """The uint8 array in an IDX file, plain or .gz (MNIST's format: magic number, big-endian sizes, C-order bytes).
 
     Raises:
         DataError: another file, another type than uint8, or a size that differs from the header's.
     """
-    data = read_maybe_gz(path)
+    data = read_unpacked(path)
     if len(data) < 4 or data[:2] != b"\0\0":
         raise DataError(f"{path}: is not an IDX file", tip="delete it and fetch the data set again")
     kind, axes = data[2], data[3]
@@ -324,29 +257,29 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def read_maybe_gz(path: Path) -> bytes:
-    """A file's bytes, decompressed where its name ends in .gz; nothing is written beside it."""
+def read_unpacked(path: Path) -> bytes:
+    """A file's bytes, unpacked where its name ends in .gz, .bz2 or .xz; nothing is written beside it."""
     try:
         data = path.read_bytes()
-        return _unpacked(data, path) if path.suffix == ".gz" else data
+        return _unpacked(data, path) if path.suffix in PACKINGS else data
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file", tip="give the path as seen from the current folder") from None
-    except (OSError, EOFError, zlib.error) as exc:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as exc:
         raise DataError(
             f"{path}: cannot be read: {exc}", tip="check the file; fetch it again if it is cut off"
         ) from exc
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    """What a .gz file holds; DataError for far more than text packs to, or than fits into memory."""
+    """What a packed file holds; DataError for far more than text packs to, or than fits into memory."""
     most = min(MOST_UNPACKED, max(2**28, PACKED * len(data)))
     found = io.BytesIO()
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+    with PACKINGS[path.suffix](io.BytesIO(data)) as file:
         while piece := file.read(2**20):
             found.write(piece)
             if found.tell() > most:
                 raise DataError(
                     f"{path}: {len(data):,} bytes that unpack to more than {most:,}",
-                    tip="if it is meant so, unpack it to a disk and name the file without .gz",
+                    tip=f"if it is meant so, unpack it to a disk and name the file without {path.suffix}",
                 )
     return found.getvalue()

@@ -34,8 +34,8 @@ class Table(Dataset[dict[str, Any]]):
         for name in (key, item, label):
             if name is not None and name not in self.columns:
                 raise JoinError(f"the data set has no column {name!r}", tip=nearest(name, self.columns))
-        self.key, self.label = key, label or _only(LABEL_COLUMNS, self.columns)
-        self.item = item or _only(ITEM_COLUMNS, self.columns)
+        self.key, self.label = key, label or only(LABEL_COLUMNS, self.columns)
+        self.item = item or only(ITEM_COLUMNS, self.columns)
         # as it is stored: neither formatted nor transformed
         self._plain = rows.with_format(None) if hasattr(rows, "with_format") else rows
 
@@ -129,7 +129,8 @@ def _row(rows: Any, index: int) -> dict[str, Any]:
     return dict(rows[int(index)])
 
 
-def _only(names: Sequence[str], columns: Sequence[str]) -> str | None:
+def only(names: Sequence[str], columns: Sequence[str]) -> str | None:
+    """The one of some names that a table has; None where it has none or several."""
     found = [name for name in names if name in columns]
     return found[0] if len(found) == 1 else None
 
@@ -161,7 +162,7 @@ def labels_by_name(found: Sequence[Any], class_names: Sequence[str]) -> np.ndarr
     values = [None if _is_missing(value) else value for value in found]
     if any(not isinstance(value, str | int | float | np.generic) for value in values if value is not None):
         return None
-    names = [None if value is None else _named(value) for value in values]
+    names = [None if value is None else value_name(value) for value in values]
     unknown = [name for name in names if name is not None and name not in place]
     if not unknown:
         return np.array([-1 if name is None else place[name] for name in names], np.int64)
@@ -190,8 +191,8 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, int | np.integer) and value == -1)
 
 
-def _named(value: Any) -> str:
-    """The name of a class that a value stands for: 3 and 3.0 are both "3"."""
+def value_name(value: Any) -> str:
+    """The name that a value stands for: 3 and 3.0 are both "3"."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
     return str(value)

@@ -4,11 +4,12 @@
     torchvision:NAME?root=PATH&train=true torchvision's classification data sets
     imagefolder:PATH                      one folder per class
     images:PATH?labels=FILE               pictures of one folder, without classes or with labels from a table
-    tsv:PATH?text=0&label=1&header=true   tab-separated text, plain or .gz
+    table:PATH?text=NAME&label=NAME       TSV, CSV or JSON lines, plain or packed
+    tsv:PATH?text=0&label=1&header=true   tab-separated text, as it is
     synthetic:images?classes=10           made up, for trials; also synthetic:texts
     package.module:factory?arg=1          any map-style data set; also path/file.py:factory
 
-An item is a uint8 array (H, W) or (H, W, C), a string, or whatever else a user's data set returns.
+An item is a uint8 array (H, W) or (H, W, C), a string, a pair of strings, or whatever else a user's data set returns.
 """
 
 from __future__ import annotations
@@ -27,13 +28,20 @@ from softcache.data.flat_images import flat_images
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.map_style import from_factory, from_torchvision
 from softcache.data.selection import of_classes, read_keys
-from softcache.data.sources import Source, StringTable, digits, imagefolder, tsv
+from softcache.data.sources import Source, StringTable, digits, imagefolder
 from softcache.data.synthetic import images, texts
+from softcache.data.text_tables import table, tsv
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec, quoted
 
-FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "images": flat_images, "tsv": tsv}
+FILE_SOURCES: dict[str, Callable[..., Source]] = {
+    "imagefolder": imagefolder,
+    "images": flat_images,
+    "table": table,
+    "tsv": tsv,
+}
 MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
+OTHER_WORDS = dict.fromkeys(("csv", "json", "jsonl", "ndjson", "txt", "text", "file"), "table")  # for a source
 SOURCES = ("digits", "torchvision", "synthetic", *FILE_SOURCES)
 
 
@@ -228,9 +236,15 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
         has_folders = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
-        kind = "imagefolder" if has_folders else "images" if path.is_dir() else "tsv"
+        kind = "imagefolder" if has_folders else "images" if path.is_dir() else "table"
         literal = f"{kind}:{quoted(spec.name, '?')}"
         raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {literal}?")
+    if spec.scheme in OTHER_WORDS:
+        kind = OTHER_WORDS[spec.scheme]
+        raise ConfigError(
+            f"{spec.text!r}: no source is called {spec.scheme!r}",
+            tip=f"did you mean {kind}:{quoted(spec.name, '?')}?",
+        )
     tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"
     raise ConfigError(f"{spec.text!r}: no source is called {spec.scheme or spec.name!r}", tip=tip)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from softcache.dump.results import place_of
 from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
+from softcache.models.inputs import is_text
 
 # what another composition of the batch may change, of the largest logit: kernels that add up in another order, layer upon layer
 FLOAT32_APART = 1e-3
@@ -63,8 +64,8 @@ def _in_another_composition(teacher: Teacher, items: Sequence[Any]) -> tuple[lis
     """The logits of the first batch's samples in an order of two halves, and that order."""
     count = len(items)
     order = list(range(count))[::-1]
-    if isinstance(items[0], str):
-        order.sort(key=lambda i: len(items[i]))
+    if is_text(items[0]):
+        order.sort(key=lambda i: len("".join(items[i])))
     halves = order[: count // 2], order[count // 2 :]
     try:
         return order, torch.cat([teacher(teacher.collated([items[i] for i in half])).logits for half in halves])

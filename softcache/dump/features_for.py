@@ -23,6 +23,7 @@ def features_for(losses: Sequence[str], teacher: Teacher, batch: Any, codec: Cod
     Raises:
         LossError: an unknown loss, or one that this teacher or this codec cannot serve.
     """
+    check_names(losses)
     for name in losses:
         _check(name, teacher, codec)
     layered = [name for name in losses if LOSSES[name].has_features]
@@ -42,13 +43,20 @@ def features_for(losses: Sequence[str], teacher: Teacher, batch: Any, codec: Cod
     return sorted(found.keys() - doubled, key=lambda feature: (place(feature), list(found).index(feature)))
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise LossError for a name that is no loss, or one that learns from no teacher."""
+    for name in names:
+        if name not in LOSSES:
+            raise LossError(
+                f"--for {name}: unknown loss", tip=f"{nearest(name, LOSSES)}; `softcache losses` lists them"
+            )
+        if not LOSSES[name].has_teacher:
+            raise LossError(f"--for {name}: it learns from hard labels alone", tip="leave it out")
+
+
 def _check(name: str, teacher: Teacher, codec: Codec) -> None:
     """Raise LossError for a loss that no feature could serve."""
-    if name not in LOSSES:
-        raise LossError(f"--for {name}: unknown loss", tip=f"{nearest(name, LOSSES)}; `softcache losses` lists them")
     loss = LOSSES[name]
-    if not loss.has_teacher:
-        raise LossError(f"--for {name}: it learns from hard labels alone", tip="leave it out")
     if loss.needs("teacher_logits") and not codec.complete:
         raise LossError(
             f"--for {name}: it needs the logits of every class, codec {codec.name!r} keeps some",

@@ -21,6 +21,7 @@ from softcache.machine import autocast_dtype
 from softcache.models import Model, build, load_model, own_classes, path_alone
 from softcache.models import split_weights as split_model
 from softcache.models.estimators import callee_of
+from softcache.models.inputs import is_text
 from softcache.models.item_range import check_scale
 from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
 from softcache.spec import Spec, parse_spec
@@ -72,7 +73,7 @@ def left_out_of(teachers: Sequence[Teacher], prober: Prober) -> dict[str, LeftOu
     """What each teacher leaves out of the first texts, which in a permuted order are a fair sample; where it is worth telling."""
     found = {}
     for teacher in teachers:
-        if isinstance(teacher.network, Model) and isinstance(prober.items(0, 1)[0], str):
+        if isinstance(teacher.network, Model) and is_text(prober.items(0, 1)[0]):
             one = left_out(teacher.network.input, prober.items(0, LOOKED_AT))
             if one is not None and one.is_worth_telling:
                 found[teacher.name] = one

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softcache.data.classes import class_indices
+from softcache.data.label_kind import has_several, is_known, is_yes
 from softcache.errors import ConfigError
 from softcache.spec import unquoted
 
@@ -39,23 +40,13 @@ def best_shift(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
 
     Args:
         logits: (N, C).
-        labels: (N,) class indices; those below 0 do not count.
-        classes: indices; not all of them.
+        labels: (N,) class indices; those below 0 do not count. Or (N, C) of several labels, those below 0 likewise.
+        classes: indices; not all of them, where a sample has one class.
 
     Raises:
         ConfigError: all classes, which changes nothing; or no labelled sample would be told otherwise by any number.
     """
-    if len(set(classes)) == logits.shape[1]:
-        raise ConfigError("the same number for all classes changes nothing", tip="leave some of them out of --fit-bias")
-    chosen = torch.zeros(logits.shape[1], dtype=torch.bool)
-    chosen[list(classes)] = True
-    known = labels >= 0
-    logits, labels = logits[known].double(), labels[known]
-    inside, best_inside = logits.masked_fill(~chosen, -math.inf).max(dim=1)
-    outside, best_outside = logits.masked_fill(chosen, -math.inf).max(dim=1)
-    # a sample is told to be of the chosen classes where the shift is above its turning point
-    turning = outside - inside
-    gain = (best_inside == labels).long() - (best_outside == labels).long()
+    turning, gain = (_of_labels if has_several(labels) else _of_classes)(logits.double(), labels, classes)
     if not bool((gain != 0).any()):
         raise ConfigError("no shift of these classes changes how many samples are right", tip="choose other classes")
     order = turning.argsort()
@@ -69,3 +60,23 @@ def best_shift(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
     width = torch.where(inner == inner.max(), places[1:] - places[:-1], -1.0)
     at = int(width.argmax())
     return float((places[at] + places[at + 1]) / 2)
+
+
+def _of_classes(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of each labelled sample: above which shift it is told to be of the chosen classes, and what that gains (-1, 0, 1)."""
+    if len(set(classes)) == logits.shape[1]:
+        raise ConfigError("the same number for all classes changes nothing", tip="leave some of them out of --fit-bias")
+    chosen = torch.zeros(logits.shape[1], dtype=torch.bool)
+    chosen[list(classes)] = True
+    known = is_known(labels)
+    logits, labels = logits[known], labels[known]
+    inside, best_inside = logits.masked_fill(~chosen, -math.inf).max(dim=1)
+    outside, best_outside = logits.masked_fill(chosen, -math.inf).max(dim=1)
+    return outside - inside, (best_inside == labels).long() - (best_outside == labels).long()
+
+
+def _of_labels(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of each known yes or no of the chosen labels: above which shift yes is told, and what that gains (-1 or 1)."""
+    logits, labels = logits[:, list(classes)], labels[:, list(classes)]
+    known = is_known(labels)
+    return -logits[known], 2 * is_yes(labels)[known].long() - 1

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.config import EvalConfig
@@ -22,6 +21,8 @@ from softcache.data.transfer_set import TransferSet, open_transfer_set, under_cl
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, ModelError, faults_explained, note_once
 from softcache.evaluate.bias import best_shift, parse_bias
+from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.sums import Sums
 from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import (
     Model,
@@ -35,62 +36,12 @@ from softcache.models import (
 )
 from softcache.models.item_range import check_scale
 from softcache.report.progress import track
-from softcache.report.tables import percent, table
 from softcache.targets.cache import Cache, Joined, is_cache
 from softcache.targets.cache import open as open_cache
+from softcache.targets.ensemble import parse_members
+from softcache.targets.teacher import CachedTeacher
 
-CALIBRATION_BINS = 15
 TOO_SMALL = "do the items have the size that it takes? --policy resize:size=N; what its code needs is for it to say"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Measured over one data set; shares are of 1, `nll` and `kl` in nats. None where it does not apply.
-
-    Attributes:
-        samples, labelled: how many there were.
-        top1, top5: share of labelled samples whose label is the largest, or among the five largest. Multi-label data: `top1`
-            is the share of single yes/no labels that are right.
-        nll: mean negative log-likelihood of the label.
-        calibration_error: expected calibration error in 15 equal bins of confidence (Guo et al. 2017).
-        agreement: share of samples where the largest class is the cache's.
-        kl: mean KL(cache || model) at `temperature`, not scaled by T**2.
-        bias: class -> what was added to its logits.
-        class_errors: class -> (errors, samples) of those with this label; empty for multi-label data.
-    """
-
-    samples: int
-    labelled: int
-    seconds: float
-    top1: float | None = None
-    top5: float | None = None
-    nll: float | None = None
-    calibration_error: float | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    temperature: float = 1.0
-    bias: Mapping[str, float] = field(default_factory=dict)
-    class_errors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def errors(self) -> int | None:
-        return None if self.top1 is None else round((1 - self.top1) * self.labelled)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """(name, value) lines for a table, without what does not apply."""
-        facts = [
-            ("samples", f"{self.samples:,}"),
-            ("with a label", None if self.labelled in (0, self.samples) else f"{self.labelled:,}"),
-            ("top-1", None if self.top1 is None else f"{percent(self.top1)} ({self.errors:,} errors)"),
-            ("top-5", None if self.top5 is None else percent(self.top5)),
-            ("NLL", None if self.nll is None else f"{self.nll:.4f} nats"),
-            ("calibration error", None if self.calibration_error is None else percent(self.calibration_error)),
-            ("agreement with the cache", None if self.agreement is None else percent(self.agreement)),
-            (f"KL to the cache at T={self.temperature:g}", None if self.kl is None else f"{self.kl:.5f} nats"),
-            ("bias", ", ".join(f"{name} {value:+g}" for name, value in self.bias.items()) or None),
-            ("seconds", f"{self.seconds:.1f}"),
-        ]
-        return [(name, value) for name, value in facts if value is not None]
 
 
 @torch.inference_mode()
@@ -105,6 +56,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     joined: Joined | None = None,
     combine: str = "mean_logits",
+    weights: Mapping[str, float] | None = None,
     temperature: float = 1.0,
     bias: Mapping[str, float] | None = None,
     order: Sequence[int] | None = None,
@@ -116,17 +68,18 @@ def evaluate(
         transfer_set: of the model's classes.
         joined: the same samples joined to a cache, to compare with its soft targets at `temperature`; where the model has
             only some of the cache's classes, with those among them.
+        combine, weights: how the cache's members combine, and which with what weight; None for all equally.
         bias: class -> what to add to its logits first.
         order: the model's output for each class; None: in the data's order.
     """
     started, was_training = time.monotonic(), model.training
     model.eval()
     count = len(transfer_set)
-    sums = Sums(transfer_set.num_classes)
+    sums = Sums(transfer_set.num_classes, multi_label=transfer_set.multi_label)
     bias = bias or {}
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names], device=device)
     partners = joined.partners if joined is not None else None
-    classes = class_indices(_cached_names(joined), transfer_set.class_names) if joined is not None else []
+    teacher = None if joined is None else _teacher(joined, transfer_set, combine, weights)
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
@@ -140,12 +93,20 @@ def evaluate(
         _check_finite(logits, batch.index)
         logits = (logits if order is None else logits[:, list(order)]).float() + added
         sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
-        if joined is not None:
-            targets = joined.gather_samples(batch.index, batch.views).to(device)
-            teacher_logits = targets.combined(combine, temperature=temperature)[:, classes]
-            sums.add_targets(logits, teacher_logits, temperature)
+        if joined is not None and teacher is not None:
+            targets = joined.gather_samples(batch.index, batch.views, members=teacher.members).to(device)
+            sums.add_targets(logits, teacher.logits(targets, temperature), temperature)
     model.train(was_training)
-    return _result(sums, transfer_set, started, temperature, bias)
+    result = sums.result(count, time.monotonic() - started, temperature, transfer_set.class_names)
+    return replace(result, bias=bias)
+
+
+def _teacher(
+    joined: Joined, transfer_set: TransferSet, combine: str, weights: Mapping[str, float] | None
+) -> CachedTeacher:
+    """The cache's members as one teacher of the data's classes."""
+    classes = class_indices(_cached_names(joined), transfer_set.class_names)
+    return CachedTeacher(joined.cache, combine, weights, classes=tuple(classes))
 
 
 def _check_rows(model: Model, logits: Tensor, count: int, classes: int | None) -> None:
@@ -177,6 +138,7 @@ def evaluate_cache(
     transfer_set: TransferSet,
     *,
     combine: str = "mean_logits",
+    weights: Mapping[str, float] | None = None,
     batch_size: int = 512,
     bias: Mapping[str, float] | None = None,
     progress: bool = False,
@@ -185,89 +147,22 @@ def evaluate_cache(
 
     Args:
         joined: the samples of `transfer_set` joined to the cache; the labels are the transfer set's.
+        weights: member -> weight, for the members to use; None for all equally.
         bias: class -> what to add to its combined logits first.
     """
     started, bias = time.monotonic(), bias or {}
-    sums = Sums(transfer_set.num_classes)
+    sums = Sums(transfer_set.num_classes, multi_label=transfer_set.multi_label)
+    teacher = CachedTeacher(joined.cache, combine, weights)
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names])
     pieces = np.array_split(np.arange(len(transfer_set)), -(-len(transfer_set) // batch_size))
     for index in track(pieces, "eval", len(pieces), unit="batches", quiet=not progress):
-        logits = joined.gather_samples(index, np.zeros_like(index)).combined(combine, temperature=1.0)
-        sums.add_labels(logits + added, torch.from_numpy(transfer_set.labels[index]))
-    result = _result(sums, transfer_set, started, 1.0, bias)
+        targets = joined.gather_samples(index, np.zeros_like(index), members=teacher.members)
+        sums.add_labels(teacher.logits(targets, 1.0) + added, torch.from_numpy(transfer_set.labels[index]))
+    result = sums.result(len(transfer_set), time.monotonic() - started, 1.0, transfer_set.class_names)
+    result = replace(result, bias=bias)
     if combine == "vote":  # which has no likelihood
         return replace(result, nll=None, calibration_error=None)
     return result
-
-
-def _result(
-    sums: Sums, transfer_set: TransferSet, started: float, temperature: float, bias: Mapping[str, float]
-) -> Evaluation:
-    rows = [] if sums.multi_label else zip(transfer_set.class_names, sums.of_class.tolist(), strict=True)
-    counts = {name: (errors, samples) for name, (errors, samples) in rows}
-    result = sums.result(len(transfer_set), time.monotonic() - started, temperature)
-    return replace(result, bias=bias, class_errors=counts)
-
-
-class Sums:
-    """Running sums in float64 over the batches of one evaluation."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes, self.multi_label = num_classes, False
-        self.labelled = self.top1 = self.top5 = self.nll = self.agreement = self.kl = 0.0
-        self.compared = 0
-        self.bins = np.zeros((CALIBRATION_BINS, 3))  # count, confidence, correct
-        self.of_class = np.zeros((num_classes, 2), np.int64)  # errors, samples
-
-    def add_labels(self, logits: Tensor, labels: Tensor) -> None:
-        if labels.ndim == 2:
-            self.multi_label = True
-            self.labelled += len(labels)
-            self.top1 += float(((logits > 0) == labels).double().mean(dim=1).sum())
-            losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-            self.nll += float(losses.double().mean(dim=1).sum())
-            return
-        known = labels >= 0
-        logits, labels = logits[known], labels[known].long()
-        if not len(labels):
-            return
-        confidence, predicted = logits.softmax(dim=1).max(dim=1)
-        correct = predicted == labels
-        self.labelled += len(labels)
-        self.top1 += float(correct.sum())
-        own, wrong = labels.cpu().numpy(), (~correct).cpu().numpy()
-        self.of_class[:, 0] += np.bincount(own, wrong, self.num_classes).astype(np.int64)
-        self.of_class[:, 1] += np.bincount(own, minlength=self.num_classes)
-        if self.num_classes > 5:
-            self.top5 += float((logits.topk(5, dim=1).indices == labels[:, None]).any(dim=1).sum())
-        self.nll += float(F.cross_entropy(logits, labels, reduction="none").double().sum())
-        place = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1).cpu().numpy()
-        for column, values in enumerate((torch.ones_like(confidence), confidence, correct)):
-            self.bins[:, column] += np.bincount(place, values.double().cpu().numpy(), minlength=CALIBRATION_BINS)
-
-    def add_targets(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-        self.compared += len(logits)
-        self.agreement += float((logits.argmax(dim=1) == teacher_logits.argmax(dim=1)).sum())
-        log_p = (teacher_logits.double() / temperature).log_softmax(dim=1)
-        log_q = (logits.double() / temperature).log_softmax(dim=1)
-        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
-
-    def result(self, samples: int, seconds: float, temperature: float) -> Evaluation:
-        n, single = self.labelled, not self.multi_label
-        filled = self.bins[:, 0] > 0
-        gaps = np.abs(self.bins[filled, 1] - self.bins[filled, 2])
-        return Evaluation(
-            samples=samples,
-            labelled=int(n),
-            seconds=seconds,
-            top1=self.top1 / n if n else None,
-            top5=self.top5 / n if n and single and self.num_classes > 5 else None,
-            nll=self.nll / n if n else None,
-            calibration_error=float(gaps.sum() / n) if n and single else None,
-            agreement=self.agreement / self.compared if self.compared else None,
-            kl=self.kl / self.compared if self.compared else None,
-            temperature=temperature,
-        )
 
 
 def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:
@@ -275,12 +170,16 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
 
     A student of some of the data's classes is measured on those: samples of the others count as unlabelled.
     """
-    _check(config)
+    check(config)
     torch.set_num_threads(pick_threads(config.threads))
     transfer_set = open_transfer_set(config.data, **config.selection())
     classes_map = read_classes_map(config.classes_map)
     if is_cache(model_text, finished=False):
         return _run_cache(model_text, transfer_set, config, classes_map, quiet=quiet)
+    if config.members and config.cache is None:
+        raise ConfigError(
+            "--members needs a cache", tip="name one in place of the model, or compare with one: --cache DIR"
+        )
     joined = None
     if config.cache is not None:
         joined = _joined(config.cache, transfer_set, config, classes_map, quiet=quiet)
@@ -304,6 +203,7 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         **_how(config),
         joined=joined,
         combine=config.combine,
+        weights=parse_members(config.members),
         temperature=config.temperature,
         bias=bias,
         order=_order(model_text, model, transfer_set, classes_map),
@@ -315,7 +215,8 @@ def _open_cache(path: str, config: EvalConfig, *, quiet: bool) -> Cache:
     return open_cache(path, check_files=config.check_files == "yes", allow_code=config.allow_code, quiet=quiet)
 
 
-def _check(config: EvalConfig) -> None:
+def check(config: EvalConfig) -> None:
+    """Refuse numbers and combinations that cannot be."""
     if not config.temperature > 0:
         raise ConfigError(f"--temperature {config.temperature}: must be > 0")
     if config.batch_size < 1:
@@ -390,7 +291,13 @@ def _run_cache(
     transfer_set = joined.dataset
     bias = parse_bias(config.bias, transfer_set.class_names)
     return evaluate_cache(
-        joined, transfer_set, combine=config.combine, batch_size=config.batch_size, bias=bias, progress=not quiet
+        joined,
+        transfer_set,
+        combine=config.combine,
+        weights=parse_members(config.members),
+        batch_size=config.batch_size,
+        bias=bias,
+        progress=not quiet,
     )
 
 
@@ -427,7 +334,7 @@ def _fitted_bias(
     order = _order(model_text, model, held_out, read_classes_map(config.classes_map))
     logits = torch.cat(rows) if order is None else torch.cat(rows)[:, list(order)]
     added = torch.tensor([given.get(name, 0.0) for name in transfer_set.class_names])
-    shift = best_shift(logits + added, torch.from_numpy(held_out.labels).long(), classes)
+    shift = best_shift(logits + added, torch.from_numpy(held_out.labels), classes)
     return {transfer_set.class_names[i]: shift for i in classes}
 
 
@@ -476,17 +383,3 @@ def _student_file(model_text: str) -> Path | None:
     if not text or not os.path.exists(path):
         return None
     return None if path.is_file() and path.suffix != ".safetensors" else path
-
-
-def summary(title: str, result: Evaluation) -> str:
-    """The readable table of one evaluation."""
-    return table([title, ""], result.rows())
-
-
-def class_table(result: Evaluation) -> str:
-    """The errors on each class."""
-    rows = [
-        [name, samples, errors, percent(errors / samples) if samples else "-"]
-        for name, (errors, samples) in result.class_errors.items()
-    ]
-    return table(["class", "samples", "errors", "share"], rows)

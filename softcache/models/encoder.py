@@ -81,7 +81,7 @@ def encoder(
     dropout: float = 0.1,
     max_tokens: int = 64,
 ) -> Model:
-    """An Encoder on strings.
+    """An Encoder on strings, or on pairs of them.
 
     Args:
         num_classes: C.

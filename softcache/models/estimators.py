@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from softcache.errors import ModelError, TeacherError
+from softcache.models.inputs import is_text
 
 METHODS = {"predict_proba": "probs", "decision_function": "logits", "predict_log_proba": "log_probs"}
 
@@ -19,7 +20,7 @@ class ArrayCollate:
     """Items of a scikit-learn style teacher: (B, features) NumPy float32, every item flattened."""
 
     def __call__(self, items: Sequence[Any]) -> Any:
-        if items and isinstance(items[0], str):
+        if items and is_text(items[0]):
             return list(items)
         return np.stack([np.asarray(item, dtype=np.float32).ravel() for item in items])
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, require_extra
-from softcache.models.inputs import check_strings
+from softcache.models.inputs import check_texts
 from softcache.models.model import Model
 from softcache.models.saved_metadata import check_config
 
@@ -45,7 +45,7 @@ CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 
 @dataclass(frozen=True)
 class TokenizerInput:
-    """Strings as a dict of (B, L) int64 tensors: what the tokenizer gives and the network takes.
+    """Strings, or pairs of them, as a dict of (B, L) int64 tensors: what the tokenizer gives and the network takes.
 
     Attributes:
         definition: the tokenizer as JSON, the content of a tokenizer.json.
@@ -87,9 +87,9 @@ class TokenizerInput:
 
     def collate(self, items: Sequence[Any]) -> dict[str, Tensor]:
         """(B, L) int64 each, L as short as the longest text allows."""
-        check_strings(items)
+        check_texts(items)
         # one by one: a batch would start threads, which do not survive the fork of the next worker
-        rows = [self._tokenizer.encode(text) for text in items]
+        rows = [self._tokenizer.encode(*_texts(item)) for item in items]
         length = max(1, *map(len, rows))
         for row in rows:
             row.pad(length, direction=self.pad_side, pad_id=self.pad_id, pad_type_id=self.pad_type_id)
@@ -109,11 +109,11 @@ class TokenizerInput:
         named = told.get("unk_token")
         return tokenizer, told.get("unk_id") if named is None else tokenizer.token_to_id(named)
 
-    def count(self, text: str) -> tuple[int, int]:
-        """How many tokens a text has, special ones included, and how many of those that are read are unknown."""
+    def count(self, item: Any) -> tuple[int, int]:
+        """How many tokens a text or a pair has, special ones included, and how many of those that are read are unknown."""
         tokenizer, unknown = self._whole
-        read = self._tokenizer.encode(text).ids
-        return len(tokenizer.encode(text).ids), 0 if unknown is None else read.count(unknown)
+        read = self._tokenizer.encode(*_texts(item)).ids
+        return len(tokenizer.encode(*_texts(item)).ids), 0 if unknown is None else read.count(unknown)
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as they are."""
@@ -123,6 +123,11 @@ class TokenizerInput:
         """The definition as its sha256: it may have megabytes."""
         facts = {**asdict(self), "definition": _digest(self.definition), "takes": list(self.takes)}
         return {"kind": "tokenizer", **facts}
+
+
+def _texts(item: Any) -> tuple[str, ...]:
+    """What a tokenizer is given: a text, or both of a pair."""
+    return (item,) if isinstance(item, str) else tuple(item)
 
 
 def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[..., Model]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,15 @@ class Initialised:
         copied: names of the student's tensors that were.
         left: those that keep their own values, with the reason where the source has a tensor of that name.
         unused: names of the source that nothing was taken from.
+        taken, numbers: of the student's numbers, those that were copied, and all.
     """
 
     source: str
     copied: tuple[str, ...]
     left: Mapping[str, str]
     unused: tuple[str, ...]
+    taken: int
+    numbers: int
 
     def text(self) -> str:
         """One line for people."""
@@ -88,7 +91,7 @@ def initialise(model: Model, text: str, entries: Sequence[str] = ()) -> Initiali
     done = init_from(model.net, {k: v for k, v in state.items() if k not in left}, layer_map, text)
     why = dict.fromkeys(sorted(left), "of another class list")
     where = f"{text} ({source.told})" if source.told else text
-    return Initialised(where, done.copied, {**done.left, **why}, (*done.unused, *why))
+    return replace(done, source=where, left={**done.left, **why}, unused=(*done.unused, *why))
 
 
 def init_from(net: nn.Module, source: Mapping[str, Tensor], layer_map: Mapping[str, str], where: str) -> Initialised:
@@ -141,7 +144,9 @@ def init_from(net: nn.Module, source: Mapping[str, Tensor], layer_map: Mapping[s
         for name, other in copied.items():
             own[name].copy_(source[other])
     used = set(copied.values())
-    return Initialised(where, tuple(copied), left, tuple(name for name in source if name not in used))
+    unused = tuple(name for name in source if name not in used)
+    taken, numbers = (sum(own[name].numel() for name in names) for names in (copied, own))
+    return Initialised(where, tuple(copied), left, unused, taken, numbers)
 
 
 def reorder_classes(model: Model, order: Sequence[int], class_names: Sequence[str], batch: Any) -> None:

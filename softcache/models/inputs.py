@@ -15,6 +15,7 @@ from torch import Tensor
 from softcache.errors import ConfigError, DataError
 
 PAD, UNKNOWN = 0, 1  # token ids; the vocabulary's first token has id 2
+SEPARATOR = "[SEP]"  # in a vocabulary made of pairs the first token: no text is cut into it
 _TOKEN = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 
 
@@ -111,11 +112,13 @@ class VectorInput:
 
 @dataclass(frozen=True)
 class TextInput:
-    """Strings as (B, L) int64 token ids, padded with 0; 1 is an unknown token, `vocabulary[i]` has id i + 2.
+    """Strings, or pairs of them, as (B, L) int64 token ids, padded with 0; 1 is an unknown token, `vocabulary[i]` has id i + 2.
+
+    Between the two texts of a pair stands SEPARATOR, which the vocabulary then has.
 
     Attributes:
         vocabulary: distinct tokens, as `tokenize` makes them.
-        max_tokens: longer texts are cut.
+        max_tokens: longer texts are cut; of a pair the longer one first, until both are equal.
         min_tokens: shorter batches are padded to this, for the widest kernel of the network.
     """
 
@@ -136,17 +139,33 @@ class TextInput:
 
     def collate(self, items: Sequence[Any]) -> Tensor:
         """(B, L) int64, min_tokens <= L <= max_tokens, as short as the longest text allows."""
-        check_strings(items)
-        rows = [[self.ids.get(t, UNKNOWN) for t in tokenize(text)[: self.max_tokens]] for text in items]
+        check_texts(items)
+        rows = [[self.ids.get(t, UNKNOWN) for t in self._read(item)[0]] for item in items]
         batch = torch.full((len(rows), max(self.min_tokens, *map(len, rows))), PAD)
         for i, row in enumerate(rows):
             batch[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return batch
 
-    def count(self, text: str) -> tuple[int, int]:
-        """How many tokens a text has, and how many of those that are read are unknown."""
-        tokens = tokenize(text)
-        return len(tokens), sum(token not in self.ids for token in tokens[: self.max_tokens])
+    def count(self, item: Any) -> tuple[int, int]:
+        """How many tokens a text or a pair has, and how many of those that are read are unknown."""
+        tokens, count = self._read(item)
+        return count, sum(token not in self.ids for token in tokens)
+
+    def _read(self, item: Any) -> tuple[list[str], int]:
+        """The tokens that are read of a text or a pair, and how many there are."""
+        if isinstance(item, str):
+            tokens = tokenize(item)
+            return tokens[: self.max_tokens], len(tokens)
+        if SEPARATOR not in self.ids:
+            raise DataError(
+                "the items are pairs of texts, and the model's vocabulary was made of single ones",
+                tip=f"train it on pairs; a vocabulary of your own begins with the line {SEPARATOR}",
+            )
+        first, second = map(tokenize, item)
+        room = self.max_tokens - 1
+        mine = max(room - len(second), (room + 1) // 2)  # what the second one leaves free, at least a half
+        theirs = max(room - len(first), room // 2)
+        return [*first[:mine], SEPARATOR, *second[:theirs]], len(first) + 1 + len(second)
 
     def prepare(self, batch: Tensor) -> Tensor:
         """The ids as they are."""
@@ -173,8 +192,8 @@ class AnyInput:
         becomes C x H x W; everything else keeps its shape."""
         if self.own is not None:
             return self.own(items)
-        if isinstance(items[0], str):
-            raise DataError("the items are strings", tip="give your module a method collate(items)")
+        if is_text(items[0]):
+            raise DataError("the items are texts", tip="give your module a method collate(items)")
         return _stack(
             [array_of(item, images=True) for item in items], items, tip="give your module a method collate(items)"
         )
@@ -199,11 +218,28 @@ def restore_input(description: Mapping[str, Any]) -> Input | None:
     return kinds[kind](**facts)
 
 
-def check_strings(items: Sequence[Any]) -> None:
-    """Raise DataError for an item that is no string."""
+def is_text(item: Any) -> bool:
+    """Whether an item is a string or a pair of strings."""
+    return isinstance(item, str) or is_pair(item)
+
+
+def is_pair(item: Any) -> bool:
+    """Whether an item is a sequence of two strings: premise and hypothesis, question and passage."""
+    return isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(text, str) for text in item)
+
+
+def check_texts(items: Sequence[Any]) -> None:
+    """Raise DataError for an item that is neither a string nor a pair of strings, and for a batch of both."""
     for item in items:
-        if not isinstance(item, str):
-            raise DataError(f"a text model takes strings, found {_kind(item)}", tip="use an image or a vector model")
+        if not is_text(item):
+            raise DataError(
+                f"a text model takes strings, found {_kind(item)}",
+                tip="use an image or a vector model; a pair of texts is two strings",
+            )
+        if is_pair(item) != is_pair(items[0]):
+            raise DataError(
+                "some items are pairs of texts and some are single texts", tip="give all of them two texts, or one"
+            )
 
 
 def tokenize(text: str) -> list[str]:
@@ -253,8 +289,8 @@ def array_of(item: Any, *, images: bool = False) -> np.ndarray:
     if isinstance(item, Tensor):
         tensor = item.detach().cpu()
         return tensor.numpy() if tensor.dtype == torch.uint8 else tensor.to(torch.float32).numpy()
-    if isinstance(item, str | bytes):
-        raise DataError("the model takes numbers, found a string", tip="texts need a text model: softcache:textcnn")
+    if isinstance(item, bytes) or is_text(item):
+        raise DataError("the model takes numbers, found a text", tip="texts need a text model: softcache:textcnn")
     array = np.asarray(item)
     if array.dtype.kind not in "buif":
         raise DataError(
@@ -269,8 +305,8 @@ def array_of(item: Any, *, images: bool = False) -> np.ndarray:
 
 def _channels_first(item: Any) -> np.ndarray:
     """An image as (C, H, W), uint8 or float32, as a view where possible."""
-    if isinstance(item, str):
-        raise DataError("the model takes images, found a string", tip="texts need a text model: softcache:textcnn")
+    if is_text(item):
+        raise DataError("the model takes images, found a text", tip="texts need a text model: softcache:textcnn")
     if not isinstance(item, np.ndarray | Tensor):
         raise DataError(
             f"the model takes images as NumPy arrays or torch tensors, found {_kind(item)}",

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, first_offenders
-from softcache.models.inputs import PAD, UNKNOWN, TextInput, tokenize
+from softcache.models.inputs import PAD, SEPARATOR, UNKNOWN, TextInput, is_pair, tokenize
 from softcache.models.model import Model
 
 
@@ -54,7 +55,7 @@ def textcnn(
     dropout: float = 0.5,
     max_tokens: int = 64,
 ) -> Model:
-    """A TextCNN on strings.
+    """A TextCNN on strings, or on pairs of them.
 
     Args:
         num_classes: C.
@@ -93,11 +94,20 @@ def tokens_of(vocabulary: str | Sequence[str] | None, model: str) -> tuple[str, 
     return tokens
 
 
-def build_vocabulary(texts: Iterable[str], *, size: int = 20000, min_count: int = 2) -> list[str]:
-    """At most `size` tokens seen at least `min_count` times, most frequent first, ties in alphabetical order."""
-    counts = Counter(token for text in texts for token in tokenize(text))
+def build_vocabulary(texts: Iterable[Any], *, size: int = 20000, min_count: int = 2) -> list[str]:
+    """At most `size` tokens seen at least `min_count` times, most frequent first, ties in alphabetical order.
+
+    Args:
+        texts: strings, or pairs of them: then SEPARATOR comes before all.
+    """
+    counts: Counter[str] = Counter()
+    pairs = False
+    for item in texts:
+        pairs |= is_pair(item)
+        for text in (item,) if isinstance(item, str) else item:
+            counts.update(tokenize(text))
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [token for token, count in ranked[:size] if count >= min_count]
+    return [SEPARATOR] * pairs + [token for token, count in ranked[:size] if count >= min_count]
 
 
 def write_vocabulary(path: Path, tokens: Iterable[str]) -> None:

@@ -21,8 +21,9 @@ from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import refuse_linked_folders
 from softcache.report.chart import drawn_rows
 from softcache.report.tables import table
+from softcache.reproduce.check_steps import check_step
 from softcache.reproduce.recipe import Recipe, Step, read_recipe, recipe_names
-from softcache.reproduce.steps import Bench, check_settings, outcome_of
+from softcache.reproduce.steps import Bench, outcome_of
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,13 @@ def run(
     chosen = tuple(seeds) or tuple(recipe.seeds)
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"--seeds {','.join(map(str, chosen))}: a seed is given twice", tip="give different ones")
+    folder = out / recipe.name / budget
+    bench = Bench(recipe, folder, specs, use, device, quiet, download, allow_code)
     for step in recipe.steps:
         with _naming(step, recipe):
-            check_settings(step)
-    folder = out / recipe.name / budget
+            check_step(step, chosen, bench)
     refuse_linked_folders(folder, "folder of a recipe")
     make_folder(folder)
-    bench = Bench(recipe, folder, specs, use, device, quiet, download, allow_code)
     for number, step in enumerate(recipe.steps, start=1):
         for seed in chosen if step.seeded else (None,):
             if not quiet:

@@ -57,6 +57,19 @@ _BUDGET = {
 }  # fmt: skip
 
 
+_FOLDER = "the recipe gives each step its folder"
+NOT_OF_A_STEP: dict[str, dict[str, str]] = {
+    "train": {"out": _FOLDER},
+    "dump": {
+        "out": _FOLDER,
+        "part": "a step is done whole",
+        "extend": "each dump is a cache of its own",
+        "list_modules": "it lists and dumps nothing",
+    },
+    "eval": {},
+}
+
+
 @dataclass(frozen=True)
 class Step:
     """One thing to do.
@@ -297,6 +310,7 @@ def _step(
         raise ConfigError(f"{where}: needs one of {', '.join(KINDS)}")
     (kind,) = kinds
     settings = {**told.get(kind, {}), **entry[kind], **changes.get(kind, {}), **of_step.get(entry["name"], {})}
+    _check_own(kind, settings, bool(entry.get("seeds", kind != "dump")), where)
     metric = entry.get("metric", "errors")
     if metric not in METRICS:
         raise ConfigError(f"{where}: unknown metric {metric!r}", tip=nearest(metric, METRICS))
@@ -322,6 +336,18 @@ def _step(
         metric,
         str(entry.get("class", "")),
     )
+
+
+def _check_own(kind: str, settings: Mapping[str, Any], seeded: bool, where: str) -> None:
+    """Refuse settings that a recipe has a place of its own for, or that leave nothing to build on."""
+    for key in NOT_OF_A_STEP[kind]:
+        if settings.get(key) is not None:
+            raise ConfigError(f"{where}: {kind} cannot set {key}", tip="leave it out: " + NOT_OF_A_STEP[kind][key])
+    if kind == "train" and seeded and settings.get("seed") is not None:
+        raise ConfigError(
+            f"{where}: seed = {settings['seed']} would win over --seeds, so that every seed gives the same number",
+            tip="leave seed out, or write `seeds = false` for a step that is done once",
+        )
 
 
 def _check_named(steps: Sequence[Step], where: str) -> None:

@@ -20,10 +20,11 @@ import torch
 
 from softcache import dump
 from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
-from softcache.data.transfer_set import open_transfer_set
+from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError
 from softcache.evaluate import measure
+from softcache.evaluate.evaluation import Evaluation
 from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import RUN, is_inside, read_inside
 from softcache.machine import describe_device, pick_device
@@ -34,7 +35,6 @@ from softcache.targets.cache import is_cache
 from softcache.targets.cache import open as open_cache
 from softcache.train import flow as train
 from softcache.train.metrics import best_epoch
-from softcache.train.stages import parse_stages
 from softcache.version import __version__
 
 RESULT = "result.json"
@@ -66,6 +66,21 @@ class Outcome:
     reused: bool = False
 
 
+@dataclass(frozen=True)
+class Data:
+    """What is known of data that a recipe names.
+
+    Attributes:
+        identity: sha256 of its samples, labels and classes, and of what some of its samples hold.
+        some: a few of its samples, with its whole class list.
+        labelled: how many of all have a label.
+    """
+
+    identity: str
+    some: TransferSet
+    labelled: int
+
+
 @dataclass
 class Bench:
     """Where a recipe is worked through.
@@ -78,7 +93,7 @@ class Bench:
         download: of torchvision's data sets that are not there.
         allow_code: believe what given run folders name.
         outcomes: so far, by step and seed (None: of a step that is done once).
-        data: data spec -> identity.
+        data: data spec -> what is known of it.
     """
 
     recipe: Recipe
@@ -90,29 +105,17 @@ class Bench:
     download: bool = False
     allow_code: bool = False
     outcomes: dict[tuple[str, int | None], Outcome] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Data] = field(default_factory=dict)
 
-    def data_identity(self, spec: str) -> str:
-        """Of what a data spec names, looked at once."""
+    def data_of(self, spec: str) -> Data:
+        """What a data spec names, looked at once."""
         if spec not in self.data:
-            self.data[spec] = _data_identity(spec, download=self.download)
+            self.data[spec] = _looked_at(spec, download=self.download)
         return self.data[spec]
 
     def outcome(self, name: str, seed: int | None) -> Outcome | None:
         """Of an earlier step: for the same seed, or its only one; None for what is no step."""
         return self.outcomes.get((name, seed), self.outcomes.get((name, None)))
-
-
-def check_settings(step: Step) -> None:
-    """Raise ConfigError or LossError for settings that the verb would refuse, before anything is done."""
-    settings = {key: value for key, value in step.settings.items() if key not in ("run", "bias_model")}
-    if step.kind == "eval":
-        resolve(EvalConfig, flags=settings)
-    elif step.kind == "dump":
-        resolve(DumpConfig, flags={**settings, "out": "."})
-    else:
-        parse_stages(resolve(TrainConfig, flags={**settings, "out": "."}).config)
-    Policy.parse(settings.get("policy", ()), 0)
 
 
 def outcome_of(step: Step, seed: int | None, bench: Bench) -> Outcome:
@@ -197,21 +200,21 @@ def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: 
         "settings": {
             k: v for k, v in settings.items() if k not in (*REFERENCES, *DATA, "device", "download", "allow_code")
         },
-        "data": {key: bench.data_identity(settings[key]) for key in DATA if key in settings},
+        "data": {key: bench.data_of(settings[key]).identity for key in DATA if key in settings},
         "inputs": inputs,
         "model": None if model is None else _model_identity(model),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _data_identity(spec: str, *, download: bool) -> str:
-    """sha256 of a transfer set's samples, labels and classes, and of what some of its samples hold."""
+def _looked_at(spec: str, *, download: bool) -> Data:
     data = open_transfer_set(spec, download=download)
     spread = np.unique(np.linspace(0, len(data) - 1, SPREAD).astype(int)).tolist() if len(data) else []
     hasher = hashlib.sha256("\n".join([str(len(data)), *data.keys, *data.class_names]).encode())
     hasher.update(np.ascontiguousarray(data.labels).tobytes())
     hasher.update(b"".join(data.load(index)[1] for index in spread))
-    return hasher.hexdigest()
+    labelled = len(data) if data.multi_label else int((data.labels >= 0).sum())
+    return Data(hasher.hexdigest(), data.select(np.array(spread)), labelled)
 
 
 def _model_identity(model: str) -> str:
@@ -319,7 +322,7 @@ def _evaluated(settings: Mapping[str, Any]) -> Outcome:
     return Outcome("", hashlib.sha256(json.dumps(scores).encode()).hexdigest(), scores, scores)
 
 
-def _scores(evaluation: measure.Evaluation) -> dict[str, Any]:
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.top1 is None or evaluation.errors is None:
         raise ConfigError("the data has no labels, so that nothing can be counted", tip="evaluate on data with labels")
     by_class = {name: errors for name, (errors, _) in evaluation.class_errors.items()}

@@ -25,6 +25,7 @@ from softcache.codecs.matmul import full_float32
 from softcache.config import ExportConfig, parse_toml
 from softcache.data.classes import match_classes, places_in, read_classes_map
 from softcache.data.join import batches
+from softcache.data.label_kind import answers
 from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
@@ -38,7 +39,9 @@ from softcache.errors import (
     faults_explained,
     require_extra,
 )
-from softcache.evaluate.measure import Evaluation, Sums, run_policy
+from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.measure import run_policy
+from softcache.evaluate.sums import Sums
 from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.files.inside import RUN as IN_RUN
@@ -90,8 +93,8 @@ class Exported:
         data: the evaluation set.
         inputs, output: what the exported model takes and gives.
         before, after: the model and the file, over the evaluation set.
-        agreement: share of samples whose largest class is the same.
-        changed: how many have another one; all of them near-ties within the bound.
+        agreement: share of samples whose largest class is the same; of several labels, of the yes-or-no decisions.
+        changed: how many are another one; all of them near-ties within the bound.
         max_difference: largest |difference| of a logit.
     """
 
@@ -109,7 +112,7 @@ class Exported:
 
     def text(self) -> str:
         """For people."""
-        after = dict(self.after.rows())
+        after, several = dict(self.after.rows()), self.after.multi_label
         rows = [(name, value, after[name]) for name, value in self.before.rows()]
         return "\n".join(
             [
@@ -119,7 +122,8 @@ class Exported:
                 "",
                 table(["", "model", "exported"], rows),
                 "",
-                f"the same top-1 for {percent(self.agreement)} of the samples ({self.changed} changed); largest |logit "
+                f"the same {'answer' if several else 'top-1'} for {percent(self.agreement)} of the "
+                f"{'yes-or-no decisions' if several else 'samples'} ({self.changed} changed); largest |logit "
                 f"difference| {self.max_difference:.3g}, allowed {ABSOLUTE:g} + {RELATIVE:g} |logit|",
             ]
         )
@@ -234,15 +238,16 @@ def _compare(
     where: str,
     quiet: bool,
 ) -> tuple[Evaluation, Evaluation, float, int, float]:
-    """Model and file over every sample: two evaluations, agreement, how many top-1 changed, the largest difference.
+    """Model and file over every sample: two evaluations, agreement, how many answers changed, the largest difference.
 
     The first batch is one sample, so that the file is seen to take batches of other sizes than it was traced with.
 
     Raises:
-        ExportError: a logit differs by more than the bound. A top-1 that changes within it is a near-tie.
+        ExportError: a logit differs by more than the bound. An answer that changes within it is a near-tie.
     """
     count, order = len(transfer_set), np.arange(len(transfer_set))
-    before, after = Sums(transfer_set.num_classes), Sums(transfer_set.num_classes)
+    several = transfer_set.multi_label
+    before, after = (Sums(transfer_set.num_classes, multi_label=several) for _ in range(2))
     seconds = [0.0, 0.0]
     changed, largest = 0, 0.0
     viewed = ViewedSet(transfer_set, policy, [model.input.collate])
@@ -271,9 +276,12 @@ def _compare(
             before.add_labels(reference, labels)
             after.add_labels(found, labels)
             largest = max(largest, float(difference.max()))
-            changed += int((reference.argmax(dim=1) != found.argmax(dim=1)).sum())
-    evaluations = (s.result(count, t, 1.0) for s, t in zip((before, after), seconds, strict=True))
-    return (*evaluations, 1 - changed / count, changed, largest)  # type: ignore[return-value]
+            said = (answers(logits, multi_label=several) for logits in (reference, found))
+            changed += int(torch.ne(*said).sum())
+    names = transfer_set.class_names
+    evaluations = (s.result(count, t, 1.0, names) for s, t in zip((before, after), seconds, strict=True))
+    asked = count * (len(names) if several else 1)
+    return (*evaluations, 1 - changed / asked, changed, largest)  # type: ignore[return-value]
 
 
 def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: str) -> Tensor:

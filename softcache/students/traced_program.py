@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from softcache.data.loading import to_device
 from softcache.errors import ExportError
 from softcache.models import ImageInput, Model, TextInput, TokenizerInput, VectorInput
+from softcache.models.inputs import SEPARATOR
 from softcache.report.tables import size
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -126,7 +127,8 @@ def _meaning(model: Model, tensor: Tensor) -> str:
     taken, whole = model.input, tensor.dtype == torch.uint8
     if isinstance(taken, TextInput):
         span = f"{taken.min_tokens} to {taken.max_tokens} tokens a text"
-        return f"token ids: 0 pads, 1 is an unknown token, vocabulary[i] is i + 2; {span}"
+        between = f"; {taken.ids[SEPARATOR]} stands between the texts of a pair" if SEPARATOR in taken.ids else ""
+        return f"token ids: 0 pads, 1 is an unknown token, vocabulary[i] is i + 2{between}; {span}"
     if isinstance(taken, TokenizerInput):
         return "as its tokenizer gives it" + (
             "" if taken.max_tokens is None else f", {taken.max_tokens} tokens at most"

@@ -13,9 +13,10 @@ from torch import Tensor
 from softcache.cache.samples import SampleTable
 from softcache.codecs import Codec
 from softcache.codecs.features import StoredFeature
+from softcache.data.label_kind import link_of, log_soft_target
 from softcache.data.philox import Draws, step_key
 from softcache.errors import CacheError, nearest
-from softcache.targets.ensemble import KEEPS_LEVEL, combine
+from softcache.targets.ensemble import COMBINE_RULES, combine
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Targets:
     def labels(self) -> Tensor:
         """(B,) int64 class index or -1, or (B, C) bool, on the CPU; as the cache holds them."""
         return torch.from_numpy(self.samples.labels_of(self.rows))
+
+    @property
+    def link(self) -> str:
+        """How logits become soft targets: "softmax", or "sigmoid" where the cache's samples have several labels."""
+        return link_of(multi_label=self.samples.multi_label)
 
     @property
     def sample_ids(self) -> np.ndarray:
@@ -143,7 +149,7 @@ class Targets:
         return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
 
     def log_probs(self, member: str, temperature: float) -> Tensor:
-        """(B, C) float32 logarithm of one member's soft target at a temperature, in nats.
+        """(B, C) float32 logarithm of one member's soft target at a temperature, in nats; of several labels that of yes.
 
         A codec that keeps only some classes spreads the rest's probability evenly.
 
@@ -155,7 +161,7 @@ class Targets:
         codec, arrays = self.codecs[member], self.arrays[member]
         if not codec.complete:
             return codec.spread(arrays, temperature)
-        return (codec.decode(arrays) / temperature).log_softmax(dim=1)
+        return log_soft_target(codec.decode(arrays), temperature, multi_label=self.samples.multi_label)
 
     def combined(
         self,
@@ -163,18 +169,18 @@ class Targets:
         *,
         weights: Mapping[str, float] | None = None,
         temperature: float = 1.0,
-        link: str = "softmax",
+        link: str | None = None,
         draw_seed: int = 0,
     ) -> Tensor:
-        """(B, C) float32 logits of the ensemble: softmax(result / T) is its soft target at T.
+        """(B, C) float32 logits of the ensemble: softmax(result / T), or sigmoid, is its soft target at T.
 
         Args:
             rule: "mean_logits", "mean_probs_at_t" (of the probabilities at T), "mean_probs" (at 1, tempered afterwards), "vote"
-                (one-hot of the class with most votes), or "draw" (one member per sample and view). Only "mean_logits" and "draw"
-                keep the members' level.
+                (one-hot of the class with most votes; of several labels the majority on each), or "draw" (one member per
+                sample and view). Only "mean_logits" and "draw" keep the members' level.
             weights: member -> weight, for the members to use; they are normalised. None = all, equally.
             temperature: of the loss that asks.
-            link: "softmax", or "sigmoid" for multi-label targets.
+            link: "softmax", or "sigmoid" for several labels per sample. None: as the cache's labels are.
             draw_seed: of the rule "draw": the member is a function of it, the sample's id and the view.
 
         Raises:
@@ -191,7 +197,7 @@ class Targets:
         """
         chosen = self.members if weights is None else tuple(weights)
         logits = [self.logits(member) for member in chosen]
-        if len(logits) == 1 and rule in KEEPS_LEVEL:
+        if len(logits) == 1 and rule in COMBINE_RULES and rule != "vote":  # the mean of one, at its level
             return logits[0]
         draws = self._draws(draw_seed) if rule == "draw" else None
         return combine(
@@ -199,7 +205,7 @@ class Targets:
             rule,
             weights=None if weights is None else [weights[member] for member in chosen],
             temperature=temperature,
-            link=link,
+            link=self.link if link is None else link,
             draws=draws,
         )
 

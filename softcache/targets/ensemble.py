@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softcache.errors import LossError, nearest
+from softcache.errors import ConfigError, LossError, nearest
 
 COMBINE_RULES = ("mean_logits", "mean_probs_at_t", "mean_probs", "vote", "draw")
 
@@ -21,6 +21,29 @@ def check_rule(rule: str) -> None:
     """LossError with near names for an unknown combination rule."""
     if rule not in COMBINE_RULES:
         raise LossError(f"unknown combination rule {rule!r}", tip=nearest(rule, COMBINE_RULES))
+
+
+def parse_members(texts: Sequence[str]) -> dict[str, float] | None:
+    """`a=0.7`, `b` -> {member: weight}, 1 where none is given; None for all members equally.
+
+    Raises:
+        ConfigError: a weight that is no finite number >= 0, no weight above 0, or a member that is named twice.
+    """
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            weight = float(value) if equals else 1.0
+        except ValueError:
+            raise ConfigError(f"--members {text!r}: {value!r} is not a number") from None
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"--members {text!r}: a weight must be a number that is not negative")
+        if name in weights:
+            raise ConfigError(f"--members names member {name!r} twice", tip="give it once, with one weight")
+        weights[name] = weight
+    if weights and not sum(weights.values()):
+        raise ConfigError("--members: all weights are zero")
+    return weights or None
 
 
 def combine(

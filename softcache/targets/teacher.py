@@ -34,8 +34,12 @@ class CachedTeacher:
     def members(self) -> tuple[str, ...]:
         return self.cache.members if self.weights is None else tuple(self.weights)
 
-    def logits(self, targets: Targets, temperature: float, link: str = "softmax") -> Tensor:
-        """(B, C) of the combined members; of the student's classes only, where it has not all."""
+    def logits(self, targets: Targets, temperature: float, link: str | None = None) -> Tensor:
+        """(B, C) of the combined members; of the student's classes only, where it has not all.
+
+        Args:
+            link: None: that of the cache's labels.
+        """
         combined = targets.combined(
             self.combine, weights=self.weights, temperature=temperature, link=link, draw_seed=self.draw_seed
         )

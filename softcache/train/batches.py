@@ -34,16 +34,18 @@ from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError, tell_once, warn
 from softcache.losses import LossTerm
 from softcache.models import Input
+from softcache.models.inputs import is_text
 from softcache.models.item_range import ITEMS_KEY, scale_of
 from softcache.models.left_out import LOOKED_AT, left_out
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache, Joined
 from softcache.targets.cache import open as open_cache
+from softcache.targets.ensemble import parse_members
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.objective import Given, Labels
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import pinned_cache
-from softcache.train.terms import check_labels, check_mixed, check_term, parse_members
+from softcache.train.terms import check_labels, check_mixed, check_term
 from softcache.version import __version__
 
 
@@ -131,7 +133,7 @@ class Material:
 
     def left_out(self, taken: Input, *, quiet: bool) -> dict[str, Any]:
         """What a run records of texts that a student with this input does not read: nothing where that is not worth telling."""
-        if not isinstance(self.some_items[0], str):
+        if not is_text(self.some_items[0]):
             return {}
         found = left_out(taken, spread_items(self.viewed(), LOOKED_AT))
         if found is None or not found.is_worth_telling:

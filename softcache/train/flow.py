@@ -9,7 +9,7 @@ process computes its share of each batch, and the first one evaluates and writes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from softcache.train.learner import Learner, backward, over_ranks, tapped
 from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
 from softcache.train.objective import Given, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
+from softcache.train.outlook import outlook, reach_of, single_samples
 from softcache.train.ranks import ALONE, Ranks, joined_ranks
 from softcache.train.refuse import check, check_finite, check_last_batch
 from softcache.train.run_folder import (
@@ -78,8 +79,8 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     out, device = claim_folder(config), pick_device(config.device)
     with joined_ranks(device) as ranks, only_writer(out, ranks):
         prepared = prepare(config, ranks, quiet=quiet or not ranks.first)
-        rehearse(prepared)
-        session = begin(prepared)
+        told = rehearse(prepared)
+        session = begin(prepared, told)
         with session.meter:
             for live in stages_to_do(session):
                 while session.progress.epoch < live.stage.config.epochs:
@@ -113,9 +114,14 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     )  # fmt: skip
 
 
-def rehearse(prepared: Prepared) -> None:
-    """Every stage on two samples: what does not fit is refused before anything is learned or written."""
+def rehearse(prepared: Prepared) -> tuple[str, ...]:
+    """Every stage on two samples: what does not fit is refused before anything is learned or written.
+
+    Returns:
+        What the run will learn little by.
+    """
     config, material, steps = prepared.config, prepared.material, prepared.steps
+    reaches = []
     few = material.few(prepared.model.input.collate, views_of(0, material.cache, config)[0])
     for stage, objective in zip(prepared.stages, prepared.objectives, strict=True):
         freeze_for(stage, prepared.model, objective, prepared.fixed)
@@ -125,11 +131,21 @@ def rehearse(prepared: Prepared) -> None:
         with tapped(prepared.student, objective) as taps:
             learner = Learner(prepared.model, objective, taps, autocast=prepared.autocast)
             last = Moment(stage.config.epochs - 1, steps - 1, steps, stage.config.epochs)
-            learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, last.epochs), last])
+            values = learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, last.epochs), last])
+            single = {}
+            if single_samples(prepared):
+                pieces = batch.pieces(len(few.index), 2, 0, ALONE, over_labels=objective.over_labels)
+                single = learner.rehearse(*next(pieces), [last])
+            reaches.append(reach_of(prepared.model.net, objective.terms, values, single))
+    return outlook(prepared, reaches)
 
 
-def begin(prepared: Prepared) -> Session:
-    """Look where an earlier start of this run stopped, and write down what the run is."""
+def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
+    """Look where an earlier start of this run stopped, and write down what the run is.
+
+    Args:
+        told: what is said before the first step, and recorded.
+    """
     material, ranks = prepared.material, prepared.ranks
     vocabulary = getattr(prepared.model.input, "vocabulary", ())
     data = data_fingerprint(material.sample_ids, material.transfer_set.labels, vocabulary)
@@ -137,7 +153,14 @@ def begin(prepared: Prepared) -> Session:
     session = Session(prepared, *read_progress(prepared.out, ranks))
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
-        facts = material.facts(prepared.config, data, prepared.initialised)
+        told = prepared.model.weights_told
+        starts = [f"{prepared.config.student}: {told}"] if told else []
+        starts += [] if prepared.initialised is None else [prepared.initialised.text()]
+        initialised = "; ".join(starts) or None
+        facts = material.facts(prepared.config, data, initialised)
+        for line in told:
+            warn(line)
+        facts |= {"warnings": list(told)}
         facts |= material.left_out(prepared.model.input, quiet=prepared.quiet)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
@@ -218,7 +241,7 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
     if prepared.material.eval_set is not None and due:
         found = prepared.measure(prepared.material.eval_set) if ranks.first else None
         session.evaluation = found = ranks.agree(found)
-        row |= {"eval_top1": found.top1, "eval_nll": found.nll, "eval_errors": found.errors}
+        row |= found.columns()
     row["seconds"] = round(time.monotonic() - started, 3)
     metrics.append(row)
     ended = "eval_top1" in row and is_stale(metrics, settings.patience, live.number)

@@ -76,8 +76,11 @@ class Learner(nn.Module):
             return bool(learning)
         return None in torch.autograd.grad(torch.stack(sums).sum(), learning, allow_unused=True)
 
-    def rehearse(self, inputs: Any, given: Given, moments: Sequence[Moment]) -> None:
-        """Compute the terms of some samples, with nothing learned or remembered: what does not fit is refused before a step.
+    def rehearse(self, inputs: Any, given: Given, moments: Sequence[Moment]) -> dict[str, Tensor]:
+        """The terms of some samples, with nothing learned or remembered: what does not fit is refused before a step.
+
+        Returns:
+            Term -> () unweighted value at the last moment, with its graph.
 
         Raises:
             LossError: a term that cannot be computed of such tensors, or with its settings.
@@ -95,11 +98,13 @@ class Learner(nn.Module):
                         tip=f"a student's output must be logits of shape (B, {wanted[1]})",
                     )
             for moment in moments:
-                if not self.objective.total(self(inputs, given, moment), moment).requires_grad:
+                values: dict[str, Tensor] = self(inputs, given, moment)
+                if not self.objective.total(values, moment).requires_grad:
                     raise ConfigError(
                         "no parameter that learns has a part in this stage's terms",
                         tip="freeze less, or add a term that reaches what is not frozen",
                     )
+        return values
 
 
 def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any) -> nn.Module:

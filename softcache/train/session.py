@@ -15,10 +15,11 @@ from torch.optim.swa_utils import AveragedModel
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet
-from softcache.evaluate.measure import Evaluation, evaluate
+from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.measure import evaluate
 from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_workers
-from softcache.models import Model
+from softcache.models import Initialised, Model
 from softcache.report.progress import Meter
 from softcache.train.batches import Material, views_of, visits
 from softcache.train.checkpoint import Progress, Trained
@@ -51,7 +52,7 @@ class Prepared:
     quiet: bool
     material: Material
     model: Model
-    initialised: str | None
+    initialised: Initialised | None
     sample: Any
     student: Student | None
     objectives: list[Objective]

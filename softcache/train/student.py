@@ -13,14 +13,15 @@ from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.loading import ViewedSet, item_shape, spread_items
 from softcache.errors import DataError, ModelError, faults_explained, note_once
 from softcache.features.taps import eval_mode
-from softcache.models import Model, build_vocabulary, load_model
+from softcache.models import Initialised, Model, build_vocabulary, load_model
 from softcache.models.initialise import initialise, reorder_classes
+from softcache.models.inputs import is_text
 from softcache.models.item_range import check_same_scale, check_scale
 from softcache.train.batches import Material
 from softcache.train.run_folder import RUN
 
 
-def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, str | None]:
+def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, Initialised | None]:
     """The network on the CPU, two samples as it collates them, and what it took from other weights (None: nothing).
 
     Raises:
@@ -30,7 +31,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     item = material.viewed().render(0, 0)
     texts = (transfer_set.load(i)[0] for i in range(len(transfer_set)))
     with faults_explained(DataError, f"reading the texts of {transfer_set.name}"):
-        vocabulary = build_vocabulary(texts) if isinstance(item, str) else None
+        vocabulary = build_vocabulary(texts) if is_text(item) else None
     with faults_explained(ModelError, f"building the student {config.student!r}"):
         model = load_model(
             config.student,
@@ -47,17 +48,15 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
         check_same_scale(model.input, material.some_items, evaluated)
     with faults_explained(DataError, f"the collate of the student {config.student!r}"):
         sample = model.input.collate([item, item])
-    _try(model, config.student, sample, item_shape(item))
+    try_student(model, config.student, sample, item_shape(item))
     order = _data_order(model, transfer_set.class_names, read_classes_map(config.classes_map))
     if order is not None:
         reorder_classes(model, order, transfer_set.class_names, sample)
     taken = initialise(model, config.init_from, config.init_map) if config.init_from else None
-    told = [f"{config.student}: {model.weights_told}"] if model.weights_told else []
-    told += [] if taken is None else [taken.text()]
-    return model, sample, "; ".join(told) or None
+    return model, sample, taken
 
 
-def _try(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:
+def try_student(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:
     """Run the network once, on the CPU: a fault of its own is told with its place, and before anything else asks it."""
     size = "" if shape is None else f" on items of shape {shape}"
     tip = "pictures may be too small for it: the view step `resize:size=N` makes them larger, or another student takes them"

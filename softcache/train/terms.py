@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from softcache.errors import ConfigError, LossError
+from softcache.errors import LossError
 from softcache.losses import LossTerm, make_term
 from softcache.spec import split_term
 from softcache.targets.ensemble import KEEPS_LEVEL, check_rule
@@ -34,22 +34,6 @@ def parse_terms(texts: Sequence[str], *, has_cache: bool) -> list[LossTerm]:
             )
         terms.append(term)
     return terms
-
-
-def parse_members(texts: Sequence[str]) -> dict[str, float] | None:
-    """`a=0.7`, `b` -> {member: weight}, 1 where none is given; None for all members equally."""
-    weights: dict[str, float] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        try:
-            weights[name] = float(value) if equals else 1.0
-        except ValueError:
-            raise ConfigError(f"--members {text!r}: {value!r} is not a number") from None
-        if not 0 <= weights[name] < float("inf"):
-            raise ConfigError(f"--members {text!r}: a weight must be a number that is not negative")
-    if weights and not sum(weights.values()):
-        raise ConfigError("--members: all weights are zero")
-    return weights or None
 
 
 def check_mixed(terms: Sequence[LossTerm], policy: str) -> None:

@@ -633,7 +633,7 @@ def test_workers_read_a_users_data_set(factories: str, method: str) -> None:
         ("nowhere.py:make", ConfigError, "there is no file nowhere.py"),
         ("nowhere.sets:make", ConfigError, "no module named 'nowhere'"),
         ("tests", ConfigError, "imagefolder:tests"),
-        ("pyproject.toml", ConfigError, "tsv:pyproject.toml"),
+        ("pyproject.toml", ConfigError, "table:pyproject.toml"),
     ],
 )
 def test_spec_faults(spec: str, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

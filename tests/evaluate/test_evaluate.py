@@ -19,7 +19,7 @@ from softcache.config import DumpConfig, EvalConfig
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ClassMismatchError, ConfigError, DataError, ModelError
 from softcache.evaluate import measure
-from softcache.evaluate.measure import Evaluation
+from softcache.evaluate.evaluation import Evaluation
 from softcache.spec import load_user_file
 
 
@@ -99,7 +99,10 @@ def test_multi_label_numbers(pieces: Path) -> None:
     assert found.top1 == pytest.approx(((logits > 0) == labels).mean())
     per_class = np.logaddexp(0, logits) - logits * labels
     assert found.nll == pytest.approx(per_class.mean(), rel=1e-5)
-    assert (found.top5, found.calibration_error, found.class_errors) == (None, None, {})
+    wrong = (logits > 0) != labels
+    assert found.top5 is None and found.multi_label
+    assert (found.errors, found.decisions, found.wrong_samples) == (wrong.sum(), wrong.size, wrong.any(axis=1).sum())
+    assert found.class_errors == {name: (wrong[:, c].sum(), 103) for c, name in enumerate(data.class_names)}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -168,6 +171,25 @@ def test_a_fitted_bias_is_of_the_held_out_data_and_of_the_twin(pieces: Path) -> 
     assert found[4] != found[5]
 
 
+def test_a_bias_fitted_for_several_labels_makes_fewest_wrong_decisions_of_those_labels(pieces: Path) -> None:
+    data, held_out = f"{pieces}:points?kind=multi", f"{pieces}:points?kind=multi&seed=9&count=200"
+    held = open_transfer_set(held_out)
+    live = logits_of(pieces, held)
+
+    def errors(shift: float, chosen: list[int]) -> int:
+        logits = live.copy()
+        logits[:, chosen] += shift
+        return int(((logits > 0) != held.labels)[:, chosen].sum())
+
+    for labels, chosen in ((("bee", "dog"), [1, 3]), (("0-6",), [*range(7)])):  # all of them: no class competes
+        found = measured(f"{pieces}:net", data, fit_bias=labels, bias_data=held_out).bias
+        (shift,) = set(found.values())
+        assert set(found) == {held.class_names[i] for i in chosen}
+        assert (
+            errors(shift, chosen) == min(errors(one, chosen) for one in np.linspace(-8, 8, 801)) < errors(0.0, chosen)
+        )
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -176,6 +198,7 @@ def test_a_fitted_bias_is_of_the_held_out_data_and_of_the_twin(pieces: Path) -> 
         ({"bias": ("cow=1",)}, DataError, r"cow"),
         ({"bias": ("cat=1", "2=3")}, ConfigError, r"--bias names class 'cat' twice"),
         ({"fit_bias": ("cat",)}, ConfigError, r"--fit-bias needs --bias-data"),
+        ({"members": ("a",)}, ConfigError, r"--members needs a cache"),
         ({"bias_data": "digits"}, ConfigError, r"--bias-data and --bias-model need --fit-bias"),
         ({"fit_bias": ("0-6",), "bias_data": "{points}"}, ConfigError, r"same number for all classes changes nothing"),
         ({"fit_bias": ("cat",), "bias_data": "{points}", "bias": ("2=1",)}, ConfigError, r"both name class 'cat'"),
@@ -246,9 +269,40 @@ def test_some_samples_of_a_cache_in_another_order(pieces: Path, cache: Path) -> 
     assert found.errors == (together.argmax(axis=1) != few.labels)[known].sum() and found.labelled == known.sum() > 2
 
 
+def test_members_of_a_cache_at_weights(pieces: Path, cache: Path) -> None:
+    data, known = open_transfer_set(f"{pieces}:points"), open_transfer_set(f"{pieces}:points").labels >= 0
+    members = {seed: logits_of(pieces, data, seed=seed) for seed in (1, 2, 3)}
+    for given, together in (
+        (("t2",), members[2]),
+        (("t3=1", "t1=3"), 0.25 * members[3] + 0.75 * members[1]),
+    ):
+        found = measured(str(cache), f"{pieces}:points", members=given)
+        assert found.errors == (together.argmax(axis=1) != data.labels)[known].sum()
+        beside = measured(f"{pieces}:net", f"{pieces}:points", cache=str(cache), members=given, temperature=4.0)
+        log_p, log_q = log_softmax(together / 4, axis=1), log_softmax(logits_of(pieces, data) / 4, axis=1)
+        assert beside.kl == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean(), rel=1e-5)
+
+
+def test_the_table_of_several_labels_says_what_it_counts(pieces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["eval", f"{pieces}:net", "--data", f"{pieces}:points?kind=multi", "--threads", "1", "--per-class"]
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    found = measured(f"{pieces}:net", f"{pieces}:points?kind=multi")
+    assert f"({found.errors} errors in 721, in {found.wrong_samples} of 103 samples)" in text
+    assert "right decisions" in text and "nats a decision" in text and "top-1" not in text
+    errors, known = found.class_errors["cat"]
+    missed, yes = found.yes_errors["cat"]
+    assert re.search(rf"cat +{known} +{errors} .* {missed} of {yes} +{errors - missed} of {known - yes}\n", text)
+    assert cli.main([*argv, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["multi_label"], said["errors"], said["decisions"]) == (True, found.errors, 721)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--members", "t1,t2=0.5,t1"], r"--members names member 't1' twice"),
+        (["--members", "t9"], r"no member 't9'"),
         (["--policy", "to_rgb"], r"--policy is of models; .* is a cache"),
         (["--fit-bias", "cat", "--bias-data", "digits"], r"--fit-bias is of models"),
         (["--combine", "vote", "--bias", "cat=1"], r"--bias is of models; votes have no logits"),

@@ -29,6 +29,7 @@ from softcache.errors import ConfigError, DataError, MissingExtraError, ModelErr
 from softcache.features.taps import classifier_feature, classifier_of
 from softcache.models import METADATA_KEY, Model, TokenizerInput, describe_model, initialise, load_model, save_student
 from softcache.models.from_transformers import BESIDES
+from softcache.models.left_out import left_out
 from softcache.models.saved_metadata import check_config
 from softcache.reproduce import flow as reproduce
 from softcache.students.traced_program import Batch, trace
@@ -147,6 +148,20 @@ def logits_of(model: Model, texts: list[str]) -> Tensor:
         return model.eval()(model.input.collate(texts))
 
 
+def live_pairs(folder: Path, pairs: list[tuple[str, str]]) -> Any:
+    """As `live`, of pairs."""
+    batch = AutoTokenizer.from_pretrained(folder)(
+        [one for one, _ in pairs],
+        [two for _, two in pairs],
+        padding=True,
+        truncation=True,
+        max_length=12,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        return batch, AutoModelForSequenceClassification.from_pretrained(folder).eval()(**batch)
+
+
 def loaded(spec: str, **settings: Any) -> Model:
     return load_model(spec, **{"num_classes": 3, "class_names": CLASSES} | settings)
 
@@ -165,6 +180,18 @@ def teacher_of(spec: str, names: tuple[str, ...] = CLASSES) -> Teacher:
 
 
 # -------------------------------------------------------------------------------------------------- what it takes and gives
+
+
+def test_pairs_are_read_as_transformers_reads_them(made: Path) -> None:
+    pairs = [*zip(TEXTS, reversed(TEXTS), strict=True), ("", "a film"), ("a film " * 20, "a " * 9)]
+    model = loaded(f"hf:{made}")
+    batch, output = live_pairs(made, pairs)
+    taken = model.input.collate(pairs)
+    assert all(torch.equal(tensor, batch[name]) for name, tensor in taken.items()) and taken["token_type_ids"].any()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(taken), output.logits)
+    one = left_out(model.input, pairs[-1:])
+    assert one is not None and one.cut == 1 and one.tokens == 3 + 40 + 9 and one.lost == one.tokens - 12
 
 
 def test_logits_are_those_of_transformers(made: Path) -> None:

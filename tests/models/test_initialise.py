@@ -59,7 +59,8 @@ def saved(model: Model, folder: Path) -> str:
 def test_same_name_and_shape_are_copied() -> None:
     net, source = encoder(2), encoder(2, seed=1).state_dict()
     done = init_from(net, source, {}, "there")
-    assert done == Initialised("there", tuple(source), {}, ())
+    count = sum(tensor.numel() for tensor in source.values())
+    assert done == Initialised("there", tuple(source), {}, (), count, count)
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, source[name])
     before = source["head.weight"].clone()

@@ -182,6 +182,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "student": {"batches", "run_folder"},
         "session": {"batches", "checkpoint", "objective", "pairs", "ranks", "stages", "tensorboard"},
         "metrics": {"batches", "checkpoint", "run_folder", "session"},
+        "outlook": {"session", "stages", "terms"},
         "flow": {
             "batches",
             "checkpoint",
@@ -189,6 +190,7 @@ INNER: dict[str, dict[str, set[str]]] = {
             "metrics",
             "objective",
             "optimizer",
+            "outlook",
             "ranks",
             "refuse",
             "run_folder",

@@ -508,11 +508,70 @@ def test_seeds_that_cannot_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('loss = ["kd:temperature=2"]', "seed = 7", "seed = 7 would win over --seeds"),
+        ("epochs = 2", "epochs = 2\nseed = 7", "seed = 7 would win over --seeds"),
+        ("steps = {student = {lr = 0.5}}", "steps = {student = {seed = 7}}", "seed = 7 would win over --seeds"),
+        ('loss = ["kd:temperature=2"]', 'out = "elsewhere"', "train cannot set out"),
+        ('teacher = ["teacher"]', 'teacher = ["teacher"], part = "1/2"', "dump cannot set part"),
+    ],
+)
+def test_what_a_recipe_has_a_place_for_is_not_set_in_a_step(old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe("small", SMALL.replace(old, new, 1), "short")
+    once = SMALL.replace("seeds = false", "seeds = false\n").replace('hidden=16"', 'hidden=16", seed = 7')
+    assert parse_recipe("small", once, "paper").steps[0].settings["seed"] == 7  # done once, with a seed of its own
+
+
+def test_a_step_has_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = 'stage = [{epochs = 1, freeze = ["0"], loss = ["ce"]}, {epochs = 2, lr = 0.01}]'
+    with_changes(
+        monkeypatch, ('{student = "softcache:mlp?hidden=16"}', f'{{student = "softcache:mlp?hidden=16", {stages}}}')
+    )
+    done = reproduce.run("small", only=["teacher"], out=tmp_path, quiet=True)
+    (run,) = done.folder.glob("teacher-*/")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == [0, 1, 1]
+    assert json.loads((run / "run.json").read_text())["config"]["stage"] == [
+        "epochs=1 freeze=0 loss=ce",
+        "epochs=2 lr=0.01",
+    ]
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (('loss = ["kd:temperature=2"]', 'loss = ["kd:temprature=2"]'), "temprature"),
         (("epochs = 2", "epoch = 2"), "'epochs'"),
         (("bias = [", "bais = ["), "'bias'"),
+        # of the last steps, and of what only the verb itself would refuse
+        (('bias = ["2=1.5"]', 'bias = ["9=1.5"]'), "no class '9'"),
+        (('class = "2"', 'class = "two"'), "no class 'two'"),
+        (('bias = ["2=1.5"]', "temperature = 0"), "--temperature 0.0: must be > 0"),
+        (
+            ('loss = ["kd:temperature=2"]', 'loss = ["hint"]'),
+            "'hint' learns from features, and step 'cache' keeps none",
+        ),
+        (('loss = ["kd:temperature=2"]', 'members = ["boss"]'), "step 'cache' has no teacher 'boss'"),
+        (('loss = ["kd:temperature=2"]', 'student = "softcache:mpl"'), "softcache has no model 'mpl'"),
+        (('loss = ["kd:temperature=2"]', 'student = "softcache:mlp?hiden=3"'), "unknown parameter 'hiden'"),
+        (('loss = ["kd:temperature=2"]', "accumulate = 0"), "--accumulate 0: must be at least 1"),
+        (
+            ('loss = ["kd:temperature=2"]', 'policy = ["shift:pixels=1"]'),
+            "--policy and --cache cannot be given together",
+        ),
+        (('loss = ["kd:temperature=2"]', "stage = [{epochs = 0}]"), "--stage 1: epochs 0: must be at least 1"),
+        (('loss = ["kd:temperature=2"]', 'data = "trian"'), "trian"),
+        (('loss = ["kd:temperature=2"]', 'classes = ["7"]'), "no class '7'"),
+        (('teacher = ["teacher"]', 'teacher = ["teacher"], codec = "topk:j=3"'), "'j'"),
+        (('teacher = ["teacher"]', 'teacher = ["teacher"], views = 2'), "every view of this policy is the same"),
+        (('teacher = ["teacher"]', 'teacher = ["teacher"], for = ["hnit"]'), "--for hnit: unknown loss"),
+        (
+            ('loss = ["kd:temperature=2"]', 'stage = [{freeze = ["net"]}]'),
+            "--freeze net: the student has no parameters",
+        ),
+        (("&split=test", "&split=tset"), "tset"),
     ],
 )
 def test_mistakes_in_settings_are_told_before_the_first_step(

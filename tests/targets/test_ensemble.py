@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softcache.errors import LossError
-from softcache.targets.ensemble import COMBINE_RULES, KEEPS_LEVEL, check_rule, combine
+from softcache.errors import ConfigError, LossError
+from softcache.targets.ensemble import COMBINE_RULES, KEEPS_LEVEL, check_rule, combine, parse_members
 
 MEMBERS, BATCH, CLASSES = 4, 64, 7
 WEIGHTS = [None, (1.0, 1.0, 1.0, 1.0), (0.7, 0.1, 0.1, 0.1), (5.0, 0.0, 3.0, 2.0), (0.0, 0.0, 1.0, 0.0)]
@@ -272,6 +272,27 @@ def test_an_unknown_rule_is_refused_with_near_names() -> None:
     for call in (lambda: check_rule("mean_logit"), lambda: combine(member_logits(), "mean_logit")):
         with pytest.raises(LossError, match=r"unknown combination rule 'mean_logit'\n.*did you mean 'mean_logits'"):
             call()
+
+
+def test_members_are_named_with_weights_or_without() -> None:
+    assert parse_members([]) is None
+    assert parse_members(["a=0.7", "b"]) == {"a": 0.7, "b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a=0.7", "b=0.2", "a=0.1"], r"--members names member 'a' twice\n.*give it once"),
+        (["a", "a"], "member 'a' twice"),
+        (["a=high"], "'high' is not a number"),
+        (["a=-1"], "not negative"),
+        (["a=nan"], "not negative"),
+        (["a=0", "b=0"], "all weights are zero"),
+    ],
+)
+def test_members_that_cannot_be_are_refused(texts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_members(texts)
 
 
 class _Products(TorchDispatchMode):

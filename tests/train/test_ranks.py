@@ -35,7 +35,7 @@ from training import at_each_save, run_with
 from softcache import cli
 from softcache.config import TrainConfig
 from softcache.errors import SoftcacheError, TrainingError
-from softcache.evaluate.measure import Evaluation
+from softcache.evaluate.evaluation import Evaluation
 from softcache.losses import LOSSES
 from softcache.train import flow as train
 from softcache.train.ranks import joined_ranks

@@ -35,7 +35,7 @@ from softcache.models import load_model, read_metadata, read_saved
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.flow import TrainResult
 from softcache.train.run_folder import STUDENT
-from softcache.train.terms import check_term, parse_members, parse_terms
+from softcache.train.terms import check_term, parse_terms
 
 
 class World:
@@ -654,8 +654,6 @@ def test_terms_and_members_as_flags() -> None:
     assert ce.describe() == {"name": "ce", "weight": 1.0}
     (term,) = parse_terms(["kd:temperature=2.5,weight=0.9"], has_cache=True)
     assert (term.describe()["temperature"], term.describe()["weight"]) == (2.5, 0.9)
-    assert parse_members([]) is None
-    assert parse_members(["a=0.7", "b"]) == {"a": 0.7, "b": 1.0}
 
 
 def test_a_single_member_under_any_rule_serves_mse(world: World) -> None:

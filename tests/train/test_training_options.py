@@ -25,7 +25,7 @@ from softcache.data.loading import LoadedBatch
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import ClassMismatchError, ConfigError, DataError, LossError, ModelError
 from softcache.evaluate import measure
-from softcache.evaluate.measure import Evaluation
+from softcache.evaluate.evaluation import Evaluation
 from softcache.losses import LOSSES, chunked_kd
 from softcache.losses.schedules import Moment
 from softcache.models import load_model, read_saved

@@ -66,7 +66,7 @@ _shtab_softcache_demo_defaults_added=0
 
 _shtab_softcache_dump_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
@@ -109,7 +109,7 @@ _shtab_softcache_dump_defaults_added=0
 
 _shtab_softcache_eval_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
@@ -121,6 +121,7 @@ _shtab_softcache_eval_options=(
   "--classes-map[which of the data\'s classes is which of the model\'s, and of the cache\'s\: lines with a tab between the two]:FILE:_files"
   "--cache[compare with the soft targets of this cache of the same data]:DIR:_files -/"
   "--combine[how the cache\'s members combine (default\: mean_logits)]:RULE:"
+  "*--members[members of the cache to use, with weights if wanted\: a\=0.7,b\=0.3]:NAMES:"
   "--temperature[temperature of the comparison with the cache (default\: 1.0)]:T:"
   "--batch-size[samples per forward pass (default\: 512)]:B:"
   "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
@@ -209,7 +210,7 @@ _shtab_softcache_losses_defaults_added=0
 
 _shtab_softcache_plan_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
@@ -311,7 +312,7 @@ _shtab_softcache_subset_defaults_added=0
 
 _shtab_softcache_train_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, tsv\:PATH\?text\=0\&label\=1, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"

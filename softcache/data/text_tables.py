@@ -1,0 +1,321 @@
+"""Text files as sources: `table:` reads TSV, CSV and JSON lines, `tsv:` tab-separated text as it always has; one reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
+from softcache.data.sources import PACKINGS, Source, StringTable, numbered
+from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, only, value_name
+from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
+from softcache.errors import DataError, first_offenders, nearest, warn_once
+from softcache.spec import convert, split_list
+
+Empty = Literal["", "unlabelled", "class"]
+Place = int | str  # of a column: its number, of JSON lines its name
+NAMED_WITHIN = 100  # JSON lines, by which the columns are known
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Items that are texts of a file, or pairs of them, read where they lie.
+
+    Attributes:
+        rows: of the file.
+        columns: of the text; of two the item is a tuple.
+    """
+
+    rows: TextRows
+    columns: tuple[Place, ...]
+    digest_kind = "item"
+
+    def read(self, row: int) -> tuple[str | tuple[str, ...], None]:
+        cells = self.rows[row]
+        texts = tuple(cells[column] for column in self.columns)
+        return (texts[0] if len(texts) == 1 else texts), None
+
+
+def tsv(
+    path: Path,
+    text: str = "0",
+    label: str = "1",
+    key: str = "",
+    header: str = "",
+    classes: tuple[str, ...] = (),
+    empty: Empty = "",
+) -> Source:
+    """Tab-separated UTF-8 text, plain or packed, taken as it is (no quoting); keys are the file's stem and the row.
+
+    Args:
+        path: the file.
+        text: column of the text: a number from 0, or a name from the header; two of them for pairs, `premise,hypothesis`.
+        label: column of the label, likewise; "none" where there is none; of several, each 0 or 1, each is a class.
+        key: column of the samples' keys, likewise.
+        header: "true" where the first line names the columns, "false" where it does not. Empty: it does where it has the names
+            that are asked for; else it does not, and is refused where it looks as if it did.
+        classes: the class list. Empty: the labels found, sorted; by number where all are whole numbers; what is no class
+            label is refused. "*": the labels found, whatever they look like. In a column of whole numbers -1 means no label.
+        empty: what an empty label means: that the sample is "unlabelled", or a "class" of its own. Empty: it is refused.
+    """
+    file = TextFile(path)
+    if path.name.removesuffix(path.suffix if path.suffix in PACKINGS else "").endswith((".csv", ".jsonl", ".json")):
+        warn_once(
+            f"{path}: is read as tab-separated text, whatever its name says; table:{path} reads CSV and JSON lines"
+        )
+    return _source(file, TSV, _Wanted(path, text, label, key, header), classes, empty)
+
+
+def table(
+    path: Path,
+    text: str = "",
+    label: str = "",
+    key: str = "",
+    header: str = "",
+    classes: tuple[str, ...] = (),
+    empty: Empty = "",
+    separator: str = "",
+    quotes: str = "",
+) -> Source:
+    """A file of rows and columns: TSV, CSV or JSON lines in UTF-8, plain or packed. Columns as `tsv` has them.
+
+    Args:
+        path: the file; its ending says how it is written, where it says nothing its first rows.
+        text: empty: the only column called item or text, else the first one.
+        label: empty: the only column called label or labels, else the second one.
+        key, header, classes, empty: as of `tsv`.
+        separator: between the columns of CSV, one letter or `tab`. Empty: of comma, semicolon, tab and | the one that divides.
+        quotes: "true" where cells may stand in quotes, "false" where quotes are letters. Empty: true of CSV, false of TSV.
+    """
+    file = TextFile(path)
+    layout = layout_of(file, separator, bool(convert(quotes, bool, f"{path}: quotes")) if quotes else None)
+    return _source(file, layout, _Wanted(path, text, label, key, header), classes, empty)
+
+
+def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str, ...], empty: Empty) -> Source:
+    found = records(file, layout)
+    ahead = list(islice(found, NAMED_WITHIN if layout.is_json else 1))
+    columns = wanted.columns(ahead, layout)
+    body: Iterator[Record] = chain(ahead[1:] if columns.has_header else ahead, found)
+    picked = _Picked(file.shown, columns)
+    rows, lines = find_rows(file, layout, picked.look, body, columns.count)
+    if not len(rows):
+        raise _no_rows(file.shown, 1 + columns.has_header)
+    reader = RowReader(rows, columns.text)
+    keys = StringTable(picked.keys) if columns.key is not None else numbered(stem(wanted.path), range(len(rows)))
+    if not columns.label:
+        return Source(reader, keys, np.full(len(rows), -1, np.int32), classes)
+    column = LabelColumn(file.shown, picked.labels, _Texts(reader), lines, columns.may_be_header)
+    if len(columns.label) > 1:
+        names = [
+            columns.names[place] if isinstance(place, int) and columns.names else str(place) for place in columns.label
+        ]
+        labels, class_names = read_several(column, names, classes)
+    elif any(isinstance(one, list) for one in picked.labels):
+        labels, class_names = read_lists(column, classes)
+    else:
+        labels, class_names = read_labels(column, classes, empty)
+    return Source(reader, keys, labels, class_names)
+
+
+def stem(path: Path) -> str:
+    """What keys by position begin with: the file's name without .tsv and how it is packed."""
+    return path.name.removesuffix(path.suffix if path.suffix in PACKINGS else "").removesuffix(".tsv")
+
+
+def _no_rows(shown: str, line: int) -> DataError:
+    return DataError(f"{shown}, line {line}: the file ends before the first row", tip="give a file with rows")
+
+
+@dataclass(frozen=True)
+class _Texts(Sequence[str]):
+    """The texts by position, for a look at some of them; pairs as one."""
+
+    reader: RowReader
+
+    def __len__(self) -> int:
+        return len(self.reader.rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        item, _ = self.reader.read(row)
+        return item if isinstance(item, str) else " ".join(item)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns are what.
+
+    Attributes:
+        text: one or two.
+        label: (), one, or several.
+        key: None where keys are positions.
+        names: of all columns; () where there is no header.
+        count: of all columns.
+        has_header, may_be_header: whether the first row names them; whether nobody said so.
+    """
+
+    text: tuple[Place, ...]
+    label: tuple[Place, ...]
+    key: Place | None
+    names: tuple[str, ...]
+    count: int
+    has_header: bool
+    may_be_header: bool
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The columns as the user names them; "" where they do not."""
+
+    path: Path
+    text: str
+    label: str
+    key: str
+    header: str
+
+    def columns(self, ahead: Sequence[Record], layout: Layout) -> _Columns:
+        """Which they are, by the first rows.
+
+        Raises:
+            DataError: no such column, or nobody can tell which one is meant.
+        """
+        if not ahead:
+            raise _no_rows(str(self.path), 1)
+        first = ahead[0][2]
+        if layout.is_json:
+            names, has_header, told = tuple(dict.fromkeys(name for *_, row in ahead for name in row)), False, True
+        else:
+            has_header, told = self._has_header(list(first))
+            names = tuple(first) if has_header else ()
+        count = len(names) if layout.is_json else len(first)
+        find = _Finder(self.path, names, count, layout)
+        text, label = self._defaults(names, count)
+        labels = () if label == "none" else find.several(label, "label")
+        texts = find.several(text, "text")
+        if len(texts) > 2:
+            raise DataError(
+                f"{self.path}: text={text} names {len(texts)} columns", tip="a text has one column, a pair has two"
+            )
+        key = find.one(self.key, "key") if self.key else None
+        return _Columns(texts, labels, key, names, count, has_header, not told)
+
+    def _has_header(self, first: Sequence[str]) -> tuple[bool, bool]:
+        """Whether the first row names the columns, and whether that is certain."""
+        if self.header:
+            return bool(convert(self.header, bool, f"{self.path}: header")), True
+        asked = [
+            part for one in (self.text, self.label, self.key) for part in ([one] if one in first else split_list(one))
+        ]
+        asked = [name for name in asked if name and not name.isdecimal() and name != "none"]
+        if asked:
+            found = all(name in first for name in asked)
+            return found, found
+        found = self.text == self.label == "" and all(only(names, first) for names in (ITEM_COLUMNS, LABEL_COLUMNS))
+        return found, found
+
+    def _defaults(self, names: Sequence[str], count: int) -> tuple[str, str]:
+        """The columns of text and label: as given, else as they are called, else the first and the second one."""
+        text, label = self.text or only(ITEM_COLUMNS, names) or "", self.label or only(LABEL_COLUMNS, names) or ""
+        if names and count > 2 and not (text and label):
+            what = "label" if text else "text"
+            tip = f"name it: {what}=NAME" + ("" if text else ", and the label's: label=NAME")
+            tip += "; label=none where there are no labels" if not label else ""
+            raise DataError(
+                f"{self.path}: which of its columns is the {what}? There are {first_offenders(map(repr, names), len(names))}",
+                tip=tip,
+            )
+        others = [name for name in names or map(str, range(count)) if name not in (text, label)]
+        text = text or (others.pop(0) if others else "0")
+        return text, label or (others.pop(0) if others else "1")
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Finds columns by name or number."""
+
+    path: Path
+    names: tuple[str, ...]
+    count: int
+    layout: Layout
+
+    def several(self, wanted: str, what: str) -> tuple[Place, ...]:
+        if wanted in self.names:
+            return (self.one(wanted, what),)
+        return tuple(self.one(part, what) for part in split_list(wanted))
+
+    def one(self, wanted: str, what: str) -> Place:
+        if wanted.isdecimal() and int(wanted) < self.count and not self.layout.is_json:
+            return int(wanted)
+        if self.names.count(wanted) > 1:
+            raise DataError(
+                f"{self.path}, line 1: two columns are called {wanted!r}", tip="name it by its number from 0"
+            )
+        if wanted in self.names:
+            return wanted if self.layout.is_json else self.names.index(wanted)
+        circle = "" if self.layout != TSV or self.count > 1 else f"; table:{self.path} reads CSV and JSON lines"
+        if wanted.isdecimal():
+            raise DataError(
+                f"{self.path}, line 1: no column {wanted} for the {what}, there are {self.count}",
+                tip=f"columns count from 0{circle}"
+                + (f"; {what}=none where there is none" if what == "label" and not circle else ""),
+            )
+        tip = nearest(wanted, self.names) if self.names else "add header=true if the first line names the columns"
+        raise DataError(f"{self.path}, line 1: no column {wanted!r} for the {what}", tip=tip + circle)
+
+
+class _Picked:
+    """What is kept of the rows as they pass: labels and keys; texts stay where they are."""
+
+    def __init__(self, shown: str, columns: _Columns) -> None:
+        self.shown, self.columns = shown, columns
+        self.labels: list[Any] = []
+        self.keys: list[str] = []
+        self._same: dict[str, str] = {}  # one string for each label, however often it comes
+
+    def look(self, line: int, cells: Any) -> None:
+        if type(cells) is dict:
+            for column in self.columns.text:
+                self._check_text(line, cells, column)
+        label = self.columns.label
+        if len(label) == 1:
+            self.labels.append(self._label(line, cells, label[0]))
+        elif label:
+            self.labels.append([self._label(line, cells, column) for column in label])
+        if self.columns.key is not None:
+            found = cells.get(self.columns.key) if type(cells) is dict else cells[self.columns.key]
+            if found in ("", None) or not isinstance(found, str | int | float):
+                raise DataError(
+                    f"{self.shown}, line {line}: the sample's key is {found!r}", tip="give each sample one of its own"
+                )
+            self.keys.append(value_name(found))
+
+    def _check_text(self, line: int, cells: Any, column: Place) -> None:
+        found = cells.get(column)
+        if not isinstance(found, str):
+            what = "missing" if found is None else f"{found!r}, which is no string"
+            raise DataError(
+                f"{self.shown}, line {line}: the text {column!r} is {what}",
+                tip="give each sample a text, or leave it out",
+            )
+
+    def _label(self, line: int, cells: Any, column: Place) -> Any:
+        found = cells.get(column) if type(cells) is dict else cells[column]
+        if type(found) is str:
+            return self._same.setdefault(found, found)
+        if isinstance(found, list) and all(isinstance(one, str | int) for one in found):
+            return [value_name(one) for one in found]
+        if found is None or (isinstance(found, float) and math.isnan(found)):
+            return ""
+        if not isinstance(found, str | int | float):
+            raise DataError(
+                f"{self.shown}, line {line}: the label is {found!r}",
+                tip="a label is a string, a number, or a list of them",
+            )
+        name = value_name(found)
+        return self._same.setdefault(name, name)

@@ -1,0 +1,125 @@
+"""What was measured of one model over one data set, and its tables: each number with what it is a share of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from softcache.report.tables import percent, table
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured over one data set; shares are of 1, `nll` and `kl` in nats. None where it does not apply.
+
+    What is counted, a decision, is the class of a labelled sample; of data with several labels per sample, each known yes or no.
+    A model says the class with the largest logit, of equals the first, and yes where a logit is above 0.
+
+    Attributes:
+        samples, labelled: how many there were, and how many had a label (several: at least one that is known).
+        multi_label: the data has several labels per sample.
+        decisions: how many `top1`, `errors`, `nll` and `calibration_error` are over; None: as many as are labelled.
+        wrong_samples: how many samples have a wrong decision.
+        top1: share of decisions that are right.
+        top5: share of labelled samples whose label is among the five largest, of equals the first ones; one class per sample,
+            and more than five classes.
+        nll: mean negative log-likelihood of a decision: cross-entropy, or of several labels binary cross-entropy.
+        calibration_error: expected calibration error in 15 equal bins of confidence (Guo et al. 2017), which is the
+            probability of what the model says: of several labels that of the yes or the no.
+        agreement: share of all samples where the model says what the cache says; of several labels, of all samples' labels.
+        kl: mean KL(cache || model) at `temperature` over the same, not scaled by T**2; of several labels the binary one.
+        bias: class -> what was added to its logits.
+        class_errors: class -> (errors, of how many with this label); of several labels: label -> (errors, of how many known).
+        yes_errors: several labels alone: label -> (those that are yes and were told no, of how many that are yes).
+    """
+
+    samples: int
+    labelled: int
+    seconds: float
+    top1: float | None = None
+    top5: float | None = None
+    nll: float | None = None
+    calibration_error: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    temperature: float = 1.0
+    bias: Mapping[str, float] = field(default_factory=dict)
+    class_errors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    multi_label: bool = False
+    decisions: int | None = None
+    wrong_samples: int | None = None
+    yes_errors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def counted(self) -> int:
+        """Of how many decisions the errors are."""
+        return self.labelled if self.decisions is None else self.decisions
+
+    @property
+    def errors(self) -> int | None:
+        """Decisions that are wrong."""
+        return None if self.top1 is None else round((1 - self.top1) * self.counted)
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**asdict(self), "errors": self.errors}
+
+    def columns(self) -> dict[str, Any]:
+        """What a run's row of metrics has of it."""
+        found = {"eval_top1": self.top1, "eval_nll": self.nll, "eval_errors": self.errors}
+        return found | ({"eval_wrong_samples": self.wrong_samples} if self.multi_label else {})
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) lines for a table, without what does not apply."""
+        several = self.multi_label
+        each = " a decision" if several else ""
+        asked = self.samples * len(self.class_errors)
+        facts = [
+            ("samples", f"{self.samples:,}"),
+            ("with a label", None if self.labelled in (0, self.samples) else f"{self.labelled:,}"),
+            ("known yes or no", f"{self.counted:,} of {asked:,}" if several and self.counted < asked else None),
+            ("right decisions" if several else "top-1", self._right()),
+            ("top-5", None if self.top5 is None else percent(self.top5)),
+            ("NLL", None if self.nll is None else f"{self.nll:.4f} nats{each}"),
+            ("calibration error", None if self.calibration_error is None else percent(self.calibration_error)),
+            (
+                "agreement with the cache",
+                None if self.agreement is None else percent(self.agreement) + (" of the decisions" if several else ""),
+            ),
+            (
+                f"KL to the cache at T={self.temperature:g}",
+                None if self.kl is None else f"{self.kl:.5f} nats{each}",
+            ),
+            ("bias", ", ".join(f"{name} {value:+g}" for name, value in self.bias.items()) or None),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        return [(name, value) for name, value in facts if value is not None]
+
+    def _right(self) -> str | None:
+        """The share that is right, and how many are wrong of how many."""
+        if self.top1 is None:
+            return None
+        if not self.multi_label:
+            return f"{percent(self.top1)} ({self.errors:,} errors in {self.counted:,})"
+        samples = f"in {self.wrong_samples:,} of {self.labelled:,} samples"
+        return f"{percent(self.top1)} ({self.errors:,} errors in {self.counted:,}, {samples})"
+
+
+def summary(title: str, result: Evaluation) -> str:
+    """The readable table of one evaluation."""
+    return table([title, ""], result.rows())
+
+
+def class_table(result: Evaluation) -> str:
+    """The errors on each class; of several labels also how many of them are a yes that was told no, and the other way round."""
+    rows = []
+    for name, (errors, among) in result.class_errors.items():
+        own: list[Any] = [name, among, errors, percent(errors / among) if among else "-"]
+        if result.multi_label:
+            missed, yes = result.yes_errors[name]
+            own += [f"{missed:,} of {yes:,}", f"{errors - missed:,} of {among - yes:,}"]
+        rows.append(own)
+    if result.multi_label:
+        return table(["label", "known", "errors", "share", "yes, told no", "no, told yes"], rows)
+    return table(["class", "samples", "errors", "share"], rows)
