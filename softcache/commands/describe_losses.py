@@ -118,10 +118,11 @@ def explanation(name: str) -> str:
         first, *others = [f"LAYER:{kind}" for kind in one.features if kind != CLASSIFIER]
         facts += [
             ("stored", f"{one.stored}, as {' or '.join([first, *others])}"),
-            ("layer", f"of the teacher: {WHERE[loss.layers]}; layer=NAME chooses, NAME/NAME several, which are summed"),
+            ("layer", f"of the teacher: {_where(loss)}; {_chosen(loss)}"),
             ("student", "its layer at the same place; student=NAME chooses"),
-            ("adapter", f"between the two: {loss.adapter}; adapter=identity, linear or mlp chooses"),
         ]
+        if not loss.graft:
+            facts += [("adapter", f"between the two: {loss.adapter}; adapter=identity, linear or mlp chooses")]
     if loss.graft:
         facts += [
             (
@@ -136,7 +137,7 @@ def explanation(name: str) -> str:
     given = f"{name}:weight=W{settings}"
     if loss.has_teacher:
         kept = f"--for {name}" if not loss.needs("head_ids") else f"--codec topk:k=10 --for {name}"
-        hard = "" if loss.needs("labels") else "--loss ce "
+        hard = "" if loss.needs("labels") or loss.graft else "--loss ce "
         facts += [
             ("dump", f"softcache dump --data DATA --teacher TEACHER {kept} --out CACHE"),
             ("train", f"softcache train --cache CACHE --data DATA --student MODEL --out RUN \\\n{hard}--loss {given}"),
@@ -199,12 +200,31 @@ def _needs(loss: Loss) -> str:
     if loss.needs("head_ids"):
         wanted.append("logits of a top-k cache")
     if loss.has_features:
-        wanted.append(f"{WHERE[loss.layers]} of the teacher")
+        wanted.append(f"{_where(loss)} of the teacher")
     if _takes_classifier(loss):
         wanted.append("the teacher's classifier: it must end with an nn.Linear")
     if loss.needs("labels"):
         wanted.append("hard labels")
     return "; ".join(wanted)
+
+
+def _where(loss: Loss) -> str:
+    """Which layer of the teacher, by default."""
+    return (
+        "the map that the classifier averages, or the input of the final linear layer"
+        if loss.graft
+        else WHERE[loss.layers]
+    )
+
+
+def _chosen(loss: Loss) -> str:
+    """How other layers are named."""
+    if loss.graft:
+        return "layer=NAME chooses"
+    if loss.needs("student_maps"):
+        return "layer=NAME/NAME chooses, early to late"
+    one = "NAME+NAME" if loss.features[0] == "fsp" else "NAME"
+    return f"layer={one} chooses, {one}/{one} several, which are summed"
 
 
 def _takes_classifier(loss: Loss) -> bool:

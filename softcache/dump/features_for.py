@@ -107,8 +107,7 @@ def _classifier_feature(name: str, teacher: Teacher, batch: Any) -> str:
 
 def _maps(name: str, loss: Loss, ends: Sequence[str], teacher: Teacher) -> list[str]:
     kind = loss.features[0]
-    wanted = 2 if kind == "fsp" else 1
-    if len(ends) < wanted:
+    if len(ends) < loss.least_maps:
         have = f"maps of one size only ({ends[0]})" if ends else "no modules that give maps"
         raise LossError(
             f"--for {name}: teacher {teacher.name!r} has {have}",

@@ -7,6 +7,7 @@ those without a default are tensors that the trainer provides (INPUTS), those wi
 from __future__ import annotations
 
 import inspect
+import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from softcache.losses.adapters import ADAPTERS
 from softcache.losses.batch import batch_correlation, class_correlation, dist
 from softcache.losses.contrast import Crd
 from softcache.losses.ctkd import Ctkd
-from softcache.losses.features import Vid, ab, at, cosine, fsp, hint, ickd, nst, srrl
+from softcache.losses.features import Vid, ab, at, cosine, fsp, fsp_average, hint, ickd, nst, simkd, srrl
 from softcache.losses.labelled import ce, dkd, mixed_ce, shifted_kd, tf_virtual, wsld
 from softcache.losses.logits import bce, hard, jsd, kd, kd_lower_bound, mse_logits, reverse_kl, soft_ce
 from softcache.losses.many_classes import chunked_kd
@@ -31,9 +32,9 @@ from softcache.spec import convert
 
 __all__ = [
     "CLASSIFIER", "INPUTS", "LOSSES", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at",
-    "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp",
+    "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp", "fsp_average",
     "hard", "hint", "ickd", "jsd", "kd", "kd_lower_bound", "make_term", "mixed_ce", "mse_logits", "nst", "pkt",
-    "reverse_kl", "rkd_angle", "rkd_distance", "shifted_kd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
+    "reverse_kl", "rkd_angle", "rkd_distance", "shifted_kd", "simkd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
 ]  # fmt: skip
 
 INPUTS = {
@@ -86,6 +87,7 @@ class Loss:
             is the input of its final linear.
         reduction: of the student's layer, where it is not that of the teacher's.
         layers: which layers by default: "head", the "last" map, the "middle" one, or all "map_ends".
+        least_maps: how many of the teacher's maps it takes at the least: 2 where it relates them to one another.
         widths: the student's layer must have the teacher's number of channels, or an adapter.
         adapter: between the student's layer and the teacher's, by default.
         graft: the adapter is a projector that stays in the student, in front of the teacher's own classifier.
@@ -103,6 +105,7 @@ class Loss:
     features: tuple[str, ...] = ()
     reduction: str = ""
     layers: str = "head"
+    least_maps: int = 1
     widths: bool = False
     adapter: str = "identity"
     graft: bool = False
@@ -143,6 +146,12 @@ class Loss:
         """Every setting -> default value, from the signatures."""
         return self.fixed | {name: p.default for name, p in self._call.items() if p.default is not p.empty}
 
+    @cached_property
+    def choices(self) -> dict[str, Any]:
+        """Settings that take one of a few words -> Literal of these."""
+        hints = typing.get_type_hints(self.function if self.module is None else self.module.forward)
+        return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is typing.Literal}
+
     def is_scheduled(self, name: str) -> bool:
         """Whether a setting may change over training: the floats of the call, not those of the constructor."""
         return name not in self.fixed and isinstance(self.defaults[name], float)
@@ -170,7 +179,7 @@ LOSSES: dict[str, Loss] = {
     "reverse_kl": Loss(reverse_kl, "Gu et al. 2024"),
     "jsd": Loss(jsd, "Agarwal et al. 2024"),
     "mse_logits": Loss(mse_logits, "Ba, Caruana 2014", needs_level=True),
-    "bce": Loss(bce, "multi-label soft targets", needs_level=True, link="sigmoid"),
+    "bce": Loss(bce, "Hinton, Vinyals, Dean 2015; a softmax of two for each class", needs_level=True, link="sigmoid"),
     "hard": Loss(hard, "Touvron et al. 2021"),
     "kd_lower_bound": Loss(kd_lower_bound, "Hinton, Vinyals, Dean 2015; log sum inequality"),
     "ctkd": Loss(Ctkd, "Li et al. 2023", any_temperature=True),
@@ -178,14 +187,14 @@ LOSSES: dict[str, Loss] = {
     "batch_correlation": Loss(batch_correlation, "Jin et al. 2023", over="batch"),
     "class_correlation": Loss(class_correlation, "Jin et al. 2023", over="batch"),
     # logits and hard labels
-    "ce": Loss(ce, "cross-entropy", over="labels", mixed=mixed_ce, multi_label=True),
+    "ce": Loss(ce, "Bridle 1990", over="labels", mixed=mixed_ce, multi_label=True),
     "dkd": Loss(dkd, "Zhao et al. 2022; standardized: Sun et al. 2024", over="labels"),
     "wsld": Loss(wsld, "Zhou et al. 2021", over="labels"),
     "shifted_kd": Loss(shifted_kd, "Wen et al. 2019"),
     "tf_virtual": Loss(tf_virtual, "Yuan et al. 2020", over="labels"),
     # vectors
     "hint": Loss(hint, "Romero et al. 2015", features=(*VECTORS, "map"), widths=True, adapter="linear"),
-    "cosine": Loss(cosine, "cosine similarity", features=(*VECTORS, "map"), widths=True, adapter="linear"),
+    "cosine": Loss(cosine, "Sanh et al. 2019", features=(*VECTORS, "map"), widths=True, adapter="linear"),
     "rkd_distance": Loss(rkd_distance, "Park et al. 2019", over="batch", features=(*VECTORS, "map")),
     "rkd_angle": Loss(rkd_angle, "Park et al. 2019", over="batch", features=(*VECTORS, "map")),
     "pkt": Loss(pkt, "Passalis, Tefas 2018", over="batch", features=(*VECTORS, "map")),
@@ -204,10 +213,14 @@ LOSSES: dict[str, Loss] = {
     "ab": Loss(
         ab, "Heo et al. 2019", features=("sign", "map"), reduction="map", layers="map_ends", widths=True, adapter="linear"
     ),
-    "fsp": Loss(fsp, "Yim et al. 2017", features=("fsp",), layers="map_ends", widths=True),
+    "fsp": Loss(fsp, "Yim et al. 2017", features=("fsp",), layers="map_ends", least_maps=2, widths=True),
+    "fsp_average": Loss(
+        fsp_average, "Yim et al. 2017; averages: Tian et al. 2020", features=("map",), layers="map_ends", least_maps=2,
+        widths=True,
+    ),
     "ickd": Loss(ickd, "Liu et al. 2021", features=("gram", "map"), layers="last", widths=True, adapter="linear"),
     "reviewkd": Loss(ReviewKd, "Chen et al. 2021", features=("map",), layers="map_ends"),
-    "simkd": Loss(hint, "Chen et al. 2022", features=("map", *VECTORS), layers="last", graft=True),
+    "simkd": Loss(simkd, "Chen et al. 2022", features=("map", *VECTORS), layers="last", graft=True),
 }  # fmt: skip
 
 
@@ -286,4 +299,4 @@ def _setting(loss: Loss, name: str, key: str, value: Any) -> Any:
     where = f"loss {name!r}: {key}"
     if loss.is_scheduled(key):
         return Schedule.parse(value, where)
-    return convert(str(value), type(loss.defaults[key]), where)
+    return convert(str(value), loss.choices.get(key, type(loss.defaults[key])), where)

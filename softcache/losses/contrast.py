@@ -39,8 +39,8 @@ class Crd(nn.Module):
         momentum: share of its old value that a bank's entry keeps.
 
     forward takes student_features (B, ...), teacher_features (B, ...), both of any float dtype (computed in that of its
-    parameters), samples (B,) int64 positions in the transfer set, sample_ids (B,) int64 and step, and gives a scalar >= 0:
-    the sum of both directions, averaged over the batch, as the authors' code. Ratio to the paper's equation 18: 1, but for
+    parameters), samples (B,) int64 positions in the transfer set, sample_ids (B,) int64 and step, and gives a scalar >= 0 in
+    nats: the sum of both directions, averaged over the batch, as the authors' code. Ratio to the paper's equation 18: 1, but for
     the 1e-7 that the code adds to both denominators, about N * 1e-7 for a direction. With equal student and teacher it is not
     zero: both see other embeddings, and the negatives cost something. Published weight 0.8.
 

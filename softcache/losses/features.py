@@ -1,19 +1,21 @@
 """Losses between two features of the same sample: vectors, maps, and what is made of a map.
 
 The student's features come adapted to the teacher's shape (adapters.py) and reduced as the teacher's are. Each value is the
-unweighted one, in the reduction that published weights were tuned for; the docstring says which.
+unweighted one; the docstring names the published weight and the form that it belongs to.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softcache.losses.logits import at_least_float32, kd
+from softcache.losses.logits import at_least_float32, kd, mse_logits
 
 SHORTEST = 1e-12  # a vector below this length has no direction
 AB_SCALE = 3 / 1000
@@ -49,14 +51,15 @@ def aligned(student: Tensor, teacher: Tensor, wanted: str, axes: Sequence[int] =
 
 
 def hint(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Mean squared difference over all elements: FitNet on maps, regression on vectors, SimKD through its projector.
+    """Mean squared difference over all elements of two features: FitNet on maps, regression on vectors.
 
     Args:
         student_features, teacher_features: (B, ...) of one shape, any float dtype; half types are computed in float32.
 
     Returns:
-        Scalar >= 0; zero when the two are equal. The mean over all B x n elements: 2 / n of the paper's half squared
-        distance of each sample; published weight 100 (FitNet on one map).
+        Scalar >= 0, in squared units of the features; zero when the two are equal. The mean over all B x n elements: 2 / n of
+        the paper's half squared distance of each sample. Published weight 100, of RepDistiller's FitNet on one map, whose
+        regressor ends with BatchNorm and ReLU; the linear adapter here has neither.
 
     Raises:
         ValueError: the shapes differ.
@@ -67,6 +70,28 @@ def hint(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     return F.mse_loss(student, teacher)
 
 
+def simkd(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    """Mean squared difference between the teacher's features and the student's behind a learned projector.
+
+    The projector stays in the student, in front of the teacher's own classifier, which is frozen: no other loss is needed.
+
+    Args:
+        student_features: (B, ...) as the projector gives them, any float dtype; half types are computed in float32.
+        teacher_features: (B, ...) of that shape: the map of which the classifier takes the average, or its input vector.
+
+    Returns:
+        Scalar >= 0, in squared units of the features; zero when the two are equal. The mean over all B x n elements: 1 / n of
+        the paper's squared distance of each sample, and the authors' code. Published weight 1, with no cross-entropy and no
+        `kd` beside it.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Chen et al., "Knowledge Distillation with the Reused Teacher Classifier" (SimKD, 2022), section 3.2.
+    """
+    return hint(student_features, teacher_features)
+
+
 def cosine(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Mean over rows of 1 - cos(student, teacher).
 
@@ -75,9 +100,9 @@ def cosine(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             are computed in float32.
 
     Returns:
-        Scalar in [0, 2]; zero when the two point the same way, so when they are equal. Ratio to the textbook form: 1. Computed
-        as half the squared distance of the unit vectors, which keeps small angles; a zero vector thus costs 1/2 beside
-        another vector and nothing beside a zero vector, with a zero gradient.
+        Scalar in [0, 2], without unit; zero when the two point the same way, so when they are equal. Ratio to the textbook
+        form: 1. Computed as half the squared distance of the unit vectors, which keeps small angles; a zero vector thus costs
+        1/2 beside another vector and nothing beside a zero vector, with a zero gradient.
 
     Raises:
         ValueError: the shapes differ, or are those of maps.
@@ -89,27 +114,36 @@ def cosine(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def srrl(
-    student_features: Tensor, teacher_features: Tensor, classifier_weight: Tensor, classifier_bias: Tensor
+    student_features: Tensor,
+    teacher_features: Tensor,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor,
+    *,
+    logits: Literal["kl", "mse"] = "kl",
 ) -> Tensor:
-    """Mean squared difference of the vectors, plus KL of the teacher's classifier on the one and on the other.
+    """Mean squared difference of the vectors, plus the distance of what the teacher's classifier makes of them.
 
     Args:
         student_features, teacher_features: (B, D), the input of the teacher's final linear layer; any float dtype, half types
             are computed in float32.
         classifier_weight: (C, D) of that layer, frozen.
         classifier_bias: (C,).
+        logits: "kl" as in the paper, KL(teacher || student) at T = 1; "mse" as in the authors' code and in SimKD's, the mean
+            squared difference of the logits.
 
     Returns:
-        Scalar >= 0, in nats where it is the KL; zero when the vectors are equal. The mean over B x D of the squares, plus the
-        KL at T = 1 summed over classes and averaged over the batch. Ratio to the paper's form: 1 in the gradient; its cross
-        entropy is larger by the entropy of the teacher's prediction. The authors' ImageNet code has the mean squared
-        difference of the logits instead of the second part. Published weights: 1 for both.
+        Scalar >= 0; zero when the vectors are equal. The mean over B x D of the squares, in squared units of the features,
+        plus the KL in nats, summed over classes and averaged over the batch, or the mean over B x C of the squares of the
+        logits. Ratio to the paper's form: 1 in the gradient; its cross entropy is larger by the entropy of the teacher's
+        prediction. Published weight 1, which belongs to "mse" and to an adapter that ends with BatchNorm and ReLU.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or another word for `logits`.
 
-    Source: Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning" (2021), section 3.
+    Source: Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning" (2021), section 3, for "kl".
     """
+    if logits not in ("kl", "mse"):
+        raise ValueError(f"logits must be 'kl' or 'mse', got {logits!r}")
     student, teacher = aligned(student_features, teacher_features, "(B, D)", axes=(2,))
     classes = len(classifier_weight)
     if classifier_weight.shape != (classes, student.shape[1]) or classifier_bias.shape != (classes,):
@@ -119,6 +153,8 @@ def srrl(
         )
     weight, bias = classifier_weight.to(student.dtype), classifier_bias.to(student.dtype)
     student_logits, teacher_logits = (inner_products(x, weight) + bias for x in (student, teacher))  # (B, C) each
+    if logits == "mse":
+        return F.mse_loss(student, teacher) + mse_logits(student_logits, teacher_logits)
     return F.mse_loss(student, teacher) + kd(student_logits, teacher_logits, temperature=1.0)
 
 
@@ -130,9 +166,9 @@ def at(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             float dtype, half types are computed in float32.
 
     Returns:
-        Scalar >= 0; zero when the maps are proportional, so when they are equal; a map of zeros counts as no attention. The
-        mean over B x H W, as the authors' code: 1 / (H W) of the squared distance of each sample, where the paper's equation
-        2 has half the distance itself. Published weight 1000.
+        Scalar >= 0, without unit; zero when the maps are proportional, so when they are equal; a map of zeros counts as no
+        attention. The mean over B x H W, as the authors' code: 1 / (H W) of the squared distance of each sample, where the
+        paper's equation 2 has half the distance itself. Published weight 1000.
 
     Raises:
         ValueError: the shapes differ, or are not (B, H, W).
@@ -154,8 +190,8 @@ def nst(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             are computed in float32.
 
     Returns:
-        Scalar >= 0; zero when the Grams are equal. Ratio to that form with means over the channels' pairs, as RepDistiller has
-        it: 1. Published weight 50.
+        Scalar >= 0, without unit; zero when the Grams are equal. Ratio to that form with means over the channels' pairs, as
+        RepDistiller has it: 1. Published weight 50.
 
     Raises:
         ValueError: the shapes differ, or are not (B, P, P).
@@ -174,9 +210,9 @@ def fsp(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             are computed in float32.
 
     Returns:
-        Scalar >= 0; zero when the matrices are equal. The mean over B x C1 x C2: 1 / (C1 C2) of the paper's squared distance of
-        each sample. Published weight 50; it was tuned with average pooling where the two maps differ in size, the paper and
-        the reduction here have maximum pooling.
+        Scalar >= 0, in the fourth power of the maps' unit; zero when the matrices are equal. The mean over B x C1 x C2:
+        1 / (C1 C2) of the paper's squared distance of each sample. The reduction pools the larger map by maxima, as in the
+        paper; RepDistiller, whose commands have weight 50, pools by averages, which is `fsp_average`.
 
     Raises:
         ValueError: the shapes differ, or are not (B, C1, C2).
@@ -189,6 +225,43 @@ def fsp(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     return F.mse_loss(student, teacher)
 
 
+def fsp_average(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """`fsp` with average pooling, as RepDistiller has it: of maps that follow one another, summed over such pairs.
+
+    An FSP matrix holds the inner products of two maps' channels, over the positions, after the larger map is averaged down
+    to the smaller.
+
+    Args:
+        student_maps, teacher_maps: at least two (B, C, H, W), early to late, as many of the one as of the other; of each two
+            the same widths C. Any float dtype, half types are computed in float32.
+
+    Returns:
+        Scalar >= 0, in the fourth power of the maps' unit; zero when the matrices are equal. For each pair the mean over
+        B x C1 x C2. RepDistiller's commands have weight 50, and its code multiplies nothing with it: it trains 30 epochs on
+        this loss alone, at weight 1, and goes on with cross-entropy.
+
+    Raises:
+        ValueError: fewer than two maps, another number of them, or shapes that do not fit.
+
+    Source: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation" (2017), equations 1 and 2, for maximum pooling; Tian,
+        Krishnan, Isola, RepDistiller (2020), for averages.
+    """
+    if len(student_maps) != len(teacher_maps) or len(student_maps) < 2:
+        raise ValueError(
+            f"{len(student_maps)} maps of the student and {len(teacher_maps)} of the teacher; "
+            "both must be two or more, as many of the one as of the other"
+        )
+    student, teacher = ([_average_fsp(*pair) for pair in pairwise(maps)] for maps in (student_maps, teacher_maps))
+    return torch.stack([fsp(own, other) for own, other in zip(student, teacher, strict=True)]).sum()
+
+
+def _average_fsp(first: Tensor, second: Tensor) -> Tensor:
+    """(B, C1, C2) of two maps, the larger averaged down."""
+    height, width = (min(pair) for pair in zip(first.shape[2:], second.shape[2:], strict=True))
+    rows1, rows2 = (F.adaptive_avg_pool2d(at_least_float32(x), (height, width)).flatten(2) for x in (first, second))
+    return inner_products(rows1, rows2) / rows1.shape[2]
+
+
 def ickd(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Squared distance of the channels' Grams, each row scaled to length 1.
 
@@ -197,8 +270,9 @@ def ickd(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             half types are computed in float32.
 
     Returns:
-        Scalar in [0, 4]; zero when the Grams are equal; a row of zeros stays zero. The sum over C x C divided by B x C, as the
-        authors' CIFAR code: the mean over samples and channels of the squared distance of two unit rows.
+        Scalar in [0, 4], without unit; zero when the Grams are equal; a row of zeros stays zero. The sum over C x C divided by
+        B x C, as the authors' CIFAR code: the mean over samples and channels of the squared distance of two unit rows. Published
+        weight 2.5, with a 1x1 convolution and BatchNorm on the student's map.
 
     Raises:
         ValueError: the shapes differ, or are not (B, C, C).
@@ -218,9 +292,10 @@ def ab(student_features: Tensor, teacher_features: Tensor, margin: float = 1.0) 
         margin: > 0.
 
     Returns:
-        Scalar >= 0; zero where every unit is on the teacher's side by at least the margin; with equal inputs the part of
-        them within the margin remains. The sum over units of max(0, margin -+ student)**2, averaged over the batch, times
-        3 / 1000: RepDistiller's last layer, published weight 1 (earlier layers 1/2, 1/4, ...). Ratio to the paper's sum: 0.003.
+        Scalar >= 0, in squares of the activations' unit; zero where every unit is on the teacher's side by at least the
+        margin; with equal inputs the part of them within the margin remains. The sum over units of
+        max(0, margin -+ student)**2, averaged over the batch, times 3 / 1000: RepDistiller's last layer (earlier layers 1/2,
+        1/4, ... of it). Ratio to the paper's sum: 0.003. Published weight 1, in 30 epochs of its own before the others.
 
     Raises:
         ValueError: the shapes differ, or the margin is not positive.
@@ -242,10 +317,10 @@ class Vid(nn.Module):
         initial_variance: > 1e-5.
 
     forward takes student_features (adapted: the mean) and teacher_features, both (B, *teacher_shape) of any float dtype (half
-    types are computed in float32), and gives a scalar: the mean over all elements of [(student - teacher)**2 / variance + log
-    variance] / 2. With equal inputs that is half the mean log variance, log(5) / 2 = 0.805 at the start; it may become
-    negative. Ratio to the paper's sum over elements: 1 / (B n); the constant log(2 pi) / 2 is left out. Published weight 1,
-    with a student's map through three 1x1 convolutions.
+    types are computed in float32), and gives a scalar, in nats for each element: the mean over all elements of [(student -
+    teacher)**2 / variance + log variance] / 2. With equal inputs that is half the mean log variance, log(5) / 2 = 0.805 at the
+    start; it may become negative. Ratio to the paper's sum over elements: 1 / (B n); the constant log(2 pi) / 2 is left out.
+    Published weight 1, with a student's map through three 1x1 convolutions.
 
     Raises:
         ValueError: the shapes differ, or the variance cannot be that small.

@@ -102,7 +102,8 @@ def dkd(
         ValueError: temperature is not positive, or the shapes do not fit.
 
     Source: Zhao et al., "Decoupled Knowledge Distillation" (2022); the authors' code masks the label by -1000 in
-        place of leaving it out, and takes the logarithm of probabilities.
+        place of leaving it out, and takes the logarithm of probabilities. standardized: Sun et al., "Logit Standardization in
+        Knowledge Distillation" (2024).
     """
     student, teacher = checked(student_logits, teacher_logits, temperature)
     own = _own_class(student, labels)
@@ -156,8 +157,11 @@ def shifted_kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, t
     """`kd` with the teacher put right: where its first class is not the label, their two logits change places.
 
     Args:
-        student_logits, teacher_logits, temperature: as `kd`. Of equal largest teacher logits the smaller class is exchanged.
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        teacher_logits: (B, C), same classes in the same order, before softmax. Of equal largest logits the smaller class is
+            exchanged.
         labels: (B,) int64 class index; rows below 0 have none and keep the teacher's logits.
+        temperature: > 0. The T**2 factor is that of `kd`.
 
     Returns:
         Scalar >= 0, in nats, averaged over all rows; at equality zero only where the teacher is right. Ratio to the textbook
@@ -186,8 +190,8 @@ def tf_virtual(student_logits: Tensor, labels: Tensor, temperature: float = 20.0
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         labels: (B,) int64 class index; rows below 0 have none and are left out.
-        temperature: > 0; the authors use 20 and more.
-        correct: in (0, 1); the authors use 0.9 and more.
+        temperature: > 0; the authors' code has 10 to 40.
+        correct: in (0, 1); the authors' code has 0.99.
 
     Returns:
         Scalar >= 0, in nats; zero when the student gives the virtual teacher's probabilities, when no row is labelled, and
@@ -198,7 +202,8 @@ def tf_virtual(student_logits: Tensor, labels: Tensor, temperature: float = 20.0
 
     Source: Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization" (2020), Tf-KD_reg.
         The authors' code is another function: it takes softmax(probabilities / T) for the target, which is nearly uniform,
-        does not temper the student, has no T**2 and averages over B x C.
+        does not temper the student, has no T**2 and averages over B x C. Its weights (0.1 to 0.95, and a factor up to 100)
+        belong to that, and to no temperature here.
     """
     if not 0 < correct < 1:
         raise ValueError(f"correct must be in (0, 1), got {correct}")

@@ -92,7 +92,10 @@ def kd(
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """T**2-scaled KL(student || teacher), summed over classes, averaged over the batch: it seeks modes, `kd` covers them.
 
-    Args: as `kd`.
+    Args:
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        teacher_logits: (B, C), same classes in the same order, before softmax.
+        temperature: > 0. The T**2 factor is that of `kd`.
 
     Returns:
         Scalar >= 0, in nats; zero when the two distributions are equal. Ratio to the textbook form: T**2, to make its
@@ -113,7 +116,10 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
 
     beta KL(p || m) + (1 - beta) KL(q || m) with the teacher's p, the student's q and m = beta p + (1 - beta) q.
 
-    Args: as `kd`, and
+    Args:
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        teacher_logits: (B, C), same classes in the same order, before softmax.
+        temperature: > 0. The T**2 factor is that of `kd`.
         beta: in (0, 1), the teacher's share of the mixture. As it goes to 0, jsd / beta becomes KL(p || q); as it goes to 1,
             jsd / (1 - beta) becomes KL(q || p).
 
@@ -207,7 +213,10 @@ def kd_lower_bound(
 def soft_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """T**2-scaled cross-entropy against the soft target: `kd` plus T**2 times the target's entropy; the same gradient.
 
-    Args: as `kd`.
+    Args:
+        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
+        teacher_logits: (B, C), same classes in the same order, before softmax.
+        temperature: > 0. The T**2 factor is that of `kd`.
 
     Returns:
         Scalar >= 0, in nats; at equality T**2 times the mean entropy of the soft targets, not zero. Ratio to the textbook
@@ -232,7 +241,7 @@ def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         teacher_logits: (B, C), same classes in the same order, at the level that the teacher gave.
 
     Returns:
-        Scalar >= 0; zero when the logits are equal. The mean over B x C: 1 / C of the summed form.
+        Scalar >= 0, in squared units of the logits; zero when they are equal. The mean over B x C: 1 / C of the summed form.
 
     Raises:
         ValueError: the shapes differ.

@@ -41,9 +41,9 @@ def rkd_distance(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         teacher_features: (B, ...), another width allowed.
 
     Returns:
-        Scalar >= 0; zero when the batches are equal up to a similarity. The mean over B x B, the zero diagonal included, as
-        the authors' code: (B - 1) / B of the mean over pairs. The distances' mean is over pairs of two different rows of the
-        batch; a batch of identical samples has distances of zero. A pair of identical samples has a zero gradient.
+        Scalar >= 0, without unit; zero when the batches are equal up to a similarity. The mean over B x B, the zero diagonal
+        included, as the authors' code: (B - 1) / B of the mean over pairs. The distances' mean is over pairs of two different
+        rows of the batch; a batch of identical samples has distances of zero. A pair of identical samples has a zero gradient.
         Published weight 25.
 
     Raises:
@@ -74,7 +74,7 @@ def rkd_angle(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     Returns:
         Scalar >= 0; zero when the batches are equal up to a similarity. The mean over B x B x B, triplets with a sample
         twice included, as the authors' code. Identical samples have no direction between them: cosine 0, with a zero
-        gradient. Takes memory for B x B x D and B x B x B values, several times. Published weight 50.
+        gradient. Takes memory for B x B x D and B x B x B values, several times. Without unit. Published weight 50.
 
     Raises:
         ValueError: the batch sizes differ.
@@ -133,9 +133,9 @@ def cc(student_features: Tensor, teacher_features: Tensor, gamma: float = 0.4) -
         gamma: > 0.
 
     Returns:
-        Scalar >= 0; zero when all cosines are equal. The mean over B x B: ratio to the paper's equation: 1. RepDistiller has
-        another function under this name (products of neighbouring rows' absolute differences, which depend on the order
-        of the batch), so its weight 0.02 does not carry over.
+        Scalar >= 0, without unit; zero when all cosines are equal. The mean over B x B: ratio to the paper's equation: 1, and
+        to Knowledge-Distillation-Zoo's. RepDistiller has another function under this name (products of neighbouring rows'
+        absolute differences, which depend on the order of the batch), so its weight 0.02 does not carry over.
 
     Raises:
         ValueError: the batch sizes differ, or gamma is not positive.
@@ -164,8 +164,8 @@ def sp(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         teacher_features: (B, ...), another size allowed.
 
     Returns:
-        Scalar >= 0; zero when the Grams' rows are proportional, so when the features are equal; a zero row stays zero.
-        Ratio to the paper's form: 1. Published weight 3000.
+        Scalar >= 0, without unit; zero when the Grams' rows are proportional, so when the features are equal; a zero row stays
+        zero. Ratio to the paper's form: 1. Published weight 3000.
 
     Raises:
         ValueError: the batch sizes differ.

@@ -23,9 +23,10 @@ class ReviewKd(nn.Module):
         width: channels of the fused maps (the authors: those of the student's last map, at most 512).
 
     forward takes student_maps and teacher_maps, lists of (B, *shape) of any float dtype (computed in that of its parameters),
-    and gives a scalar >= 0: the sum over maps of `hierarchical_context`. The fusion is learned, so equal student and teacher
-    do not give zero. It has batch norm: in training the samples of a batch are not independent, and one sample with a 1 x 1
-    map is refused by torch. Published weights 1 to 8 (5 for CIFAR-100's resnet32x4 and 8x4), warmed up over 20 epochs.
+    and gives a scalar >= 0, in squared units of the maps: the sum over maps of `hierarchical_context`. The fusion is learned,
+    so equal student and teacher do not give zero. It has batch norm: in training the samples of a batch are not independent,
+    and one sample with a 1 x 1 map is refused by torch. Published weights 1 to 8 (5 for CIFAR-100's resnet32x4 and 8x4), warmed
+    up over 20 epochs.
 
     Raises:
         LossError: no maps, or another number of them.

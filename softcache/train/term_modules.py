@@ -60,6 +60,12 @@ class TermModules(nn.Module):
         super().__init__()
         loss = term.loss
         self.pairs = tuple(pairs)
+        self._joint = joint = loss.needs("student_maps")
+        if joint and len(self.pairs) < loss.least_maps:
+            raise LossError(
+                f"loss {term.name!r} takes {loss.least_maps} maps or more, and is given {self.pairs[0].stored} alone",
+                tip=f"softcache dump --for {term.name} keeps the last map of each size; layer=NAME/NAME chooses",
+            )
         kind = term.placement.get("adapter", loss.adapter)
         self.adapters = nn.ModuleList()
         shapes = []
@@ -74,7 +80,6 @@ class TermModules(nn.Module):
                 raise
             self.adapters.append(adapter)
         self._function = loss.function
-        self._joint = joint = loss.needs("student_maps")
         self.cores = nn.ModuleList()
         if loss.module is not None:
             each: list[tuple[tuple[int, ...] | None, Pair | None]] = [(None, None)]

@@ -127,7 +127,7 @@ def dumped(world: World, kind: str, out: Path, **settings: Any) -> softcache.Cac
 def trained(world: World, kind: str, cache: softcache.Cache, loss: str, out: Path) -> train.TrainResult:
     """One epoch of a student of another kind, no layer named; of the same where the loss asks for equal widths."""
     config = TrainConfig(
-        cache=str(cache.reader.path), data=world.data(kind), student=world.student(kind, same=loss == "fsp"),
+        cache=str(cache.reader.path), data=world.data(kind), student=world.student(kind, same=loss in ("fsp", "fsp_average")),
         loss=(SMALL.get(loss, loss),), epochs=1, batch_size=12, out=str(out), threads=1, workers=0,
     )  # fmt: skip
     return train.run(config, quiet=True)
@@ -231,6 +231,7 @@ STORED = [
     ("cnn", "fitnet", ["6:map"]),
     ("cnn", "sp", ["10:flatten"]),
     ("cnn", "fsp", ["2+6:fsp", "6+10:fsp"]),
+    ("cnn", "fsp_average", ["2:map", "6:map", "10:map"]),
     ("cnn", "ickd", ["10:gram"]),
     ("cnn", "simkd", ["10:map"]),
     ("wrn", "simkd", ["tail.relu:map"]),
@@ -352,6 +353,7 @@ REFUSED = [
     ("probabilities", "float16", "mse_logits", r"--for mse_logits: it needs the level .* gives probs[\s\S]*kd"),
     ("vit", "float16", "at", r"--for at: teacher 'vit' has no modules that give maps[\s\S]*vectors"),
     ("functional", "float16", "fsp", r"--for fsp: teacher 'functional' has maps of one size only \(conv\)"),
+    ("functional", "float16", "fsp_average", r"--for fsp_average: teacher 'functional' has maps of one size only"),
     ("functional", "float16", "crd", r"--for crd: no module .* the input of its final linear layer[\s\S]*linear_head"),
     ("no_head", "float16", "hint", r"--for hint: teacher 'no_head' has no final nn.Linear[\s\S]*--features"),
     ("no_head", "float16", "srrl", r"--for srrl: it needs the teacher's classifier"),

@@ -17,7 +17,7 @@ from softcache.features.spec import attention, gram, spatial_gram
 from softcache.losses import LOSSES
 from softcache.losses.adapters import ADAPTERS, fit_map, make_adapter
 from softcache.losses.contrast import Crd
-from softcache.losses.features import Vid, ab, at, cosine, fsp, hint, ickd, nst, srrl
+from softcache.losses.features import Vid, ab, at, cosine, fsp, fsp_average, hint, ickd, nst, simkd, srrl
 from softcache.losses.relations import cc, pkt, rkd_angle, rkd_distance, sp
 from softcache.losses.review_kd import ReviewKd, hierarchical_context
 
@@ -102,9 +102,13 @@ def sp_oracle(student: Array, teacher: Array) -> float:
 WEIGHT, BIAS = np.random.default_rng(1).normal(size=(3, 6)), np.array([0.5, -1.0, 0.0])
 
 
-def srrl_oracle(student: Array, teacher: Array) -> float:
+def srrl_oracle(student: Array, teacher: Array, logits: str = "kl") -> float:
     total = 0.0
     for s, t in zip(student, teacher, strict=True):
+        if logits == "mse":
+            gaps = [float(row @ s) - float(row @ t) for row in WEIGHT]  # the bias is the same on both sides
+            total += sum(gap**2 for gap in gaps) / len(gaps) / len(student)
+            continue
         q, p = (np.exp(WEIGHT @ x + BIAS) / np.exp(WEIGHT @ x + BIAS).sum() for x in (s, t))
         total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / len(student)
     return total + hint_oracle(student, teacher)
@@ -129,6 +133,26 @@ def nst_oracle(student: Array, teacher: Array) -> float:
         mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(s, t) for s, t in zip(student, teacher, strict=True)
     ]
     return sum(samples) / len(samples)
+
+
+def two_maps(x: Any) -> list[Any]:
+    """A map (B, 4, 4, 6) and a later one (B, 3, 2, 3), of one array."""
+    return [x, x[:, 1:, ::2, :3]]
+
+
+def fsp_average_oracle(student: Array, teacher: Array) -> float:
+    """Position by position of the smaller map: the larger one's average over the 2 x 2 field there."""
+
+    def matrix(x: Array) -> Array:
+        large, small = two_maps(x)
+        table = np.zeros((len(x), large.shape[1], small.shape[1]))
+        for b, i, j in np.ndindex(table.shape):
+            for y, z in np.ndindex(2, 3):
+                field = sum(large[b, i, 2 * y + dy, 2 * z + dz] for dy in (0, 1) for dz in (0, 1)) / 4
+                table[b, i, j] += field * small[b, j, y, z] / 6
+        return table
+
+    return hint_oracle(matrix(student), matrix(teacher))
 
 
 def ickd_oracle(student: Array, teacher: Array) -> float:
@@ -169,8 +193,12 @@ def vid(student: Tensor, teacher: Tensor) -> Tensor:
     return loss(student, teacher)
 
 
-def srrl_here(student: Tensor, teacher: Tensor) -> Tensor:
-    return srrl(student, teacher, torch.from_numpy(WEIGHT), torch.from_numpy(BIAS))
+def srrl_here(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    return srrl(student, teacher, torch.from_numpy(WEIGHT), torch.from_numpy(BIAS), **settings)
+
+
+def fsp_average_here(student: Tensor, teacher: Tensor) -> Tensor:
+    return fsp_average(two_maps(student), two_maps(teacher))
 
 
 # ------------------------------------------------------------------------------------------------------------- the table
@@ -195,11 +223,11 @@ class Row:
     student: tuple[int, ...] = (6,)
     teacher: tuple[int, ...] = (6,)
     reduce: Callable[[Tensor], Tensor] = lambda x: x
-    settings: Sequence[dict[str, float]] = field(default=({},))
+    settings: Sequence[dict[str, Any]] = field(default=({},))
     batch: bool = False
     at_equality: Callable[[Array], float] = lambda _: 0.0
 
-    def __call__(self, student: Tensor, teacher: Tensor, **settings: float) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
         return self.loss(self.reduce(student), self.reduce(teacher), **settings)
 
     def pair(self, batch: int = 5, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -222,10 +250,12 @@ ROWS: dict[str, Row] = {
     "pkt": Row(pkt, pkt_oracle, (4,), (7,), batch=True),
     "cc": Row(cc, cc_oracle, (6,), (6,), settings=({}, {"gamma": 1.5}), batch=True),
     "sp": Row(sp, sp_oracle, MAP, (2, 3, 3), batch=True),
-    "srrl": Row(srrl_here, srrl_oracle),
+    "srrl": Row(srrl_here, srrl_oracle, settings=({}, {"logits": "mse"})),
     "at": Row(at, at_oracle, (3, 2, 3), (5, 2, 3), attention),
     "nst": Row(nst, nst_oracle, (3, 2, 3), (5, 2, 3), spatial_gram),
     "fsp": Row(fsp, hint_oracle, (3, 4), (3, 4)),
+    "fsp_average": Row(fsp_average_here, fsp_average_oracle, (4, 4, 6), (4, 4, 6)),
+    "simkd": Row(simkd, hint_oracle, MAP, MAP),
     "ickd": Row(ickd, ickd_oracle, (4, 3, 2), (4, 2, 2), gram),
     "ab": Row(ab, ab_oracle, MAP, MAP, settings=({}, {"margin": 0.25}), at_equality=lambda x: ab_oracle(x, x)),
     "vid": Row(vid, vid_oracle, MAP, MAP, at_equality=lambda _: VID_AT_EQUALITY),
@@ -238,15 +268,14 @@ def test_every_loss_on_features_has_its_formula() -> None:
     """A row above, or, where a loss has memory or layers of its own, a test that compares it with its formula."""
     of_features = {name for name, loss in LOSSES.items() if {"student_features", "student_maps"} & set(loss.inputs)}
     tested = {"crd": test_crd_equals_the_formula_and_keeps_its_first_z, "reviewkd": test_review_equals_the_formula}
-    same = {"simkd": "hint"}  # the mean squared difference, behind a projector
-    assert all(LOSSES[name].function is LOSSES[other].function for name, other in same.items())
-    assert of_features - ROWS.keys() == tested.keys() | same.keys()
+    assert of_features - ROWS.keys() == tested.keys()
     for name in of_features & ROWS.keys():
-        assert ROWS[name].loss is LOSSES[name].function or name in ("srrl", "vid"), name  # these two bring layers along
+        brings = ("srrl", "vid", "fsp_average")  # layers, or a second map
+        assert ROWS[name].loss is LOSSES[name].function or name in brings, name
         assert ROWS[name].batch == (LOSSES[name].over == "batch"), name
 
 
-def value_and_gradient(row: Row, student: Tensor, teacher: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+def value_and_gradient(row: Row, student: Tensor, teacher: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
     student = student.clone().requires_grad_()
     value = row(student, teacher, **settings)
     value.backward()
@@ -468,7 +497,7 @@ def test_srrl_has_the_gradient_of_the_cross_entropy() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(reference, s)[0])
 
 
-B6, B7 = torch.zeros(4, 6), torch.zeros(4, 7)
+B6, B7, MAPS = torch.zeros(4, 6), torch.zeros(4, 7), torch.zeros(4, 3, 2, 2)
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     **{
         loss.__name__: (lambda loss=loss: loss(B6, B7), r"student features \(4, 6\).*\(4, 7\) do not fit")
@@ -500,6 +529,13 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
         r"weight \(3, 5\).*must be \(B, D\), \(C, D\)",
     ),
     "srrl bias": (lambda: srrl(B6, B6, torch.zeros(3, 6), torch.zeros(2)), r"bias \(2,\) do not fit"),
+    "srrl word": (
+        lambda: srrl(B6, B6, torch.zeros(3, 6), torch.zeros(3), logits="l2"),  # type: ignore[arg-type]
+        "logits must be 'kl' or 'mse', got 'l2'",
+    ),
+    "one map": (lambda: fsp_average([MAPS], [MAPS]), "1 maps of the student and 1 of the teacher; both must be two"),
+    "two maps for three": (lambda: fsp_average([MAPS] * 2, [MAPS] * 3), "2 maps of the student and 3 of the teacher"),
+    "fsp widths": (lambda: fsp_average([MAPS, MAPS], [MAPS, MAPS[:, :1]]), "FSP matrices of equal widths"),
     "review shapes": (
         lambda: hierarchical_context(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)),
         r"\(2, 3, 4, 4\).*\(2, 3, 2, 2\) do not fit",

@@ -149,7 +149,7 @@ def default_case(name: str, kind: str) -> Case:
     if loss.graft:
         own = dict.fromkeys(stored, "stage3.projector" if kind == "map" else "fc.projector")
         settings += () if kind == "map" else ("student=head",)
-    student = "student?wide=true" if kind == "fsp" else "student"
+    student = "student?wide=true" if kind == "fsp" or name == "fsp_average" else "student"
     return Case(name, kind, settings, student=student, layers=tuple(own.items()))
 
 
@@ -504,6 +504,10 @@ FURTHER = {
     ),
     "some classes": Case("shifted_kd", "logits", classes=(0, 2, 3)),
     "some classes of a classifier": Case("srrl", "pool", layers=(("stage3", "head"),), classes=(0, 2, 3)),
+    "the authors' squared logits": Case("srrl", "head", ("logits=mse",), {"logits": "mse"}, layers=(("head", "head"),)),
+    "an adapter for averaged fsp": Case(
+        "fsp_average", "map", ("adapter=linear",), layers=tuple((stage, stage) for stage in MAP_ENDS)
+    ),
     "an adapter of two layers": Case("hint", "cls", ("adapter=mlp",), layers=(("tokens", "head"),)),
     "an adapter where none is needed": Case("pkt", "pool", ("adapter=linear",), layers=(("stage3", "head"),)),
     "two layers, summed": Case(

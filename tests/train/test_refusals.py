@@ -182,6 +182,16 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "student=LAYER",
     ),
     # ---- shapes
+    "averaged fsp of one map": (
+        "--cache {path}/maps --loss fsp_average:layer=stage2",
+        "loss 'fsp_average' takes 2 maps or more, and is given stage2:map alone",
+        "--for fsp_average",
+    ),
+    "a word that srrl does not know": (
+        "--cache {path}/vectors --loss srrl:logits=mes",
+        "loss 'srrl': logits: unknown value 'mes'",
+        "did you mean 'mse'",
+    ),
     "an adapter that is not there": (
         "--cache {path}/vectors --loss hint:adapter=liner",
         "unknown adapter 'liner'",

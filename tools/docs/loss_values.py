@@ -158,12 +158,17 @@ def markdown(values: Iterable[Value]) -> str:
 
 
 def with_values(page: str, made: str) -> str:
-    """The page with `made` between its two marks; ValueError where they are not both there, once."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"the page needs the lines {BEGIN.strip()} and {END.strip()}, each once")
-    return f"{before}{BEGIN}{made}\n{END}{after}"
+    """The page with `made` between this tool's two marks; ValueError where they are not both there, once."""
+    return between(page, made, BEGIN, END)
+
+
+def between(page: str, made: str, begin: str, end: str) -> str:
+    """The page with `made` between two marks; ValueError where they are not both there, once."""
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in rest or end in after:
+        raise ValueError(f"the page needs the lines {begin.strip()} and {end.strip()}, each once")
+    return f"{before}{begin}{made}\n{end}{after}"
 
 
 def digits(value: float) -> str:
