@@ -119,10 +119,11 @@ def open_teacher(
     name = member_name(wanted_name, taken)
     what, model_text = f"teacher {name!r}", bare.text + (f"@{weights}" if weights else "")
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
-    own = own_classes(model_text)
-    if own is not None and len(own) > num_classes:
-        match_classes(what, own, class_names, classes_map)  # refused before it is built, or fetched
-        shape |= {"num_classes": len(own), "class_names": own}
+    own = own_classes(model_text, num_classes)
+    more = own if own is not None and len(own) > num_classes else None  # of which the data's are chosen
+    if more is not None:
+        match_classes(what, more, class_names, classes_map)  # refused before it is built, or fetched
+        shape |= {"num_classes": len(more), "class_names": more}
     made: Any = None
     network: Any
     collate: Callable[[Sequence[Any]], Any]
@@ -134,7 +135,7 @@ def open_teacher(
     if made is None or isinstance(made, nn.Module):
         with faults_explained(ModelError, f"building the teacher {text!r}"):
             model = load_model(model_text, **shape, allow_code=allow_code)
-        declared, output, portable = model.declared_classes, model.output, model.spec
+        declared, output, portable = model.declared_classes or more, model.output, model.spec
         network, collate, decide = model, model.input.collate, None
         model.check_trained(f"teacher {text!r}")
     elif weights:

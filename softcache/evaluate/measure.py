@@ -234,7 +234,7 @@ def _load(
 ) -> Model:
     """ModelError also for a model whose weights lack something."""
     items = spread_items(ViewedSet(transfer_set, policy, (), partners=partners))
-    own, names = own_classes(model_text), transfer_set.class_names
+    own, names = own_classes(model_text, transfer_set.num_classes), transfer_set.class_names
     if own is not None and len(own) > len(names):
         names = own  # of which the data's are chosen
     with faults_explained(ModelError, f"building the model {model_text!r}"):
@@ -363,7 +363,7 @@ def _with_classes_of(
     Args:
         compared: with a cache, whose classes are the data's: then a model's outputs are chosen instead.
     """
-    own, names = own_classes(model_text), transfer_set.class_names
+    own, names = own_classes(model_text, transfer_set.num_classes), transfer_set.class_names
     if own is None or own == names:
         return transfer_set
     if len(own) < len(names):

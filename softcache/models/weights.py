@@ -375,7 +375,7 @@ def refuse_misfit(model: Model, there: Mapping[str, tuple[int, ...]], where: str
     if final_name in differ and there[final_name][1:] == wanted[final_name][1:]:
         raise ModelError(
             f"{where}: the weights have {there[final_name][0]} classes, the data has {model.num_classes}",
-            tip="use weights trained for these classes, or train without weights",
+            tip="use weights trained for these classes, train without weights, or begin with all but the classifier: --init-from",
         )
     missing = [name for name in wanted if name not in there]
     surplus = [name for name in there if name not in wanted]

@@ -364,7 +364,7 @@ def _of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Map
     Raises:
         ClassMismatchError: another class list, or the same in another order.
     """
-    names, found = own_classes(model_text), transfer_set.class_names
+    names, found = own_classes(model_text, transfer_set.num_classes), transfer_set.class_names
     if names is None or names == found:
         return transfer_set
     if tuple(name for name in found if name in names) == names:  # trained with --classes
