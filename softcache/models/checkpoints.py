@@ -223,14 +223,10 @@ def _content(path: Path) -> Any:
     """What a file holds: tensors, numbers, strings, and dicts and lists of them."""
     if path.name.endswith(".index.json"):
         return _of_index(path)
-    try:
-        with path.open("rb") as file:
-            begin = file.read(512)
-    except OSError as exc:
-        raise ModelError(f"{path}: cannot be read: {exc.strerror}") from None
+    begin = _begin(path)
     if path.suffix not in SUFFIXES and not begin.startswith((b"PK", *(head for head, _, _ in HEADS))):
         raise ModelError(f"{path} is not a weights file we know", tip=nearest(path.suffix, SUFFIXES))
-    _refuse_others(path, begin)
+    refuse_others(path)
     if path.suffix == ".safetensors":
         if begin.startswith((b"PK", b"\x80")):
             raise ModelError(f"{path}: was written by torch.save", tip=f"rename it to {path.stem}.pth")
@@ -301,8 +297,17 @@ def _reason(exc: Exception) -> str:
     return "torch.save did not write it, or it is damaged"
 
 
-def _refuse_others(path: Path, begin: bytes) -> None:
+def _begin(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as exc:
+        raise ModelError(f"{path}: cannot be read: {exc.strerror}") from None
+
+
+def refuse_others(path: Path) -> None:
     """Raise ModelError, saying what it is, for a file that is something else under a name of weights."""
+    begin = _begin(path)
     if not begin:
         raise ModelError(f"{path}: is empty", tip="fetch it again: the download was cut off")
     text = begin.lstrip(b"\xef\xbb\xbf \r\n\t").lower()

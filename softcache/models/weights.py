@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, note_once
 from softcache.files import durable
 from softcache.files.inside import RUN, is_inside
-from softcache.models.checkpoints import SUFFIXES, State, read_state
+from softcache.models.checkpoints import SUFFIXES, State, read_state, refuse_others
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import describe_transformer
 from softcache.models.graft import regraft
@@ -116,6 +116,7 @@ _WHOLE: dict[tuple[int, ...], dict[str, str]] = {}
 
 def _opened(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file whose tensors and metadata are those that were saved, as far as it can tell."""
+    refuse_others(path)
     try:
         found = os.stat(path)
         state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -277,8 +278,9 @@ def weights_file(weights: str) -> Path:
 
 def names_torchvision_weights(spec: Spec, weights: str) -> bool:
     """True when `weights` is to be looked up in torchvision's table: not a path, not a file name."""
-    path = Path(weights)
-    return spec.scheme == "torchvision" and not path.exists() and path.name == weights and path.suffix not in SUFFIXES
+    path = Path(path_and_choice(weights)[0])
+    is_name = path.name == str(path) and path.suffix not in SUFFIXES
+    return spec.scheme == "torchvision" and is_name and not path.exists()
 
 
 def load_weights(model: Model, weights: str) -> None:

@@ -232,3 +232,11 @@ def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path) -> Non
     index.write_text("[]")
     with pytest.raises(SoftcacheError, match="no index of weights"):
         read_state(index, STATE)
+
+
+def test_weights_that_are_something_else_are_told_by_a_model_too(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(NONE["lfs"][1])
+    with pytest.raises(ModelError, match="pointer of Git LFS"):
+        load_model(f"softcache:mlp?hidden=4@{tmp_path}/w.safetensors", num_classes=3, input_shape=(2, 2))
+    with pytest.raises(ModelError, match=r"there are no weights .*w.pth.tar"):
+        load_model("torchvision:resnet18@w.pth.tar#model", num_classes=3, input_shape=(8, 8, 3))
