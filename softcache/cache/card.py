@@ -207,9 +207,16 @@ def _teacher_row(manifest: Manifest, member: MemberInfo) -> list[str]:
         f"{' / '.join(kl)} nats" if kl else "not measured",
         "not measured" if measured.agreement is None else f"{100 * measured.agreement:.2f} %",
         f"{record_bytes(manifest, member.name):,.1f}",
-        "no labels" if own.accuracy is None else f"{100 * own.accuracy:.2f} %",
-        f"{own.entropy:.4f} nats",
+        _right(manifest, own),
+        "not measured" if manifest.plan.samples.multi_label else f"{own.entropy:.4f} nats",  # it is of a softmax
     ]
+
+
+def _right(manifest: Manifest, own: MemberStatistics) -> str:
+    """How often the first class is the label's; several labels were not counted."""
+    if own.accuracy is not None:
+        return f"{100 * own.accuracy:.2f} %"
+    return "several labels: not counted" if manifest.plan.samples.multi_label else "no labels"
 
 
 def _teacher_details(manifest: Manifest, member: MemberInfo, left_out: str | None) -> str:

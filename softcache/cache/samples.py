@@ -88,7 +88,7 @@ def build_table(
     """The table with row r = sample order[r].
 
     Args:
-        keys, ids, labels, digests: in the order of the transfer set; labels (N,) int or (N, C) bool.
+        keys, ids, labels, digests: in the order of the transfer set; labels (N,) int, or (N, C) of yes and no, -1 = unknown.
         order: (N,) permutation.
         store_keys: False leaves the keys out (private names).
     """
@@ -109,9 +109,9 @@ def build_table(
 
 
 def pack_labels(labels: np.ndarray) -> np.ndarray:
-    """Labels in stored form: (N,) int32, or (N, ceil(C / 8)) uint8 for (N, C) bool."""
+    """Labels in stored form: (N,) int32, or (N, ceil(C / 8)) uint8 for (N, C): of what is above 0, so that unknown is no."""
     if labels.ndim == 2:
-        return np.packbits(labels.astype(bool), axis=1, bitorder="little")
+        return np.packbits(labels > 0, axis=1, bitorder="little")
     return labels.astype("<i4")
 
 

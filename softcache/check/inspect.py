@@ -15,6 +15,7 @@ from softcache.cache.provenance import read_provenance
 from softcache.cache.reader import CacheReader
 from softcache.cache.statistics import MemberStatistics
 from softcache.data.identity import sample_id
+from softcache.data.label_kind import log_soft_target
 from softcache.errors import ConfigError, MissingSampleError, nearest
 from softcache.report.tables import bar, percent, size, table
 from softcache.targets.cache import Cache
@@ -81,7 +82,7 @@ def report(path: Path) -> str:
                 f"{s.max_eps:.3g}" if cache.codecs[member.name].bounded else "none",
                 *(_divergence(s, t) for t in SHOWN_DIVERGENCES),
                 percent(s.accuracy),
-                f"{s.entropy:.4f}",
+                "-" if cache.multi_label else f"{s.entropy:.4f}",  # it is of a softmax
                 member.fingerprint[:12],
             ]
         )
@@ -133,7 +134,8 @@ class SoftTarget:
     Attributes:
         id: in hex.
         labels: indices of its classes; several where the data is multi-label, none where it is unlabelled.
-        blocks: title (a member, or the ensemble) -> temperature -> (C,) float64 probabilities.
+        blocks: title (a member, or the ensemble) -> temperature -> (C,) float64 probabilities; of several labels each that of
+            yes, so that they do not add up to 1.
     """
 
     key: str
@@ -182,10 +184,12 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
     label = samples.labels_of(np.array([row]))[0]
     labels = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
     served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in cache.codecs.values())]
-    blocks = {member: {t: targets.log_probs(member, t) for t in served} for member in cache.members}
+    blocks = {member: {t: targets.log_soft_target(member, t) for t in served} for member in cache.members}
     if len(cache.members) > 1 and all(codec.complete for codec in cache.codecs.values()):
-        combined = {t: targets.combined(combine, temperature=t) / t for t in served}
-        blocks[f"ensemble ({combine})"] = {t: logits.log_softmax(dim=1) for t, logits in combined.items()}
+        combined = {t: targets.combined(combine, temperature=t) for t in served}
+        blocks[f"ensemble ({combine})"] = {
+            t: log_soft_target(logits, t, multi_label=cache.multi_label) for t, logits in combined.items()
+        }
     return SoftTarget(
         samples.key(row),
         f"{int(samples.ids[row]):016x}",

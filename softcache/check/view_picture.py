@@ -109,7 +109,7 @@ def _answers(cache: Cache, targets: Targets, view: int) -> list[str]:
     """The largest classes of the mean over members, at T=1."""
     served = all(codec.serves(1.0) for codec in cache.codecs.values())
     probabilities = sum(
-        targets.log_probs(member, 1.0 if served else 2.0)[view].double().exp() for member in cache.members
+        targets.log_soft_target(member, 1.0 if served else 2.0)[view].double().exp() for member in cache.members
     )
     assert isinstance(probabilities, Tensor)
     best = (probabilities / len(cache.members)).topk(min(SHOWN_CLASSES, cache.num_classes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.codecs.codec import Codec
@@ -46,6 +47,16 @@ def kl_rows(given: Tensor, decoded: Tensor, temperature: float) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     # q - p sums to zero and takes the rounding of the difference of logarithms with it
     return (p * (log_p - log_q) + (q - p)).sum(dim=1).clamp(min=0)
+
+
+def binary_kl_rows(logits: Tensor, decoded: Tensor, temperature: float) -> Tensor:
+    """(B,) float64 binary KL(given || stored) at a temperature, in nats, mean over the C labels of a record."""
+    given, stored = (x.double() / temperature for x in (logits, decoded))
+    rows = torch.zeros_like(given)
+    for sign in (1, -1):  # of yes, of no
+        log_p, log_q = F.logsigmoid(sign * given), F.logsigmoid(sign * stored)
+        rows += log_p.exp() * (log_p - log_q)
+    return rows.mean(dim=1)
 
 
 def kl_at(

@@ -44,6 +44,7 @@ class Entry:
         layer: which layer by default; None where it takes none.
         adapter: by default; None likewise.
         over: what its mean runs over.
+        multi_label: it fits data with several labels per sample, too.
         source: the paper.
         text: its documentation.
     """
@@ -58,6 +59,7 @@ class Entry:
     layer: str | None
     adapter: str | None
     over: str
+    multi_label: bool
     source: str
     text: str
 
@@ -79,6 +81,7 @@ def entry(name: str) -> Entry:
         loss.layers if layered else None,
         loss.adapter if layered else None,
         loss.over,
+        loss.takes_several,
         loss.source,
         inspect.getdoc(loss.function) or "",
     )
@@ -130,6 +133,12 @@ def explanation(name: str) -> str:
                 "a learned projector behind that layer and the teacher's own classifier, frozen, become part of the student",
             )
         ]
+    fits = (
+        "one class per sample, or several labels, each a yes or no" if one.multi_label else "one class per sample alone"
+    )
+    facts += [("data", fits)]
+    if loss.needs_positive:
+        facts += [("rules", "not of votes (--combine vote): it divides by the teacher's probabilities")]
     if loss.needs("labels") and loss.mixed is None:
         facts += [("views", "not those mixed with a partner (mixup, cutmix): it is defined by one label")]
     facts += [("schedules", f"{', '.join(one.scheduled)} may change over training, as in weight=linear(1, 0)")]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from softcache.data.classes import are_numbers
+from softcache.data.label_kind import is_known, is_yes
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import warn
 
@@ -20,15 +21,18 @@ def class_counts(transfer_set: TransferSet) -> np.ndarray:
     """(C,) samples of each class; of several labels per sample, those that have it."""
     labels = transfer_set.labels
     if transfer_set.multi_label:
-        return np.asarray(labels.sum(axis=0))
+        return np.asarray(is_yes(labels).sum(axis=0))
     return np.bincount(labels[labels >= 0], minlength=transfer_set.num_classes)
 
 
 def described(transfer_set: TransferSet) -> str:
     """The class list with its counts, in one line; of many classes the fewest, the most and the empty ones."""
     counts, names = class_counts(transfer_set), transfer_set.class_names
-    unlabelled = 0 if transfer_set.multi_label else int((transfer_set.labels < 0).sum())
-    rest = f"; {unlabelled:,} samples without a label" if unlabelled else ""
+    missing = int((~is_known(transfer_set.labels)).sum())
+    what = (
+        f"of {transfer_set.labels.size:,} answers not known" if transfer_set.multi_label else "samples without a label"
+    )
+    rest = f"; {missing:,} {what}" if missing else ""
     if len(names) <= SHOWN:
         listed = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
         return f"{len(names)} classes: {listed or 'none'}{rest}"
@@ -50,6 +54,17 @@ def offset_warning(transfer_set: TransferSet) -> str | None:
     return (
         f"no sample has label 0, and all of 1 to {whole.num_classes - 1} have samples: labels that count from 1 make a class "
         "that nothing belongs to; count from 0, or give the data set class_names"
+    )
+
+
+def unknown_warning(transfer_set: TransferSet) -> str | None:
+    """Of several labels some are unknown, and a cache's table of samples has room for yes and no alone; None where none are."""
+    unknown = int((~is_known(transfer_set.labels)).sum()) if transfer_set.multi_label else 0
+    if not unknown:
+        return None
+    return (
+        f"{unknown:,} of {transfer_set.labels.size:,} labels are not known; a cache holds yes or no, and has them as no: eval "
+        "and train take the data set's own labels, where they stay unknown"
     )
 
 

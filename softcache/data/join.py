@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from softcache.cache.samples import SampleTable, pack_labels
+from softcache.cache.samples import SampleTable
 from softcache.data.classes import check_classes
 from softcache.data.foreign import (
     changes_labels,
@@ -26,6 +26,7 @@ from softcache.data.foreign import (
     torchvision_split,
 )
 from softcache.data.identity import item_digest, sample_ids
+from softcache.data.label_kind import has_several, is_known, is_yes
 from softcache.data.sources import image_array
 from softcache.data.tables import Table, indices_of, labels_by_name
 from softcache.errors import (
@@ -96,14 +97,16 @@ def check_labels(table: SampleTable, rows: np.ndarray, labels: np.ndarray, *, al
     Raises:
         LabelMismatchError: some differ and `allow` is False; lists the first.
     """
-    if (labels.ndim == 2) != table.multi_label:
+    if has_several(labels) != table.multi_label:
         raise LabelMismatchError("one of data set and cache has several labels per sample, the other has one")
     if table.multi_label and labels.shape[1] != table.num_classes:
         raise ClassMismatchError(
             f"the data set's labels are rows of {labels.shape[1]}, the cache has {table.num_classes}"
         )
     if table.multi_label:
-        compared, differs = len(rows), (pack_labels(labels) != table.labels[rows]).any(axis=1)
+        known = is_known(labels)
+        compared = int(known.any(axis=1).sum())
+        differs = ((is_yes(labels) != table.labels_of(rows)) & known).any(axis=1)
     else:
         stored = table.labels[rows]
         both = (labels >= 0) & (stored >= 0)

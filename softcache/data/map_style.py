@@ -162,9 +162,9 @@ def _labels(dataset: Any, name: str) -> Any:
 
 
 def _label_array(labels: Any, keys: Sequence[str], name: str) -> np.ndarray:
-    """(N,) int32 or (N, C) bool."""
+    """(N,) int32, -1 = none; or (N, C) bool, int8 where some are unknown: -1."""
     if isinstance(labels, list | tuple):
-        labels = [-1 if label is None else np.asarray(label) for label in labels]
+        labels = _filled(labels)
     try:
         array = np.asarray(labels)
     except ValueError:  # shapes differ between samples
@@ -176,16 +176,46 @@ def _label_array(labels: Any, keys: Sequence[str], name: str) -> np.ndarray:
             f"{name}: labels of shape {array.shape} and type {array.dtype}, for example {array.flat[0]!r}",
             tip="labels are class indices (-1 = none), or 0/1 rows of C for several classes per sample",
         )
-    what = "a whole number" if array.ndim == 1 else "0 or 1"
+    if array.ndim == 2:
+        return _answers(array, keys, name)
     with np.errstate(invalid="ignore"):  # NaN is refused below
-        result: np.ndarray = array.astype(np.int32 if array.ndim == 1 else np.bool_)
-    wrong = np.flatnonzero((result != array).reshape(len(array), -1).any(axis=1))
+        result = array.astype(np.int32)
+    _refuse_others(array, result == array, keys, name, "a whole number", "repair the data set's labels")
+    return result
+
+
+def _filled(labels: Sequence[Any]) -> list[Any]:
+    """Labels where None says that there is none: -1, and among rows NaN."""
+    arrays = [None if label is None else np.asarray(label) for label in labels]
+    row = next((one for one in arrays if one is not None and one.ndim == 1), None)
+    none = np.asarray(-1) if row is None else np.full(len(row), np.nan)
+    with_numbers = (one.astype(float) if one is not None and one.dtype == object else one for one in arrays)
+    try:
+        return [none if one is None else one for one in with_numbers]  # float(None) is NaN to NumPy
+    except (TypeError, ValueError):  # no numbers, which is told where it is looked at
+        return list(labels)
+
+
+def _answers(array: np.ndarray, keys: Sequence[str], name: str) -> np.ndarray:
+    """(N, C) bool of yes and no, or int8 with -1 for what is unknown: NaN, or -1 beside 0 and 1."""
+    tip = "1 is yes, 0 is no, NaN or -1 what is not known"
+    unknown = np.isnan(array) if array.dtype.kind == "f" else np.zeros(array.shape, bool)
+    minus, is_yes = array == -1, array == 1
+    _refuse_others(array, unknown | minus | is_yes | (array == 0), keys, name, "0 or 1", tip)
+    if minus.any() and is_yes.any() and not (array == 0).any():
+        raise DataError(
+            f"{name}: its labels are 1 and -1 and never 0, so that -1 may be no, or what is not known",
+            tip=f"write 0 for no, and NaN for what is not known; {tip}",
+        )
+    unknown |= minus
+    return np.where(unknown, np.int8(-1), is_yes.astype(np.int8)) if unknown.any() else is_yes
+
+
+def _refuse_others(array: np.ndarray, good: np.ndarray, keys: Sequence[str], name: str, what: str, tip: str) -> None:
+    wrong = np.flatnonzero(~good.reshape(len(array), -1).all(axis=1))
     if wrong.size:
         row = int(wrong[0])
-        raise DataError(
-            f"{name}: label {array[row]} of sample {keys[row]} is not {what}", tip="repair the data set's labels"
-        )
-    return result
+        raise DataError(f"{name}: label {array[row]} of sample {keys[row]} is not {what}", tip=tip)
 
 
 def _class_names(dataset: Any, labels: np.ndarray, name: str) -> tuple[str, ...]:

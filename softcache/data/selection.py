@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from softcache.data.classes import class_indices
+from softcache.data.label_kind import has_several, is_yes
 from softcache.errors import DataError
 
 
@@ -15,7 +16,7 @@ def of_classes(labels: np.ndarray, class_names: Sequence[str], wanted: Sequence[
     """(N,) bool: the samples that have one of these classes.
 
     Args:
-        labels: (N,) class indices, -1 = none; or (N, C) bool.
+        labels: (N,) class indices, -1 = none; or (N, C) bool, or numbers with -1 = unknown.
         class_names: C names.
         wanted: classes by name, index, or a range of indices such as 0-4; a name wins over an index.
 
@@ -23,8 +24,8 @@ def of_classes(labels: np.ndarray, class_names: Sequence[str], wanted: Sequence[
         DataError: a class that is not there.
     """
     classes = class_indices(class_names, wanted)
-    if labels.ndim == 2:
-        return np.asarray(labels[:, classes].any(axis=1))
+    if has_several(labels):
+        return np.asarray(is_yes(labels[:, classes]).any(axis=1))
     return np.isin(labels, classes)
 
 

@@ -49,7 +49,7 @@ class Source:
     Attributes:
         reader: gives the items.
         keys: N keys.
-        labels: (N,) int32 with -1 = none, or (N, C) bool.
+        labels: (N,) int32 with -1 = none; or (N, C) bool, int8 with -1 = unknown where some are.
         class_names: C names.
     """
 

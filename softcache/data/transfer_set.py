@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from softcache.data.classes import check_classes, class_indices, places_in
 from softcache.data.flat_images import flat_images
 from softcache.data.identity import file_digest, item_digest
+from softcache.data.label_kind import has_several
 from softcache.data.map_style import from_factory, from_torchvision
 from softcache.data.selection import of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder
@@ -51,7 +52,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
     Attributes:
         name: the spec without local folders.
         keys: N stable keys.
-        labels: (N,) int32 class indices, -1 = none; or (N, C) bool.
+        labels: (N,) int32 class indices, -1 = none; or (N, C) bool, int8 of 1, 0 and -1 = unknown where some are.
         class_names: C names, whole even in a selection.
         whole: the set that this one was selected from; itself where it was not.
     """
@@ -75,7 +76,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
     @property
     def multi_label(self) -> bool:
         """True where a sample may have several classes."""
-        return self.labels.ndim == 2
+        return has_several(self.labels)
 
     @property
     def num_classes(self) -> int:
@@ -101,7 +102,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         return item, item_digest(item) if data is None else file_digest(data)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """(item, label): the label an int, or (C,) bool."""
+        """(item, label): the label an int, or (C,) bool, int8 with -1 = unknown where some are."""
         item, _ = self.read(index)
         return item, self.labels[index].copy() if self.multi_label else int(self.labels[index])
 

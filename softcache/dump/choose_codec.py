@@ -13,8 +13,9 @@ import torch
 
 from softcache.cache.plan import MemberInfo
 from softcache.codecs import Codec, Probe, make_codec
-from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
+from softcache.codecs.fidelity import binary_kl_rows, eps_of, kl_at, round_up_to_half
 from softcache.config import StorageOptions, flag_of
+from softcache.data.label_kind import answers
 from softcache.data.loading import ViewedSet
 from softcache.dump.features_for import features_for
 from softcache.dump.job import Job
@@ -174,6 +175,7 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     num_classes = teacher.num_classes
     try:
         codec = asked_codec(text, num_classes, promise)
+        _check_labels(codec, teacher)
         codec = codec.fit(prober.fitting_rows(teacher)) if needs_fit(codec) else codec
         given = prober.measuring_rows(teacher)
         begin = time.perf_counter()
@@ -188,9 +190,13 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
         return Surveyed(text, refused=exc.message)
     dense = len(coded["dense_at"]) / len(given.logits) if "dense_at" in coded else 0.0
     grid = Storage(codec, promise=promise if promise and codec.serves(promise.temperature) else None).grid
-    kl = {t: kl_at(codec, given.logits, coded, decoded, t) for t in grid}
-    best = given.logits.argmax(dim=1)
-    agreed = 1.0 if decoded is None else float((decoded.argmax(dim=1) == best).double().mean())
+    several = teacher.multi_label
+    if several and decoded is not None:
+        kl = {t: binary_kl_rows(given.logits, decoded, t) for t in grid}
+    else:
+        kl = {t: kl_at(codec, given.logits, coded, decoded, t) for t in grid}
+    said = [answers(logits, multi_label=several) for logits in (given.logits, decoded) if logits is not None]
+    agreed = float((said[0] == said[-1]).double().mean())  # of a codec without all classes, of its largest: it has that
     storage = Storage(codec)
     return Surveyed(
         text,
@@ -203,6 +209,16 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
         agreed,
         dense,
     )
+
+
+def _check_labels(codec: Codec, teacher: Teacher) -> None:
+    """ConfigError for a codec that keeps some classes, where each is a yes-or-no question of its own."""
+    if teacher.multi_label and not codec.complete:
+        raise ConfigError(
+            f"--codec {codec.text} keeps the largest classes and the rest of a softmax; this set has several labels per sample, "
+            "and no loss learns from some of them",
+            tip="choose float16, int8 or headtail, which keep every logit",
+        )
 
 
 def pick_codec(
@@ -271,6 +287,7 @@ def choose_storages(
             codec = restore(before, num_classes, job.known_constants(out, teacher.name))
         else:
             assert wanted is not None
+            _check_labels(wanted, teacher)
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
         texts = _asked_of(config.features, teacher, known)

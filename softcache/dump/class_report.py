@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from softcache.data.class_counts import STANDARD_ERRORS, chance_warning, offset_warning
+from softcache.data.class_counts import STANDARD_ERRORS, chance_warning, offset_warning, unknown_warning
+from softcache.data.label_kind import has_several, is_known
 from softcache.data.transfer_set import TransferSet
 from softcache.dump.encode import Encoded
 from softcache.dump.teacher import Teacher
@@ -18,7 +19,11 @@ FEW_ROWS = 8  # fewer may be alike by chance
 
 
 class Answers:
-    """One teacher's largest classes against the labels, over one view of the rows that this process writes."""
+    """One teacher's answers against the labels, over one view of the rows that this process writes.
+
+    Attributes:
+        labelled, correct: what can be told right or wrong, and how much is right: samples, or known answers to several labels.
+    """
 
     def __init__(self, teacher: Teacher, num_classes: int) -> None:
         self.teacher, self.num_classes = teacher, num_classes
@@ -26,21 +31,24 @@ class Answers:
         small = num_classes <= MANY_CLASSES and not teacher.multi_label
         self.halves = np.zeros((2, num_classes, num_classes), np.int32) if small else None  # label, largest
 
-    def add(self, largest: np.ndarray, alike: np.ndarray, labels: np.ndarray, ids: np.ndarray) -> None:
+    def add(self, measured: Mapping[str, np.ndarray], labels: np.ndarray, ids: np.ndarray) -> None:
         """A batch.
 
         Args:
-            largest: (B,) the largest column of each row.
-            alike: (B,) 1 where all columns of a row are equal, plus 2 where the row is the teacher's first one again.
+            measured: `largest` (B,), the largest column of each row; `alike` (B,), 1 where all columns of a row are equal, plus 2
+                where the row is the teacher's first one again; `decided` (2,), of several labels how many are right and known.
             labels: (B,) class indices, -1 = none; or packed labels, several per sample.
             ids: (B,) uint64 sample ids, which say in which half a row is.
         """
+        largest, alike = measured["largest"], measured["alike"]
         self.rows += len(largest)
         self.flat += int((alike & 1).sum())
         self.same += int((alike >= 2).sum())
-        if labels.ndim != 1:
+        if has_several(labels):
+            self.correct += int(measured["decided"][0])
+            self.labelled += int(measured["decided"][1])
             return
-        known = labels >= 0
+        known = is_known(labels)
         largest, labels, half = largest[known], labels[known], (ids[known] & np.uint64(1)).astype(np.int64)
         self.labelled += len(labels)
         self.correct += int((largest == labels).sum())
@@ -53,13 +61,17 @@ class Answers:
 
     def text(self) -> str:
         """For people: how its classes were matched, and how often it is right."""
-        right = "no labels to compare with" if self.top1 is None else f"top-1 {percent(self.top1)} of {self.labelled:,}"
+        counted = f"{percent(self.top1)} of {self.labelled:,}"
+        right = f"{counted} decisions right" if self.teacher.multi_label else f"top-1 {counted}"
+        right = "no labels to compare with" if self.top1 is None else right
         return f"teacher {self.teacher.name}: {right}; classes matched {self.teacher.match.how}"
 
     def warnings(self, class_names: Sequence[str]) -> list[str]:
         """What is odd; empty for most teachers."""
         what = f"teacher {self.teacher.name!r}"
-        found = [chance_warning(what, self.correct, self.labelled, self.num_classes), self._constant(what)]
+        one_each = not self.teacher.multi_label  # whose chance is no 1 / C, but how often each label is a yes
+        chance = chance_warning(what, self.correct, self.labelled, self.num_classes) if one_each else None
+        found = [chance, self._constant(what)]
         found.append(self._other_order(what, class_names))
         return [text for text in found if text is not None]
 
@@ -107,16 +119,16 @@ class ClassReport:
     def add(self, done: Encoded) -> None:
         """A batch that was written, of one teacher; counted at the report's view alone, since views of a sample are no others."""
         if done.view == self.view:
-            measured = {name: done.measured[name].numpy() for name in ("largest", "alike")}
+            measured = {name: done.measured[name].numpy() for name in ("largest", "alike", "decided")}
             labels, ids = done.samples.labels[done.rows], done.samples.ids[done.rows]
-            self.answers[done.member].add(measured["largest"], measured["alike"], labels, ids)
+            self.answers[done.member].add(measured, labels, ids)
 
     def warnings(self) -> list[str]:
         """Of the labels and of every teacher, each once."""
-        offset = offset_warning(self.transfer_set)
+        of_labels = (offset_warning(self.transfer_set), unknown_warning(self.transfer_set))
         names = self.transfer_set.class_names
         found = [text for answers in self.answers.values() for text in answers.warnings(names)]
-        return ([] if offset is None else [offset]) + found
+        return [text for text in of_labels if text is not None] + found
 
     def text(self) -> str:
         return "\n".join(answers.text() for answers in self.answers.values() if answers.rows)

@@ -17,6 +17,7 @@ from softcache.cache.samples import SampleTable
 from softcache.cache.statistics import Divergence, MemberStatistics
 from softcache.codecs import Codec
 from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
+from softcache.data.label_kind import answers, has_several, is_known, is_yes
 from softcache.dump.layout import Storage
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, TeacherError, first_offenders
@@ -147,8 +148,9 @@ def encode(
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
     measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}
-    measured |= {"largest": logits.argmax(dim=1).int(), "alike": _alike(teacher, logits)}
-    measured["kl"] = _divergences(storage, logits, coded, decoded, single=labels.ndim == 1)
+    measured |= {"largest": answers(logits, multi_label=False).int(), "alike": _alike(teacher, logits)}
+    measured["decided"] = _decided(logits, labels)
+    measured["kl"] = _divergences(storage, logits, coded, decoded, single=not has_several(labels))
     if storage.promise is not None:
         measured["promised_kl"] = kl_at(codec, logits, coded, decoded, storage.promise.temperature)
     dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}
@@ -205,6 +207,14 @@ def _divergences(
     return torch.stack([kl_at(storage.codec, logits[:count], few, shown, t) for t in storage.grid])
 
 
+def _decided(logits: Tensor, labels: np.ndarray) -> Tensor:
+    """(2,) int64: how many known answers to several labels are right, and how many are known; zeros for one class a sample."""
+    if not has_several(labels):
+        return torch.zeros(2, dtype=torch.int64, device=logits.device)
+    known, yes = (torch.from_numpy(one).to(logits.device) for one in (is_known(labels), is_yes(labels)))
+    return torch.stack([((answers(logits, multi_label=True) == yes) & known).sum(), known.sum()])
+
+
 def _alike(teacher: Teacher, logits: Tensor) -> Tensor:
     """(B,) uint8: 1 where all columns of a row are equal, plus 2 where the row is the teacher's first one again."""
     flat = logits.amax(dim=1) == logits.amin(dim=1)
@@ -215,8 +225,8 @@ def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray) -> Tensor:
     """(4,) float64: correct, labelled, sum of entropies; and of the measured rows, those whose largest class is kept."""
     log_p = logits.log_softmax(dim=1)  # float32: a mean over many rows needs no more
     entropy = -(log_p.exp() * log_p).nansum(dim=1, dtype=torch.float64).sum()
-    largest = logits.argmax(dim=1)
-    if labels.ndim == 1:
+    largest = answers(logits, multi_label=False)
+    if not has_several(labels):
         truth = torch.from_numpy(labels.astype(np.int64)).to(logits.device)
         correct, labelled = (largest == truth).sum(), (truth >= 0).sum()
         few = largest[:MEASURED_ROWS]

@@ -108,6 +108,7 @@ class Forecast:
         chosen: the codec that this command would dump with.
         promise: what --max-kl asks for.
         features: member -> feature -> bytes of a record.
+        multi_label: the samples have several labels: KL is the binary one, mean over the labels of a record.
     """
 
     samples: int
@@ -118,6 +119,7 @@ class Forecast:
     chosen: str
     promise: Promise | None
     features: Mapping[str, Mapping[str, int]]
+    multi_label: bool = False
 
     @property
     def choice(self) -> Choice:
@@ -126,13 +128,14 @@ class Forecast:
     def text(self) -> str:
         """The table for people."""
         grid = [*GRID, *([self.promise.temperature] if self.promise and self.promise.temperature not in GRID else [])]
-        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", *(f"KL T={t:g}" for t in grid), "top-1 kept"]
+        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", *(f"KL T={t:g}" for t in grid)]
+        header.append("decisions kept" if self.multi_label else "top-1 kept")
         rows = [self._row(one, grid) for one in self.choices if not one.refused]
         refused = [f"  {one.codec}: {one.refused}" for one in self.choices if one.refused]
         chosen = self.choice
         lines = [
             f"{self.samples:,} samples x {self.views} views x {self.members} members, {self.classes:,} classes; "
-            "KL in nats, mean / worst record",
+            f"{'binary KL of a label' if self.multi_label else 'KL'} in nats, mean / worst record",
             "",
             table(header, rows),
         ]
@@ -248,7 +251,15 @@ def run(
         choices.append(Choice(text, found, nbytes, seconds))
     choices.sort(key=lambda one: (bool(one.refused), -one.nbytes))
     return Forecast(
-        len(transfer_set), job.views, len(teachers), transfer_set.num_classes, choices, chosen, promise, features
+        len(transfer_set),
+        job.views,
+        len(teachers),
+        transfer_set.num_classes,
+        choices,
+        chosen,
+        promise,
+        features,
+        transfer_set.multi_label,
     )
 
 

@@ -82,7 +82,8 @@ class Loss:
         many_classes: the same for very many classes, of (student_logits, (first, last) -> rows of teacher logits, temperature);
             used where every other setting is at its default.
         mixed: the same for views mixed with a partner; None where it is defined by one hard label alone, or needs none.
-        multi_label: labels may be (B, C) multi-hot.
+        multi_label: it is meant for several labels per sample too, though it takes labels or logits: each for itself.
+        needs_positive: it divides by the teacher's probabilities, so that none may be zero.
         features: reductions of the teacher's layer that serve it, first the cheapest that gives the authors' own loss; "head"
             is the input of its final linear.
         reduction: of the student's layer, where it is not that of the teacher's.
@@ -102,6 +103,7 @@ class Loss:
     many_classes: Callable[..., Tensor] | None = None
     mixed: Callable[..., Tensor] | None = None
     multi_label: bool = False
+    needs_positive: bool = False
     features: tuple[str, ...] = ()
     reduction: str = ""
     layers: str = "head"
@@ -168,6 +170,12 @@ class Loss:
         )
 
     @cached_property
+    def takes_several(self) -> bool:
+        """It fits data with several labels per sample: no softmax over them, no class that a sample is of."""
+        of_classes = self.needs("teacher_logits", "head_ids", "labels", "classifier_weight")
+        return self.multi_label or not (of_classes or "sample_labels" in self.sizes)
+
+    @cached_property
     def has_features(self) -> bool:
         return self.needs("teacher_features", "teacher_maps")
 
@@ -176,10 +184,12 @@ LOSSES: dict[str, Loss] = {
     # logits
     "kd": Loss(kd, "Hinton, Vinyals, Dean 2015; standardized: Sun et al. 2024", many_classes=chunked_kd),
     "soft_ce": Loss(soft_ce, "Hinton, Vinyals, Dean 2015"),
-    "reverse_kl": Loss(reverse_kl, "Gu et al. 2024"),
+    "reverse_kl": Loss(reverse_kl, "Gu et al. 2024", needs_positive=True),
     "jsd": Loss(jsd, "Agarwal et al. 2024"),
-    "mse_logits": Loss(mse_logits, "Ba, Caruana 2014", needs_level=True),
-    "bce": Loss(bce, "Hinton, Vinyals, Dean 2015; a softmax of two for each class", needs_level=True, link="sigmoid"),
+    "mse_logits": Loss(mse_logits, "Ba, Caruana 2014", needs_level=True, multi_label=True),
+    "bce": Loss(
+        bce, "Hinton, Vinyals, Dean 2015; a softmax of two for each class", needs_level=True, link="sigmoid", multi_label=True,
+    ),
     "hard": Loss(hard, "Touvron et al. 2021"),
     "kd_lower_bound": Loss(kd_lower_bound, "Hinton, Vinyals, Dean 2015; log sum inequality"),
     "ctkd": Loss(Ctkd, "Li et al. 2023", any_temperature=True),
@@ -188,7 +198,7 @@ LOSSES: dict[str, Loss] = {
     "class_correlation": Loss(class_correlation, "Jin et al. 2023", over="batch"),
     # logits and hard labels
     "ce": Loss(ce, "Bridle 1990", over="labels", mixed=mixed_ce, multi_label=True),
-    "dkd": Loss(dkd, "Zhao et al. 2022; standardized: Sun et al. 2024", over="labels"),
+    "dkd": Loss(dkd, "Zhao et al. 2022; standardized: Sun et al. 2024", over="labels", needs_positive=True),
     "wsld": Loss(wsld, "Zhou et al. 2021", over="labels"),
     "shifted_kd": Loss(shifted_kd, "Wen et al. 2019"),
     "tf_virtual": Loss(tf_virtual, "Yuan et al. 2020", over="labels"),

@@ -16,8 +16,8 @@ def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
-        labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy averaged over
-            batch and classes.
+        labels: (B,) int64 class index, -1 = no label; or (B, C) of 1 and 0, -1 = unknown, then binary cross-entropy averaged
+            over what is known of batch and classes.
 
     Returns:
         Scalar >= 0, in nats; zero (with a zero gradient) when no row of the batch is labelled. Ratio to the textbook form: 1.
@@ -35,7 +35,10 @@ def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
     """
     student = at_least_float32(student_logits)
     if labels.ndim == 2:
-        return F.binary_cross_entropy_with_logits(student, labels.to(student.dtype))
+        known = labels >= 0
+        target = torch.where(known, labels, 0).to(student.dtype)
+        rows = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+        return torch.where(known, rows, 0.0).sum() / known.sum().clamp(min=1)
     labelled = labels >= 0
     total = F.cross_entropy(student, labels, ignore_index=-1, reduction="sum")
     return total / labelled.sum().clamp(min=1)
@@ -46,7 +49,8 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
 
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
-        labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) multi-hot, then binary cross-entropy.
+        labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) of 1 and 0, -1 = unknown, then binary
+            cross-entropy.
         shares: (B,) in [0, 1], weight of a sample's own label.
 
     Returns:
@@ -62,8 +66,12 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
     student = at_least_float32(student_logits)
     weights = torch.stack([shares, 1 - shares]).to(student.dtype)  # (2, B)
     if labels.ndim == 2:
-        mixture = weights[0, :, None] * labels + weights[1, :, None] * partner_labels
-        return F.binary_cross_entropy_with_logits(student, mixture)
+        several = torch.stack([labels, partner_labels])  # (2, B, C)
+        weights = torch.where(several >= 0, weights[:, :, None], 0.0)
+        target = torch.where(several >= 0, several, 0).to(student.dtype)
+        rows = F.binary_cross_entropy_with_logits(student.expand(2, -1, -1), target, reduction="none")
+        total = weights.sum()
+        return (weights * rows).sum() / torch.where(total > 0, total, 1.0)
     pair = torch.stack([labels, partner_labels])  # (2, B)
     losses = torch.stack([F.cross_entropy(student, one, ignore_index=-1, reduction="none") for one in pair])
     weights = torch.where(pair >= 0, weights, 0.0)

@@ -34,7 +34,7 @@ class Row:
         label: of the step.
         metric: "errors", "top1" in percent, or the errors on one class.
         paper: the published number, or None.
-        values, best: ours, one for each seed: of the last epoch, and of the best.
+        values, best: ours, one for each seed: of the last epoch, and of the best; no best where an epoch does not tell it.
         verdict: "reached" or "not reached"; empty where nothing can be said.
         seconds: of all seeds together.
     """
@@ -99,7 +99,7 @@ class Reproduced:
             "paper": [_number(row.paper) for row in self.rows],
             "ours": [_number(mean(row.values)) for row in self.rows],
             "s.d.": [_number(stdev(row.values)) if len(row.values) > 1 else "" for row in self.rows],
-            "best epoch": [_number(mean(row.best)) for row in self.rows],
+            "best epoch": [_number(mean(row.best) if row.best else None) for row in self.rows],
         }
         for place, seed in enumerate(self.seeds if len(self.seeds) > 1 else ()):
             of_seed = [row.values[place] if len(row.values) > 1 else None for row in self.rows]
@@ -230,7 +230,7 @@ def _named(texts: Sequence[str], flag: str, known: Collection[str], what: str) -
 def _row(step: Step, bench: Bench, seeds: Sequence[int]) -> Row:
     outcomes = [bench.outcomes[step.name, seed] for seed in (seeds if step.seeded else (None,))]
     values = [_value(step, outcome.last) for outcome in outcomes]
-    best = [_value(step, outcome.best) for outcome in outcomes]
+    best = [_value(step, outcome.best) for outcome in outcomes if step.metric in outcome.best]
     metric = f"errors on {step.of_class}" if step.metric == "class_errors" else step.metric
     seconds = sum(outcome.seconds for outcome in outcomes)
     paper = None if bench.recipe.budget == "smoke" else step.paper  # on made-up data there is nothing to compare

@@ -50,8 +50,8 @@ class Outcome:
     Attributes:
         folder: of the run or the cache; or a model that was given in its place.
         identity: of what it holds, for the steps that build on it.
-        last, best: "errors", "top1" (percent) and "class_errors" (class -> errors) after the last epoch, and where top1 was
-            best; empty for a dump.
+        last, best: "errors", "top1" (percent) and "class_errors" (class -> errors) of the student that is kept, and the first
+            two where top1 was best; empty for a dump.
         seconds: that it took when it was done; of a training run, that of its epochs.
         made: when, with what and on what device.
         reused: it was there already.
@@ -291,7 +291,7 @@ def _trained(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
     place = best_epoch(result.metrics)
     assert place is not None  # `_scores` has refused what has no labels
     best = result.metrics[place]
-    at_best = {**last, "errors": best["eval_errors"], "top1": 100 * best["eval_top1"]}
+    at_best = {"errors": best["eval_errors"], "top1": 100 * best["eval_top1"]}  # an epoch's row knows no more
     return Outcome(str(folder), student, last, at_best, seconds)
 
 

@@ -149,7 +149,7 @@ class Targets:
         return (*codec.head(arrays), codec.tail_logsumexp(arrays, temperature))
 
     def log_probs(self, member: str, temperature: float) -> Tensor:
-        """(B, C) float32 logarithm of one member's soft target at a temperature, in nats; of several labels that of yes.
+        """(B, C) float32 log-softmax of one member at a temperature, in nats: its soft target, where a sample has one class.
 
         A codec that keeps only some classes spreads the rest's probability evenly.
 
@@ -161,7 +161,13 @@ class Targets:
         codec, arrays = self.codecs[member], self.arrays[member]
         if not codec.complete:
             return codec.spread(arrays, temperature)
-        return log_soft_target(codec.decode(arrays), temperature, multi_label=self.samples.multi_label)
+        return (codec.decode(arrays) / temperature).log_softmax(dim=1)
+
+    def log_soft_target(self, member: str, temperature: float) -> Tensor:
+        """(B, C) float32 logarithm of one member's soft target, in nats: `log_probs`; of several labels of each one's yes."""
+        if not self.samples.multi_label or not self.codecs[member].complete:
+            return self.log_probs(member, temperature)
+        return log_soft_target(self.logits(member), temperature, multi_label=True)
 
     def combined(
         self,

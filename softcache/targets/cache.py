@@ -76,6 +76,11 @@ class Cache:
         return tuple(self.manifest.plan.class_names)
 
     @property
+    def multi_label(self) -> bool:
+        """Its samples have several labels, each a yes or no: soft targets are sigmoids."""
+        return self.manifest.plan.samples.multi_label
+
+    @property
     def num_classes(self) -> int:
         """C."""
         return len(self.manifest.plan.class_names)

@@ -19,6 +19,7 @@ from softcache.data.class_counts import chance_warning, described, listed_warnin
 from softcache.data.classes import class_indices, read_classes_map
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
+from softcache.data.label_kind import is_known
 from softcache.data.loading import (
     LoadedBatch,
     Pair,
@@ -42,10 +43,11 @@ from softcache.targets.cache import Cache, Joined
 from softcache.targets.cache import open as open_cache
 from softcache.targets.ensemble import parse_members
 from softcache.targets.teacher import CachedTeacher
+from softcache.train.fits import check_kind, fit_warnings
 from softcache.train.objective import Given, Labels
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import pinned_cache
-from softcache.train.terms import check_labels, check_mixed, check_term
+from softcache.train.terms import check_labels, check_mixed, check_term, stored_members
 from softcache.version import __version__
 
 
@@ -61,9 +63,9 @@ class Material:
         teacher: the cache's members as one teacher; None likewise.
         partners: what mixed views are mixed with.
         ids: (N,) uint64 sample ids in the cache; None without one: those of the keys.
-        labelled: how many samples have a label.
+        labelled: how many samples have a label; of several, one that is known.
         drift: how the views differ from what the teacher saw, by a rounding; None where they do not.
-        warnings: what is odd about the labels, and about who is right on them.
+        warnings: what is odd about the labels, about who is right on them, and about what the terms make of the targets.
     """
 
     transfer_set: TransferSet
@@ -280,6 +282,7 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         SoftcacheError: and its children, each with what to do.
     """
     transfer_set = open_transfer_set(config.data, **config.selection())
+    check_kind(terms, multi_label=transfer_set.multi_label, name=transfer_set.name)
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
     cache, classes_map = _open_cache(config, quiet=quiet), read_classes_map(config.classes_map)
     if cache is not None:
@@ -307,11 +310,12 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         transfer_set = transfer_set.with_classes(config.classes)
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
-    multi_label = transfer_set.multi_label
-    labelled = len(transfer_set) if multi_label else int((transfer_set.labels >= 0).sum())
-    check_labels(terms, labelled=labelled, multi_label=multi_label, name=transfer_set.name)
-    warnings = tuple(_class_warnings(transfer_set, cache))
-    return Material(transfer_set, eval_set, policy, joined, teacher, partners, ids, labelled, drift, warnings)
+    labelled = int(is_known(transfer_set.labels).reshape(len(transfer_set), -1).any(axis=1).sum())
+    check_labels(terms, labelled=labelled, name=transfer_set.name)
+    warnings = list(_class_warnings(transfer_set, cache))
+    if teacher is not None:
+        warnings += fit_warnings(terms, stored_members(teacher), teacher.cache.num_classes)
+    return Material(transfer_set, eval_set, policy, joined, teacher, partners, ids, labelled, drift, tuple(warnings))
 
 
 def _class_warnings(transfer_set: TransferSet, cache: Cache | None) -> Iterator[str]:

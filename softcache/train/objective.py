@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcache.data.label_kind import is_known
 from softcache.errors import LossError
 from softcache.losses import CLASSIFIER, LossTerm
 from softcache.losses.schedules import Moment, Schedule
@@ -33,7 +34,7 @@ class Labels:
     """The hard labels of one batch, on the device.
 
     Attributes:
-        own: (B,) int64 class index or -1, or (B, C) bool.
+        own: (B,) int64 class index or -1; or (B, C) bool, int8 with -1 = unknown.
         partners: the same of the samples that the views are mixed with; None for views that are not mixed.
         shares: (B,) float32 weight of the own label; None likewise.
     """
@@ -44,13 +45,12 @@ class Labels:
 
     @property
     def weight(self) -> Tensor:
-        """() float64 labelled weight of the batch: what a mean over labels divides by."""
-        if self.own.ndim == 2:
-            return torch.tensor(float(len(self.own)), dtype=torch.float64, device=self.own.device)
+        """() float64 labelled weight of the batch, of several labels that of all that are known: what a mean divides by."""
+        known = is_known(self.own)
         if self.partners is None or self.shares is None:
-            return (self.own >= 0).sum(dtype=torch.float64)
-        shares = self.shares.double()
-        return (shares * (self.own >= 0) + (1 - shares) * (self.partners >= 0)).sum()
+            return known.sum(dtype=torch.float64)
+        shares = self.shares.double().reshape(-1, *[1] * (known.ndim - 1))  # (B,) or (B, 1)
+        return (shares * known + (1 - shares) * is_known(self.partners)).sum()
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,10 @@ class _Batch:
         if name in HEAD_INPUTS:
             return self.given.targets.head(self._teacher.members[0], temperature)[HEAD_INPUTS.index(name)]
         assert name == "teacher_logits", name
-        asked = (temperature, term.loss.link)
+        link = term.loss.link if term.loss.link == "sigmoid" else self.given.targets.link
+        asked = (temperature, link)
         if asked not in self._logits:
-            self._logits[asked] = self._teacher.logits(self.given.targets, temperature, term.loss.link)
+            self._logits[asked] = self._teacher.logits(self.given.targets, temperature, link)
         return self._logits[asked]
 
     def teacher_rows(self, first: int, last: int) -> Tensor:

@@ -167,7 +167,8 @@ def test_several_labels_per_sample(quick_dump: QuickDump, toy: Path) -> None:
     text = written(quick_dump(data=f"{toy}:images?multi_label=true"))
     assert "Labels: several classes per sample" in section(text, "Transfer set")
     found = row(text, "exact")
-    assert found["KL at T=1 / 4, mean"] == found["largest class kept"] == "not measured"
+    assert found["KL at T=1 / 4, mean"] == found["largest class kept"] == found["mean entropy"] == "not measured"
+    assert found["top-1 on labelled samples"] == "several labels: not counted"
     assert "KL was not measured" in section(text, "Teachers") and "--loss bce " in text
 
 

@@ -6,6 +6,7 @@ says the same of what it knows.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORLDS, needs
+from safetensors.torch import load_file
 
-from softcache import dump
+from softcache import dump, train
 from softcache import open as open_cache
-from softcache.config import DumpConfig, EvalConfig
+from softcache.config import DumpConfig, EvalConfig, TrainConfig
 from softcache.evaluate import measure
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.sums import Sums
+from softcache.reproduce import steps
 from softcache.targets.ensemble import COMBINE_RULES, combine
 
 MEMBERS = 4
@@ -253,7 +256,7 @@ def evaluated(tmp_path: Path, world: World) -> None:
         assert_same(measure.run(out, EvalConfig(**how), quiet=True), said)
 
 
-@pytest.mark.parametrize(("kind", "flavour"), [("single", "missing"), ("several", "ties")], ids=str)
+@pytest.mark.parametrize(("kind", "flavour"), [("single", "ties"), ("several", "missing")], ids=str)
 def test_every_number_of_an_evaluation(kind: str, flavour: str, tmp_path: Path) -> None:
     evaluated(tmp_path, made(kind, flavour))
 
@@ -262,6 +265,30 @@ def test_every_number_of_an_evaluation(kind: str, flavour: str, tmp_path: Path) 
 @pytest.mark.parametrize(("kind", "flavour"), SETS, ids=str)
 def test_every_number_of_every_evaluation(kind: str, flavour: str, tmp_path: Path) -> None:
     evaluated(tmp_path, made(kind, flavour))
+
+
+@pytest.mark.parametrize(("kind", "flavour"), [("single", "missing"), ("several", "missing")], ids=str)
+def test_a_runs_metrics_and_a_recipes_scores_are_the_same_numbers(kind: str, flavour: str, tmp_path: Path) -> None:
+    world = made(kind, flavour)
+    unknown = np.where(world.labels < 0, np.nan, world.labels) if world.several else world.labels
+    np.savez(tmp_path / "given.npz", logits=world.logits, labels=unknown)
+    pieces, out = WORLDS / "given_logits.py", tmp_path / "run"
+    data = f"{pieces}:given?path={tmp_path / 'given.npz'}"
+    settings = {"data": data, "eval_data": data, "threads": 1, "device": "cpu", "epochs": 2, "lr": 0.1, "out": str(out)}
+    result = train.run(TrainConfig(student=f"{pieces}:pick?index={MEMBERS}", loss=("ce",), **settings), quiet=True)
+    (scale,) = load_file(out / "student.safetensors").values()  # the only number of this student: all logits times it
+    logits = (torch.from_numpy(world.logits[:, -1]) * scale).double().numpy()
+    wanted = expected(logits, world.labels)
+    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    told = {"eval_top1": "top1", "eval_nll": "nll", "eval_errors": "errors"}
+    told |= {"eval_wrong_samples": "wrong_samples"} if world.several else {}
+    assert {name for name in row if name.startswith("eval")} == set(told) and scale.item() != 1.0
+    for name, number in told.items():
+        assert row[name] == pytest.approx(wanted[number], **six_digits)
+    assert result.evaluation is not None
+    scores = steps._scores(result.evaluation)
+    assert scores["errors"] == wanted["errors"] and scores["top1"] == pytest.approx(100 * wanted["top1"], **six_digits)
+    assert scores["class_errors"] == {name: errors for name, (errors, _) in wanted["class_errors"].items()}
 
 
 @pytest.mark.slow

@@ -167,7 +167,8 @@ INNER: dict[str, dict[str, set[str]]] = {
     },
     "train": {
         "ranks": set(),
-        "terms": set(),
+        "fits": set(),
+        "terms": {"fits"},
         "pairs": set(),
         "checkpoint": {"ranks"},
         "stages": {"terms"},
@@ -178,7 +179,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
         "learner": {"objective", "pairs", "ranks"},
-        "batches": {"objective", "ranks", "run_folder", "terms"},
+        "batches": {"fits", "objective", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
         "session": {"batches", "checkpoint", "objective", "pairs", "ranks", "stages", "tensorboard"},
         "metrics": {"batches", "checkpoint", "run_folder", "session"},

@@ -368,6 +368,11 @@ def test_another_metric_of_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
     config = EvalConfig(data=DATA["test"], bias=("2=1.5",), threads=1, device="cpu")
     assert second.rows[2].values == [measure.run(str(run), config, quiet=True).class_errors["1"][0]]
     assert second.rows[2].metric == "errors on 1"
+    with_changes(monkeypatch, ("paper = 3\n", 'paper = 3\nmetric = "class_errors"\nclass = "1"\n'))
+    third = reproduce.run("small", seeds=[0], out=tmp_path, quiet=True).rows[1]
+    config = EvalConfig(data=DATA["test"], threads=1, device="cpu")
+    assert third.values == [measure.run(str(run), config, quiet=True).class_errors["1"][0]]
+    assert third.best == []  # an epoch's row does not tell the errors of a class
     with_changes(monkeypatch, ('class = "2"', 'class = "two"'))
     with pytest.raises(DataError, match="no class 'two'"):
         reproduce.run("small", seeds=[0], out=tmp_path, quiet=True)

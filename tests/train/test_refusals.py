@@ -239,8 +239,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "use kd or soft_ce",
     ),
     "a level that a rule does not keep": (
-        "--cache {path}/two --loss mse_logits --combine vote",
-        "rule 'vote' does not keep",
+        "--cache {path}/two --loss mse_logits --combine mean_probs",
+        "rule 'mean_probs' does not keep",
         "mean_logits",
     ),
     "classes that a codec does not keep": (
@@ -284,8 +284,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "several labels": (
         "--cache {path}/many --data {pieces}:images?labels=many --loss wsld",
-        "one label per sample, and .* may have several",
-        "use ce or bce",
+        "one class per sample, and the samples of .* have several labels",
+        "--loss bce learns from the teacher, as kd does of one class; mse_logits, ce and losses on features fit too",
     ),
     "no negatives": (
         "--cache {path}/ants --data {pieces}:images?labels=ants --loss crd",

@@ -492,7 +492,7 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param(
             {"cache": "three", "members": ("sharp", "blunt"), "loss": ("mse_logits",), "combine": "vote"},
             LossError,
-            "rule 'vote' does not keep",
+            "needs logits, and a vote has none",
             "mean_logits",
             id="mse of a vote",
         ),
