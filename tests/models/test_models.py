@@ -224,7 +224,7 @@ def test_prepare_serves_gradients_after_inference_mode() -> None:
         (VectorInput(), ["cat"], "found a text"),
         (VectorInput(), [np.array([1j])], "complex128"),
         (TextInput(WORDS), [u8(2, 2)], "takes strings, found numpy.ndarray"),
-        (AnyInput(), ["cat"], r"strings[\s\S]*method collate\(items\)"),
+        (AnyInput(), ["cat"], r"texts[\s\S]*method collate\(items\)"),
         (AnyInput(), [u8(2, 2), u8(2, 3)], r"differ in shape"),
     ],
 )
