@@ -228,13 +228,13 @@ def _content(path: Path) -> Any:
         raise ModelError(f"{path} is not a weights file we know", tip=nearest(path.suffix, SUFFIXES))
     refuse_others(path)
     if path.suffix == ".safetensors":
-        if begin.startswith((b"PK", b"\x80")):
+        if begin.startswith((b"PK", b"\x80")) and not _is_safetensors(begin):
             raise ModelError(f"{path}: was written by torch.save", tip=f"rename it to {path.stem}.pth")
         try:
             return load_file(path)
         except (SafetensorError, OSError) as exc:
             raise ModelError(f"{path} is not a safetensors file: {exc}", tip="fetch it again") from None
-    if begin[8:10] == b'{"':
+    if _is_safetensors(begin):
         raise ModelError(f"{path}: is a safetensors file", tip=f"rename it to {path.stem}.safetensors")
     content = _loaded(path)
     refuse_stretched(content, path.stat().st_size, path, ModelError)
@@ -305,9 +305,16 @@ def _begin(path: Path) -> bytes:
         raise ModelError(f"{path}: cannot be read: {exc.strerror}") from None
 
 
+def _is_safetensors(begin: bytes) -> bool:
+    """Whether a header of JSON begins behind its length in eight bytes, whatever letters those are."""
+    return begin[8:10] == b'{"'
+
+
 def refuse_others(path: Path) -> None:
     """Raise ModelError, saying what it is, for a file that is something else under a name of weights."""
     begin = _begin(path)
+    if _is_safetensors(begin):
+        return
     if not begin:
         raise ModelError(f"{path}: is empty", tip="fetch it again: the download was cut off")
     text = begin.lstrip(b"\xef\xbb\xbf \r\n\t").lower()

@@ -214,6 +214,15 @@ def test_a_safetensors_file_under_another_ending_is_told(tmp_path: Path) -> None
         read_state(tmp_path / "w.pth", STATE)
 
 
+@pytest.mark.parametrize("begin", [b"PK", b"\x80", b"\x1f\x8b", b"<?xml"])
+def test_a_safetensors_file_is_read_whatever_its_length_begins_with(begin: bytes, tmp_path: Path) -> None:
+    found = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    size = int.from_bytes(begin[:2].ljust(8, b"\0"), "little")
+    header = found.ljust(size, b" ") if size >= len(found) else found
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    assert read_state(tmp_path / "w.safetensors", {"weight": torch.zeros(1)}).tensors["weight"].item() == 0
+
+
 def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path) -> None:
     names = list(STATE)
     places = {name: f"model-{1 + (i > 3)}.safetensors" for i, name in enumerate(names)}
