@@ -328,6 +328,35 @@ class ExportConfig:
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
 
 
+BY_HELP = (
+    "carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, "
+    "lowrank:energy=0.95, lowrank:rank=0.25; repeat to do one after the other"
+)
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """softcache shrink: a smaller model out of a trained one, as a run folder."""
+
+    model: str = option(..., "run folder or MODEL@WEIGHTS", metavar="MODEL", positional=True)
+    by: tuple[str, ...] = option(..., BY_HELP, metavar="METHOD", repeat=True)
+    out: str = option(..., "run folder of the smaller model", metavar="DIR")
+    data: str | None = option(
+        None, "samples by which lowrank chooses and BatchNorm is measured anew; labels are not used", metavar="DATA"
+    )
+    eval_data: str | None = option(None, "data set on which both models are measured", metavar="DATA")
+    classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")
+    policy: tuple[str, ...] = option(
+        (), "deterministic view steps (default: those of the run)", metavar="STEP", repeat=True
+    )
+    download: bool = option(False, "let torchvision download a data set that is not there")
+    allow_code: bool = option(False, ALLOW_CODE_HELP)
+    batch_size: int = option(64, "samples of the batch that is timed, and of each forward pass", metavar="B")
+    seed: int = option(0, "weights of layers that begin anew", metavar="SEED")
+    device: str = option("auto", "where it is measured", metavar="DEVICE")
+    threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")
+
+
 @dataclass(frozen=True)
 class Resolved(Generic[Config]):
     """A config and, per field, where its value came from."""

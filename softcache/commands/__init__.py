@@ -7,6 +7,7 @@ VERBS = {
     "dump": "softcache.commands.dump",
     "train": "softcache.commands.train",
     "eval": "softcache.commands.eval",
+    "shrink": "softcache.commands.shrink",
     "export": "softcache.commands.export",
     "reproduce": "softcache.commands.reproduce",
     "losses": "softcache.commands.losses",

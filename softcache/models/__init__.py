@@ -31,6 +31,7 @@ from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
 from softcache.models.saved_metadata import check_spec, load_json
+from softcache.models.shrunk import Shrunk, check_whole_size
 from softcache.models.shufflenet import shufflenetv1, shufflenetv2
 from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
 from softcache.models.vgg import vgg
@@ -46,6 +47,7 @@ from softcache.models.weights import (
     read_metadata,
     read_saved,
     refuse_misfit,
+    reshrink,
     save_student,
     split_weights,
     stored_shapes,
@@ -65,6 +67,7 @@ __all__ = [
     "Model",
     "Projector",
     "SavedModel",
+    "Shrunk",
     "TextInput",
     "TokenizerInput",
     "VectorInput",
@@ -307,6 +310,9 @@ def _refuse_too_large(path: Path, spec: Spec, saved: SavedModel, text: str, data
             ) from None
     there = stored_shapes(path)
     most = sum(map(math.prod, there.values()))
+    if saved.shrunk is not None:
+        check_whole_size(made.net, most, text)
+        reshrink(made, saved.shrunk, text, most=most)
     if saved.graft is None:
         refuse_misfit(made, there, text)
     elif sum(tensor.numel() for tensor in made.net.state_dict().values()) > GRAFTED * most:

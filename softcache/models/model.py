@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from softcache.errors import ModelError, first_offenders
 from softcache.models.inputs import Input
 from softcache.models.projector import Graft
+from softcache.models.shrunk import Shrunk
 
 OUTPUTS = ("logits", "log_probs", "probs")
 
@@ -25,6 +26,7 @@ class Model(nn.Module):
         data_class_names: those of the data it was built for; what is saved with it.
         input_shape: shape of one rendered item that it was built for; None if unknown, or for text.
         graft: where it answers with its teacher's final linear layer, if it does; see `graft`.
+        shrunk: what was left out of the network that the spec names; None: nothing.
         untrained: tensors that are random though it was built with weights, since these do not hold them; for a student
             to learn, and no teacher.
         weights_told: what was chosen of the file of its weights, or left out; empty where there was no choice.
@@ -41,6 +43,7 @@ class Model(nn.Module):
         self.data_class_names: tuple[str, ...] = ()
         self.input_shape: tuple[int, ...] | None = None
         self.graft: Graft | None = None
+        self.shrunk: Shrunk | None = None
         self.untrained: tuple[str, ...] = ()
         self.weights_told = ""
         declared = getattr(net, "output", "logits")

@@ -29,6 +29,7 @@ from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft
 from softcache.models.saved_metadata import load_json
 from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest
+from softcache.models.shrunk import Shrunk, shrink_by
 from softcache.spec import Spec, outside_quotes, parse_spec, quoted, unquoted
 
 STUDENT = "student.safetensors"  # its name in a run folder
@@ -53,6 +54,7 @@ class SavedModel:
         vocabulary: of a text model, else None.
         graft: what was built into the network after the spec; None for most.
         transformer: configuration and tokenizer of one of transformers' models, else None.
+        shrunk: what was left out of the network that the spec names; None for most.
     """
 
     spec: str
@@ -63,6 +65,7 @@ class SavedModel:
     vocabulary: tuple[str, ...] | None
     graft: Graft | None = None
     transformer: Mapping[str, Any] | None = None
+    shrunk: Shrunk | None = None
 
 
 def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> None:
@@ -98,6 +101,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "vocabulary": model.input.vocabulary if isinstance(model.input, TextInput) else None,
         **({"graft": model.graft.to_json()} if model.graft is not None else {}),
         **({"transformer": transformer} if transformer is not None else {}),
+        **({"shrunk": model.shrunk.to_json()} if model.shrunk is not None else {}),
     }
 
 
@@ -187,6 +191,7 @@ def _saved_model(about: Any) -> SavedModel:
         vocabulary=None if vocabulary is None else _all_of_type(vocabulary, str),
         graft=None if graft is None else Graft(**_of_type(graft, dict)),
         transformer=about.get("transformer"),
+        shrunk=None if about.get("shrunk") is None else Shrunk.from_json(about["shrunk"]),
     )
     if len(saved.spec) > MAX_SPEC or len(saved.input_shape or ()) > 8:
         raise ValueError("a spec or a shape that is too long")
@@ -307,8 +312,11 @@ def load_weights(model: Model, weights: str) -> None:
     saved = read_saved(weights)
     if saved is not None:
         _check_same_input(model, saved, weights)
+        most = sum(map(math.prod, stored_shapes(weights_file(weights)).values()))
+        if saved.shrunk is not None and model.shrunk is None:
+            reshrink(model, saved.shrunk, weights, most=most)
         if saved.graft is not None and model.graft is None:
-            regraft(model, saved.graft, most=sum(map(math.prod, stored_shapes(weights_file(weights)).values())))
+            regraft(model, saved.graft, most=most)
     state = state_of(model, weights)
     _load(model, state.tensors, weights)
     model.weights_told = state.told
@@ -326,6 +334,22 @@ def state_of(model: Model, weights: str) -> State:
     if state.told:
         note_once(f"{weights}: {state.told}")
     return state
+
+
+def reshrink(model: Model, record: Shrunk, where: str, *, most: int) -> None:
+    """Leave out of a network what was left out of the one that weights were saved of.
+
+    Args:
+        most: how many numbers the weights have.
+
+    Raises:
+        ModelError: the record is of another network.
+    """
+    try:
+        shrink_by(model.net, record, most=most)
+    except ModelError as exc:
+        raise ModelError(f"{where} does not fit {model.spec or 'the model'}: {exc.message}", tip=exc.tip) from None
+    model.shrunk = record
 
 
 def fingerprint(module: nn.Module) -> str:

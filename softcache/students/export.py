@@ -143,7 +143,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
         ExportError: the model cannot be traced, or the file does not answer as the model does; no file is left.
         SoftcacheError: other children, for what cannot be opened.
     """
-    _refuse_untrained(model_text)
+    refuse_untrained(model_text)
     out = _target(model_text, config)
     for package in PACKAGES if config.to == "onnx" else ():
         require_extra(package, "onnx", "export to ONNX")
@@ -151,7 +151,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     device, threads = pick_device(config.device), pick_threads(config.threads)
     torch.set_num_threads(threads)
     classes_map = read_classes_map(config.classes_map)
-    transfer_set = _of_its_classes(open_transfer_set(data, download=config.download), model_text, classes_map)
+    transfer_set = of_its_classes(open_transfer_set(data, download=config.download), model_text, classes_map)
     policy = Policy.parse(config.policy, 0) if config.policy else run_policy(model_text).for_evaluation()
     viewed = ViewedSet(transfer_set, policy, ())
     three, four = ([viewed.render(i, 0) for i in _spread(len(transfer_set), n)] for n in (3, 4))
@@ -180,7 +180,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     with durable.written_by_path(out, out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")) as aside:
         if config.to == "safetensors":
             save_student(model, aside, metadata=metadata)
-            fresh = load_model(_text_of_copy(model_text, aside), **about, device=str(device)).eval()  # type: ignore[arg-type]
+            fresh = load_model(text_of_copy(model_text, aside), **about, device=str(device)).eval()  # type: ignore[arg-type]
             exported: Forward = lambda inputs: fresh(to_device(inputs, device))  # noqa: E731
         else:
             program = trace(model, batch, model_text)
@@ -209,7 +209,7 @@ def _metadata(
     model: Model, model_text: str, format: str, inputs: Sequence[TensorFact], output: TensorFact
 ) -> dict[str, str]:
     """What goes with each file: what is known of the weights, and how the exported model is called."""
-    weights = Path(_weights_of(model_text))
+    weights = Path(weights_of(model_text))
     known = read_metadata(weights) if weights.is_dir() or weights.suffix == ".safetensors" else {}
     carried = {key: value for key, value in known.items() if key.startswith("softcache")}
     call = {
@@ -358,7 +358,7 @@ def _data_of_run(model_text: str, *, allow_code: bool) -> str:
     return data
 
 
-def _of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapping[str, str]) -> TransferSet:
+def of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapping[str, str]) -> TransferSet:
     """The evaluation set under the class list of the weights, which may be a part of the set's, or the other way round.
 
     Raises:
@@ -388,7 +388,7 @@ def _of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Map
     )
 
 
-def _refuse_untrained(model_text: str) -> None:
+def refuse_untrained(model_text: str) -> None:
     if path_alone(model_text) is not None or split_weights(model_text)[1]:
         return
     spec = parse_spec(model_text)
@@ -396,7 +396,7 @@ def _refuse_untrained(model_text: str) -> None:
         raise ConfigError(f"{model_text!r} has no weights", tip=f"name them: {model_text}@WEIGHTS, or a run folder")
 
 
-def _weights_of(model_text: str) -> str:
+def weights_of(model_text: str) -> str:
     """The path part of a model text; it need not exist."""
     alone = path_alone(model_text)
     return path_and_choice(split_weights(model_text)[1] or model_text)[0] if alone is None else alone
@@ -404,12 +404,12 @@ def _weights_of(model_text: str) -> str:
 
 def _folder_of(model_text: str) -> Path | None:
     """The run folder behind a model text, if there is one."""
-    path = Path(_weights_of(model_text))
+    path = Path(weights_of(model_text))
     folder = path.parent if path.suffix == ".safetensors" else path
     return folder if path.exists() and folder.is_dir() else None
 
 
-def _text_of_copy(model_text: str, path: Path) -> str:
+def text_of_copy(model_text: str, path: Path) -> str:
     """The model text for a copy of the weights: a student says itself what it is, unless a factory of the user builds it."""
     head = "" if path_alone(model_text) is not None else split_weights(model_text)[0]
     return f"{head}@{path}" if head and parse_spec(head).is_factory else str(path)

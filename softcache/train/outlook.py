@@ -22,6 +22,7 @@ LOOKED_AT = 4096  # moments of a stage, spread over its steps
 LEFT_OF_START = 0.05  # of a moving average at the end of a run
 TAKEN = 0.5  # of a student's numbers, by --init-from
 PEAK = 0.5  # of the highest value of a schedule
+MANY_ZEROS = 0.2  # of a student's weights: no network begins with so many
 MOVED = 1e-6  # learning rate times steps: less than float32 keeps of a weight of about 1 and more
 SOFTEST, HARDEST = 200.0, 0.07  # temperatures
 
@@ -98,6 +99,7 @@ def outlook(prepared: Prepared, reaches: Sequence[Reach]) -> tuple[str, ...]:
             told += [_of(stages, number, one) for one in _of_stage(stage, steps, reach)]
     told += _of_average(prepared)
     told += _of_start(prepared.initialised)
+    told += _of_zeros(prepared)
     told += _of_parameters(prepared, reaches)
     told += _of_judgement(prepared)
     return tuple(dict.fromkeys(told))
@@ -194,6 +196,17 @@ def _of_start(initialised: Initialised | None) -> Iterator[str]:
         yield (
             f"--init-from {initialised.source} gives {initialised.taken:,} of the student's {initialised.numbers:,} numbers "
             f"({share:.1%}); the others begin at random"
+        )
+
+
+def _of_zeros(prepared: Prepared) -> Iterator[str]:
+    """Weights that were pruned one by one."""
+    weights = [m.weight for m in prepared.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    zeros, count = sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+    if zeros > MANY_ZEROS * count:
+        yield (
+            f"{zeros / count:.0%} of the student's weights are zero, as after prune:unstructured, and nothing holds them there: "
+            "training changes them too; prune it again afterwards"
         )
 
 

@@ -35,7 +35,7 @@ def test_a_factor_is_the_same_on_all_inputs(row: object) -> None:
 def test_what_is_called_no_constant_is_none(row: object) -> None:
     found = tool.ratios(row)
     assert all(map(math.isfinite, found))
-    assert max(map(abs, found)) > 1.2 * min(map(abs, found))
+    assert max(map(abs, found)) > 1.05 * min(map(abs, found))
 
 
 def test_the_text_of_a_factor_is_its_number() -> None:

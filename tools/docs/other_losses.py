@@ -44,6 +44,15 @@ def squared_probabilities(student: Tensor, teacher: Tensor, t: float) -> Tensor:
     return t**2 * (softmax(student, t) - softmax(teacher, t)).square().mean()
 
 
+def squared_log_probabilities(student: Tensor, teacher: Tensor, t: float) -> Tensor:
+    return t**2 * (softmax(student, t).log() - softmax(teacher, t).log()).square().mean()
+
+
+def squared_mixture(student: Tensor, teacher: Tensor, t: float) -> Tensor:
+    """Logarithms of the student's probabilities against the teacher's probabilities themselves."""
+    return t**2 * (softmax(student, t).log() - softmax(teacher, t)).square().mean()
+
+
 def bare_cross_entropy(student: Tensor, teacher: Tensor, t: float) -> Tensor:
     return -(softmax(teacher, t) * softmax(student, t).log()).sum(dim=1).mean()
 

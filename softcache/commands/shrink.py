@@ -1,0 +1,31 @@
+"""softcache shrink: examples and printing; its flags are `softcache.config.ShrinkConfig`."""
+
+from __future__ import annotations
+
+import json
+
+from softcache.commands.flags import STARTS_AGAIN, Output, Verb
+from softcache.config import ShrinkConfig
+
+
+def run(config: ShrinkConfig, output: Output) -> int:
+    from softcache.students import shrink
+
+    result = shrink.run(config, quiet=output.quiet)
+    print(json.dumps(result.to_json()) if output.json else result.text())
+    return 0
+
+
+VERB = Verb(
+    config=ShrinkConfig,
+    run=run,
+    summary="make a trained model smaller: carve, prune, low rank; what it costs before and after",
+    examples=r"""
+softcache shrink runs/teacher --by lowrank:energy=0.9 --data digits --eval-data digits?split=test --out runs/low
+softcache shrink runs/teacher --by prune:unstructured,amount=0.5 --out runs/sparse
+softcache shrink torchvision:resnet50@IMAGENET1K_V2 --by prune:unstructured,amount=0.5 --by lowrank:rank=0.25 \
+                 --data imagefolder:train --out runs/small
+""",
+    after_stop=STARTS_AGAIN,
+    writes=True,
+)

@@ -1,0 +1,87 @@
+"""What a model costs: parameters, multiply-adds, bytes on disk, and time on this machine."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from softcache.models.weights import student_bytes
+from softcache.students.samples import Samples
+
+SECONDS, RUNS = 0.5, 5  # of each timing: until so much time is gone, and at least so often
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs.
+
+    Attributes:
+        parameters: how many numbers it has learned; zeros: how many of them are 0.
+        multiply_adds: of convolutions, matrix products and attention, for one sample.
+        nbytes, compressed: of its file, as it is and by zlib, which finds zeros.
+        seconds_one, seconds_batch: median time for one sample, and for a batch.
+    """
+
+    parameters: int
+    zeros: int
+    multiply_adds: int
+    nbytes: int
+    compressed: int
+    seconds_one: float
+    seconds_batch: float
+
+
+def cost_of(models: Sequence[Samples], batch_size: int) -> list[Cost]:
+    """Of each model; their times are taken in turns, so that whatever else the machine does meets all of them."""
+    ones = _in_turns([lambda s=s: s.run(1) for s in models])  # type: ignore[misc]
+    many = _in_turns([lambda s=s: s.run(batch_size) for s in models])  # type: ignore[misc]
+    return [_cost(samples, *seconds) for samples, *seconds in zip(models, ones, many, strict=True)]
+
+
+def _cost(samples: Samples, one: float, many: float) -> Cost:
+    parameters = list(samples.model.parameters())
+    data = student_bytes(samples.model, {})
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        zeros=sum(int((parameter == 0).sum()) for parameter in parameters),
+        multiply_adds=multiply_adds(samples),
+        nbytes=len(data),
+        compressed=len(zlib.compress(data, 6)),
+        seconds_one=one,
+        seconds_batch=many,
+    )
+
+
+def multiply_adds(samples: Samples) -> int:
+    """Of one sample, counted while the model runs on it."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a kernel of its own, in which nothing is counted
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            samples.run(1)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() // 2
+
+
+def _in_turns(runs: Sequence[Callable[[], object]]) -> list[float]:
+    """The median seconds of each."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    began = time.monotonic()
+    while len(times[0]) < RUNS or time.monotonic() - began < SECONDS * len(runs):
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [median(taken) for taken in times]

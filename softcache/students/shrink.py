@@ -1,0 +1,335 @@
+"""softcache shrink: a trained model, made smaller by one method or several, as a run folder; and what both cost."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.config import ShrinkConfig
+from softcache.data.classes import read_classes_map
+from softcache.data.loading import ViewedSet, item_shape, spread_items
+from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.data.views import Policy
+from softcache.errors import ConfigError, ModelError, faults_explained, nearest
+from softcache.evaluate.measure import Evaluation, evaluate, run_policy
+from softcache.files import durable
+from softcache.files.durable import require_room
+from softcache.machine import pick_device, pick_threads
+from softcache.models import Model, Shrunk, load_model, read_metadata, read_saved, save_student
+from softcache.models.item_range import check_scale
+from softcache.report.progress import Meter
+from softcache.report.tables import percent, size, table
+from softcache.spec import call_factory, split_outside
+from softcache.students.carve import carve
+from softcache.students.cost import Cost, cost_of
+from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
+from softcache.students.low_rank import low_rank
+from softcache.students.prune import prune_channels, prune_weights
+from softcache.students.samples import Samples
+from softcache.train.run_folder import STUDENT, locked
+from softcache.version import __version__
+
+METHODS: dict[str, Any] = {
+    "carve": carve,
+    "prune:structured": prune_channels,
+    "prune:unstructured": prune_weights,
+    "lowrank": low_rank,
+}
+TABLE = "shrink.json"  # what is printed, for machines
+SHRINK_KEY = "softcache_shrink"  # among the strings of the student's file: what was done
+LOOKED_AT = 2048  # samples of --data, spread over the set
+CLOSE = 1e-4  # of the largest logit: what two orders of a sum may differ by
+
+
+@dataclass(frozen=True)
+class Method:
+    """One `--by`."""
+
+    text: str
+    name: str
+    settings: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """`name:key=value,key=value`, where a value may hold commas; of prune the kind comes first.
+
+        Raises:
+            ConfigError: no such method.
+        """
+        name, _, rest = text.partition(":")
+        words = [word.strip() for word in split_outside(rest, ",") if word.strip()]
+        if name == "prune" and words and "=" not in words[0]:
+            name, words = f"prune:{words[0]}", words[1:]
+        if name not in METHODS:
+            tip = "prune:unstructured or prune:structured" if name == "prune" else nearest(name, METHODS)
+            raise ConfigError(f"--by {text}: there is no method {name!r}", tip=tip)
+        settings: dict[str, str] = {}
+        last = ""
+        for word in words:
+            key, equals, value = word.partition("=")
+            if equals and key not in settings:
+                last, settings[key] = key, value
+            elif equals or not last:
+                what = f"{key!r} is given twice" if equals else f"{word!r} is not key=value"
+                raise ConfigError(
+                    f"--by {text}: {what}", tip=f"write {name}{',' if ':' in name else ':'}key=value,key=value"
+                )
+            else:
+                settings[last] += f",{word}"  # of a list
+        return cls(text, name, settings)
+
+    def apply(self, samples: Samples) -> tuple[Shrunk, str]:
+        """Make the samples' network smaller, in place: what was left out, and a line for people."""
+        where = f"--by {self.text}"
+        done: tuple[Shrunk, str] = call_factory(
+            METHODS[self.name], self.settings, where, net=samples.model.net, samples=samples
+        )
+        return done
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """A finished one.
+
+    Attributes:
+        path: the run folder.
+        source: the model that was made smaller.
+        steps: each method, and what it did.
+        notes: what else is worth knowing.
+        before, after: what both cost.
+        eval_data, measured_before, measured_after: how good both are, without healing; None without --eval-data.
+        batch_size, device, threads: of the timing.
+    """
+
+    path: Path
+    source: str
+    steps: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    before: Cost
+    after: Cost
+    eval_data: str | None
+    measured_before: Evaluation | None
+    measured_after: Evaluation | None
+    batch_size: int
+    device: str
+    threads: int
+
+    def text(self) -> str:
+        """For people."""
+        both = (self.before, self.after)
+        rows: list[list[Any]] = [
+            _row("parameters", [cost.parameters for cost in both]),
+            _row("of them not zero", [cost.parameters - cost.zeros for cost in both]),
+            _row("multiply-adds", [cost.multiply_adds for cost in both]),
+            _row("on disk", [cost.nbytes for cost in both], size),
+            _row("compressed", [cost.compressed for cost in both], size),
+            _row("one sample", [cost.seconds_one for cost in both], _milliseconds),
+            _row(f"a batch of {self.batch_size}", [cost.seconds_batch for cost in both], _milliseconds),
+        ]
+        if self.measured_before is not None and self.measured_after is not None:
+            tops = [measured.top1 for measured in (self.measured_before, self.measured_after)]
+            rows.append(["top-1, not healed", percent(tops[0]), percent(tops[1]), None])
+        said = [f"{method}: {what}" for method, what in self.steps] + list(self.notes)
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        on = f"; top-1 on {self.eval_data}" if self.eval_data else ""
+        told = f"times are medians on {self.device}, {threads}{on}"
+        return "\n".join([*said, "", table(["", "before", "after", "ratio"], rows), "", told, self._next()])
+
+    def _next(self) -> str:
+        return f"{self.path}: next: softcache train --student {self.path} --cache ... --data ... --out ..."
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+
+def _row(name: str, values: Sequence[Any], written: Callable[[Any], Any] = lambda value: value) -> list[Any]:
+    """A line of the table: before, after, and what share is left."""
+    before, after = values
+    return [name, written(before), written(after), f"{after / before:.2f}" if before else None]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms"
+
+
+def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
+    """Make a model smaller.
+
+    Raises:
+        ConfigError: no such method, one that finds nothing to do, or a folder that holds something.
+        ModelError: a network that a method cannot make smaller, or that is not the same when its file is read again.
+        SoftcacheError: other children, for what cannot be opened.
+    """
+    methods = [Method.parse(text) for text in config.by]
+    out = _target(config)
+    refuse_untrained(config.model)
+    device, threads = pick_device(config.device), pick_threads(config.threads)
+    torch.set_num_threads(threads)
+    torch.manual_seed(config.seed)
+    policy = Policy.parse(config.policy, 0) if config.policy else run_policy(config.model).for_evaluation()
+    data, eval_set = (_opened(text, config) for text in (config.data, config.eval_data))
+    samples = _samples(config, data, eval_set, policy, device)
+    before = copy.deepcopy(samples.model)
+    require_room(out, sum(tensor.nbytes for tensor in before.state_dict().values()), "the smaller model may need")
+    with locked(out), Meter(f"shrink {config.model}", len(methods) + 3, unit="steps", quiet=quiet) as meter:
+        steps = []
+        for method in methods:
+            meter.note(method.text)
+            steps.append((method.text, _applied(method, samples)))
+            meter.add()
+        notes = _measure_batch_norm(samples)
+        meter.add()
+        both = [Samples.of(before, config.model, samples.example, 0, samples.item, config.batch_size), samples]
+        costs = cost_of(both, config.batch_size)
+        meter.add()
+        measured = [_measured(one.model, eval_set, policy, config, device) for one in both]
+        meter.add()
+        result = Shrinking(
+            out, config.model, tuple(steps), notes, costs[0], costs[1], config.eval_data, measured[0], measured[1],
+            config.batch_size, str(device), threads,
+        )  # fmt: skip
+        _write(result, samples, policy, config)
+    return result
+
+
+def _applied(method: Method, samples: Samples) -> str:
+    record, said = method.apply(samples)
+    if record != Shrunk():
+        model = samples.model
+        model.shrunk = record if model.shrunk is None else model.shrunk.then(record)
+    return said
+
+
+def _measure_batch_norm(samples: Samples) -> tuple[str, ...]:
+    if not samples.given:
+        if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in samples.model.modules()):
+            return ("BatchNorm keeps the statistics of the whole network; with --data DATA they are measured anew",)
+        return ()
+    count = samples.measure_batch_norm()
+    return (f"BatchNorm measured anew on {samples.count:,} samples, {count} layers",) if count else ()
+
+
+def _measured(
+    model: Model, eval_set: TransferSet | None, policy: Policy, config: ShrinkConfig, device: torch.device
+) -> Evaluation | None:
+    return None if eval_set is None else evaluate(model, eval_set, policy, device=device, batch_size=config.batch_size)
+
+
+# ------------------------------------------------------------------------------------------------------------ what goes in
+
+
+def _target(config: ShrinkConfig) -> Path:
+    out = Path(config.out)
+    if config.batch_size < 1:
+        raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
+    if os.path.lexists(out) and not out.is_dir():
+        raise ConfigError(f"{out}: is a file", tip="choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out}: holds files already", tip="remove them, or choose another --out")
+    return out
+
+
+def _opened(text: str | None, config: ShrinkConfig) -> TransferSet | None:
+    if text is None:
+        return None
+    transfer_set = open_transfer_set(text, download=config.download)
+    return of_its_classes(transfer_set, config.model, read_classes_map(config.classes_map))
+
+
+def _samples(
+    config: ShrinkConfig,
+    data: TransferSet | None,
+    eval_set: TransferSet | None,
+    policy: Policy,
+    device: torch.device,
+) -> Samples:
+    """The model, and what it is run on: --data, else an item of --eval-data, else what its file says of one."""
+    shown = data if data is not None else eval_set
+    if shown is not None:
+        viewed = ViewedSet(shown, policy, ())
+        items = spread_items(viewed)
+        example, num_classes, class_names = items[0], shown.num_classes, shown.class_names
+    else:
+        items = []
+        example, num_classes, class_names = _made_up(config.model)
+    with faults_explained(ModelError, f"building the model {config.model!r}"):
+        model = load_model(
+            config.model,
+            num_classes=num_classes,
+            class_names=class_names,
+            input_shape=item_shape(example),
+            allow_code=config.allow_code,
+            device=str(device),
+        ).eval()
+    model.check_trained(repr(config.model))
+    if model.graft is not None:
+        raise ModelError(
+            f"{config.model}: answers by its teacher's classifier behind a projector, and is not made smaller",
+            tip="make the student smaller first, and then train it with simkd",
+        )
+    if items:
+        check_scale(model, config.model, items)
+    places = np.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).astype(np.int64) if data is not None else ()
+    render = ViewedSet(data, policy, ()).render if data is not None else (lambda _i, _view: example)
+    with faults_explained(ModelError, f"the model {config.model!r} on a sample"):
+        return Samples.of(
+            model, config.model, example, len(places), lambda i: render(int(places[i]), 0), config.batch_size
+        )
+
+
+def _made_up(model_text: str) -> tuple[Any, int, tuple[str, ...]]:
+    """An item of the shape that a run's file tells, and its classes."""
+    weights = weights_of(model_text)
+    saved = read_saved(weights) if os.path.exists(weights) else None
+    if saved is None or (saved.input_shape is None and saved.input["kind"] not in ("text", "tokenizer")):
+        raise ConfigError(
+            f"{model_text}: says nothing of the items that it takes", tip="--data DATA: some samples to run it on"
+        )
+    if saved.input_shape is None:
+        return "a text of some words", saved.num_classes, saved.class_names
+    pixels = np.random.default_rng(0).integers(0, 256, saved.input_shape, dtype=np.uint8)
+    is_tensor = len(saved.input_shape) == 3 and saved.input_shape[0] < saved.input_shape[-1]
+    return (torch.from_numpy(pixels) if is_tensor else pixels), saved.num_classes, saved.class_names
+
+
+# ----------------------------------------------------------------------------------------------------------- what comes out
+
+
+def _write(result: Shrinking, samples: Samples, policy: Policy, config: ShrinkConfig) -> None:
+    """The run folder: the table first, and the student last, when it was seen to be what its file says."""
+    out, model = result.path, samples.model
+    weights = weights_of(config.model)
+    known = read_metadata(Path(weights)) if os.path.isdir(weights) or weights.endswith(".safetensors") else {}
+    told = {
+        **{key: value for key, value in known.items() if key.startswith("softcache_")},
+        "softcache_policy": json.dumps(policy.to_json()),
+        "softcache_version": __version__,
+        SHRINK_KEY: json.dumps({"source": config.model, "by": list(config.by)}),
+    }
+    durable.write_whole(out / TABLE, (json.dumps(result.to_json(), indent=1) + "\n").encode())
+    with durable.written_by_path(out / STUDENT, out / f".{os.getpid()}.{STUDENT}") as aside:
+        save_student(model, aside, metadata=told)
+        again = load_model(
+            text_of_copy(config.model, aside),
+            num_classes=model.num_classes,
+            class_names=model.data_class_names,
+            input_shape=item_shape(samples.example),
+            allow_code=config.allow_code,
+            device=str(next(model.parameters()).device),
+        ).eval()
+        expected = samples.run(2)
+        with torch.no_grad():
+            found = again(samples.inputs(2))
+        if not torch.allclose(found, expected, rtol=CLOSE, atol=CLOSE * float(expected.abs().max())):
+            raise ModelError(
+                f"{config.model}: built again from its file, the smaller model gives other logits",
+                tip="does a factory build another network each time? nothing was written",
+            )
