@@ -241,16 +241,7 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if not spec.scheme and os.path.exists(
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
-        has_folders = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
-        kind = (
-            "hf-dataset"
-            if path.is_dir() and is_saved(path)
-            else "imagefolder"
-            if has_folders
-            else "images"
-            if path.is_dir()
-            else "table"
-        )
+        kind = _kind_of_path(path)
         literal = f"{kind}:{quoted(spec.name, '?')}"
         raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {literal}?")
     if spec.scheme in OTHER_WORDS:
@@ -261,6 +252,15 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
         )
     tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"
     raise ConfigError(f"{spec.text!r}: no source is called {spec.scheme or spec.name!r}", tip=tip)
+
+
+def _kind_of_path(path: Path) -> str:
+    """The source that reads a file or a folder as it looks."""
+    if not path.is_dir():
+        return "table"
+    if is_saved(path):
+        return "hf-dataset"
+    return "imagefolder" if any(entry.is_dir() for entry in path.iterdir()) else "images"
 
 
 def _refuse_unquoted(spec: Spec) -> None:
