@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -65,8 +66,51 @@ _QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
 
+class Settings:
+    """What checks and converts its own fields, made in Python too: `epochs="2"`, `out=Path(...)`, `loss="kd"`.
+
+    Raises:
+        ConfigError: a value of another type, an unknown choice, a required setting missing.
+    """
+
+    def __post_init__(self) -> None:
+        hints, kind = typing.get_type_hints(type(self)), type(self).__name__
+        for one in fields(self):  # type: ignore[arg-type]
+            where = f"{kind}: {one.name}"
+            value = _own(getattr(self, one.name), hints[one.name], where, settings=one.name == SETTINGS)
+            _check_choice(one, value, where)
+            if one.metadata["required"] and not value:
+                raise ConfigError(f"{where} is missing", tip=f"{one.name}: {one.metadata['help']}")
+            object.__setattr__(self, one.name, value)
+
+
+def _own(value: Any, hint: Any, where: str, *, settings: bool) -> Any:
+    """A value of Python's as the type of its field; ConfigError where it is none."""
+    if value is None and (type(None) in typing.get_args(hint) or hint is str):
+        return None  # of a required one it is told below
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if (
+        isinstance(value, str)
+        and (hint is str or str in typing.get_args(hint))
+        and typing.get_origin(hint) is not tuple
+    ):
+        return value  # "none" too
+    if typing.get_origin(hint) is tuple and not isinstance(value, str | dict) and isinstance(value, Iterable):
+        value = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
+    if isinstance(value, bytes) or (value is not None and hint is str and not isinstance(value, int | float)):
+        raise ConfigError(f"{where}: {value!r} is no text")
+    return coerce(value, hint, where, settings=settings)
+
+
+def _check_choice(one: Field[Any], value: Any, where: str) -> None:
+    choices = one.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{where} cannot be {value!r}", tip=nearest(str(value), choices))
+
+
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Settings):
     """Which samples."""
 
     data: str = option(..., DATA_HELP, metavar="DATA")
@@ -90,7 +134,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class MachineOptions:
+class MachineOptions(Settings):
     """Where it runs."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", metavar="DEVICE")
@@ -292,7 +336,7 @@ class EvalConfig(MachineOptions, DataOptions):
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """softcache export: a model as one file for other programs, verified on an evaluation set."""
 
     to: str = option(
@@ -304,6 +348,7 @@ class ExportConfig:
     out: str | None = option(
         None, "the file (default: export.safetensors, .pt2 or .onnx in the run folder)", metavar="FILE"
     )
+    opset: int | None = option(None, "version of ONNX's operators (default: what this torch writes)", metavar="N")
     data: str | None = option(
         None, "evaluation set (with --allow-code by default the run's own --eval-data)", metavar="DATA"
     )
@@ -383,10 +428,8 @@ def resolve(
             values[name] = coerce(value, hints[name], _place(known[name], origin), settings=name == SETTINGS)
             origins[name] = origin
     for name, f in known.items():
-        choices = f.metadata["choices"]
-        if name in values and choices and values[name] not in choices:
-            place = _place(f, origins[name])
-            raise ConfigError(f"{place} cannot be {values[name]!r}", tip=nearest(str(values[name]), choices))
+        if name in values:
+            _check_choice(f, values[name], _place(f, origins[name]))
         if f.metadata["required"] and not values.get(name):
             place, metavar = _place(f, "flag"), f.metadata["metavar"]
             usage = place if f.metadata["positional"] else f"{place} {metavar}"
@@ -497,6 +540,10 @@ def parse_settings(text: str, where: str) -> dict[str, list[str]]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"{where}: {word!r} is not key=value", tip="write 'epochs=5 lr=0.01 loss=kd'")
+        if re.search(r"[;,]\s*(epochs|lr|loss|freeze|schedule|optimizer)=", value):
+            raise ConfigError(
+                f"{where}: {word!r}: settings stand apart by spaces", tip="write 'epochs=5 lr=0.01 loss=kd'"
+            )
         found.setdefault(key.replace("-", "_"), []).append(value)
     return found
 

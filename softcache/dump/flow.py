@@ -40,7 +40,8 @@ from softcache.dump.samples import check_same_samples, check_unchanged, make_sam
 from softcache.dump.teacher import Teacher
 from softcache.errors import DumpError, printable
 from softcache.files.durable import require_room
-from softcache.machine import pick_device, pick_threads, pick_workers
+from softcache.machine import as_fresh, pick_device, pick_threads, pick_workers
+from softcache.unused import check_used
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ class DumpResult:
     seconds: float
 
 
+@as_fresh()
 def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     """Run the teachers once over the transfer set and commit the cache; resumes a dump that was interrupted.
 
-    Sets torch's number of threads for the process.
+    Torch's settings and random states are afterwards as they were.
 
     Args:
         config: what `softcache dump` has as flags.
@@ -87,6 +89,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         True
     """
     started = time.monotonic()
+    check_used(config)
     out, part = Path(config.out), _part(config)
     if not config.extend:
         refuse_foreign_folder(out)

@@ -23,7 +23,7 @@ from softcache.errors import CacheError, ConfigError, ModelError, faults_explain
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.sums import Sums
-from softcache.machine import autocast_dtype, pick_device, pick_threads, pick_workers
+from softcache.machine import as_fresh, autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import Model, load_json, load_model, own_classes, read_metadata
 from softcache.models.item_range import check_scale
 from softcache.report.progress import track
@@ -156,6 +156,7 @@ def evaluate_cache(
     return result
 
 
+@as_fresh()
 def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluation:
     """softcache eval: load a model or a run folder, render the data as the run's students saw it, measure; or a cache.
 

@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --momentum --on-drift --only --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --momentum --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -257,6 +257,7 @@ complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npo
 complete -c softcache -n '_shtab_softcache_using export' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using export' -l to -xka "safetensors program onnx" -d 'safetensors: the weights and what rebuilds the network; program: of torch.export; onnx: for other runtimes'
 complete -c softcache -n '_shtab_softcache_using export' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'the file (default: export.safetensors, .pt2 or .onnx in the run folder)'
+complete -c softcache -n '_shtab_softcache_using export' -l opset -x -d 'version of ONNX'"'"'s operators (default: what this torch writes)'
 complete -c softcache -n '_shtab_softcache_using export' -l data -x -d 'evaluation set (with --allow-code by default the run'"'"'s own --eval-data)'
 complete -c softcache -n '_shtab_softcache_using export' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
 complete -c softcache -n '_shtab_softcache_using export' -l policy -x -d 'deterministic view steps (default: those of the run)'

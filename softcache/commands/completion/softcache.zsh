@@ -148,6 +148,7 @@ _shtab_softcache_export_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--to[safetensors\: the weights and what rebuilds the network\; program\: of torch.export\; onnx\: for other runtimes]:{safetensors,program,onnx}:(safetensors program onnx)"
   "--out[the file (default\: export.safetensors, .pt2 or .onnx in the run folder)]:FILE:_files"
+  "--opset[version of ONNX\'s operators (default\: what this torch writes)]:N:"
   "--data[evaluation set (with --allow-code by default the run\'s own --eval-data)]:DATA:"
   "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
   "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
