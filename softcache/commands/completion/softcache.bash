@@ -5,14 +5,15 @@
 #    source ~/.local/share/bash_completion/softcache
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_softcache_subparsers=(demo plan dump train eval export reproduce losses inspect views verify repair subset completion help)
+_shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help)
 
 _shtab_softcache_demo_option_strings=(-h --help --out --seeds --config --set --print-config --quiet --json)
 _shtab_softcache_plan_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --no-keys --allow-code --config --set --print-config --quiet --json)
 _shtab_softcache_dump_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --no-keys --allow-code --out --license --extend --misfits --part --list-modules --config --set --print-config --quiet --json)
 _shtab_softcache_train_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --student --out --init-from --init-map --classes --classes-map --eval-data --eval-every --cache --cache-id --loss --combine --members --labels --join --check-content --read --check-blocks --check-files --allow-code --view --size --augment --on-drift --policy --view-seed --epochs --batch-size --optimizer --lr --momentum --nesterov --weight-decay --schedule --freeze --stage --clip-norm --accumulate --ema --views-per-visit --patience --keep --channels-last --compile --sync-bn --tensorboard --seed --checkpoint-every --config --set --print-config --quiet --json)
 _shtab_softcache_eval_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --classes-map --cache --combine --members --temperature --batch-size --policy --bias --fit-bias --bias-data --bias-model --check-files --per-class --allow-code --config --set --print-config --quiet --json)
-_shtab_softcache_export_option_strings=(-h --help --to --out --data --classes-map --policy --download --allow-code --batch-size --device --threads --workers --config --set --print-config --quiet --json)
+_shtab_softcache_shrink_option_strings=(-h --help --by --out --data --eval-data --classes-map --policy --download --allow-code --batch-size --seed --device --threads --config --set --print-config --quiet --json)
+_shtab_softcache_export_option_strings=(-h --help --to --out --opset --data --classes-map --policy --download --allow-code --batch-size --device --threads --workers --config --set --print-config --quiet --json)
 _shtab_softcache_reproduce_option_strings=(-h --help --budget --data-root --data --use --seeds --only --device --out --download --allow-code --config --set --print-config --quiet --json)
 _shtab_softcache_losses_option_strings=(-h --help --config --set --print-config --quiet --json)
 _shtab_softcache_inspect_option_strings=(-h --help --sample --view --config --set --print-config --quiet --json)
@@ -51,6 +52,10 @@ _shtab_softcache_eval___classes_map_COMPGEN=_shtab_compgen_files
 _shtab_softcache_eval___cache_COMPGEN=_shtab_compgen_dirs
 _shtab_softcache_eval___bias_model_COMPGEN=_shtab_compgen_files
 _shtab_softcache_eval___config_COMPGEN=_shtab_compgen_files
+_shtab_softcache_shrink_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_softcache_shrink___out_COMPGEN=_shtab_compgen_dirs
+_shtab_softcache_shrink___classes_map_COMPGEN=_shtab_compgen_files
+_shtab_softcache_shrink___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_export_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_softcache_export___out_COMPGEN=_shtab_compgen_files
 _shtab_softcache_export___classes_map_COMPGEN=_shtab_compgen_files
@@ -99,8 +104,8 @@ _shtab_softcache_eval___autocast_choices=(none bf16 fp16)
 _shtab_softcache_eval___check_files_choices=(yes no)
 _shtab_softcache_export___to_choices=(safetensors program onnx)
 _shtab_softcache_completion_pos_0_choices=(bash zsh fish)
-_shtab_softcache_help_pos_0_choices=(demo plan dump train eval export reproduce losses inspect views verify repair subset completion help)
-_shtab_softcache_pos_0_choices=(demo plan dump train eval export reproduce losses inspect views verify repair subset completion help)
+_shtab_softcache_help_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help)
+_shtab_softcache_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help)
 
 _shtab_softcache_demo__h_nargs=0
 _shtab_softcache_demo___help_nargs=0
@@ -145,6 +150,13 @@ _shtab_softcache_eval___allow_code_nargs=0
 _shtab_softcache_eval___print_config_nargs=0
 _shtab_softcache_eval___quiet_nargs=0
 _shtab_softcache_eval___json_nargs=0
+_shtab_softcache_shrink__h_nargs=0
+_shtab_softcache_shrink___help_nargs=0
+_shtab_softcache_shrink___download_nargs=0
+_shtab_softcache_shrink___allow_code_nargs=0
+_shtab_softcache_shrink___print_config_nargs=0
+_shtab_softcache_shrink___quiet_nargs=0
+_shtab_softcache_shrink___json_nargs=0
 _shtab_softcache_export__h_nargs=0
 _shtab_softcache_export___help_nargs=0
 _shtab_softcache_export___download_nargs=0

@@ -50,8 +50,8 @@ function _shtab_softcache_using
   test "$_shtab_softcache_cmdpath" = "$argv"
 end
 
-set -g _shtab_softcache_commands demo plan dump train eval export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --on-drift --only --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -238,10 +238,31 @@ complete -c softcache -n '_shtab_softcache_using eval' -l print-config -d 'show 
 complete -c softcache -n '_shtab_softcache_using eval' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using eval' -l json -d 'the result for machines'
 complete -c softcache -n '_shtab_softcache_using eval; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'run folder, MODEL@WEIGHTS or a cache'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a shrink -d 'make a trained model smaller: carve, prune, low rank; what it costs before and after'
+complete -c softcache -n '_shtab_softcache_using shrink' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using shrink' -l by -x -d 'carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25; repeat to do one after the other'
+complete -c softcache -n '_shtab_softcache_using shrink' -l out -xka "(__fish_complete_directories)" -d 'run folder of the smaller model'
+complete -c softcache -n '_shtab_softcache_using shrink' -l data -x -d 'samples by which lowrank chooses and BatchNorm is measured anew; labels are not used'
+complete -c softcache -n '_shtab_softcache_using shrink' -l eval-data -x -d 'data set on which both models are measured'
+complete -c softcache -n '_shtab_softcache_using shrink' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
+complete -c softcache -n '_shtab_softcache_using shrink' -l policy -x -d 'deterministic view steps (default: those of the run)'
+complete -c softcache -n '_shtab_softcache_using shrink' -l download -d 'let torchvision download a data set that is not there'
+complete -c softcache -n '_shtab_softcache_using shrink' -l allow-code -d 'believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data'
+complete -c softcache -n '_shtab_softcache_using shrink' -l batch-size -x -d 'samples of the batch that is timed, and of each forward pass (default: 64)'
+complete -c softcache -n '_shtab_softcache_using shrink' -l seed -x -d 'weights of layers that begin anew'
+complete -c softcache -n '_shtab_softcache_using shrink' -l device -x -d 'where it is measured (default: auto)'
+complete -c softcache -n '_shtab_softcache_using shrink' -l threads -x -d 'CPU threads (default: all cores this process may use)'
+complete -c softcache -n '_shtab_softcache_using shrink' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
+complete -c softcache -n '_shtab_softcache_using shrink' -l set -x -d 'one setting; repeat'
+complete -c softcache -n '_shtab_softcache_using shrink' -l print-config -d 'show every setting and where it came from, and stop'
+complete -c softcache -n '_shtab_softcache_using shrink' -l quiet -d 'no progress'
+complete -c softcache -n '_shtab_softcache_using shrink' -l json -d 'the result for machines'
+complete -c softcache -n '_shtab_softcache_using shrink; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'run folder or MODEL@WEIGHTS'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a export -d 'write a model as safetensors, torch.export program or ONNX, verified by running it on an evaluation set'
 complete -c softcache -n '_shtab_softcache_using export' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using export' -l to -xka "safetensors program onnx" -d 'safetensors: the weights and what rebuilds the network; program: of torch.export; onnx: for other runtimes'
 complete -c softcache -n '_shtab_softcache_using export' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'the file (default: export.safetensors, .pt2 or .onnx in the run folder)'
+complete -c softcache -n '_shtab_softcache_using export' -l opset -x -d 'version of ONNX'"'"'s operators (default: what this torch writes)'
 complete -c softcache -n '_shtab_softcache_using export' -l data -x -d 'evaluation set (with --allow-code by default the run'"'"'s own --eval-data)'
 complete -c softcache -n '_shtab_softcache_using export' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
 complete -c softcache -n '_shtab_softcache_using export' -l policy -x -d 'deterministic view steps (default: those of the run)'
@@ -364,4 +385,4 @@ complete -c softcache -n '_shtab_softcache_using help' -l set -x -d 'one setting
 complete -c softcache -n '_shtab_softcache_using help' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using help' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using help' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval export reproduce losses inspect views verify repair subset completion help" -d 'name of a page or of a verb (default: list the pages)'
+complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help" -d 'name of a page or of a verb (default: list the pages)'

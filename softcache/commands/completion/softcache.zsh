@@ -21,6 +21,7 @@ _shtab_softcache_commands() {
     plan:'what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for'
     repair:'make damaged or missing files again, and prove that they are the same bytes'
     reproduce:'a paper'"'"'s table again, from shared caches: ours beside the paper'"'"'s numbers, with spread and verdict'
+    shrink:'make a trained model smaller: carve, prune, low rank; what it costs before and after'
     subset:'write some views, members or samples of a cache as a smaller cache of its own'
     train:'train a student from a cache, or on hard labels without one'
     verify:'is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished'
@@ -150,6 +151,7 @@ _shtab_softcache_export_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--to[safetensors\: the weights and what rebuilds the network\; program\: of torch.export\; onnx\: for other runtimes]:{safetensors,program,onnx}:(safetensors program onnx)"
   "--out[the file (default\: export.safetensors, .pt2 or .onnx in the run folder)]:FILE:_files"
+  "--opset[version of ONNX\'s operators (default\: what this torch writes)]:N:"
   "--data[evaluation set (with --allow-code by default the run\'s own --eval-data)]:DATA:"
   "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
   "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
@@ -177,7 +179,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval export reproduce losses inspect views verify repair subset completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -292,6 +294,31 @@ _shtab_softcache_reproduce_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_reproduce_defaults_added=0
+
+_shtab_softcache_shrink_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "*--by[carve\:depth\=0.5, carve\:width\=0.5, carve\:keep\=NAMES, prune\:structured,amount\=0.3, prune\:unstructured,amount\=0.5, lowrank\:energy\=0.95, lowrank\:rank\=0.25\; repeat to do one after the other]:METHOD:"
+  "--out[run folder of the smaller model]:DIR:_files -/"
+  "--data[samples by which lowrank chooses and BatchNorm is measured anew\; labels are not used]:DATA:"
+  "--eval-data[data set on which both models are measured]:DATA:"
+  "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
+  "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
+  "--download[let torchvision download a data set that is not there]"
+  "--allow-code[believe what a cache, a run folder or a weights file names\: call its factories and transforms, open its data]"
+  "--batch-size[samples of the batch that is timed, and of each forward pass (default\: 64)]:B:"
+  "--seed[weights of layers that begin anew]:SEED:"
+  "--device[where it is measured (default\: auto)]:DEVICE:"
+  "--threads[CPU threads (default\: all cores this process may use)]:N:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":run folder or MODEL\@WEIGHTS:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_shrink_defaults_added=0
 
 _shtab_softcache_subset_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -450,6 +477,7 @@ _shtab_softcache() {
         plan) _arguments -C -s $_shtab_softcache_plan_options ;;
         repair) _arguments -C -s $_shtab_softcache_repair_options ;;
         reproduce) _arguments -C -s $_shtab_softcache_reproduce_options ;;
+        shrink) _arguments -C -s $_shtab_softcache_shrink_options ;;
         subset) _arguments -C -s $_shtab_softcache_subset_options ;;
         train) _arguments -C -s $_shtab_softcache_train_options ;;
         verify) _arguments -C -s $_shtab_softcache_verify_options ;;
