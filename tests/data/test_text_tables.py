@@ -51,6 +51,7 @@ def items(found: TransferSet) -> list[Any]:
             "x.csv", '\ufeffid;review;stars\r\n1;"two\r\nlines";2\r\n\r\n2;, ;10\r\n', "?text=review&label=stars",
             ["two\r\nlines", ", "], [0, 1], ("2", "10"), id="a spreadsheet's",
         ),
+        pytest.param("x.csv", "\ufeffa,x\n", "?header=false", ["a"], [0], ("x",), id="a mark before a row"),
         pytest.param("x.csv", "a b\tx\nc\ty", "?header=false", ["a b", "c"], [0, 1], ("x", "y"), id="tabs"),
         pytest.param("x.csv", "n,m\nq,r\n", "?label=none&header=false&text=1", ["m", "r"], [-1, -1], (), id="numbers"),
         pytest.param("x.csv", 'a "b" c,x\n"",x\n', "?quotes=false", ['a "b" c', '""'], [0, 0], ("x",), id="letters"),
@@ -227,7 +228,7 @@ def test_the_texts_stay_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_cell_may_be_longer_than_csv_allows(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
+    csv.field_size_limit(before := 131_072)
     text = "x," * 100_000
     assert items(opened(tmp_path / "x.csv", f'text,label\n"{text}",1\n')) == [text]
     assert csv.field_size_limit() == before
