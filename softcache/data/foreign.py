@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 
 from softcache.data.identity import file_digest, item_digest, sample_ids
 from softcache.data.sources import image_array
-from softcache.data.tables import Table
+from softcache.data.tables import Items, Table
 from softcache.errors import DataError, JoinError, first_offenders
 
 ITEM_NAMES = ("item", "image", "text")
@@ -266,14 +266,16 @@ def _path_of(dataset: Any, index: int) -> Path | None:
     return None
 
 
-def item_of(sample: Any, column: str | None = None) -> Any:
+def item_of(sample: Any, column: Items = None) -> Any:
     """The item of what a data set returns: itself, the first of a tuple, or the one a dict names.
 
     Args:
-        column: of a dict; None: item, image or text.
+        column: of a dict, or two of them for a pair; None: item, image or text.
     """
     if isinstance(sample, tuple | list):
         return sample[0]
+    if isinstance(column, tuple):
+        return tuple(sample[name] for name in column)
     if isinstance(sample, dict):
         return next((sample[name] for name in (column, *ITEM_NAMES) if name in sample), sample)
     return sample
@@ -288,10 +290,12 @@ def label_of(sample: Any, column: str | None = None) -> Any:
     return None
 
 
-def replace_item(sample: Any, change: Any, column: str | None = None) -> Any:
+def replace_item(sample: Any, change: Any, column: Items = None) -> Any:
     """The same sample with its item changed."""
     if isinstance(sample, tuple | list):
         return (change(sample[0]), *sample[1:])
+    if isinstance(column, tuple):
+        return {**sample, **dict(zip(column, change(item_of(sample, column)), strict=True))}
     if isinstance(sample, dict):
         name = next((name for name in (column, *ITEM_NAMES) if name in sample), None)
         return change(sample) if name is None else {**sample, name: change(sample[name])}

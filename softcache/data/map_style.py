@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import pickle
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,24 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from softcache.data.classes import dataset_classes
+from softcache.data.columns_source import source_of_columns
 from softcache.data.label_column import MANY
 from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
-from softcache.errors import DataError, MissingExtraError, SoftcacheError, faults_explained, nearest
+from softcache.data.tables import is_frame, is_table
+from softcache.errors import (
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    SoftcacheError,
+    faults_explained,
+    first_offenders,
+    nearest,
+    warn_once,
+)
 from softcache.spec import Spec, call_factory, load_factory, load_user_file
 
 ITEM_NAMES = ("item", "image", "text")
+COLUMNS = ("item", "key", "label")  # of a table, as a spec may name them
 IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")
 NOT_BY_NAME = ("ImageFolder", "DatasetFolder", "VisionDataset")  # imagefolder: reads these; the last one is abstract
 NOT_IN_A_SPEC = ("transform", "target_transform", "transforms", "loader")  # callables: views do that, and they are ours
@@ -67,23 +80,35 @@ def _import_and_unpickle(file: str, reader: bytes) -> UserFileReader:
 def from_factory(spec: Spec) -> Source:
     """What the spec's factory returns, as a source: a map-style data set, or a TransferSet (read as it is)."""
     factory = load_factory(spec)
+    columns = _columns(factory, spec)
     with faults_explained(DataError, f"the data set {spec.text!r}"):
-        source = from_dataset(call_factory(factory, spec.parameters, spec.text), spec.text, spec.name)
+        made = call_factory(factory, spec.without(*columns).parameters, spec.text)
+        source = from_dataset(made, spec.text, spec.name, columns)
     if not spec.scheme.endswith(".py"):
         return source
     reader = UserFileReader(str(Path(spec.scheme).resolve()), source.reader)
     return Source(reader, source.keys, source.labels, source.class_names)
 
 
-def from_dataset(dataset: Any, name: str, prefix: str) -> Source:
-    """A map-style data set as a source.
+def _columns(factory: Callable[..., Any], spec: Spec) -> dict[str, str]:
+    """Of the spec's parameters those that name columns of the table that a factory returns, and are none of its own."""
+    known = inspect.signature(factory).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        return {}
+    return {name: value for name, value in spec.parameters.items() if name in COLUMNS and name not in known}
+
+
+def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str] = MappingProxyType({})) -> Source:
+    """A map-style data set, or a table, as a source.
 
     Args:
         dataset: `__len__`, and `__getitem__` giving an item, (item, label) or a dict of item (image, text) and label.
         name: for messages.
         prefix: of the keys, where the data set names no samples.
+        columns: item, key and label of a table.
 
     Raises:
+        ConfigError: columns of what is no table.
         DataError: an iterable data set, or keys, labels or classes that do not fit one another.
     """
     is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
@@ -94,6 +119,16 @@ def from_dataset(dataset: Any, name: str, prefix: str) -> Source:
         )
     if not len(dataset):
         raise DataError(f"{name}: the data set is empty", tip="check the factory's parameters")
+    if columns and not is_table(dataset):
+        raise ConfigError(
+            f"{name}: {next(iter(columns))!r} is no parameter of the factory, and {type(dataset).__name__} has no columns",
+            tip="item=, key= and label= are of Hugging Face's data sets and of DataFrames",
+        )
+    if is_frame(dataset) or columns:
+        item, label, key = (columns.get(one, "") for one in ("item", "label", "key"))
+        return source_of_columns(dataset, name, prefix, item=item, label=label, key=key)
+    if is_table(dataset):
+        _tell_unused(dataset, name)
     keys = _keys(dataset, name, prefix)
     labels = _label_array(_labels(dataset, name), keys, name)
     class_names = _class_names(dataset, labels, name)
@@ -102,6 +137,16 @@ def from_dataset(dataset: Any, name: str, prefix: str) -> Source:
         dataset if hasattr(dataset, "read") and hasattr(dataset, "digest_kind") else MapStyleReader(dataset, name)
     )
     return Source(reader, keys, labels, class_names)
+
+
+def _tell_unused(dataset: Any, name: str) -> None:
+    """Warn of a table that is taken as unlabelled though it has columns that nobody asked for."""
+    others = [one for one in dataset.column_names if one not in ITEM_NAMES]
+    if others and "label" not in others:
+        warn_once(
+            f"{name}: no column is called 'label', so the samples have no labels, and other columns are not used: "
+            f"{first_offenders(others, len(others))}; label=NAME takes one of them"
+        )
 
 
 def split_sample(sample: Any, name: str) -> tuple[Any, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from softcache.errors import ClassMismatchError, JoinError, nearest
 
 ITEM_COLUMNS = ("item", "image", "text")
 LABEL_COLUMNS = ("label", "labels")
+PART = 4096  # rows that are looked at together
+Items = str | tuple[str, ...] | None  # the column of the items; two of pairs of texts
 
 
 class Table(Dataset[dict[str, Any]]):
@@ -21,7 +25,8 @@ class Table(Dataset[dict[str, Any]]):
     Args:
         rows: a `datasets.Dataset`, whose format (`with_format`, `set_transform`) is that of the samples; or a DataFrame.
         key: the column that names its samples; None where something else does.
-        item: the column of what the teacher saw; None: the only one of item, image and text, where there is one.
+        item: the column of what the teacher saw, or two of them for pairs of texts, "premise,hypothesis"; None: the only one of
+            item, image and text, where there is one.
         label: the column of the labels; None: label or labels, where there is one.
 
     Raises:
@@ -30,12 +35,17 @@ class Table(Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Any, *, key: str | None = None, item: str | None = None, label: str | None = None) -> None:
         self.rows = rows
-        self.columns = tuple(str(name) for name in (rows.columns if _is_frame(rows) else rows.column_names))
-        for name in (key, item, label):
+        self.columns = tuple(str(name) for name in (rows.columns if is_frame(rows) else rows.column_names))
+        items = () if item is None else ((item,) if item in self.columns else tuple(item.split(",")))
+        for name in (key, label, *items):
             if name is not None and name not in self.columns:
                 raise JoinError(f"the data set has no column {name!r}", tip=nearest(name, self.columns))
+        if len(items) > 2:
+            raise JoinError(
+                f"item={item} names {len(items)} columns", tip="an item has one column, a pair of texts has two"
+            )
         self.key, self.label = key, label or only(LABEL_COLUMNS, self.columns)
-        self.item = item or only(ITEM_COLUMNS, self.columns)
+        self.item: Items = (items[0] if len(items) == 1 else items) or only(ITEM_COLUMNS, self.columns)
         # as it is stored: neither formatted nor transformed
         self._plain = rows.with_format(None) if hasattr(rows, "with_format") else rows
 
@@ -53,7 +63,15 @@ class Table(Dataset[dict[str, Any]]):
     def plain(self, index: int) -> tuple[Any, Any]:
         """The item and the label of one row as they are stored; None for what has no column."""
         row = _row(self._plain, index)
-        return tuple(None if name is None else row[name] for name in (self.item, self.label))  # type: ignore[return-value]
+        return self.item_of(row), None if self.label is None else row[self.label]
+
+    def item_of(self, row: Mapping[str, Any]) -> Any:
+        """The item of a row: what its column holds, a pair of two columns, a picture for the bytes of a file of one."""
+        if self.item is None:
+            return None
+        if isinstance(self.item, tuple):
+            return tuple(row[name] for name in self.item)
+        return _picture(row[self.item])
 
     def labels(self, class_names: Sequence[str]) -> np.ndarray | None:
         """(N,) class indices among these names, -1 where there is none; None where the table has no labels of this kind."""
@@ -64,17 +82,29 @@ class Table(Dataset[dict[str, Any]]):
 
     def column(self, name: str) -> list[Any]:
         """All values of a column as they are stored."""
-        if _is_frame(self.rows):
-            return list(self.rows[name].tolist())
+        if is_frame(self.rows):
+            return list(self.rows[next(own for own in self.rows.columns if str(own) == name)].tolist())
         return list(self._plain[name][:])
+
+    def missing(self, name: str) -> list[int]:
+        """The rows that have no text in a column of texts, and of a DataFrame nothing in any column."""
+        if is_frame(self.rows):
+            return [row for row, value in enumerate(self.column(name)) if is_missing(value) and value != -1]
+        if "string" not in str(getattr(self.rows.features.get(name), "dtype", "")):
+            return []
+        alone = self._plain.select_columns([name])  # a part at a time: texts may take more room than there is
+        parts = ((first, alone[first : first + PART][name]) for first in range(0, len(self), PART))
+        return [first + i for first, values in parts for i, value in enumerate(values) if value is None]
 
     @property
     def class_names(self) -> Sequence[str] | None:
         """The names of a ClassLabel, whose labels are indices; None where labels name their classes themselves."""
-        if self.label is None or _is_frame(self.rows):
+        if self.label is None or is_frame(self.rows):
             return None
         feature = (getattr(self.rows, "features", None) or {}).get(self.label)
-        names = getattr(feature, "names", None)
+        names = getattr(
+            getattr(feature, "feature", feature), "names", None
+        )  # of a list of labels, those of its elements
         return list(names) if isinstance(names, list | tuple) else None
 
 
@@ -104,7 +134,7 @@ def with_columns(dataset: Any, *, key: str | None, item: str | None, label: str 
 
 def is_table(dataset: Any) -> bool:
     """Whether it is a `datasets.Dataset` or a DataFrame, by what it has."""
-    return _is_frame(dataset) or (
+    return is_frame(dataset) or (
         isinstance(getattr(dataset, "column_names", None), list | tuple)
         and hasattr(dataset, "features")
         and hasattr(dataset, "__getitem__")
@@ -112,19 +142,31 @@ def is_table(dataset: Any) -> bool:
     )
 
 
-def item_column(dataset: Any) -> str | None:
-    """The column of the items of a table, or of what was selected from one; None for everything else."""
+def item_column(dataset: Any) -> Items:
+    """The column, or the two, of the items of a table, or of what was selected from one; None for everything else."""
     while isinstance(dataset, Subset | ConcatDataset):
         dataset = dataset.dataset if isinstance(dataset, Subset) else dataset.datasets[0]
     return dataset.item if isinstance(dataset, Table) else None
 
 
-def _is_frame(rows: Any) -> bool:
+def is_frame(rows: Any) -> bool:
+    """Whether it is a DataFrame, by what it has."""
     return hasattr(rows, "iloc") and hasattr(rows, "columns")
 
 
+def _picture(item: Any) -> Any:
+    """The picture in the bytes of a file, as a column of bytes or of {bytes, path} has it; anything else as it is."""
+    data = item.get("bytes") if isinstance(item, Mapping) and set(item) == {"bytes", "path"} else item
+    if not isinstance(data, bytes):
+        return item
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, ValueError):
+        return item
+
+
 def _row(rows: Any, index: int) -> dict[str, Any]:
-    if _is_frame(rows):
+    if is_frame(rows):
         return {str(name): value for name, value in rows.iloc[int(index)].items()}
     return dict(rows[int(index)])
 
@@ -159,7 +201,7 @@ def labels_by_name(found: Sequence[Any], class_names: Sequence[str]) -> np.ndarr
         ClassMismatchError: some labels are names of classes, and some of none.
     """
     place = {name: number for number, name in enumerate(class_names)}
-    values = [None if _is_missing(value) else value for value in found]
+    values = [None if is_missing(value) else value for value in found]
     if any(not isinstance(value, str | int | float | np.generic) for value in values if value is not None):
         return None
     names = [None if value is None else value_name(value) for value in values]
@@ -178,13 +220,13 @@ def labels_by_name(found: Sequence[Any], class_names: Sequence[str]) -> np.ndarr
 
 def indices_of(found: Sequence[Any]) -> np.ndarray | None:
     """(N,) of labels that are class indices, -1 where there is none; None where they are no whole numbers."""
-    values = [-1 if _is_missing(value) else value for value in found]
+    values = [-1 if is_missing(value) else value for value in found]
     if not all(isinstance(value, int | np.integer) for value in values):
         return None
     return np.array([int(value) for value in values], np.int64)
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """None, NaN, and the -1 that stands for no label."""
     if isinstance(value, float | np.floating):
         return bool(np.isnan(value))

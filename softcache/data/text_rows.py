@@ -79,6 +79,11 @@ class TextFile:
             raise DataError(
                 f"{self.shown}: there is no such file", tip="give the path as seen from the current folder"
             ) from None
+        except IsADirectoryError:
+            raise DataError(
+                f"{self.shown}: is a folder",
+                tip=f"name a file; of pictures imagefolder:{self.shown}, of Parquet hf-dataset:{self.shown}",
+            ) from None
         except OSError as exc:
             raise DataError(f"{self.shown}: cannot be read: {exc}", tip="check the file") from exc
 

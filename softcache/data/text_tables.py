@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from softcache.data.hf_datasets import hf_dataset, is_columns_file
 from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
 from softcache.data.sources import PACKINGS, Source, StringTable, numbered
 from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, only, value_name
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
-from softcache.errors import DataError, first_offenders, nearest, warn_once
+from softcache.errors import ConfigError, DataError, first_offenders, nearest, warn_once
 from softcache.spec import convert
 
 Empty = Literal["", "unlabelled", "class"]
 Place = int | str  # of a column: its number, of JSON lines its name
+LOOKED_AT = 4096  # rows of TSV, for quotes
 NAMED_WITHIN = 100  # JSON lines, by which the columns are known
 
 
@@ -83,7 +85,8 @@ def table(
     separator: str = "",
     quotes: str = "",
 ) -> Source:
-    """A file of rows and columns: TSV, CSV or JSON lines in UTF-8, plain or packed. Columns as `tsv` has them.
+    """A file of rows and columns: CSV, TSV or JSON lines in UTF-8, plain or packed; with the extra `datasets` Parquet or Arrow.
+    Columns as `tsv` has them.
 
     Args:
         path: the file; its ending says how it is written, where it says nothing its first rows.
@@ -93,9 +96,16 @@ def table(
         separator: between the columns of CSV, one letter or `tab`. Empty: of comma, semicolon, tab and | the one that divides.
         quotes: "true" where cells may stand in quotes, "false" where quotes are letters. Empty: true of CSV, false of TSV.
     """
+    if is_columns_file(path):
+        if separator or quotes or header:
+            raise ConfigError(f"{path}: separator=, quotes= and header= are of text files", tip="leave them out")
+        return hf_dataset(str(path), text=text, label=label, key=key, classes=classes, empty=empty)
     file = TextFile(path)
     layout = layout_of(file, separator, bool(convert(quotes, bool, f"{path}: quotes")) if quotes else None)
-    return _source(file, layout, _Wanted(path, text, label, key, header), classes, empty)
+    source = _source(file, layout, _Wanted(path, text, label, key, header), classes, empty)
+    if layout == TSV and not quotes:
+        _tell_quotes(path, source.reader)
+    return source
 
 
 def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str, ...], empty: Empty) -> Source:
@@ -122,6 +132,20 @@ def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str,
     else:
         labels, class_names = read_labels(column, classes, empty)
     return Source(reader, keys, labels, class_names)
+
+
+def _tell_quotes(path: Path, reader: Any) -> None:
+    """Warn where a text among the first ones is written as CSV writes quotes inside quotes, in a file that undoes none."""
+    for row in range(min(LOOKED_AT, len(reader.rows))):
+        item, _ = reader.read(row)
+        for text in (item,) if isinstance(item, str) else item:
+            inside = text[1:-1].replace('""', "") if text[:1] == text[-1:] == '"' else text
+            if len(text) > 2 and '""' in text[1:-1] and '"' not in inside:
+                warn_once(
+                    f"{path}: texts stand in quotes, as in row {row}, and they stay there: quotes=true takes them off, "
+                    "quotes=false says that they belong to the texts"
+                )
+                return
 
 
 def stem(path: Path) -> str:

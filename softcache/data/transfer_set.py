@@ -3,7 +3,8 @@
     digits  digits?split=test             scikit-learn's bundled 8x8 digits
     torchvision:NAME?root=PATH&train=true torchvision's classification data sets
     imagefolder:PATH                      one folder per class
-    table:PATH?text=NAME&label=NAME       TSV, CSV or JSON lines, plain or packed
+    table:PATH?text=NAME&label=NAME       CSV, TSV, JSON lines, plain or packed; Parquet
+    hf-dataset:PATH?item=NAME&label=NAME  Hugging Face's data sets
     tsv:PATH?text=0&label=1&header=true   tab-separated text, as it is
     synthetic:images?classes=10           made up, for trials; also synthetic:texts
     package.module:factory?arg=1          any map-style data set; also path/file.py:factory
@@ -23,6 +24,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from softcache.data.classes import check_classes, class_indices, places_in
+from softcache.data.hf_datasets import hf_dataset, is_saved
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.label_kind import has_several
 from softcache.data.map_style import from_factory, from_torchvision
@@ -36,7 +38,8 @@ from softcache.spec import Spec, call_factory, parse_spec
 FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "table": table, "tsv": tsv}
 MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
 OTHER_WORDS = dict.fromkeys(("csv", "json", "jsonl", "ndjson", "txt", "text", "file"), "table")  # for a source
-SOURCES = ("digits", "torchvision", "synthetic", *FILE_SOURCES)
+OTHER_WORDS |= dict.fromkeys(("hf", "huggingface", "hf-datasets", "datasets", "dataset"), "hf-dataset")
+SOURCES = ("digits", "torchvision", "synthetic", "hf-dataset", *FILE_SOURCES)
 
 
 class TransferSet(Dataset[tuple[Any, Any]]):
@@ -216,6 +219,8 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
         if spec.name not in MADE_UP:
             raise ConfigError(f"{spec.text!r}: no such synthetic data", tip=nearest(spec.name, MADE_UP))
         return _checked_call(MADE_UP[spec.name], spec)
+    if spec.scheme == "hf-dataset":
+        return _checked_call(hf_dataset, spec, path=spec.name, download=download)
     if spec.scheme in FILE_SOURCES:
         return _checked_call(FILE_SOURCES[spec.scheme], spec, path=Path(spec.name).expanduser())
     if spec.is_factory:
@@ -224,7 +229,7 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if not spec.scheme and os.path.exists(
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
-        kind = "imagefolder" if path.is_dir() else "table"
+        kind = ("hf-dataset" if is_saved(path) else "imagefolder") if path.is_dir() else "table"
         raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {kind}:{spec.text}?")
     if spec.scheme in OTHER_WORDS:
         kind = OTHER_WORDS[spec.scheme]
@@ -244,7 +249,7 @@ def _checked_call(source: Callable[..., Source], spec: Spec, **offered: Any) -> 
 
 def _portable_name(spec: Spec) -> str:
     """The spec without local folders: two machines that keep the same data in different places agree on it."""
-    if spec.scheme in FILE_SOURCES:
+    if spec.scheme in (*FILE_SOURCES, "hf-dataset"):
         spec = replace(spec, name=Path(spec.name).expanduser().resolve().name)
     return spec.without("root", "download").portable() if spec.scheme == "torchvision" else spec.portable()
 

@@ -85,7 +85,9 @@ class Evaluation:
             ("calibration error", None if self.calibration_error is None else percent(self.calibration_error)),
             (
                 "agreement with the cache",
-                None if self.agreement is None else percent(self.agreement) + (" of the decisions" if several else ""),
+                None
+                if self.agreement is None
+                else f"{percent(self.agreement)} of the {'decisions' if several else 'samples'}",
             ),
             (
                 f"KL to the cache at T={self.temperature:g}",

@@ -19,7 +19,7 @@ from softcache.data.join import batches
 from softcache.data.loading import Partners, ViewedSet, item_shape, load_batches, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, ModelError, faults_explained, note_once
+from softcache.errors import CacheError, ConfigError, ModelError, faults_explained, note_once
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.sums import Sums
@@ -253,6 +253,14 @@ def _joined(
 ) -> Joined:
     """The data under the cache's class list, joined to it."""
     cache = _open_cache(path, config, quiet=quiet)
+    for name in parse_members(config.members) or cache.members:
+        cache.member(name)  # an unknown one is refused here
+        if not cache.codecs[name].complete:
+            raise CacheError(
+                f"member {name!r} is stored by codec {cache.codecs[name].name!r}, which keeps some classes only: it has no whole "
+                "soft target to measure",
+                tip="take other members (--members), or dump with --codec headtail or int8, which keep every class",
+            )
     transfer_set = under_classes(transfer_set, cache.class_names, "the cache", classes_map)
     return cache.join(transfer_set, classes_map=None if transfer_set.class_names == cache.class_names else classes_map)
 

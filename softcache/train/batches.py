@@ -128,8 +128,12 @@ class Material:
         if quiet:
             return
         members = {} if self.cache is None else self.cache.manifest.statistics
-        rights = [(name, one.accuracy) for name, one in members.items()]
-        lines = [f"member {name}: top-1 {share:.2%} in the cache" for name, share in rights if share is not None]
+        rights = [(name, one.accuracy, one.labelled) for name, one in members.items()]
+        lines = [
+            f"member {name}: top-1 {share:.2%} of {labelled:,} labelled records in the cache"
+            for name, share, labelled in rights
+            if share is not None
+        ]
         for line in (described(self.transfer_set), *lines):  # of many students from one cache once
             tell_once(line)
 

@@ -57,6 +57,9 @@ class HuggingFace:
         assert kind is None
         return HuggingFace(self.features, self._columns)
 
+    def select_columns(self, names: list[str]) -> HuggingFace:
+        return HuggingFace(self.features, {name: self._columns[name] for name in names})
+
     def set_transform(self, transform: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self._transform = transform
 

@@ -135,7 +135,7 @@ def test_the_separator_is_found_where_one_divides_the_rows(tmp_path: Path) -> No
         ("x.csv", "a,1\nb,2\n", "?separator=ab", "separator=ab"),
         ("x.csv", b"PK\x03\x04\xff", "", r"is a workbook or a zip archive[^$]*save the sheet as CSV"),
         ("x.csv", "text,label\n".encode("utf-16"), "", "is UTF-16"),
-        ("x.csv", gzip.compress(b"text,label\n"), "", "is packed by gzip"),
+        ("x.csv", b"\x1f\x8b\x08\0\xff", "", "is packed by gzip"),
         ("x.csv", 'text,label\n"a\nb",x\nc,\n', "", "line 4: the label is empty"),
         ("x.csv", "text,a,b\nx,0,1\ny,1,no\n", "?label=a,b", "line 3: 'no' in the column 'b' is neither 0 nor 1"),
         ("x.csv", "text,a,b\nx,0,1\n", "?label=a,b&classes=one", "1 classes= for 2 columns"),
@@ -168,6 +168,27 @@ def test_who_has_a_csv_file_is_led_to_table(tmp_path: Path, capsys: pytest.Captu
             open_transfer_set(f"{scheme}:{path}")
     assert items(open_transfer_set(f"tsv:{path}?label=none")) == ["text,label", "a,1", "b,0"]  # as it always was
     assert f"table:{path} reads CSV" in capsys.readouterr().err
+
+
+def test_quotes_that_stay_in_tab_separated_text_are_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = 'so "good"\tx\n"a" or "b"\ty\n"\tx\n""\ty\n'  # nobody's CSV
+    opened(tmp_path / "x.tsv", plain)
+    quoted = plain + '"so ""good"""\tx\n'
+    opened(tmp_path / "x.tsv", quoted, "?quotes=false")
+    open_transfer_set(f"tsv:{tmp_path / 'x.tsv'}")
+    assert "quotes" not in capsys.readouterr().err
+    assert items(opened(tmp_path / "x.tsv", quoted))[4] == '"so ""good"""'
+    assert "as in row 4, and they stay there: quotes=true" in capsys.readouterr().err
+
+
+def test_a_folder_is_told_what_it_may_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder\n.*imagefolder:.*hf-dataset:"):
+        open_transfer_set(f"table:{tmp_path}")
+    (tmp_path / "state.json").touch()
+    with pytest.raises(SoftcacheError, match="did you mean hf-dataset:"):
+        open_transfer_set(str(tmp_path))
 
 
 def test_a_column_gives_the_keys(tmp_path: Path) -> None:

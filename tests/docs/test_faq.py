@@ -72,6 +72,12 @@ class Normalised(Relabelled):
 
 def normalised():
     return Normalised(open_transfer_set("digits?rows=0-59"))
+
+
+def several():
+    made = Relabelled(open_transfer_set("digits?rows=0-59"))
+    made.labels = [[int(label == c) for c in range(10)] for label in made.labels]
+    return made
 '''
 VIEWS_FILE = """
 from pathlib import Path
@@ -138,6 +144,7 @@ CASES = (
     Case("Somebody else is writing", (dump(DIGITS, "runs/t", "caches/locked"),)),
     Case("A file has another size", (train(DIGITS, "NEW", "--cache", "caches/cut"),)),
     Case("No labels", (train("tsv:texts.tsv?label=none&classes=a,b", "NEW", student="softcache:textcnn?width=4"),)),
+    Case("Several labels per sample", (train("user.py:several", "NEW", "--loss", "tf_virtual"),)),
     Case("The run belongs to other settings", (train(DIGITS, "runs/t", "--lr", "0.5"),)),
     Case("The cache holds no such feature", (train(DIGITS, "NEW", *FROM_CACHE, "--loss", "hint"),)),
     Case(

@@ -17,7 +17,7 @@ from softcache import cli, dump
 from softcache import open as open_cache
 from softcache.config import DumpConfig, EvalConfig
 from softcache.data.transfer_set import TransferSet, open_transfer_set
-from softcache.errors import ClassMismatchError, ConfigError, DataError, ModelError
+from softcache.errors import CacheError, ClassMismatchError, ConfigError, DataError, ModelError
 from softcache.evaluate import measure
 from softcache.evaluate.evaluation import Evaluation
 from softcache.spec import load_user_file
@@ -317,6 +317,15 @@ def test_what_a_cache_cannot_be_asked(
     assert cli.main(argv) == 2
 
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_cache_that_keeps_some_classes_is_told_before_anything_runs(pieces: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "cache")
+    given = {"data": f"{pieces}:points?count=20", "threads": 1, "device": "cpu"}
+    dump.run(DumpConfig(teacher=(f"{pieces}:net",), out=out, codec="topk:k=3", **given), quiet=True)
+    for model, compared in ((out, None), (f"{pieces}:net", out)):
+        with pytest.raises(CacheError, match="'topk', which keeps some classes only: it has no whole soft target"):
+            measure.run(model, EvalConfig(cache=compared, **given), quiet=True)
 
 
 def test_an_unfinished_dump_is_told_as_such(

@@ -31,6 +31,7 @@ WEIGHTS = (0.625, 0.125, 0.0, 0.25)  # sums of eighths are exact, so that ties s
 FLAVOURS = ("plain", "ties", "saturated", "missing", "same", "flat", "few", "one class", "two classes", "six", "many",
             "unlabelled", "alone", "right", "wrong")  # fmt: skip
 SETS = [(kind, flavour) for kind in ("single", "several") for flavour in FLAVOURS]
+QUICK = ("ties", "saturated", "missing", "one class", "unlabelled")
 six_digits = {"rel": 1e-6, "abs": 1e-7}
 
 
@@ -196,7 +197,11 @@ def assert_same(found: Evaluation, wanted: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------------- the tests
 
 
-@pytest.mark.parametrize(("kind", "flavour"), SETS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "flavour"),
+    [one if one[1] in QUICK else pytest.param(*one, marks=pytest.mark.slow) for one in SETS],
+    ids=str,
+)
 def test_every_number_of_a_model_and_of_every_rule(kind: str, flavour: str) -> None:
     """On tensors: what is counted, over several batches, of the student and of the members under each rule."""
     world = made(kind, flavour)
@@ -256,7 +261,9 @@ def evaluated(tmp_path: Path, world: World) -> None:
         assert_same(measure.run(out, EvalConfig(**how), quiet=True), said)
 
 
-@pytest.mark.parametrize(("kind", "flavour"), [("single", "ties"), ("several", "missing")], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "flavour"), [pytest.param("single", "ties", marks=pytest.mark.slow), ("several", "missing")], ids=str
+)
 def test_every_number_of_an_evaluation(kind: str, flavour: str, tmp_path: Path) -> None:
     evaluated(tmp_path, made(kind, flavour))
 

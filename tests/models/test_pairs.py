@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import QuickDump
 
 import softcache
 from softcache import cli
 from softcache.data.images import to_tensor
 from softcache.data.transfer_set import open_transfer_set
-from softcache.errors import DataError
+from softcache.errors import ContentMismatchError, DataError, JoinError
 from softcache.models import ImageInput, TextInput, VectorInput, build_vocabulary, load_model
 from softcache.models.inputs import SEPARATOR, AnyInput, is_text
 from softcache.models.left_out import LeftOut, left_out
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+from columns import Frame
 
 WORDS = (SEPARATOR, "a", "bee", "sees", "cat")
 PAIRS = [("a bee", "a cat sees"), ("", "dog"), ["a " * 9, "bee"]]
@@ -117,6 +122,24 @@ def test_pairs_go_the_whole_way(pairs: str, network: str, export: bool, capsys: 
         return
     assert cli.main(["export", "student", "--data", pairs, "--to", "program", "--threads", "1"]) == 0
     assert "2 stands between the texts of a pair" in capsys.readouterr().out
+
+
+def test_a_table_of_pairs_joins_by_two_columns(pairs: str, quick_dump: QuickDump) -> None:
+    Path("t.py").write_text("def teacher(): return lambda pairs: [[len(a), len(b), 0.5] for a, b in pairs]")
+    cache = quick_dump(pairs, ["t.py:teacher"])
+    rows = [json.loads(line) for line in Path("nli.jsonl").read_text().split("\n")]
+    columns = {name: [row[name] for row in rows] for name in rows[0]} | {
+        "id": [f"nli.jsonl/{i:06d}" for i in range(24)]
+    }
+    table = Frame(columns)
+    joined = cache.join(table, key="id", item="premise,hypothesis", check_content="full")
+    sample, *_ = joined[3]
+    assert (sample["premise"], sample["hypothesis"]) == (rows[3]["premise"], rows[3]["hypothesis"])
+    assert joined.as_pair()[3][0] == (rows[3]["premise"], rows[3]["hypothesis"])
+    with pytest.raises(ContentMismatchError):
+        cache.join(table, key="id", item="hypothesis,premise", check_content="full")
+    with pytest.raises(JoinError, match="no column 'hypothesys'"):
+        cache.join(table, key="id", item="premise,hypothesys")
 
 
 def test_views_of_pairs_are_refused(pairs: str, capsys: pytest.CaptureFixture[str]) -> None:

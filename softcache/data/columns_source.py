@@ -1,0 +1,182 @@
+"""Tables of named columns as sources: Hugging Face's data sets, Parquet, and DataFrames that a user's factory returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
+from softcache.data.sources import Source, StringTable, image_array, numbered
+from softcache.data.tables import Table, indices_of, is_frame, is_missing, value_name
+from softcache.errors import ConfigError, DataError, JoinError, first_offenders
+
+
+@dataclass(frozen=True)
+class ColumnsReader:
+    """Items of a table; pictures come as arrays, everything else as the table gives it."""
+
+    table: Table
+    name: str
+    digest_kind = "item"
+
+    def read(self, row: int) -> tuple[Any, None]:
+        item = self.table.item_of(self.table[row])
+        if isinstance(item, Image.Image):
+            return image_array(item, f"{self.name}, row {row}"), None
+        missing = [one for one in (item if isinstance(item, tuple) else (item,)) if is_missing(one) and one != -1]
+        if missing:
+            raise DataError(
+                f"{self.name}, row {row}: the item is {missing[0]!r}", tip="give each sample one, or leave it out"
+            )
+        return item, None
+
+
+def source_of_columns(
+    rows: Any,
+    name: str,
+    prefix: str,
+    *,
+    item: str = "",
+    label: str = "",
+    key: str = "",
+    classes: tuple[str, ...] = (),
+    empty: str = "",
+) -> Source:
+    """A table as a source.
+
+    Args:
+        rows: a `datasets.Dataset` or a DataFrame.
+        name: for messages.
+        prefix: of keys by position.
+        item, key: columns; item "": the only one of item, image and text, or the only column.
+        label: column of class indices, names, or lists of them; several of 0 and 1, "rude,loud"; "none" where there are no
+            labels; "": label or labels.
+        classes, empty: as of `tsv`; not for a column that names its classes itself.
+
+    Raises:
+        DataError: no such column, or nobody can tell which one is meant; labels that are none; an empty table.
+    """
+    if not len(rows):
+        raise DataError(f"{name}: the data set is empty", tip="give one with rows")
+    several = (
+        [] if label in map(str, getattr(rows, "column_names", ())) else [part for part in label.split(",") if part]
+    )
+    only_label = label if len(several) < 2 and label not in ("", "none") else None
+    try:
+        table = Table(rows, key=key or None, item=item or None, label=only_label)
+        columns = [Table(rows, label=one) for one in several] if len(several) > 1 else []
+    except JoinError as exc:
+        raise DataError(f"{name}: {exc.message.removeprefix('the data set has ')}", tip=exc.tip) from None
+    if label == "none":
+        table.label = None
+    _check_known(table, name, item, asked=bool(label))
+    reader = ColumnsReader(table, name)
+    _check_whole(table, name)
+    keys = numbered(prefix, range(len(rows))) if table.key is None else StringTable(_key_names(table, name))
+    texts = _Items(reader)
+    if columns:
+        values = [one.column(place) for one, place in zip(columns, several, strict=True)]
+        found = [[_label_name(value) for value in row] for row in zip(*values, strict=True)]
+        column = LabelColumn(name, found, texts, range(len(rows)), False, "row")
+        return Source(reader, keys, *read_several(column, several, classes))
+    return Source(reader, keys, *_labels(table, name, texts, classes, empty))
+
+
+def _labels(
+    table: Table, name: str, texts: Sequence[str], classes: tuple[str, ...], empty: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and class names."""
+    if table.label is None:
+        return np.full(len(table), -1, np.int32), classes
+    values, known = table.column(table.label), table.class_names
+    if known is not None and classes:
+        raise ConfigError(
+            f"{name}: classes= for the column {table.label!r}, which names its classes itself",
+            tip=f"leave it out: they are {first_offenders(known, len(known))}",
+        )
+    if any(isinstance(value, list | tuple | np.ndarray) for value in values):
+        named = [[_class_name(one, known) for one in value] if not is_missing(value) else "" for value in values]
+        column = LabelColumn(name, named, texts, range(len(values)), False, "row")
+        return read_lists(column, tuple(known) if known is not None else classes)
+    if known is not None:
+        labels = indices_of(values)
+        assert labels is not None  # a ClassLabel holds whole numbers
+        return labels.astype(np.int32), tuple(known)
+    odd = next(
+        (value for value in values if not (is_missing(value) or isinstance(value, str | int | float | np.generic))),
+        None,
+    )
+    if odd is not None:
+        raise DataError(
+            f"{name}: the column {table.label!r} holds {type(odd).__name__}, for example {str(odd)[:60]!r}",
+            tip="a label is a string, a number, or a list of them",
+        )
+    found = [_label_name(value) for value in values]
+    return read_labels(LabelColumn(name, found, texts, range(len(found)), False, "row"), classes, empty)
+
+
+def _check_known(table: Table, name: str, item: str, *, asked: bool) -> None:
+    """Raise DataError where nobody can tell which column is the item, or which of several is the label."""
+    told = f"There are {first_offenders(map(repr, table.columns), len(table.columns))}"
+    if table.item is None:
+        if len(table.columns) > 1:
+            raise DataError(
+                f"{name}: which of its columns is the item? {told[0].upper()}{told[1:]}",
+                tip="item=NAME; label=NAME for the label",
+            )
+        table.item = table.columns[0]
+    used = {table.key, *((table.item,) if isinstance(table.item, str) else table.item)}
+    if table.label is None and not asked and set(table.columns) - used:
+        raise DataError(
+            f"{name}: which of its columns is the label? {told}",
+            tip="label=NAME; label=none where there are no labels",
+        )
+
+
+def _check_whole(table: Table, name: str) -> None:
+    """Raise DataError for rows without an item, as far as a look at the columns tells."""
+    for column in (table.item,) if isinstance(table.item, str) else table.item or ():
+        missing = table.missing(column)
+        if missing:
+            way = (
+                f"dropna(subset=[{column!r}])"
+                if is_frame(table.rows)
+                else f"filter(lambda row: row[{column!r}] is not None)"
+            )
+            raise DataError(
+                f"{name}: {len(missing)} of {len(table)} rows have nothing in the column {column!r}: row "
+                + first_offenders(map(str, missing), len(missing)),
+                tip=f"leave them out: {way}",
+            )
+
+
+def _key_names(table: Table, name: str) -> Iterator[str]:
+    for row, value in enumerate(table.column(str(table.key))):
+        if is_missing(value) or value == "":
+            raise DataError(f"{name}, row {row}: the sample's key is {value!r}", tip="give each sample one of its own")
+        yield str(value)
+
+
+def _label_name(value: Any) -> str:
+    return "" if value is None or (isinstance(value, float | np.floating) and np.isnan(value)) else value_name(value)
+
+
+def _class_name(value: Any, known: Sequence[str] | None) -> str:
+    return known[int(value)] if known is not None else value_name(value)
+
+
+@dataclass(frozen=True)
+class _Items(Sequence[str]):
+    """The items as texts by position, for messages."""
+
+    reader: ColumnsReader
+
+    def __len__(self) -> int:
+        return len(self.reader.table)
+
+    def __getitem__(self, row: Any) -> Any:
+        return str(self.reader.read(row)[0])
