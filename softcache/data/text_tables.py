@@ -17,7 +17,7 @@ from softcache.data.sources import PACKINGS, Source, StringTable, numbered
 from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, only, value_name
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
 from softcache.errors import ConfigError, DataError, first_offenders, nearest, warn_once
-from softcache.spec import convert
+from softcache.spec import convert, split_list
 
 Empty = Literal["", "unlabelled", "class"]
 Place = int | str  # of a column: its number, of JSON lines its name
@@ -234,7 +234,7 @@ class _Wanted:
         if self.header:
             return bool(convert(self.header, bool, f"{self.path}: header")), True
         asked = [
-            part for one in (self.text, self.label, self.key) for part in ([one] if one in first else one.split(","))
+            part for one in (self.text, self.label, self.key) for part in ([one] if one in first else split_list(one))
         ]
         asked = [name for name in asked if name and not name.isdecimal() and name != "none"]
         if asked:
@@ -272,7 +272,7 @@ class _Finder:
     def several(self, wanted: str, what: str) -> tuple[Place, ...]:
         if wanted in self.names:
             return (self.one(wanted, what),)
-        return tuple(self.one(part, what) for part in wanted.split(",") if part)
+        return tuple(self.one(part, what) for part in split_list(wanted))
 
     def one(self, wanted: str, what: str) -> Place:
         if wanted.isdecimal() and int(wanted) < self.count and not self.layout.is_json:

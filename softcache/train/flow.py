@@ -154,7 +154,10 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     session = Session(prepared, *read_progress(prepared.out, ranks))
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
-        initialised = None if prepared.initialised is None else prepared.initialised.text()
+        told = prepared.model.weights_told
+        starts = [f"{prepared.config.student}: {told}"] if told else []
+        starts += [] if prepared.initialised is None else [prepared.initialised.text()]
+        initialised = "; ".join(starts) or None
         facts = material.facts(prepared.config, data, initialised)
         for line in told:
             warn(line)
