@@ -5,19 +5,19 @@ Precedence: defaults < --config file.toml < --set key=value < flags.
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import re
 import shlex
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from softcache.errors import ConfigError, nearest
-from softcache.spec import convert
+from softcache.spec import convert, split_list
 
 Config = TypeVar("Config")
 
@@ -53,7 +53,10 @@ def option(
     )
 
 
-DATA_HELP = "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, table:PATH?text=NAME&label=NAME, file.py:factory"
+DATA_HELP = (
+    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, images:PATH, table:PATH?text=NAME&label=NAME, "
+    "file.py:factory"
+)
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )
@@ -65,8 +68,51 @@ _QUOTED = re.compile(r'(^|,) *"')  # a name in quotes, in a list
 AUTOCAST = ("none", "bf16", "fp16")
 
 
+class Settings:
+    """What checks and converts its own fields, made in Python too: `epochs="2"`, `out=Path(...)`, `loss="kd"`.
+
+    Raises:
+        ConfigError: a value of another type, an unknown choice, a required setting missing.
+    """
+
+    def __post_init__(self) -> None:
+        hints, kind = typing.get_type_hints(type(self)), type(self).__name__
+        for one in fields(self):  # type: ignore[arg-type]
+            where = f"{kind}: {one.name}"
+            value = _own(getattr(self, one.name), hints[one.name], where, settings=one.name == SETTINGS)
+            _check_choice(one, value, where)
+            if one.metadata["required"] and not value:
+                raise ConfigError(f"{where} is missing", tip=f"{one.name}: {one.metadata['help']}")
+            object.__setattr__(self, one.name, value)
+
+
+def _own(value: Any, hint: Any, where: str, *, settings: bool) -> Any:
+    """A value of Python's as the type of its field; ConfigError where it is none."""
+    if value is None and (type(None) in typing.get_args(hint) or hint is str):
+        return None  # of a required one it is told below
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if (
+        isinstance(value, str)
+        and (hint is str or str in typing.get_args(hint))
+        and typing.get_origin(hint) is not tuple
+    ):
+        return value  # "none" too
+    if typing.get_origin(hint) is tuple and not isinstance(value, str | dict) and isinstance(value, Iterable):
+        value = tuple(os.fspath(one) if isinstance(one, os.PathLike) else one for one in value)
+    if isinstance(value, bytes) or (value is not None and hint is str and not isinstance(value, int | float)):
+        raise ConfigError(f"{where}: {value!r} is no text")
+    return coerce(value, hint, where, settings=settings)
+
+
+def _check_choice(one: Field[Any], value: Any, where: str) -> None:
+    choices = one.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{where} cannot be {value!r}", tip=nearest(str(value), choices))
+
+
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Settings):
     """Which samples."""
 
     data: str = option(..., DATA_HELP, metavar="DATA")
@@ -77,6 +123,7 @@ class DataOptions:
     )
     drop_labels: tuple[str, ...] = option((), "no samples of these classes", metavar="LABELS")
     samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
+    without: str | None = option(None, "no samples whose keys this file lists, one a line", metavar="FILE")
     download: bool = option(False, "let torchvision download a data set that is not there")
 
     def selection(self) -> dict[str, Any]:
@@ -86,11 +133,12 @@ class DataOptions:
             "keep_labels": self.keep_labels,
             "drop_labels": self.drop_labels,
             "samples": Path(self.samples) if self.samples else None,
+            "without": Path(self.without) if self.without else None,
         }
 
 
 @dataclass(frozen=True)
-class MachineOptions:
+class MachineOptions(Settings):
     """Where it runs."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", metavar="DEVICE")
@@ -165,6 +213,11 @@ class DumpConfig(StorageOptions):
         None, "what others may do with the cache, for its card: cc-by-4.0, ...", metavar="TEXT"
     )
     extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
+    misfits: str | None = option(
+        None,
+        "write the keys of all samples that cannot be read, or do not fit the others: for --without",
+        metavar="FILE",
+    )
     part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
     list_modules: bool = option(False, "print the teacher's modules and their output shapes for --features, and stop")
 
@@ -292,7 +345,7 @@ class EvalConfig(MachineOptions, DataOptions):
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """softcache export: a model as one file for other programs, verified on an evaluation set."""
 
     to: str = option(
@@ -304,6 +357,7 @@ class ExportConfig:
     out: str | None = option(
         None, "the file (default: export.safetensors, .pt2 or .onnx in the run folder)", metavar="FILE"
     )
+    opset: int | None = option(None, "version of ONNX's operators (default: what this torch writes)", metavar="N")
     data: str | None = option(
         None, "evaluation set (with --allow-code by default the run's own --eval-data)", metavar="DATA"
     )
@@ -383,10 +437,8 @@ def resolve(
             values[name] = coerce(value, hints[name], _place(known[name], origin), settings=name == SETTINGS)
             origins[name] = origin
     for name, f in known.items():
-        choices = f.metadata["choices"]
-        if name in values and choices and values[name] not in choices:
-            place = _place(f, origins[name])
-            raise ConfigError(f"{place} cannot be {values[name]!r}", tip=nearest(str(values[name]), choices))
+        if name in values:
+            _check_choice(f, values[name], _place(f, origins[name]))
         if f.metadata["required"] and not values.get(name):
             place, metavar = _place(f, "flag"), f.metadata["metavar"]
             usage = place if f.metadata["positional"] else f"{place} {metavar}"
@@ -463,12 +515,6 @@ def coerce(value: Any, hint: Any, where: str, *, settings: bool = False) -> Any:
     return convert(str(value), hint, where)
 
 
-def split_list(text: str) -> tuple[str, ...]:
-    """What stands between commas; a name that holds some itself stands in double quotes, as `"Paris, Texas",Rome`."""
-    (parts,) = csv.reader([text], skipinitialspace=True)
-    return tuple(part for part in parts if part)
-
-
 def _table_text(table: Mapping[str, Any], where: str) -> str:
     if "name" not in table:
         raise ConfigError(f"{where}: a table needs a name", tip='write name = "kd"')
@@ -497,6 +543,10 @@ def parse_settings(text: str, where: str) -> dict[str, list[str]]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"{where}: {word!r} is not key=value", tip="write 'epochs=5 lr=0.01 loss=kd'")
+        if re.search(r"[;,]\s*(epochs|lr|loss|freeze|schedule|optimizer)=", value):
+            raise ConfigError(
+                f"{where}: {word!r}: settings stand apart by spaces", tip="write 'epochs=5 lr=0.01 loss=kd'"
+            )
         found.setdefault(key.replace("-", "_"), []).append(value)
     return found
 

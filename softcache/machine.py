@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from softcache.errors import ConfigError
@@ -129,3 +131,33 @@ def exact_convolutions() -> Iterator[None]:
             part.fp32_precision = precision
         if flag is not None:
             torch.backends.cudnn.allow_tf32 = flag
+
+
+@contextmanager
+def as_fresh() -> Iterator[None]:
+    """Torch as a fresh process has it: float32, tensors on the CPU, gradients, no autocast. Afterwards all is as it was.
+
+    Put back are also the number of threads and the states of torch's, NumPy's and Python's global generators.
+    """
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])
+            random.setstate(states[2])
+            if on_gpu:
+                torch.cuda.set_rng_state_all(on_gpu)

@@ -69,11 +69,10 @@ class World:
             "lr": 0.05,
             "threads": 1,
             "device": "cpu",
-            "check_content": "none",
         }
         given |= settings
         if given["cache"] is not None:
-            given["cache"] = self.cache(given["cache"])
+            given |= {"cache": self.cache(given["cache"]), "check_content": given.get("check_content", "none")}
         return TrainConfig(out=str(out), **given)
 
     def train(self, out: Path, *losses: str, **settings: Any) -> TrainResult:

@@ -663,3 +663,13 @@ def test_a_settings_file_is_bounded(tmp_path: Path, data: bytes, message: str) -
     (tmp_path / "c.toml").write_bytes(data)
     with pytest.raises(ConfigError, match=rf"c.toml: (is )?{message}"):
         train(file=str(tmp_path / "c.toml"))
+
+
+def test_settings_of_a_stage_stand_apart_by_spaces() -> None:
+    for text in ("epochs=3;lr=1", "epochs=3,lr=1", "loss=kd,epochs=2"):
+        with pytest.raises(ConfigError, match=r"settings stand apart by spaces\n.*write 'epochs=5 lr=0.01 loss=kd'"):
+            parse_settings(text, "--stage 1")
+    assert parse_settings("loss=kd:temperature=4,weight=1 epochs=2", "") == {
+        "loss": ["kd:temperature=4,weight=1"],
+        "epochs": ["2"],
+    }

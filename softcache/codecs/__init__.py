@@ -78,4 +78,6 @@ def restore_codec(name: str, parameters: Mapping[str, str], num_classes: int, co
 
 def codec_constants(stored: Mapping[str, Any]) -> dict[str, Tensor]:
     """Of the arrays in constants.h5 those that are the codec's, under its own names."""
-    return {n.removeprefix("codec_"): torch.tensor(a) for n, a in stored.items() if n.startswith("codec_")}
+    return {
+        n.removeprefix("codec_"): torch.tensor(a, device="cpu") for n, a in stored.items() if n.startswith("codec_")
+    }

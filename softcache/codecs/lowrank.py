@@ -345,7 +345,7 @@ def _tables(constants: Mapping[str, Tensor], device: torch.device) -> Tables:
     step, bits = constants["step"], constants["bits"].long()
     wide = int((bits > 8).sum())
     widths = torch.cat([bits.clamp(max=8), bits[:wide] - 8])  # (n,) of the parts
-    places = torch.arange(8)
+    places = torch.arange(8, device=bits.device)
     in_use = places < widths[:, None]  # (n, 8) bytes of the parts' words
     loaded = (widths.cumsum(0) - widths)[:, None] + places * in_use
     return Tables(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from softcache.commands.flags import RESUMES, Output, Verb
-from softcache.config import ALLOW_CODE_HELP, option
+from softcache.config import ALLOW_CODE_HELP, flag_of, option
+from softcache.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def run(config: ReproduceConfig, output: Output) -> int:
     from softcache.reproduce import flow
 
     if config.recipe.upper() == "LIST":
+        _refuse_with_list(config)
         print(json.dumps(flow.recipes()) if output.json else flow.listing())
         return 0
     done = flow.run(
@@ -53,6 +55,14 @@ def run(config: ReproduceConfig, output: Output) -> int:
     )
     print(json.dumps(done.to_json()) if output.json else done.text())
     return 0
+
+
+def _refuse_with_list(config: ReproduceConfig) -> None:
+    for one in fields(config):
+        if one.name != "recipe" and getattr(config, one.name) != one.default:
+            raise ConfigError(
+                f"{flag_of(one.name)} needs a recipe; {config.recipe} only lists them", tip="leave it out"
+            )
 
 
 VERB = Verb(

@@ -147,7 +147,7 @@ class ViewedSet(Dataset[Any]):
     def render_view(self, index: int, view: int) -> Rendered:
         """One view with everything that is known of it; errors name the sample, and the partner where it is at fault."""
         key = self.transfer_set.keys[index]
-        with _naming(key, f"while loading sample {key}", "repair the sample, or leave it out with --samples"):
+        with _naming(key, f"while loading sample {key}", "repair the sample, or leave it out: --without FILE"):
             ident = sample_id(key) if self.ids is None else int(self.ids[index])
             item, digest = self._unmixed(self.transfer_set, index, ident, view)
             if self.policy.mixing is None:
@@ -213,12 +213,12 @@ class ViewedSet(Dataset[Any]):
             why = f"of another shape than {usual}: " if odd else ""
             raise DataError(
                 f"the model cannot take this batch: {type(exc).__name__}: {exc} ({place_of(exc)}); samples {why}{named}",
-                tip="make their items alike (--policy resize:size=N), or leave them out with --samples",
+                tip="make their items alike (--policy resize:size=N), or leave them out: --without FILE",
             ) from exc
 
     def __reduce__(self) -> tuple[Any, ...]:
         # classes from a user's file must be importable in a spawned worker before they are unpickled
-        return _restore, (user_files(), pickle.dumps(self.__dict__))
+        return _restore, (type(self), user_files(), pickle.dumps(self.__dict__))
 
 
 @contextmanager
@@ -233,11 +233,11 @@ def _naming(key: str, note: str, tip: str) -> Iterator[None]:
         raise DataError(f"sample {key}: {type(exc).__name__}: {exc} ({place_of(exc)})", tip=tip) from exc
 
 
-def _restore(files: Sequence[str], state: bytes) -> ViewedSet:
+def _restore(kind: type[ViewedSet], files: Sequence[str], state: bytes) -> ViewedSet:
     for file in files:
         if Path(file).exists():  # one that is gone may not be needed; if it is, unpickling says so
             load_user_file(file)
-    made = ViewedSet.__new__(ViewedSet)
+    made = kind.__new__(kind)
     made.__dict__.update(pickle.loads(state))
     return made
 

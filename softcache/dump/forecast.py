@@ -47,9 +47,10 @@ from softcache.dump.layout import (
 from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError
-from softcache.machine import pick_device, pick_threads
+from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
+from softcache.unused import check_used
 
 TRIAL_SECONDS = 6.0  # how long the larger trial dump should take
 FEWEST_ROWS, MOST_ROWS = 512, 16384
@@ -185,6 +186,7 @@ class Forecast:
         }
 
 
+@as_fresh()
 def run(
     config: PlanConfig,
     *,
@@ -207,6 +209,7 @@ def run(
     Raises:
         SoftcacheError: and its children, as the dump would raise them.
     """
+    check_used(config)
     torch.set_num_threads(pick_threads(config.threads))
     begin = time.monotonic()
     _open(config, measured_rows)

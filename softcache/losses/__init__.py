@@ -58,6 +58,7 @@ INPUTS = {
 }
 CLASSIFIER = "head"  # in place of a layer: the input of the final linear layer; settings and saved runs write it so
 VECTORS = (CLASSIFIER, "pool", "flatten", "cls", "mean_tokens")
+CLASS_WEIGHTS = "class_weights"  # a setting that is a tensor: terms hold what it is made of, "balanced" or a file
 PLACEMENT = ("member", "layer", "student", "adapter")  # settings of every loss on features
 
 
@@ -197,7 +198,7 @@ LOSSES: dict[str, Loss] = {
     "batch_correlation": Loss(batch_correlation, "Jin et al. 2023", over="batch"),
     "class_correlation": Loss(class_correlation, "Jin et al. 2023", over="batch"),
     # logits and hard labels
-    "ce": Loss(ce, "Bridle 1990", over="labels", mixed=mixed_ce, multi_label=True),
+    "ce": Loss(ce, "Bridle 1990; smoothing: Szegedy et al. 2016", over="labels", mixed=mixed_ce, multi_label=True),
     "dkd": Loss(dkd, "Zhao et al. 2022; standardized: Sun et al. 2024", over="labels", needs_positive=True),
     "wsld": Loss(wsld, "Zhou et al. 2021", over="labels"),
     "shifted_kd": Loss(shifted_kd, "Wen et al. 2019"),
@@ -265,6 +266,8 @@ class LossTerm:
     def describe(self) -> dict[str, Any]:
         """As a run records it."""
         values = {key: value.recorded if isinstance(value, Schedule) else value for key, value in self.settings.items()}
+        if not values.get(CLASS_WEIGHTS):
+            values.pop(CLASS_WEIGHTS, None)
         return {"name": self.name, "weight": self.weight.recorded, **values, **self.placement}
 
 
@@ -307,6 +310,8 @@ def __getattr__(name: str) -> Any:
 
 def _setting(loss: Loss, name: str, key: str, value: Any) -> Any:
     where = f"loss {name!r}: {key}"
+    if key == CLASS_WEIGHTS:
+        return "" if str(value).lower() in ("", "none") else str(value)
     if loss.is_scheduled(key):
         return Schedule.parse(value, where)
     return convert(str(value), loss.choices.get(key, type(loss.defaults[key])), where)

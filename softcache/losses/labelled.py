@@ -11,22 +11,30 @@ from torch import Tensor
 from softcache.losses.logits import at_least_float32, checked, kd, kl_rows, standardize
 
 
-def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
+def ce(
+    student_logits: Tensor, labels: Tensor, smoothing: float = 0.0, *, class_weights: Tensor | None = None
+) -> Tensor:
     """Cross-entropy with hard labels, averaged over the labelled rows.
 
     Args:
         student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
         labels: (B,) int64 class index, -1 = no label; or (B, C) of 1 and 0, -1 = unknown, then binary cross-entropy averaged
             over what is known of batch and classes.
+        smoothing: in [0, 1), the share of the target that all C classes get evenly; of one label per row.
+        class_weights: (C,) >= 0, with which each class counts, as torch's `weight`; of one label per row. Train it as
+            `class_weights=balanced` (samples / (classes * samples of the class), as scikit-learn) or as a file.
 
     Returns:
         Scalar >= 0, in nats; zero (with a zero gradient) when no row of the batch is labelled. Ratio to the textbook form: 1.
+        With class_weights the mean is over the labelled rows all the same, so that pieces and processes come to one value;
+        torch's mean divides by the weights of the rows' labels instead.
 
     Raises:
-        ValueError: labels of another shape.
+        ValueError: labels of another shape, smoothing outside [0, 1), or either of the two settings with (B, C) labels.
         IndexError: a label beyond the classes.
 
-    Source: Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs" (1990).
+    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016), section 7, for smoothing;
+        Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs" (1990).
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0], [5.0, -5.0]])
@@ -34,17 +42,27 @@ def ce(student_logits: Tensor, labels: Tensor) -> Tensor:
         0.693
     """
     student = at_least_float32(student_logits)
+    _check_softened(labels, smoothing, class_weights)
     if labels.ndim == 2:
         known = labels >= 0
         target = torch.where(known, labels, 0).to(student.dtype)
         rows = F.binary_cross_entropy_with_logits(student, target, reduction="none")
         return torch.where(known, rows, 0.0).sum() / known.sum().clamp(min=1)
     labelled = labels >= 0
-    total = F.cross_entropy(student, labels, ignore_index=-1, reduction="sum")
+    weight = None if class_weights is None else class_weights.to(student)
+    total = F.cross_entropy(student, labels, weight=weight, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
     return total / labelled.sum().clamp(min=1)
 
 
-def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, shares: Tensor) -> Tensor:
+def mixed_ce(
+    student_logits: Tensor,
+    labels: Tensor,
+    partner_labels: Tensor,
+    shares: Tensor,
+    smoothing: float = 0.0,
+    *,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of views that are a blend of two samples: shares x ce(labels) + (1 - shares) x ce(partner labels).
 
     Args:
@@ -52,6 +70,7 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
         labels, partner_labels: (B,) int64 class index, -1 = no label; or (B, C) of 1 and 0, -1 = unknown, then binary
             cross-entropy.
         shares: (B,) in [0, 1], weight of a sample's own label.
+        smoothing, class_weights: as `ce`.
 
     Returns:
         Scalar >= 0, in nats, over the labelled weight of the batch: equal to `ce` where every share is 1. Zero when nothing
@@ -64,6 +83,7 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018); Yun et al., "CutMix" (2019).
     """
     student = at_least_float32(student_logits)
+    _check_softened(labels, smoothing, class_weights)
     weights = torch.stack([shares, 1 - shares]).to(student.dtype)  # (2, B)
     if labels.ndim == 2:
         several = torch.stack([labels, partner_labels])  # (2, B, C)
@@ -73,10 +93,23 @@ def mixed_ce(student_logits: Tensor, labels: Tensor, partner_labels: Tensor, sha
         total = weights.sum()
         return (weights * rows).sum() / torch.where(total > 0, total, 1.0)
     pair = torch.stack([labels, partner_labels])  # (2, B)
-    losses = torch.stack([F.cross_entropy(student, one, ignore_index=-1, reduction="none") for one in pair])
+    weight = None if class_weights is None else class_weights.to(student)
+    losses = torch.stack(
+        [
+            F.cross_entropy(student, one, weight, ignore_index=-1, reduction="none", label_smoothing=smoothing)
+            for one in pair
+        ]
+    )
     weights = torch.where(pair >= 0, weights, 0.0)
     total = weights.sum()
     return (weights * losses).sum() / torch.where(total > 0, total, 1.0)
+
+
+def _check_softened(labels: Tensor, smoothing: float, class_weights: Tensor | None) -> None:
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}; 0.1 is usual")
+    if labels.ndim == 2 and (smoothing or class_weights is not None):
+        raise ValueError("smoothing and class_weights are of data with one label per sample; this has several")
 
 
 def dkd(

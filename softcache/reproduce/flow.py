@@ -153,6 +153,10 @@ def run(
     chosen = tuple(seeds) or tuple(recipe.seeds)
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"--seeds {','.join(map(str, chosen))}: a seed is given twice", tip="give different ones")
+    if seeds and not only and not any(step.seeded for step in recipe.steps):
+        raise ConfigError(
+            f"--seeds {','.join(map(str, seeds))}: every step of {recipe.name} is done once", tip="leave --seeds out"
+        )
     folder = out / recipe.name / budget
     bench = Bench(recipe, folder, specs, use, device, quiet, download, allow_code)
     for step in recipe.steps:
@@ -216,13 +220,15 @@ def _finished(bench: Bench, seeds: Sequence[int], stem: str) -> Reproduced:
 
 def _named(texts: Sequence[str], flag: str, known: Collection[str], what: str) -> dict[str, str]:
     """`NAME=SPEC` of a flag, by name."""
-    found = {}
+    found: dict[str, str] = {}
     for text in texts:
         name, equals, spec = text.partition("=")
         if not equals:
             raise ConfigError(f"{flag} {text!r} is not NAME=SPEC", tip=f"its names are {', '.join(known)}")
         if name not in known:
             raise ConfigError(f"{flag} {text!r}: the recipe has no {what} {name!r}", tip=nearest(name, known))
+        if name in found:
+            raise ConfigError(f"{flag} gives {name!r} twice: {found[name]} and {spec}", tip="keep one of them")
         found[name] = spec
     return found
 

@@ -46,13 +46,15 @@ from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.files.inside import RUN as IN_RUN
 from softcache.files.inside import is_inside, read_inside
-from softcache.machine import exact_convolutions, pick_device, pick_threads, pick_workers
+from softcache.machine import as_fresh, exact_convolutions, pick_device, pick_threads, pick_workers
 from softcache.models import (
     METADATA_KEY,
     Model,
     describe_model,
     load_model,
     own_classes,
+    path_alone,
+    path_and_choice,
     read_metadata,
     save_student,
     split_weights,
@@ -66,6 +68,7 @@ from softcache.students.traced_program import (
     Batch,
     Forward,
     TensorFact,
+    check_opset,
     dtype_name,
     open_onnx,
     open_program,
@@ -75,6 +78,7 @@ from softcache.students.traced_program import (
     write_program,
 )
 from softcache.train.run_folder import CONFIG, MOST_BYTES
+from softcache.unused import check_used
 from softcache.version import __version__
 
 SUFFIXES = {"safetensors": ".safetensors", "program": ".pt2", "onnx": ".onnx"}
@@ -94,6 +98,7 @@ class Exported:
         agreement: share of samples whose largest class is the same; of several labels, of the yes-or-no decisions.
         changed: how many are another one; all of them near-ties within the bound.
         max_difference: largest |difference| of a logit.
+        opset: version of ONNX's operators; None for other formats.
     """
 
     path: Path
@@ -107,14 +112,16 @@ class Exported:
     agreement: float
     changed: int
     max_difference: float
+    opset: int | None = None
 
     def text(self) -> str:
         """For people."""
         after, several = dict(self.after.rows()), self.after.multi_label
+        opset = "" if self.opset is None else f" (opset {self.opset})"
         rows = [(name, value, after[name]) for name, value in self.before.rows()]
         return "\n".join(
             [
-                f"{self.path}: {self.format}, {size(self.nbytes)}; verified on {self.data}",
+                f"{self.path}: {self.format}{opset}, {size(self.nbytes)}; verified on {self.data}",
                 *(f"takes {fact.text()}" for fact in self.inputs),
                 f"gives {self.output.text()}",
                 "",
@@ -131,6 +138,7 @@ class Exported:
         return {**facts, "path": str(self.path), "allowed": {"absolute": ABSOLUTE, "relative": RELATIVE}}
 
 
+@as_fresh()
 def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Exported:
     """Write a model to one file, verified on an evaluation set.
 
@@ -141,10 +149,12 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
         ExportError: the model cannot be traced, or the file does not answer as the model does; no file is left.
         SoftcacheError: other children, for what cannot be opened.
     """
+    check_used(config)
     refuse_untrained(model_text)
     out = _target(model_text, config)
     for package in PACKAGES if config.to == "onnx" else ():
         require_extra(package, "onnx", "export to ONNX")
+    check_opset(config.opset)
     data = config.data or _data_of_run(model_text, allow_code=config.allow_code)
     device, threads = pick_device(config.device), pick_threads(config.threads)
     torch.set_num_threads(threads)
@@ -172,6 +182,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     output = TensorFact(model.output, dtype_name(logits.dtype), ("batch", *logits.shape[1:]), "one number per class")
     metadata = _metadata(model, model_text, config.to, batch.facts, output)
 
+    opset: int | None = None
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     require_room(out.parent, weights, "the exported weights need")
     # a folder that cannot be written is found out before the work
@@ -186,7 +197,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
                 write_program(program, metadata, aside)
                 exported = open_program(aside, device)
             else:
-                write_onnx(program, batch, output, metadata, aside, model_text)
+                opset = write_onnx(program, batch, output, metadata, aside, model_text, config.opset)
                 exported = open_onnx(aside, threads)
         found = _compare(
             model.to(device),
@@ -200,7 +211,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
             quiet=quiet,
         )
         nbytes = aside.stat().st_size
-    return Exported(out, config.to, nbytes, data, batch.facts, output, *found)
+    return Exported(out, config.to, nbytes, data, batch.facts, output, *found, opset=opset)
 
 
 def _metadata(
@@ -362,7 +373,7 @@ def of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapp
     Raises:
         ClassMismatchError: another class list, or the same in another order.
     """
-    names, found = own_classes(model_text), transfer_set.class_names
+    names, found = own_classes(model_text, transfer_set.num_classes), transfer_set.class_names
     if names is None or names == found:
         return transfer_set
     if tuple(name for name in found if name in names) == names:  # trained with --classes
@@ -387,16 +398,21 @@ def of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapp
 
 
 def refuse_untrained(model_text: str) -> None:
-    if os.path.exists(model_text) or split_weights(model_text)[1]:
+    if path_alone(model_text) is not None or split_weights(model_text)[1]:
         return
     spec = parse_spec(model_text)
+    if not spec.scheme:
+        raise ModelError(
+            f"{model_text!r} is neither a run folder nor a model", tip="name a run folder that exists, or MODEL@WEIGHTS"
+        )
     if spec.scheme in ("softcache", "timm", "torchvision") and "weights" not in spec.parameters:
         raise ConfigError(f"{model_text!r} has no weights", tip=f"name them: {model_text}@WEIGHTS, or a run folder")
 
 
 def weights_of(model_text: str) -> str:
     """The path part of a model text; it need not exist."""
-    return model_text if os.path.exists(model_text) else split_weights(model_text)[1] or model_text
+    alone = path_alone(model_text)
+    return path_and_choice(split_weights(model_text)[1] or model_text)[0] if alone is None else alone
 
 
 def _folder_of(model_text: str) -> Path | None:
@@ -408,7 +424,7 @@ def _folder_of(model_text: str) -> Path | None:
 
 def text_of_copy(model_text: str, path: Path) -> str:
     """The model text for a copy of the weights: a student says itself what it is, unless a factory of the user builds it."""
-    head = "" if os.path.exists(model_text) else split_weights(model_text)[0]
+    head = "" if path_alone(model_text) is not None else split_weights(model_text)[0]
     return f"{head}@{path}" if head and parse_spec(head).is_factory else str(path)
 
 

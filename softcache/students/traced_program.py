@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcache.data.loading import to_device
-from softcache.errors import ExportError
+from softcache.errors import ConfigError, ExportError
 from softcache.models import ImageInput, Model, TextInput, TokenizerInput, VectorInput
 from softcache.models.inputs import SEPARATOR
 from softcache.report.tables import size
@@ -26,6 +26,8 @@ from softcache.report.tables import size
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 EXTRA_FILE = "softcache.json"  # in a program's archive
 ONNX_BYTES = 2**31 - 2**20  # what one such file can hold, and some room for the graph
+
+OPSET_KEY = "softcache_opset"
 
 Forward = Callable[[Any], Tensor]  # a collated batch on the CPU -> (B, C)
 
@@ -195,6 +197,17 @@ def write_program(program: torch.export.ExportedProgram, metadata: Mapping[str, 
     torch.export.save(program, path, extra_files={EXTRA_FILE: json.dumps(metadata, sort_keys=True)})
 
 
+def check_opset(opset: int | None) -> None:
+    """Raise ConfigError for a version of ONNX's operators that there is not."""
+    if opset is None:
+        return
+    import onnx
+
+    highest = onnx.defs.onnx_opset_version()
+    if not 1 <= opset <= highest:
+        raise ConfigError(f"--opset {opset}: onnx {onnx.__version__} knows versions 1 to {highest}", tip="18 is usual")
+
+
 def write_onnx(
     program: torch.export.ExportedProgram,
     batch: Batch,
@@ -202,11 +215,18 @@ def write_onnx(
     metadata: Mapping[str, str],
     path: Path,
     model_text: str,
-) -> None:
+    opset: int | None = None,
+) -> int:
     """One .onnx file, with the metadata among its properties.
 
+    Args:
+        opset: version of ONNX's operators; None: the one that torch takes.
+
+    Returns:
+        The version that it is of.
+
     Raises:
-        ExportError: an operator that ONNX does not have, or more weights than one file holds.
+        ExportError: an operator that ONNX does not have, in this version, or more weights than one file holds.
     """
     nbytes = sum(tensor.nbytes for tensor in chain(program.state_dict.values(), program.constants.values()))
     if nbytes > ONNX_BYTES:
@@ -222,6 +242,7 @@ def write_onnx(
                 input_names=[fact.name for fact in batch.facts],
                 output_names=[output.name],
                 dynamic_shapes=(batch.like(batch.axes),),
+                opset_version=opset,
             )
     except Exception as exc:  # an operator without a counterpart, or a graph that its optimiser cannot take
         raise ExportError(
@@ -229,8 +250,15 @@ def write_onnx(
             tip="an operator may have no counterpart in ONNX; --to program takes everything that torch.export can trace",
         ) from None
     assert made is not None
-    made.model.metadata_props.update(metadata)
+    found = int(made.model.opset_imports[""])
+    if opset not in (None, found):  # torch goes on with its own where it cannot convert
+        raise ExportError(
+            f"{model_text}: cannot be written with ONNX's operators of version {opset}; torch wrote version {found}",
+            tip=f"--opset {found} or higher, or leave it out",
+        )
+    made.model.metadata_props.update({**metadata, OPSET_KEY: str(found)})
     made.save(path)
+    return found
 
 
 @contextmanager

@@ -219,4 +219,6 @@ class Targets:
         """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone."""
         key = step_key("member", 0)
         pairs = zip(self.sample_ids.tolist(), self.views.tolist(), strict=True)
-        return torch.tensor([Draws(seed, key, sample, view).uniform() for sample, view in pairs], dtype=torch.float64)
+        return torch.tensor(
+            [Draws(seed, key, sample, view).uniform() for sample, view in pairs], dtype=torch.float64, device="cpu"
+        )

@@ -194,7 +194,9 @@ class Cache:
                     raise CacheError(
                         f"{self.reader.path}: the stored layer of member {member!r} is not one of its classes"
                     )
-                return torch.tensor(stored[f"{prefix}weight"]), None if bias is None else torch.tensor(bias)
+                return torch.tensor(stored[f"{prefix}weight"], device="cpu"), None if bias is None else torch.tensor(
+                    bias, device="cpu"
+                )
         return None
 
     def _gather(self, member: str, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
@@ -551,7 +553,7 @@ class Joined(Dataset[Any]):
 
 def _shared(view: int) -> Tensor:
     """A number in memory that processes share: loader workers that are running see another one from their next sample on."""
-    number = torch.tensor([view])
+    number = torch.tensor([view], device="cpu")
     try:
         return number.share_memory_()
     except (RuntimeError, OSError):  # no such memory here: workers follow when they are started

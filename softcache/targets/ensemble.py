@@ -78,7 +78,7 @@ def combine(
     if not temperature > 0:
         raise LossError(f"temperature must be > 0, got {temperature}")
     logits = torch.stack(list(member_logits))  # (M, B, C)
-    exact = torch.tensor([1.0] * len(logits) if weights is None else list(weights), dtype=torch.float64)
+    exact = torch.tensor([1.0] * len(logits) if weights is None else list(weights), dtype=torch.float64, device="cpu")
     if len(exact) != len(logits) or not bool((exact.isfinite() & (exact >= 0)).all()) or not exact.sum() > 0:
         raise LossError(
             f"{len(logits)} members cannot be weighted by {exact.tolist()}",

@@ -377,7 +377,9 @@ def _open_cache(config: TrainConfig, *, quiet: bool) -> Cache | None:
     if config.views_per_visit > cache.num_views and not config.augment:
         raise ConfigError(
             f"--views-per-visit {config.views_per_visit}: of each sample the cache has {cache.num_views}",
-            tip="dump more: softcache dump --extend --views N",
+            tip="dump more: softcache dump --extend --views N"
+            if cache.policy.is_random
+            else "its views are all alike: dump with a random step, such as --policy crop_flip --views N",
         )
     return cache
 

@@ -198,6 +198,13 @@ def _load(out: Path) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in ("format", "softcache")}
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch's, NumPy's and Python's global generators: a transform or a network of the user's may draw from any."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """The states of torch's, NumPy's and Python's global generators, as plain data."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

@@ -20,10 +20,10 @@ from softcache.data.loading import LoadedBatch, to_device
 from softcache.errors import warn
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
-from softcache.machine import pick_device, pick_threads
+from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.models import load_weights, save_student
 from softcache.train.batches import open_material, views_of
-from softcache.train.checkpoint import Trained, read_progress, restore, save_progress
+from softcache.train.checkpoint import Trained, read_progress, restore, save_progress, seed_all
 from softcache.train.learner import Learner, backward, over_ranks, tapped
 from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
 from softcache.train.objective import Given, build_objectives
@@ -48,10 +48,11 @@ from softcache.train.tensorboard import Board
 from softcache.train.term_modules import Sizes
 
 
+@as_fresh()
 def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     """Train a student; resumes a run that was interrupted, and returns a finished one as it is.
 
-    Sets torch's seed and number of threads for the process. What does not fit is refused before the first step.
+    What does not fit is refused before the first step. Torch's settings and random states are afterwards as they were.
 
     Args:
         config: what `softcache train` has as flags.
@@ -96,7 +97,7 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     if ranks.first:
         material.tell(quiet=quiet)
     check_last_batch(len(material.transfer_set), config.batch_size, ranks)
-    torch.manual_seed(config.seed)
+    seed_all(config.seed)
     model, sample, initialised = build_student(config, material)
     sizes = Sizes.of(material.transfer_set, config.seed)
     objectives, student = build_objectives(stages, model, sample, material.teacher, sizes, ranks)
@@ -153,11 +154,15 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     session = Session(prepared, *read_progress(prepared.out, ranks))
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
-        initialised = None if prepared.initialised is None else prepared.initialised.text()
+        told = prepared.model.weights_told
+        starts = [f"{prepared.config.student}: {told}"] if told else []
+        starts += [] if prepared.initialised is None else [prepared.initialised.text()]
+        initialised = "; ".join(starts) or None
         facts = material.facts(prepared.config, data, initialised)
         for line in told:
             warn(line)
-        facts |= {"warnings": list(told)}
+        weights = [one.class_weights for one in prepared.objectives]
+        facts |= {"warnings": list(told)} | ({"class_weights": weights} if any(weights) else {})
         facts |= material.left_out(prepared.model.input, quiet=prepared.quiet)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None

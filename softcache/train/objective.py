@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcache.data.label_kind import is_known
 from softcache.errors import LossError
-from softcache.losses import CLASSIFIER, LossTerm
+from softcache.losses import CLASS_WEIGHTS, CLASSIFIER, LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import Model
 from softcache.models.graft import graft
@@ -110,6 +110,12 @@ class Objective(nn.Module):
         return any(term.loss.over == "labels" for term in self.terms.values())
 
     @property
+    def class_weights(self) -> dict[str, list[float]]:
+        """Term -> the weights of its classes, of those that have some."""
+        given = zip(self.terms, self.term_modules, strict=True)
+        return {name: own.class_weights.tolist() for name, own in given if own.class_weights is not None}  # type: ignore[operator]
+
+    @property
     def feature_names(self) -> list[str]:
         """Features to read of the cache."""
         return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored != CLASSIFIER))
@@ -123,6 +129,8 @@ class Objective(nn.Module):
         for (name, term), own in zip(self.terms.items(), self.term_modules, strict=True):
             assert isinstance(own, TermModules)
             settings = term.settings_at(moment)
+            if CLASS_WEIGHTS in settings:
+                settings[CLASS_WEIGHTS] = own.class_weights
             calls = own.calls(outputs, given.targets)
             found = [self._value(term, settings, core, features, batch) for core, features in calls]
             value = found[0] if len(found) == 1 else torch.stack(found).sum()
@@ -244,7 +252,7 @@ def build_objectives(
     for stage in stages:
         modules = []
         for name, term in named_terms(stage.terms):
-            fixed = [(key, term.settings[key]) for key in term.loss.fixed]
+            fixed = [(key, term.settings[key]) for key in (*term.loss.fixed, CLASS_WEIGHTS) if key in term.settings]
             key = (name, *sorted(term.placement.items()), *fixed)
             if key not in made:
                 pairs = []

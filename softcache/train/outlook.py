@@ -15,7 +15,7 @@ from softcache.losses import LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import Initialised
 from softcache.train.session import Prepared
-from softcache.train.stages import Stage
+from softcache.train.stages import Stage, unused_settings
 from softcache.train.terms import named_terms
 
 LOOKED_AT = 4096  # moments of a stage, spread over its steps
@@ -91,7 +91,7 @@ def outlook(prepared: Prepared, reaches: Sequence[Reach]) -> tuple[str, ...]:
     """
     steps, stages = prepared.steps, prepared.stages
     idle = [_idle(stage, steps, reach) for stage, reach in zip(stages, reaches, strict=True)]
-    if all(idle):
+    if all(idle) and not any(map(_is_short, stages, reaches)):
         raise ConfigError(f"nothing can be learned: {idle[0]}", tip="mend it, or evaluate the student as it is")
     told = [_of(stages, number, why) for number, why in enumerate(idle) if why]
     for number, (stage, reach) in enumerate(zip(stages, reaches, strict=True)):
@@ -102,6 +102,9 @@ def outlook(prepared: Prepared, reaches: Sequence[Reach]) -> tuple[str, ...]:
     told += _of_zeros(prepared)
     told += _of_parameters(prepared, reaches)
     told += _of_judgement(prepared)
+    told += [one.said for one in unused_settings(prepared.config, stages)]
+    told += _of_one_member(prepared)
+    told += _of_pieces(prepared)
     return tuple(dict.fromkeys(told))
 
 
@@ -129,6 +132,11 @@ def _idle(stage: Stage, steps: int, reach: Reach) -> str:
             f"pieces of one sample leave nothing to relate, and the gradient of {', '.join(sorted(reach.terms))} is 0"
         )
     return ""
+
+
+def _is_short(stage: Stage, reach: Reach) -> bool:
+    """Whether more epochs would teach something: a trial of one epoch of a long schedule is no mistake."""
+    return any(stage.factor.bounds) and any(map(weighs, stage.terms)) and reach.terms != reach.single
 
 
 def _of_stage(stage: Stage, steps: int, reach: Reach) -> Iterator[str]:
@@ -233,3 +241,16 @@ def _of_judgement(prepared: Prepared) -> Iterator[str]:
         yield f"{data.name} has no labels, so that no epoch is better than another: --keep best keeps the last"
     if any(stage.config.patience is not None for stage in prepared.stages):
         yield f"{data.name} has no labels, so that no epoch is better than another: --patience ends no stage"
+
+
+def _of_one_member(prepared: Prepared) -> Iterator[str]:
+    """A rule that combines one member, which is itself under each of them but `vote`."""
+    teacher, combine = prepared.material.teacher, prepared.config.combine
+    if teacher is not None and len(teacher.members) == 1 and combine not in ("mean_logits", "vote"):
+        yield f"--combine {combine} does nothing: {teacher.members[0]} is the only member"
+
+
+def _of_pieces(prepared: Prepared) -> Iterator[str]:
+    asked, size = prepared.config.accumulate, min(prepared.config.batch_size, prepared.count)
+    if asked > size:
+        yield f"--accumulate {asked}: batches have {size} samples, and so many pieces at most"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from softcache.config import TrainConfig
 from softcache.errors import ConfigError, TrainingError
 from softcache.machine import pick_device
 from softcache.train.ranks import Ranks
-from softcache.train.stages import parse_stages
+from softcache.train.run_folder import RUN
+from softcache.train.stages import parse_stages, unused_settings
 from softcache.train.tensorboard import summary_writer
+from softcache.unused import refuse_unused
 
 
 def check(config: TrainConfig) -> None:
@@ -25,27 +29,22 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"--clip-norm {config.clip_norm}: must be > 0")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ConfigError(f"--ema {config.ema}: must be between 0 and 1", tip="0.999 averages about a thousand steps")
-    if config.keep == "best" and not config.eval_data:
-        raise ConfigError("--keep best needs --eval-data", tip="add it, or leave --keep out")
     if config.cache is not None and config.policy:
         raise ConfigError(
             "--policy and --cache cannot be given together",
             tip="the student sees the cache's own views; leave --policy out",
         )
-    for name in ("members", "cache_id", "view", "size", "augment"):
-        if config.cache is None and getattr(config, name) not in (None, ()):
-            raise ConfigError(f"--{name.replace('_', '-')} needs --cache")
     if config.augment and config.size is not None:
         raise ConfigError("--size and --augment cannot be given together", tip="--augment sets its own size")
     if config.view is not None and config.views_per_visit > 1:
         raise ConfigError("--view and --views-per-visit cannot be given together")
-    if config.init_map and not config.init_from:
-        raise ConfigError("--init-map needs --init-from", tip="--init-from MODEL@WEIGHTS, or a run folder")
     if config.tensorboard:
         summary_writer()
     if config.sync_bn and (device := pick_device(config.device)).type != "cuda":
         raise ConfigError(f"--sync-bn works on GPUs, this is {device.type}", tip="leave it out")
-    parse_stages(config)
+    stages = parse_stages(config)
+    if not Path(config.out, RUN).is_file():  # what an older version began, it may go on with
+        refuse_unused(unused_settings(config, stages))
 
 
 def check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from softcache.errors import ConfigError, nearest
 from softcache.losses import LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.train.terms import parse_terms
+from softcache.unused import Part, Unused, unused
 
 SETTINGS = (
     "epochs", "loss", "lr", "schedule", "optimizer", "momentum", "nesterov", "weight_decay", "freeze", "patience",
@@ -25,11 +27,13 @@ class Stage:
         config: the run's, with what this stage changes.
         terms: what is learned in it.
         factor: of the learning rate.
+        own: the settings that it changes.
     """
 
     config: TrainConfig
     terms: tuple[LossTerm, ...]
     factor: Schedule
+    own: frozenset[str] = frozenset()
 
     def describe(self) -> dict[str, Any]:
         """As a run records it."""
@@ -73,7 +77,7 @@ def parse_stages(config: TrainConfig) -> list[Stage]:
         factor = Schedule.parse(own.schedule, f"{where}: schedule" if config.stage else "--schedule")
         if factor.bounds[0] < 0:
             raise ConfigError(f"{where}: schedule {own.schedule!r} makes the learning rate negative")
-        stages.append(Stage(own, terms, factor))
+        stages.append(Stage(own, terms, factor, frozenset(changes)))
     return stages
 
 
@@ -86,8 +90,13 @@ def _check(config: TrainConfig, where: str) -> None:
     for name in ("weight_decay", "momentum"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{prefix}{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
-    if config.patience is not None:
-        if config.patience < 1:
-            raise ConfigError(f"{prefix}patience {config.patience}: must be at least 1")
-        if not config.eval_data:
-            raise ConfigError(f"{prefix}patience needs --eval-data", tip="add it, or leave --patience out")
+    if config.patience is not None and config.patience < 1:
+        raise ConfigError(f"{prefix}patience {config.patience}: must be at least 1")
+    if config.optimizer == "sgd" and config.nesterov and not config.momentum:
+        raise ConfigError(f"{prefix}nesterov needs a momentum above 0", tip="0.9 is usual; or leave --nesterov out")
+
+
+def unused_settings(config: TrainConfig, stages: Sequence[Stage]) -> list[Unused]:
+    """The settings of a run and of its stages that do nothing."""
+    parts = [Part(f"--stage {number}: ", stage.own, stage.config) for number, stage in enumerate(stages, start=1)]
+    return unused(config, parts if config.stage else (), SETTINGS)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import LossError
 from softcache.features.spec import FeatureSpec
-from softcache.losses import Loss, LossTerm
+from softcache.losses import CLASS_WEIGHTS, Loss, LossTerm
 from softcache.losses.adapters import make_adapter
 from softcache.targets.batch import Targets
 from softcache.targets.teacher import CachedTeacher
+from softcache.train.class_weights import class_weights
 from softcache.train.pairs import SIZED, Pair
 
 
@@ -28,19 +29,21 @@ class Sizes:
         num_classes: C of the student.
         sample_labels: (num_samples,) int64, -1 = none.
         seed: of the run.
+        class_names: of the student's classes.
     """
 
     num_samples: int = 0
     num_classes: int = 0
     sample_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     seed: int = 0
+    class_names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, transfer_set: TransferSet, seed: int) -> Sizes:
         """Of a run on these samples."""
         labels, count = torch.from_numpy(transfer_set.labels), len(transfer_set)
         single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
-        return cls(count, transfer_set.num_classes, single, seed)
+        return cls(count, transfer_set.num_classes, single, seed, tuple(transfer_set.class_names))
 
 
 class TermModules(nn.Module):
@@ -79,6 +82,9 @@ class TermModules(nn.Module):
                 )
                 raise
             self.adapters.append(adapter)
+        asked = term.settings.get(CLASS_WEIGHTS)
+        weights = class_weights(asked, sizes.sample_labels, sizes.class_names) if asked else None
+        self.register_buffer(CLASS_WEIGHTS, weights, persistent=False)
         self._function = loss.function
         self.cores = nn.ModuleList()
         if loss.module is not None:

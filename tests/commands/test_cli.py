@@ -465,7 +465,7 @@ def test_loss_tables_in_a_config_file(here: Path) -> None:
     assert cli.main(train_on("--config", "settings.toml")) == 0
     (stage,) = json.loads((here / "new/run.json").read_text())["stages"]
     kd = {"name": "kd", "weight": 0.5, "temperature": 2.0, "standardized": False}
-    assert stage["losses"] == [kd, {"name": "ce", "weight": 1.0}]
+    assert stage["losses"] == [kd, {"name": "ce", "weight": 1.0, "smoothing": 0.0}]
 
 
 def test_the_table_of_a_staged_run_has_the_terms_of_every_stage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,8 +86,9 @@ def ctkd_row(s: Row, z: Row) -> float:
     return kd_row(s, z, 1 + 20 * math.e / (1 + math.e))
 
 
-def ce_row(s: Row, y: int) -> float:
-    return -math.log(softmax(s)[y])
+def ce_row(s: Row, y: int, smoothing: float = 0.0) -> float:
+    target = smoothing / len(s) + (1 - smoothing) * (np.arange(len(s)) == y)
+    return -float(target @ np.log(softmax(s)))
 
 
 def dkd_row(
@@ -216,7 +217,14 @@ CASES: dict[str, Case] = {
     "chunked_kd": Case(
         lambda s, z, **settings: chunked_kd(s, z, **settings, limit=240), of_rows(kd_row), settings=TEMPERED
     ),
-    "ce": Case(ce, of_labelled_rows(ce_row), "labels", settings=(), equal=None, over="labels"),
+    "ce": Case(
+        ce,
+        of_labelled_rows(ce_row),
+        "labels",
+        settings=({"smoothing": 0.1}, {"smoothing": 0.9}),
+        equal=None,
+        over="labels",
+    ),
     "dkd": Case(
         dkd,
         of_labelled_rows(dkd_row),

@@ -513,7 +513,7 @@ def test_make_term_turns_strings_into_numbers_and_fills_in_defaults() -> None:
     assert term.weight.at(Moment()) == 0.9 and values_of(term) == {"temperature": 8.0, "standardized": True}
     assert values_of(make_term("kd")) == {"temperature": 4.0, "standardized": False}
     assert make_term("kd").weight.at(Moment()) == 1.0
-    assert make_term("ce").temperature is None and make_term("ce").settings == {}
+    assert make_term("ce").temperature is None and values_of(make_term("ce")) == {"smoothing": 0.0, "class_weights": ""}
     crd = make_term("crd", negatives="512", layer="avgpool", student="fc")
     assert crd.settings["negatives"] == 512 and crd.settings["nce_temperature"] == 0.07
     assert crd.placement == {"layer": "avgpool", "student": "fc"}

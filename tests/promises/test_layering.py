@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "machine": set(),
     "features": set(),
     "config": {"spec"},
+    "unused": {"config"},
     "cache": {"files"},
     "codecs": {"spec", "features"},
     "losses": {"spec", "features"},
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
+        "unused",
         "spec",
         "machine",
         "report",
@@ -52,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"config", "spec", "machine", "report", "data", "models", "targets"},
     "train": {
         "config",
+        "unused",
         "spec",
         "machine",
         "report",  # progress: how far a run is
@@ -70,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
         "files",
         "codecs",  # matmul only: products in float32
         "config",
+        "unused",
         "spec",
         "data",
         "features",
@@ -174,8 +178,9 @@ INNER: dict[str, dict[str, set[str]]] = {
         "stages": {"terms"},
         "run_folder": {"ranks", "stages"},
         "tensorboard": {"run_folder"},
-        "refuse": {"ranks", "stages", "tensorboard"},
-        "term_modules": {"pairs"},
+        "refuse": {"ranks", "run_folder", "stages", "tensorboard"},
+        "class_weights": set(),
+        "term_modules": {"class_weights", "pairs"},
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
         "learner": {"objective", "pairs", "ranks"},
@@ -212,6 +217,7 @@ PACKAGES: dict[str, set[str]] = {
     "files": set(),
     "spec": set(),
     "config": set(),
+    "unused": set(),
     "cli": set(),
     "commands": set(),
     "__main__": set(),
@@ -220,7 +226,7 @@ PACKAGES: dict[str, set[str]] = {
     "codecs": {"torch"},
     "features": {"torch"},
     "losses": {"torch"},
-    "machine": {"torch"},
+    "machine": {"numpy", "torch"},
 }
 
 # package -> the only modules that may import it

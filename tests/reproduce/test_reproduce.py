@@ -505,6 +505,24 @@ def test_download_is_passed_on_and_makes_no_other_step(tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("small")
+def test_what_is_given_in_vain_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--data gives 'train' twice: digits and synthetic:images"):
+        reproduce.run("small", data=["train=digits", "train=synthetic:images"], out=tmp_path, quiet=True)
+    with pytest.raises(ConfigError, match="--use gives 'teacher' twice: a and b"):
+        reproduce.run("small", models=["teacher=a", "teacher=b"], out=tmp_path, quiet=True)
+    assert main(["reproduce", "LIST", "--seeds", "1"]) == 2
+    assert "--seeds needs a recipe; LIST only lists them" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_seeds_of_a_recipe_whose_steps_are_all_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SMALL[: SMALL.index('[[step]]\nname = "cache"')]
+    monkeypatch.setattr(reproduce, "read_recipe", lambda name, budget, only=(): parse_recipe(name, text, budget, only))
+    with pytest.raises(ConfigError, match="--seeds 1,2: every step of small is done once"):
+        reproduce.run("small", seeds=[1, 2], out=tmp_path, quiet=True)
+
+
+@pytest.mark.usefixtures("small")
 def test_seeds_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--seeds 1,1: a seed is given twice"):
         reproduce.run("small", seeds=[1, 1], out=tmp_path, quiet=True)

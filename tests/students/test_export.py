@@ -443,6 +443,7 @@ def more_and_other_classes(folder: Path) -> None:
 
 MISTAKES = [
     ("no such run", "nowhere", {"out": "x.pt2"}, nothing, ModelError, "'nowhere' is neither a run folder nor a model"),
+    ("no such run, and no file named", "nowhere", {}, nothing, ModelError, "'nowhere' is neither a run folder nor a model"),
     ("run unfinished", "run", {}, unfinished, ModelError, "holds no student.safetensors"),
     ("damaged weights", "run", {}, cut_short, ModelError, "is not a safetensors file"),
     ("no weights", "softcache:mlp", {"out": "x.pt2"}, nothing, ConfigError, r"has no weights[\s\S]*softcache:mlp@WEIGHTS"),
@@ -461,6 +462,7 @@ MISTAKES = [
     ("no folder", "run", {"out": "no/x.pt2"}, nothing, ConfigError, "no/x.pt2: there is no folder no"),
     ("folder is a file", "run", {"out": "weights.pt/x.pt2"}, nothing, ConfigError, "there is no folder weights.pt"),
     ("device", "run", {"device": "gpu"}, nothing, ConfigError, "unknown device 'gpu'"),
+    ("opset of a program", "run", {"opset": 18}, nothing, ConfigError, "--opset 18 needs --to onnx"),
 ]  # fmt: skip
 
 
@@ -490,6 +492,28 @@ def test_mistakes_leave_no_file(
     with pytest.raises(error, match=message):
         exported(text, **settings)
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@ONNX
+@pytest.mark.slow
+def test_the_version_of_onnx_operators_is_the_one_that_was_asked_for(images: str, tmp_path: Path) -> None:
+    import onnx
+
+    run, said = run_folder(tmp_path / "run", trained("mlp"), images), {"to": "onnx", "data": images}
+    for opset in (17, 20):
+        result = exported(run, out=str(tmp_path / f"{opset}.onnx"), opset=opset, **said)
+        read = onnx.load(result.path)
+        assert [one.version for one in read.opset_import if one.domain == ""] == [opset] == [result.opset]
+        assert {one.key: one.value for one in read.metadata_props}["softcache_opset"] == str(opset)
+        assert f"onnx (opset {opset})" in result.text() and result.to_json()["opset"] == opset
+    for opset, error, message in (
+        (0, ConfigError, "--opset 0: onnx .* knows versions 1 to"),
+        (999, ConfigError, "--opset 999: onnx .* knows versions 1 to"),
+        (7, ExportError, r"version 7; torch wrote version \d+"),
+    ):
+        with pytest.raises(error, match=message):
+            exported(run, out=str(tmp_path / "no.onnx"), opset=opset, **said)
+        assert not (tmp_path / "no.onnx").exists()
 
 
 @ONNX

@@ -371,7 +371,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "--extend --views",
     ),
     "the best of no evaluation": ("--keep best", "--keep best needs --eval-data", ""),
-    "patience without an evaluation": ("--patience 3", "patience needs --eval-data", "leave --patience out"),
+    "patience without an evaluation": ("--patience 3", "--patience 3 needs --eval-data", "add that, or leave it out"),
     "synchronised BatchNorm on a CPU": ("--sync-bn", "works on GPUs, this is cpu", "leave it out"),
     "no parts": ("--accumulate 0", "--accumulate 0: must be at least 1", ""),
     "no views": ("--views-per-visit 0", "--views-per-visit 0: must be at least 1", ""),

@@ -142,7 +142,6 @@ REFUSED = [
     pytest.param("nesterov=perhaps", "nesterov", "", id="bool"),
     pytest.param("schedule=linear(1,-1)", "makes the learning rate negative", "", id="negative-rate"),
     pytest.param("schedule=cosinus", "neither a number nor a schedule", "cosine", id="schedule"),
-    pytest.param("patience=2", "patience needs --eval-data", "leave --patience out", id="patience"),
     pytest.param("loss=kdd", "unknown loss 'kdd'", "kd", id="loss"),
     pytest.param("loss=kd:temprature=4", "no setting 'temprature'", "temperature", id="loss-setting"),
 ]

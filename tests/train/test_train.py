@@ -233,7 +233,7 @@ def test_what_a_run_folder_holds(world: World, tmp_path: Path) -> None:
     assert (stage["epochs"], stage["lr"], stage["schedule"]) == (3, 0.01, "cosine")
     assert stage["losses"] == [
         {"name": "kd", "weight": 0.75, "temperature": 3.0, "standardized": False},
-        {"name": "ce", "weight": 0.25},
+        {"name": "ce", "weight": 0.25, "smoothing": 0.0},
     ]
 
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -509,10 +509,10 @@ def test_autocast(world: World, tmp_path: Path, kind: str) -> None:
         pytest.param(
             {"cache": "one", "policy": ("shift",)}, ConfigError, "cannot be given together", "own", id="policy"
         ),
-        pytest.param({"view": 0}, ConfigError, "--view needs --cache", "", id="view without cache"),
+        pytest.param({"view": 0}, ConfigError, "--view 0 needs --cache", "", id="view without cache"),
         pytest.param({"members": ("a",)}, ConfigError, "--members needs --cache", "", id="members without cache"),
-        pytest.param({"cache_id": "ab"}, ConfigError, "--cache-id needs --cache", "", id="id without cache"),
-        pytest.param({"size": 8}, ConfigError, "--size needs --cache", "", id="size without cache"),
+        pytest.param({"cache_id": "ab"}, ConfigError, "--cache-id ab needs --cache", "", id="id without cache"),
+        pytest.param({"size": 8}, ConfigError, "--size 8 needs --cache", "", id="size without cache"),
         pytest.param({"augment": ("shift",)}, ConfigError, "--augment needs --cache", "", id="augment without cache"),
         pytest.param(
             {"cache": "views", "augment": ("shift",), "size": 8}, ConfigError, "together", "own size", id="size twice"
@@ -651,7 +651,7 @@ def test_a_policy_of_the_students_own_is_recorded_as_mismatched(world: World, tm
 def test_terms_and_members_as_flags() -> None:
     (kd,), (ce,) = parse_terms([], has_cache=True), parse_terms([], has_cache=False)
     assert kd.describe() == {"name": "kd", "weight": 1.0, "temperature": 4.0, "standardized": False}
-    assert ce.describe() == {"name": "ce", "weight": 1.0}
+    assert ce.describe() == {"name": "ce", "weight": 1.0, "smoothing": 0.0}
     (term,) = parse_terms(["kd:temperature=2.5,weight=0.9"], has_cache=True)
     assert (term.describe()["temperature"], term.describe()["weight"]) == (2.5, 0.9)
 

@@ -231,7 +231,7 @@ def test_views_of_the_students_own_are_fresh_in_every_epoch(world: World, tmp_pa
         pytest.param({"clip_norm": 0.0}, "--clip-norm 0.0: must be > 0", id="clip-norm"),
         pytest.param({"ema": 1.0}, "--ema 1.0: must be between 0 and 1", id="ema"),
         pytest.param({"keep": "best"}, "--keep best needs --eval-data", id="keep"),
-        pytest.param({"patience": 2}, "patience needs --eval-data", id="patience"),
+        pytest.param({"patience": 2}, "patience 2 needs --eval-data", id="patience"),
         pytest.param({"init_map": ("a=b",)}, "--init-map needs --init-from", id="init-map"),
         pytest.param({"sync_bn": True}, "--sync-bn works on GPUs", id="sync-bn"),
         pytest.param({"classes": ("5",)}, "no class '5' among 5 classes", id="classes"),

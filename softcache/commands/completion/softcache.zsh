@@ -67,10 +67,11 @@ _shtab_softcache_demo_defaults_added=0
 
 _shtab_softcache_dump_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, images\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
+  "--without[no samples whose keys this file lists, one a line]:FILE:_files"
   "--download[let torchvision download a data set that is not there]"
   "--device[cpu, cuda, cuda\:1, ...\; auto takes a GPU where there is one (default\: auto)]:DEVICE:"
   "--threads[CPU threads of torch (default\: all cores this process may use)]:N:"
@@ -96,6 +97,7 @@ _shtab_softcache_dump_options=(
   "--out[folder of the cache]:DIR:_files -/"
   "--license[what others may do with the cache, for its card\: cc-by-4.0, ...]:TEXT:"
   "--extend[add to the finished cache in --out\: up to --views views, or the members of --teacher]"
+  "--misfits[write the keys of all samples that cannot be read, or do not fit the others\: for --without]:FILE:_files"
   "--part[i\/n\: write every n-th span, for job arrays]:I/N:"
   "--list-modules[print the teacher\'s modules and their output shapes for --features, and stop]"
   "--config[settings from a TOML file]:FILE:_files"
@@ -110,10 +112,11 @@ _shtab_softcache_dump_defaults_added=0
 
 _shtab_softcache_eval_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, images\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
+  "--without[no samples whose keys this file lists, one a line]:FILE:_files"
   "--download[let torchvision download a data set that is not there]"
   "--device[cpu, cuda, cuda\:1, ...\; auto takes a GPU where there is one (default\: auto)]:DEVICE:"
   "--threads[CPU threads of torch (default\: all cores this process may use)]:N:"
@@ -148,6 +151,7 @@ _shtab_softcache_export_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--to[safetensors\: the weights and what rebuilds the network\; program\: of torch.export\; onnx\: for other runtimes]:{safetensors,program,onnx}:(safetensors program onnx)"
   "--out[the file (default\: export.safetensors, .pt2 or .onnx in the run folder)]:FILE:_files"
+  "--opset[version of ONNX\'s operators (default\: what this torch writes)]:N:"
   "--data[evaluation set (with --allow-code by default the run\'s own --eval-data)]:DATA:"
   "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
   "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
@@ -211,10 +215,11 @@ _shtab_softcache_losses_defaults_added=0
 
 _shtab_softcache_plan_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, images\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
+  "--without[no samples whose keys this file lists, one a line]:FILE:_files"
   "--download[let torchvision download a data set that is not there]"
   "--device[cpu, cuda, cuda\:1, ...\; auto takes a GPU where there is one (default\: auto)]:DEVICE:"
   "--threads[CPU threads of torch (default\: all cores this process may use)]:N:"
@@ -322,6 +327,7 @@ _shtab_softcache_subset_options=(
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys (or ids) this file lists, one a line]:FILE:_files"
+  "--without[no samples whose keys (or ids) this file lists]:FILE:_files"
   "--id[of the manifest to read (default\: the newest)]:ID:"
   "--license[of the smaller cache (default\: the cache\'s)]:TEXT:"
   "--config[settings from a TOML file]:FILE:_files"
@@ -338,10 +344,11 @@ _shtab_softcache_subset_defaults_added=0
 
 _shtab_softcache_train_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
+  "--data[transfer set\: digits, torchvision\:NAME\?root\=..., imagefolder\:PATH, images\:PATH, table\:PATH\?text\=NAME\&label\=NAME, file.py\:factory]:DATA:"
   "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4\; a name with a comma in double quotes]:LABELS:"
   "*--drop-labels[no samples of these classes]:LABELS:"
   "--samples[only the samples whose keys this file lists, one a line]:FILE:_files"
+  "--without[no samples whose keys this file lists, one a line]:FILE:_files"
   "--download[let torchvision download a data set that is not there]"
   "--device[cpu, cuda, cuda\:1, ...\; auto takes a GPU where there is one (default\: auto)]:DEVICE:"
   "--threads[CPU threads of torch (default\: all cores this process may use)]:N:"
