@@ -278,7 +278,7 @@ def load_batches(
     while (batch := _next(loaded, workers)) is not None:
         if isinstance(batch, _Fault):
             raise batch.error
-        if batch.by_pipe:
+        if isinstance(batch, LoadedBatch) and batch.by_pipe:
             warn_once(
                 f"too little shared memory for batches: they come through pipes, which is slower; {MORE_SHARED_MEMORY}"
             )
