@@ -294,7 +294,9 @@ def _started(loader: DataLoader[Any], start_method: str | None) -> Iterator[Any]
     _check_room(loader.num_workers, start_method)
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if in_main else None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if loader.num_workers else ())
+    forked = multiprocessing.get_context(start_method).get_start_method() == "fork"
+    early = SIGNALS if forked else (signal.SIGINT,)  # the others import torch first, and SIGTERM may end that
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, early if loader.num_workers else ())
     try:
         return iter(loader)
     finally:
