@@ -5,7 +5,6 @@ Precedence: defaults < --config file.toml < --set key=value < flags.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from softcache.errors import ConfigError, nearest
-from softcache.spec import convert
+from softcache.spec import convert, split_list
 
 Config = TypeVar("Config")
 
@@ -54,7 +53,10 @@ def option(
     )
 
 
-DATA_HELP = "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, table:PATH?text=NAME&label=NAME, file.py:factory"
+DATA_HELP = (
+    "transfer set: digits, torchvision:NAME?root=..., imagefolder:PATH, images:PATH, table:PATH?text=NAME&label=NAME, "
+    "file.py:factory"
+)
 CLASSES_MAP_HELP = (
     "which of the data's classes is which of the model's: a line for each, the two with a tab between them"
 )
@@ -121,6 +123,7 @@ class DataOptions(Settings):
     )
     drop_labels: tuple[str, ...] = option((), "no samples of these classes", metavar="LABELS")
     samples: str | None = option(None, "only the samples whose keys this file lists, one a line", metavar="FILE")
+    without: str | None = option(None, "no samples whose keys this file lists, one a line", metavar="FILE")
     download: bool = option(False, "let torchvision download a data set that is not there")
 
     def selection(self) -> dict[str, Any]:
@@ -130,6 +133,7 @@ class DataOptions(Settings):
             "keep_labels": self.keep_labels,
             "drop_labels": self.drop_labels,
             "samples": Path(self.samples) if self.samples else None,
+            "without": Path(self.without) if self.without else None,
         }
 
 
@@ -211,6 +215,11 @@ class DumpConfig(StorageOptions):
         None, "what others may do with the cache, for its card: cc-by-4.0, ...", metavar="TEXT"
     )
     extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
+    misfits: str | None = option(
+        None,
+        "write the keys of all samples that cannot be read, or do not fit the others: for --without",
+        metavar="FILE",
+    )
     part: str | None = option(None, "i/n: write every n-th span, for job arrays", metavar="I/N")
     list_modules: bool = option(False, "print the teacher's modules and their output shapes for --features, and stop")
 
@@ -508,12 +517,6 @@ def coerce(value: Any, hint: Any, where: str, *, settings: bool = False) -> Any:
     if isinstance(value, dict):
         raise ConfigError(f"{where}: is a table, not a value")
     return convert(str(value), hint, where)
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    """What stands between commas; a name that holds some itself stands in double quotes, as `"Paris, Texas",Rome`."""
-    (parts,) = csv.reader([text], skipinitialspace=True)
-    return tuple(part for part in parts if part)
 
 
 def _table_text(table: Mapping[str, Any], where: str) -> str:

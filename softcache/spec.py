@@ -2,6 +2,10 @@
 
 `softcache:mlp?hidden=800,800`, `torchvision:MNIST?root=data`, `package.module:factory?arg=1`, `path/to/file.py:factory`.
 A factory's parameters are converted by its own signature, so that a typing mistake is found before anything is built.
+
+One rule of quoting, in specs and in lists, terms and members alike: a part that holds a sign which would end it stands in double
+quotes, and a double quote in it is written twice, as in a CSV file: `imagefolder:"what?/a&b"`, `tsv:x.tsv?classes="a, b",c`. A
+quote opens where a part begins, so that one in the middle of a name is a letter as any other.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 import types
@@ -24,6 +29,8 @@ from typing import Any
 from softcache.errors import ConfigError, MissingExtraError, SoftcacheError, nearest
 
 LONGEST = 2**16  # characters of a spec
+_BEGINS = ":?&=,@("  # behind these a part begins, which may be quoted
+_WOULD_OPEN = re.compile(f'(^|[{re.escape(_BEGINS)}]) *"')
 USER = "softcache_user_"  # begins the names of modules made of users' files
 _NEIGHBOURS: dict[str, Path] = {}  # modules that lie beside users' files, by name, and the folder that gave them
 
@@ -35,8 +42,8 @@ class Spec:
     Attributes:
         text: as the user wrote it.
         scheme: before the first colon ("softcache", "torchvision", "imagefolder", a module or a .py file); "" if there is none.
-        name: between the colon and the question mark.
-        parameters: key -> value, both still strings.
+        name: between the colon and the question mark. Both without quotes.
+        parameters: key -> value, both still strings, and a value as it was written: `value` takes the quotes off.
     """
 
     text: str
@@ -49,51 +56,152 @@ class Spec:
         """True for `package.module:factory` and `path/to/file.py:factory`."""
         return self.scheme.endswith(".py") or "." in self.scheme or "/" in self.scheme
 
+    def value(self, key: str, default: str = "") -> str:
+        """A parameter without quotes; `default` where it is not given."""
+        return unquoted(self.parameters[key], self.text) if key in self.parameters else default
+
     def without(self, *keys: str) -> Spec:
         """The same spec with some parameters left out (its text is rebuilt)."""
-        kept = {key: value for key, value in self.parameters.items() if key not in keys}
-        head = f"{self.scheme}:{self.name}" if self.scheme else self.name
-        query = "&".join(f"{key}={value}" for key, value in kept.items())
-        return Spec(f"{head}?{query}" if query else head, self.scheme, self.name, kept)
+        return make_spec(self.scheme, self.name, {k: v for k, v in self.parameters.items() if k not in keys})
+
+    def having(self, **values: str) -> Spec:
+        """The same spec with further parameters, quoted where they must be (its text is rebuilt)."""
+        return make_spec(self.scheme, self.name, {**self.parameters, **{k: quoted(v) for k, v in values.items()}})
 
     def portable(self) -> str:
         """The spec without folders, for a manifest: `file.py:factory` keeps the file's name only, path parameters are dropped."""
         scheme = Path(self.scheme).name if self.scheme.endswith(".py") else self.scheme
         kept = {k: v for k, v in self.parameters.items() if "/" not in v and "\\" not in v}
-        head = f"{scheme}:{self.name}" if scheme else self.name
-        query = "&".join(f"{key}={value}" for key, value in sorted(kept.items()))
-        return f"{head}?{query}" if query else head
+        return make_spec(scheme, self.name, dict(sorted(kept.items()))).text
+
+
+def make_spec(scheme: str, name: str, parameters: Mapping[str, str]) -> Spec:
+    """The spec of these parts, whose text is read as them again."""
+    if scheme.endswith(".py"):
+        head = f"{quoted(scheme, '?')}:{quoted(name, '?', '.py:')}"
+    elif scheme:
+        head = f"{quoted(scheme, '?', ':')}:{quoted(name, '?', '.py:')}"
+    else:
+        head = quoted(name, "?", ":")
+    query = "&".join(f"{key}={value}" for key, value in parameters.items())
+    return Spec(f"{head}?{query}" if query else head, scheme, name, parameters)
 
 
 def parse_spec(text: str) -> Spec:
-    """Split `scheme:name?key=value&...`; ConfigError for an empty spec or a parameter without '='."""
+    """Split `scheme:name?key=value&...`; ConfigError for an empty spec, a parameter without '=', quotes that do not close."""
     if len(text) > LONGEST or "\0" in text:
         raise ConfigError(
             f"{text[:60]!r}... is no name: it has {len(text):,} characters, of {LONGEST:,} at most, none of them a zero byte",
             tip="write scheme:name?key=value; what is longer belongs into a factory of your own",
         )
-    head, _, query = text.partition("?")
+    signs = outside_quotes(text)
+    query_at = next((place for place, letter in signs if letter == "?"), len(text))
+    head, query = text[:query_at], text[query_at + 1 :]
+    colons = [place for place, letter in signs if letter == ":" and place < query_at]
     # a file path may hold a colon of its own only before ".py:"; everything else splits at the first colon
-    cut = head.rfind(".py:")
-    if cut >= 0:
-        scheme, name = head[: cut + 3], head[cut + 4 :]
-    else:
-        scheme, colon, name = head.partition(":")
-        if not colon:
-            scheme, name = "", head
+    files = [place for place in colons if head[:place].endswith((".py", '.py"'))]
+    cut = files[-1] if files else colons[0] if colons else -1
+    scheme, name = unquoted(head[: max(cut, 0)], text), unquoted(head[cut + 1 :], text)
     if not name:
         raise ConfigError(
             f"{text!r} names nothing", tip="write scheme:name?key=value, for example softcache:mlp?hidden=800,800"
         )
     parameters: dict[str, str] = {}
-    for pair in filter(None, query.split("&")):
+    for pair in filter(None, split_outside(query, "&", brackets=False)):
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{text!r}: parameter {pair!r} is not key=value", tip="separate parameters with '&'")
+            literal = f"{text[: cut + 1]}{quoted(text[cut + 1 :], '?')}"
+            raise ConfigError(
+                f"{text!r}: parameter {pair!r} is not key=value",
+                tip=f"separate parameters with '&'; where '?' or '&' is part of a name, quote it: {literal!r}",
+            )
         if key in parameters:
             raise ConfigError(f"{text!r}: parameter {key!r} is given twice", tip="keep one of them")
         parameters[key] = value
     return Spec(text, scheme, name, parameters)
+
+
+def outside_quotes(text: str) -> list[tuple[int, str]]:
+    """The letters of a text that stand outside double quotes, each with its place; ConfigError where quotes do not close."""
+    found, place, begins = [], 0, True
+    while place < len(text):
+        if text[place] == '"' and begins:
+            place, begins = _end_of_quotes(text, place), False
+            continue
+        found.append((place, text[place]))
+        begins = text[place] in _BEGINS or (begins and text[place] == " ")
+        place += 1
+    return found
+
+
+def _end_of_quotes(text: str, place: int) -> int:
+    """The place behind the quotes that open at `place`."""
+    end = place + 1
+    while (end := text.find('"', end)) >= 0:
+        if not text.startswith('""', end):
+            return end + 1
+        end += 2
+    raise ConfigError(
+        f"{text!r}: the double quote before {text[place + 1 : place + 21]!r} is never closed",
+        tip='close it, or write a quote that belongs to the name as "" inside quotes',
+    )
+
+
+def unquoted(part: str, where: str = "") -> str:
+    """A part without the double quotes that it stands in; as it is where it stands in none.
+
+    Raises:
+        ConfigError: something stands behind the closing quote; with `where`, the whole text.
+    """
+    bare = part.strip(" ")
+    if not bare.startswith('"'):
+        return part
+    if not _is_quoted(part):
+        raise ConfigError(
+            f"{where or part!r}: {bare[_end_of_quotes(bare, 0) :]!r} stands behind a closing quote",
+            tip='quotes go around the whole part, and a quote that belongs to it is written twice: "so ""called"""',
+        )
+    return bare[1:-1].replace('""', '"')
+
+
+def quoted(part: str, *ends: str) -> str:
+    """The part as it is written in a spec: in double quotes where it holds one of `ends`, or would be read otherwise.
+
+    Args:
+        ends: what would end it where it stands; without any, every sign that means something somewhere.
+    """
+    if any(sign in part for sign in ends or ("&", ",", "@", "#", "=")) or _WOULD_OPEN.search(part):
+        return '"' + part.replace('"', '""') + '"'
+    return part
+
+
+def split_outside(text: str, separator: str, *, brackets: bool = True) -> list[str]:
+    """The parts of a text between separators that stand outside all double quotes and round brackets; quotes stay.
+
+    Args:
+        brackets: whether round brackets count.
+    """
+    parts, begin, depth = [], 0, 0
+    for place, letter in outside_quotes(text):
+        if brackets:
+            depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == separator and depth == 0:
+            parts.append(text[begin:place])
+            begin = place + 1
+    return [*parts, text[begin:]]
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """What stands between commas, without empty parts: `"Paris, Texas",Rome`. The quotes of `"a,b"=0.5` stay for its reader."""
+    parts = [part for part in split_outside(text, ",", brackets=False) if part]
+    if not any(map(_is_quoted, parts)):
+        return tuple(parts)
+    return tuple(unquoted(part) if _is_quoted(part) else part.lstrip(" ") for part in parts)
+
+
+def _is_quoted(part: str) -> bool:
+    bare = part.strip(" ")
+    return bare.startswith('"') and _end_of_quotes(bare, 0) == len(bare)
 
 
 def load_factory(spec: Spec) -> Callable[..., Any]:
@@ -235,7 +343,11 @@ def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], whe
         hint = hints.get(name)
         if hint is None and parameter is not None and parameter.default not in (inspect.Parameter.empty, None):
             hint = _type_of(parameter.default)
-        arguments[name] = convert(text, hint, f"{where!r}: parameter {name!r}")
+        arguments[name] = convert(
+            text if _is_list(hint) or _has_elements(text) else unquoted(text, where),
+            hint,
+            f"{where!r}: parameter {name!r}",
+        )
     for name, parameter in known.items():
         if (
             parameter.default is inspect.Parameter.empty
@@ -249,6 +361,19 @@ def call_factory(factory: Callable[..., Any], parameters: Mapping[str, str], whe
         with _beside(Path(file).parent):  # what it imports when it is called
             return factory(**arguments)
     return factory(**arguments)
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a value of this type is a list, whose elements have quotes of their own."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(map(_is_list, typing.get_args(hint)))
+    return origin in (tuple, list) or hint in (tuple, list)
+
+
+def _has_elements(text: str) -> bool:
+    """Whether commas divide a value: its reader takes it apart, and each element's quotes off."""
+    return len(split_outside(text, ",", brackets=False)) > 1
 
 
 def _type_of(default: Any) -> Any:
@@ -275,7 +400,7 @@ def convert(text: str, hint: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {text!r} is not {hint}")
     if origin in (tuple, list) or hint in (tuple, list):
         element = (typing.get_args(hint) or (str,))[0]
-        values = [convert(part, element, where) for part in text.split(",") if part]
+        values = [convert(part, element, where) for part in split_list(text)]
         return tuple(values) if (origin or hint) is tuple else values
     if origin is typing.Literal:
         for choice in typing.get_args(hint):
@@ -300,7 +425,7 @@ def convert(text: str, hint: Any, where: str) -> Any:
 
 
 def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
-    """`name:key=value,key=value` -> (name, {key: value}); a value may hold commas inside its brackets."""
+    """`name:key=value,key=value` -> (name, {key: value}); a value may hold commas inside its brackets, or stand in quotes."""
     name, _, rest = text.partition(":")
     values: dict[str, str] = {}
     for pair in filter(None, split_outside(rest, ",")):
@@ -309,17 +434,5 @@ def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
             raise ConfigError(f"{what} {text!r}: {pair!r} is not key=value", tip=f"write {name}:key=value,key=value")
         if key.strip() in values:
             raise ConfigError(f"{what} {text!r}: {key.strip()!r} is given twice", tip="keep one of them")
-        values[key.strip()] = value.strip()
+        values[key.strip()] = unquoted(value.strip(), text)
     return name.strip(), values
-
-
-def split_outside(text: str, separator: str) -> list[str]:
-    """The parts of a text between separators that stand outside all round brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts

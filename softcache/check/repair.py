@@ -208,7 +208,16 @@ def _mend_round(
         transfer_set = _those_of(read_samples(BoundFiles(path, manifest.files), plan), transfer_set, ids)
     if number == 0 and SAMPLES in damaged:
         order = first_order(plan.samples.count, plan.samples.order, int(plan.samples.order_seed))
-        table = make_samples(transfer_set, ids, order, store_keys=plan.samples.has_keys, workers=0, quiet=quiet)
+        table = make_samples(
+            transfer_set,
+            ids,
+            order,
+            policy=Policy(),
+            collates=(),
+            store_keys=plan.samples.has_keys,
+            workers=0,
+            quiet=quiet,
+        )
         out.write(SAMPLES, table.arrays())
     out.samples = read_samples(BoundFiles(path, manifest.files), plan)
     order = order_of(out.samples, transfer_set)
@@ -267,10 +276,10 @@ def _those_of(table: SampleTable, transfer_set: TransferSet, ids: np.ndarray) ->
 
 
 def _told(path: Path, number: int) -> dict[str, Any]:
-    """What provenance.json says of a round's command: "data", "samples" (str or None), and lists of strings."""
+    """What provenance.json says of a round's command: "data", "samples", "without" (str or None), and lists of strings."""
     command = read_provenance(path, number).get("command", {})
     told: dict[str, Any] = {}
-    for key in ("data", "samples"):
+    for key in ("data", "samples", "without"):
         told[key] = command[key] if isinstance(command.get(key), str) else None
     for key in ("teacher", "keep_labels", "drop_labels"):
         value = command.get(key)
@@ -302,6 +311,7 @@ def _config_of(path: Path, manifest: Manifest, number: int, means: Means, *, sel
         keep_labels=told["keep_labels"] if selected else (),
         drop_labels=told["drop_labels"] if selected else (),
         samples=told["samples"] if selected and means.allow_code else None,
+        without=told["without"] if selected and means.allow_code else None,
         classes_map=means.classes_map,
         teacher=tuple(means.teachers) or (told["teacher"] if means.allow_code else ()),
         allow_code=means.allow_code,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcache.commands.flags import RESUMES, Output, Verb
-from softcache.config import option, split_list
+from softcache.config import option
 from softcache.errors import ConfigError
+from softcache.spec import split_list
 
 if TYPE_CHECKING:
     from softcache.cache.manifest import Manifest
@@ -33,6 +34,7 @@ class SubsetConfig:
     samples: str | None = option(
         None, "only the samples whose keys (or ids) this file lists, one a line", metavar="FILE"
     )
+    without: str | None = option(None, "no samples whose keys (or ids) this file lists", metavar="FILE")
     id: str | None = option(None, "of the manifest to read (default: the newest)", metavar="ID")
     license: str | None = option(None, "of the smaller cache (default: the cache's)", metavar="TEXT")
 
@@ -46,6 +48,7 @@ def run(config: SubsetConfig, output: Output) -> int:
         keep_labels=_names("--keep-labels", config.keep_labels),
         drop_labels=_names("--drop-labels", config.drop_labels),
         samples=Path(config.samples) if config.samples else None,
+        without=Path(config.without) if config.without else None,
     )
     out, quiet = Path(config.out), output.quiet or output.json
     manifest = subset.run(Path(config.cache), out, choice, id=config.id, license=config.license, quiet=quiet)

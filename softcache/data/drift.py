@@ -102,7 +102,7 @@ def check_drift(
         raise DriftError(
             f"{where.size} of {len(rows)} checked views have other pixels than the teacher saw, while the probe renders as it "
             f"did: these samples changed: {named}",
-            tip="restore them, or leave them out with --samples; --on-drift warn trains on them as they are",
+            tip="restore them, or leave them out with --without; --on-drift warn trains on them as they are",
         )
     by = "" if apart is None else f" (up to {apart} of 255 apart)"
     raise DriftError(

@@ -155,7 +155,7 @@ class ViewedSet(Dataset[Any]):
     def render_view(self, index: int, view: int) -> Rendered:
         """One view with everything that is known of it; errors name the sample, and the partner where it is at fault."""
         key = self.transfer_set.keys[index]
-        with _naming(key, f"while loading sample {key}", "repair the sample, or leave it out with --samples"):
+        with _naming(key, f"while loading sample {key}", "repair the sample, or leave it out: --without FILE"):
             ident = sample_id(key) if self.ids is None else int(self.ids[index])
             item, digest = self._unmixed(self.transfer_set, index, ident, view)
             if self.policy.mixing is None:
@@ -221,12 +221,12 @@ class ViewedSet(Dataset[Any]):
             why = f"of another shape than {usual}: " if odd else ""
             raise DataError(
                 f"the model cannot take this batch: {type(exc).__name__}: {exc} ({place_of(exc)}); samples {why}{named}",
-                tip="make their items alike (--policy resize:size=N), or leave them out with --samples",
+                tip="make their items alike (--policy resize:size=N), or leave them out: --without FILE",
             ) from exc
 
     def __reduce__(self) -> tuple[Any, ...]:
         # classes from a user's file must be importable in a spawned worker before they are unpickled
-        return _restore, (user_files(), pickle.dumps(self.__dict__))
+        return _restore, (type(self), user_files(), pickle.dumps(self.__dict__))
 
 
 @contextmanager
@@ -241,11 +241,11 @@ def _naming(key: str, note: str, tip: str) -> Iterator[None]:
         raise DataError(f"sample {key}: {type(exc).__name__}: {exc} ({place_of(exc)})", tip=tip) from exc
 
 
-def _restore(files: Sequence[str], state: bytes) -> ViewedSet:
+def _restore(kind: type[ViewedSet], files: Sequence[str], state: bytes) -> ViewedSet:
     for file in files:
         if Path(file).exists():  # one that is gone may not be needed; if it is, unpickling says so
             load_user_file(file)
-    made = ViewedSet.__new__(ViewedSet)
+    made = kind.__new__(kind)
     made.__dict__.update(pickle.loads(state))
     return made
 
@@ -278,7 +278,7 @@ def load_batches(
     while (batch := _next(loaded, workers)) is not None:
         if isinstance(batch, _Fault):
             raise batch.error
-        if batch.by_pipe:
+        if isinstance(batch, LoadedBatch) and batch.by_pipe:
             warn_once(
                 f"too little shared memory for batches: they come through pipes, which is slower; {MORE_SHARED_MEMORY}"
             )
@@ -294,7 +294,9 @@ def _started(loader: DataLoader[Any], start_method: str | None) -> Iterator[Any]
     _check_room(loader.num_workers, start_method)
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if in_main else None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if loader.num_workers else ())
+    forked = multiprocessing.get_context(start_method).get_start_method() == "fork"
+    early = SIGNALS if forked else (signal.SIGINT,)  # the others import torch first, and SIGTERM may end that
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, early if loader.num_workers else ())
     try:
         return iter(loader)
     finally:

@@ -34,7 +34,8 @@ def read_keys(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}: cannot be read as a list of keys: {exc}", tip="--samples wants UTF-8 text") from exc
+        tip = "--samples and --without want UTF-8 text, a key on each line"
+        raise DataError(f"{path}: cannot be read as a list of keys: {exc}", tip=tip) from exc
     wanted = dict.fromkeys(lines)
     wanted.pop("", None)
     return list(wanted)

@@ -131,7 +131,7 @@ class ImageFileReader:
                 return image_array(image, str(path)), data
         except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as exc:
             reason = "it holds no image that Pillow knows" if isinstance(exc, Image.UnidentifiedImageError) else exc
-            tip = "repair the file, or leave it out with --samples"
+            tip = "repair the file, or leave it out: --without FILE"
             if isinstance(exc, Image.DecompressionBombError):
                 tip += "; where such images are meant, set PIL.Image.MAX_IMAGE_PIXELS in a factory of yours"
             raise DataError(f"{path}: cannot be read as an image: {reason}", tip=tip) from exc
@@ -189,11 +189,14 @@ def imagefolder(path: Path) -> Source:
         )
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise DataError(f"{path}: holds no folders, so there are no classes", tip="put each class into its own folder")
+        raise DataError(
+            f"{path}: holds no folders, so there are no classes",
+            tip="put each class into its own folder; pictures without classes are images:PATH",
+        )
     keys: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = [file.relative_to(path).as_posix() for file in _image_files(path / name)]
+        found = [file.relative_to(path).as_posix() for file in image_files(path / name)]
         if not found and (other := _any_file(path / name)) is not None:
             raise DataError(
                 f"{path / name}: holds no images, so class {name!r} has no samples; {other.name} is none",
@@ -203,14 +206,20 @@ def imagefolder(path: Path) -> Source:
         labels += [label] * len(found)
     if not keys:
         raise DataError(f"{path}: none of its {len(classes)} folders holds an image", tip="put images into the folders")
-    try:
-        table = StringTable(keys)
-    except UnicodeEncodeError as exc:
-        raise DataError(f"{path}: a file name is not UTF-8: {exc.object!r}", tip="rename the file") from None
+    table = utf8_keys(path, keys)
     return Source(ImageFileReader(os.path.abspath(path), table), table, np.array(labels, np.int32), tuple(classes))
 
 
-def _image_files(folder: Path) -> list[Path]:
+def utf8_keys(path: Path, keys: Iterable[str]) -> StringTable:
+    """The keys of files below a path; DataError for a name that is not UTF-8."""
+    try:
+        return StringTable(keys)
+    except UnicodeEncodeError as exc:
+        raise DataError(f"{path}: a file name is not UTF-8: {exc.object!r}", tip="rename the file") from None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The pictures below a folder by their names, in order; hidden ones are passed over."""
     files: list[Path] = []
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         hidden = any(part.startswith(".") for part in Path(place).relative_to(folder).parts)

@@ -17,7 +17,7 @@ from softcache.data.sources import PACKINGS, Source, StringTable, numbered
 from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, only, value_name
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
 from softcache.errors import ConfigError, DataError, first_offenders, nearest, warn_once
-from softcache.spec import convert
+from softcache.spec import convert, split_list
 
 Empty = Literal["", "unlabelled", "class"]
 Place = int | str  # of a column: its number, of JSON lines its name
@@ -90,8 +90,8 @@ def table(
 
     Args:
         path: the file; its ending says how it is written, where it says nothing its first rows.
-        text: empty: the only column called item or text, else the first one.
-        label: empty: the only column called label or labels, else the second one.
+        text: empty: the only column called item or text, else of two columns the first one.
+        label: empty: the only column called label or labels, else of two columns the second one.
         key, header, classes, empty: as of `tsv`.
         separator: between the columns of CSV, one letter or `tab`. Empty: of comma, semicolon, tab and | the one that divides.
         quotes: "true" where cells may stand in quotes, "false" where quotes are letters. Empty: true of CSV, false of TSV.
@@ -218,8 +218,8 @@ class _Wanted:
             has_header, told = self._has_header(list(first))
             names = tuple(first) if has_header else ()
         count = len(names) if layout.is_json else len(first)
-        find = _Finder(self.path, names, count, layout)
-        text, label = self._defaults(names, count)
+        find = _Finder(self.path, names, () if names else tuple(first), count, layout)
+        text, label = self._defaults(names, count, names or tuple(first))
         labels = () if label == "none" else find.several(label, "label")
         texts = find.several(text, "text")
         if len(texts) > 2:
@@ -234,24 +234,24 @@ class _Wanted:
         if self.header:
             return bool(convert(self.header, bool, f"{self.path}: header")), True
         asked = [
-            part for one in (self.text, self.label, self.key) for part in ([one] if one in first else one.split(","))
+            part for one in (self.text, self.label, self.key) for part in ([one] if one in first else split_list(one))
         ]
         asked = [name for name in asked if name and not name.isdecimal() and name != "none"]
         if asked:
-            found = all(name in first for name in asked)
+            found = any(name in first for name in asked)  # one that is not is told by the names that there are
             return found, found
         found = self.text == self.label == "" and all(only(names, first) for names in (ITEM_COLUMNS, LABEL_COLUMNS))
         return found, found
 
-    def _defaults(self, names: Sequence[str], count: int) -> tuple[str, str]:
-        """The columns of text and label: as given, else as they are called, else the first and the second one."""
+    def _defaults(self, names: Sequence[str], count: int, first: Sequence[str]) -> tuple[str, str]:
+        """The columns of text and label: as given, else as they are called, else of two columns the first and the second."""
         text, label = self.text or only(ITEM_COLUMNS, names) or "", self.label or only(LABEL_COLUMNS, names) or ""
-        if names and count > 2 and not (text and label):
+        if count > 2 and not (text and label):
             what = "label" if text else "text"
             tip = f"name it: {what}=NAME" + ("" if text else ", and the label's: label=NAME")
             tip += "; label=none where there are no labels" if not label else ""
             raise DataError(
-                f"{self.path}: which of its columns is the {what}? There are {first_offenders(map(repr, names), len(names))}",
+                f"{self.path}: which of its columns is the {what}? There are {first_offenders(map(repr, first), len(first))}",
                 tip=tip,
             )
         others = [name for name in names or map(str, range(count)) if name not in (text, label)]
@@ -265,13 +265,14 @@ class _Finder:
 
     path: Path
     names: tuple[str, ...]
+    first: tuple[str, ...]
     count: int
     layout: Layout
 
     def several(self, wanted: str, what: str) -> tuple[Place, ...]:
         if wanted in self.names:
             return (self.one(wanted, what),)
-        return tuple(self.one(part, what) for part in wanted.split(",") if part)
+        return tuple(self.one(part, what) for part in split_list(wanted))
 
     def one(self, wanted: str, what: str) -> Place:
         if wanted.isdecimal() and int(wanted) < self.count and not self.layout.is_json:
@@ -289,7 +290,10 @@ class _Finder:
                 tip=f"columns count from 0{circle}"
                 + (f"; {what}=none where there is none" if what == "label" and not circle else ""),
             )
-        tip = nearest(wanted, self.names) if self.names else "add header=true if the first line names the columns"
+        tip = nearest(wanted, self.names)
+        if not self.names:
+            tip = "add header=true if the first line names the columns: "
+            tip += first_offenders((repr(cell[:40]) for cell in self.first), len(self.first))
         raise DataError(f"{self.path}, line 1: no column {wanted!r} for the {what}", tip=tip + circle)
 
 

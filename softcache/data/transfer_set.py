@@ -3,6 +3,7 @@
     digits  digits?split=test             scikit-learn's bundled 8x8 digits
     torchvision:NAME?root=PATH&train=true torchvision's classification data sets
     imagefolder:PATH                      one folder per class
+    images:PATH?labels=FILE               pictures of one folder, without classes or with labels from a table
     table:PATH?text=NAME&label=NAME       CSV, TSV, JSON lines, plain or packed; Parquet
     hf-dataset:PATH?item=NAME&label=NAME  Hugging Face's data sets
     tsv:PATH?text=0&label=1&header=true   tab-separated text, as it is
@@ -24,6 +25,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from softcache.data.classes import check_classes, class_indices, places_in
+from softcache.data.flat_images import flat_images
 from softcache.data.hf_datasets import hf_dataset, is_saved
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.label_kind import has_several
@@ -33,9 +35,14 @@ from softcache.data.sources import Source, StringTable, digits, imagefolder
 from softcache.data.synthetic import images, texts
 from softcache.data.text_tables import table, tsv
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
-from softcache.spec import Spec, call_factory, parse_spec
+from softcache.spec import Spec, call_factory, parse_spec, quoted
 
-FILE_SOURCES: dict[str, Callable[..., Source]] = {"imagefolder": imagefolder, "table": table, "tsv": tsv}
+FILE_SOURCES: dict[str, Callable[..., Source]] = {
+    "imagefolder": imagefolder,
+    "images": flat_images,
+    "table": table,
+    "tsv": tsv,
+}
 MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
 OTHER_WORDS = dict.fromkeys(("csv", "json", "jsonl", "ndjson", "txt", "text", "file"), "table")  # for a source
 OTHER_WORDS |= dict.fromkeys(("hf", "huggingface", "hf-datasets", "datasets", "dataset"), "hf-dataset")
@@ -156,6 +163,7 @@ def open_transfer_set(
     keep_labels: Sequence[int | str] = (),
     drop_labels: Sequence[int | str] = (),
     samples: Path | None = None,
+    without: Path | None = None,
 ) -> TransferSet:
     """The transfer set that a spec string names, with samples chosen and the class list left whole.
 
@@ -165,6 +173,7 @@ def open_transfer_set(
         keep_labels: classes to keep, by name, index or range of indices (0-4); unlabelled samples are left out.
         drop_labels: classes to leave out; with several labels per sample, one of these is enough.
         samples: a text file of keys, one per line. The order stays the transfer set's.
+        without: likewise, of samples that are left out.
 
     Raises:
         ConfigError: a spec that cannot be understood.
@@ -179,6 +188,8 @@ def open_transfer_set(
     chosen = np.ones(len(transfer_set), dtype=bool)
     if samples is not None:
         chosen &= _listed(transfer_set.keys, Path(samples))
+    if without is not None:
+        chosen &= ~_listed(transfer_set.keys, Path(without))
     if keep_labels:
         chosen &= of_classes(transfer_set.labels, transfer_set.class_names, keep_labels)
     if drop_labels:
@@ -186,7 +197,7 @@ def open_transfer_set(
     if not chosen.any():
         raise DataError(
             f"{spec!r}: none of its {len(transfer_set)} samples is selected",
-            tip="loosen --keep-labels, --drop-labels or --samples",
+            tip="loosen --keep-labels, --drop-labels, --samples or --without",
         )
     return transfer_set if chosen.all() else transfer_set.select(np.flatnonzero(chosen))
 
@@ -222,6 +233,7 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if spec.scheme == "hf-dataset":
         return _checked_call(hf_dataset, spec, path=spec.name, download=download)
     if spec.scheme in FILE_SOURCES:
+        _refuse_unquoted(spec)
         return _checked_call(FILE_SOURCES[spec.scheme], spec, path=Path(spec.name).expanduser())
     if spec.is_factory:
         return from_factory(spec)
@@ -229,15 +241,36 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
     if not spec.scheme and os.path.exists(
         path
     ):  # unlike Path.exists, no error for what is longer than a file name can be
-        kind = ("hf-dataset" if is_saved(path) else "imagefolder") if path.is_dir() else "table"
-        raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {kind}:{spec.text}?")
+        kind = _kind_of_path(path)
+        literal = f"{kind}:{quoted(spec.name, '?')}"
+        raise ConfigError(f"{spec.text!r} is a path, not a source", tip=f"did you mean {literal}?")
     if spec.scheme in OTHER_WORDS:
         kind = OTHER_WORDS[spec.scheme]
         raise ConfigError(
-            f"{spec.text!r}: no source is called {spec.scheme!r}", tip=f"did you mean {kind}:{spec.name}?"
+            f"{spec.text!r}: no source is called {spec.scheme!r}",
+            tip=f"did you mean {kind}:{quoted(spec.name, '?')}?",
         )
     tip = f"{nearest(spec.scheme or spec.name, SOURCES)} Your own data: package.module:factory or path/file.py:factory"
     raise ConfigError(f"{spec.text!r}: no source is called {spec.scheme or spec.name!r}", tip=tip)
+
+
+def _kind_of_path(path: Path) -> str:
+    """The source that reads a file or a folder as it looks."""
+    if not path.is_dir():
+        return "table"
+    if is_saved(path):
+        return "hf-dataset"
+    return "imagefolder" if any(entry.is_dir() for entry in path.iterdir()) else "images"
+
+
+def _refuse_unquoted(spec: Spec) -> None:
+    """Raise ConfigError where what stands before the '?' is no path, and all of it is one."""
+    path = spec.text.partition(":")[2]
+    if "?" in path and os.path.exists(path) and not os.path.exists(Path(spec.name).expanduser()):
+        raise ConfigError(
+            f"{spec.text!r}: there is no {spec.name}; {path} is there, and behind a '?' stand parameters",
+            tip=f"quote the path: {spec.scheme}:{quoted(path, '?')}",
+        )
 
 
 def _checked_call(source: Callable[..., Source], spec: Spec, **offered: Any) -> Source:

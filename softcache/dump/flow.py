@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from softcache.cache.card import card
 from softcache.cache.manifest import Manifest
 from softcache.cache.reader import CacheReader
+from softcache.cache.samples import SampleTable
 from softcache.cache.schema import Span
 from softcache.cache.write.rewriter import Rewriter
 from softcache.cache.write.writer import CacheWriter, Part, Setup, refuse_foreign_folder
@@ -112,10 +113,29 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         return DumpResult(out, job.base, 0.0, 0.0, time.monotonic() - started)
     if not job.new_views:  # looked at before anything is planned: a refusal is then nothing to clear away
         PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first(prober)
+    workers = pick_workers(config.workers, device)
+
+    @cache
+    def read_samples() -> SampleTable:
+        return make_samples(
+            transfer_set,
+            ids,
+            job.order,
+            policy=job.policy,
+            collates=[teacher.collate for teacher in teachers] if config.batch_size > 1 else (),
+            store_keys=not config.no_keys,
+            workers=workers,
+            quiet=quiet,
+            misfits=config.misfits,
+        )
+
+    if (
+        job.base is None and job.planned is None and part.count == 1
+    ):  # of several parts the first one reads, see make_setup
+        read_samples()  # what does not fit is told before a teacher runs over many samples
     storages = choose_storages(config, job, teachers, prober, out)
     plan = make_plan(config, job, transfer_set, teachers, storages, made_with(config, device, threads))
     plan = replace(plan, license=job.base.plan.license if job.base else config.license)
-    workers = pick_workers(config.workers, device)
     lost = left_out_of(teachers, prober)
     if not quiet:
         print(sizes(plan, storages), printable(described(transfer_set)), sep="\n", file=sys.stderr)
@@ -126,10 +146,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
         if job.base is not None:
             return Setup(CacheReader(out).samples, {}, constants)
-        samples = make_samples(
-            transfer_set, ids, job.order, store_keys=not config.no_keys, workers=workers, quiet=quiet
-        )
-        return Setup(samples, make_probe(renderer(viewed, job.order), len(ids), job.views), constants)
+        return Setup(read_samples(), make_probe(renderer(viewed, job.order), len(ids), job.views), constants)
 
     with CacheWriter(out, plan, make_setup, part=part, base=job.base) as writer:
         check_same_samples(writer.samples, ids[job.order], transfer_set, job.order)

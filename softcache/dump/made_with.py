@@ -44,7 +44,8 @@ def told_of(teachers: Sequence[Teacher], left_out: Mapping[str, LeftOut]) -> dic
     """What was told of the teachers while they were looked at; nothing where there was nothing to tell."""
     warnings = {teacher.name: teacher.warnings for teacher in teachers if teacher.warnings}
     lost = {name: one.to_json() for name, one in left_out.items()}
-    return {name: told for name, told in (("warnings", warnings), ("left_out", lost)) if told}
+    chosen = {teacher.name: told for teacher in teachers if (told := getattr(teacher.network, "weights_told", ""))}
+    return {name: told for name, told in (("warnings", warnings), ("left_out", lost), ("weights", chosen)) if told}
 
 
 def left_out_before(path: Path, rounds: int) -> dict[str, str]:

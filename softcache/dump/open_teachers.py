@@ -18,13 +18,13 @@ from softcache.dump.choose_codec import Prober
 from softcache.dump.teacher import Teacher, member_name
 from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.machine import autocast_dtype
-from softcache.models import Model, build, load_model, own_classes
+from softcache.models import Model, build, load_model, own_classes, path_alone
 from softcache.models import split_weights as split_model
 from softcache.models.estimators import callee_of
 from softcache.models.inputs import is_text
 from softcache.models.item_range import check_scale
 from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
-from softcache.spec import parse_spec
+from softcache.spec import Spec, parse_spec
 
 
 def open_teachers(
@@ -106,22 +106,24 @@ def open_teacher(
     Raises:
         ModelError: it cannot be built, has other classes, or gives something else.
     """
-    head, weights = split_model(text)
-    spec = parse_spec(head)
-    bare = parse_spec(spec.without("name", "output", "decides").text)
-    decides = spec.parameters.get("decides")
+    head, weights = (text, "") if os.path.exists(text) else split_model(text)
+    spec = Spec(text, "", text) if os.path.exists(text) else parse_spec(head)
+    bare = spec.without("name", "output", "decides")
+    decides = spec.value("decides") or None
     if decides not in (None, "own"):
         raise ConfigError(f"{text!r}: decides={decides}", tip="decides=own, or leave it out")
-    is_run = os.path.exists(bare.text)  # a run folder, or its student.safetensors
-    chosen_name = spec.parameters.get("name")
-    wanted_name = chosen_name or Path(bare.text if is_run else spec.name).name
+    run = path_alone(bare.text)  # a run folder, or its student.safetensors
+    is_run = run is not None
+    chosen_name = spec.value("name")
+    wanted_name = chosen_name or Path(run or spec.name).name
     name = member_name(wanted_name, taken)
     what, model_text = f"teacher {name!r}", bare.text + (f"@{weights}" if weights else "")
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
-    own = own_classes(model_text)
-    if own is not None and len(own) > num_classes:
-        match_classes(what, own, class_names, classes_map)  # refused before it is built, or fetched
-        shape |= {"num_classes": len(own), "class_names": own}
+    own = own_classes(model_text, num_classes)
+    more = own if own is not None and len(own) > num_classes else None  # of which the data's are chosen
+    if more is not None:
+        match_classes(what, more, class_names, classes_map)  # refused before it is built, or fetched
+        shape |= {"num_classes": len(more), "class_names": more}
     made: Any = None
     network: Any
     collate: Callable[[Sequence[Any]], Any]
@@ -133,21 +135,17 @@ def open_teacher(
     if made is None or isinstance(made, nn.Module):
         with faults_explained(ModelError, f"building the teacher {text!r}"):
             model = load_model(model_text, **shape, allow_code=allow_code)
-        declared, output, portable = model.declared_classes, model.output, model.spec
+        declared, output, portable = model.declared_classes or more, model.output, model.spec
         network, collate, decide = model, model.input.collate, None
         model.check_trained(f"teacher {text!r}")
     elif weights:
         raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
     else:
-        callee = callee_of(made, text, output=spec.parameters.get("output"), multi_label=multi_label)
+        callee = callee_of(made, text, output=spec.value("output") or None, multi_label=multi_label)
         network, collate, output, declared = callee.run, callee.collate, callee.output, callee.classes
         decide = callee.decide if decides is None else None
-        portable = (
-            bare.portable()
-            if decides is None
-            else parse_spec(f"{bare.text}{'&' if bare.parameters else '?'}decides=own").portable()
-        )
-    output = spec.parameters.get("output", output)
+        portable = (bare if decides is None else bare.having(decides="own")).portable()
+    output = spec.value("output", output)
     teacher = Teacher(
         name,
         portable,

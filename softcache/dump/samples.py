@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from softcache.cache.samples import SampleTable, build_table, pack_labels
 from softcache.config import StorageOptions
 from softcache.data.identity import check_unique, sample_ids
-from softcache.data.loading import LoadedBatch, ViewedSet, load_batches
+from softcache.data.loading import LoadedBatch
+from softcache.data.reading import Collate, read_contents, refuse_misfits
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, first_offenders
+from softcache.files.durable import write_whole
+from softcache.models import own_classes
 from softcache.report.progress import Meter
 
 
@@ -19,39 +25,60 @@ def open_samples(config: StorageOptions) -> tuple[TransferSet, np.ndarray]:
     for flag, value in (("batch-size", config.batch_size), ("shard-rows", config.shard_rows)):
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} {value}: must be at least 1")
-    transfer_set = open_transfer_set(config.data, **config.selection())
+    transfer_set = _with_classes(open_transfer_set(config.data, **config.selection()), config.teacher)
     ids = sample_ids(transfer_set.keys)
     check_unique(transfer_set.keys, ids)
     return transfer_set, ids
 
 
+def _with_classes(transfer_set: TransferSet, teachers: Sequence[str]) -> TransferSet:
+    """The set under the classes of the first teacher that names its own, where itself has neither classes nor labels."""
+    if transfer_set.num_classes or not teachers:
+        return transfer_set
+    for names in filter(None, map(own_classes, teachers)):
+        return transfer_set.under(names, [])
+    raise DataError(
+        f"{transfer_set.name}: has no classes, and no teacher names any",
+        tip="say how many the teacher has, or their names, in its order: classes=10, or classes=cat,dog,...",
+    )
+
+
 def make_samples(
-    transfer_set: TransferSet, ids: np.ndarray, order: np.ndarray, *, store_keys: bool, workers: int, quiet: bool
+    transfer_set: TransferSet,
+    ids: np.ndarray,
+    order: np.ndarray,
+    *,
+    policy: Policy,
+    collates: Sequence[Collate],
+    store_keys: bool,
+    workers: int,
+    quiet: bool,
+    misfits: str | None = None,
 ) -> SampleTable:
-    """Who the samples are, in the order of rows; every one is read once for its digest."""
+    """Who the samples are, in the order of rows; every one is read once for its digest.
+
+    Args:
+        collates: of the teachers, which must take the samples' views; without any that is not asked.
+        misfits: a file for the keys of the samples that cannot be used.
+
+    Raises:
+        DataError: samples that cannot be read, or that no batch takes beside the others: all of them are named.
+    """
+    with Meter("reading samples", len(transfer_set), unit="samples", quiet=quiet) as meter:
+        found = read_contents(transfer_set, policy, collates, workers=workers, meter=meter)
+    if misfits is not None:
+        keys = "".join(f"{transfer_set.keys[place]}\n" for place in sorted(found.misfits))
+        write_whole(Path(misfits), keys.encode())
+    refuse_misfits(found.misfits, transfer_set.keys)
     return build_table(
         transfer_set.keys,
         ids,
         transfer_set.labels,
-        _content_digests(transfer_set, workers=workers, quiet=quiet),
+        found.digests,
         transfer_set.num_classes,
         order,
         store_keys=store_keys,
     )
-
-
-def _content_digests(transfer_set: TransferSet, *, workers: int, quiet: bool) -> np.ndarray:
-    """(N, 16) uint8 digests of what every sample holds, read once before the first row is written."""
-    count = len(transfer_set)
-    viewed = ViewedSet(transfer_set, Policy(), (), digests=True)
-    pairs = ([(i, 0) for i in range(start, min(start + 1024, count))] for start in range(0, count, 1024))
-    digests = np.empty((count, 16), np.uint8)
-    with Meter("reading samples", count, unit="samples", quiet=quiet) as meter:
-        for batch in load_batches(viewed, pairs, workers=workers):
-            assert batch.content_digests is not None
-            digests[batch.index] = batch.content_digests
-            meter.add(len(batch.index))
-    return digests
 
 
 def check_same_samples(table: SampleTable, ids: np.ndarray, transfer_set: TransferSet, order: np.ndarray) -> None:

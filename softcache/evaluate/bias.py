@@ -14,6 +14,7 @@ from torch import Tensor
 from softcache.data.classes import class_indices
 from softcache.data.label_kind import has_several, is_known, is_yes
 from softcache.errors import ConfigError
+from softcache.spec import unquoted
 
 
 def parse_bias(texts: Sequence[str], class_names: Sequence[str]) -> dict[str, float]:
@@ -27,7 +28,7 @@ def parse_bias(texts: Sequence[str], class_names: Sequence[str]) -> dict[str, fl
             number = math.nan
         if not math.isfinite(number):
             raise ConfigError(f"--bias {text!r} is not CLASS=NUMBER", tip="write --bias 3=3.5, or 7=-7.6,8=-7.6")
-        for name in (class_names[i] for i in class_indices(class_names, [label])):
+        for name in (class_names[i] for i in class_indices(class_names, [unquoted(label, text)])):
             if name in bias:
                 raise ConfigError(f"--bias names class {name!r} twice", tip="add the two numbers up")
             bias[name] = number

@@ -24,7 +24,16 @@ from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.sums import Sums
 from softcache.machine import as_fresh, autocast_dtype, pick_device, pick_threads, pick_workers
-from softcache.models import Model, load_json, load_model, own_classes, read_metadata
+from softcache.models import (
+    Model,
+    load_json,
+    load_model,
+    own_classes,
+    path_alone,
+    path_and_choice,
+    read_metadata,
+    split_weights,
+)
 from softcache.models.item_range import check_scale
 from softcache.report.progress import track
 from softcache.targets.cache import Cache, Joined, is_cache
@@ -226,7 +235,7 @@ def _load(
 ) -> Model:
     """ModelError also for a model whose weights lack something."""
     items = spread_items(ViewedSet(transfer_set, policy, (), partners=partners))
-    own, names = own_classes(model_text), transfer_set.class_names
+    own, names = own_classes(model_text, transfer_set.num_classes), transfer_set.class_names
     if own is not None and len(own) > len(names):
         names = own  # of which the data's are chosen
     with faults_explained(ModelError, f"building the model {model_text!r}"):
@@ -363,7 +372,7 @@ def _with_classes_of(
     Args:
         compared: with a cache, whose classes are the data's: then a model's outputs are chosen instead.
     """
-    own, names = own_classes(model_text), transfer_set.class_names
+    own, names = own_classes(model_text, transfer_set.num_classes), transfer_set.class_names
     if own is None or own == names:
         return transfer_set
     if len(own) < len(names):
@@ -378,8 +387,8 @@ def _with_classes_of(
 
 def _student_file(model_text: str) -> Path | None:
     """The run folder or safetensors file that a model's text names; None where there is none."""
-    text = model_text.rpartition("@")[2]
-    if not os.path.exists(text):  # unlike Path.exists, no error for a spec longer than a file name can be
+    text = path_alone(model_text) or split_weights(model_text)[1]
+    path = Path(path_and_choice(text)[0])
+    if not text or not os.path.exists(path):
         return None
-    path = Path(text)
     return None if path.is_file() and path.suffix != ".safetensors" else path

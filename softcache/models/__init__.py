@@ -42,6 +42,8 @@ from softcache.models.weights import (
     fingerprint,
     load_weights,
     names_torchvision_weights,
+    path_alone,
+    path_and_choice,
     read_metadata,
     read_saved,
     refuse_misfit,
@@ -52,7 +54,7 @@ from softcache.models.weights import (
     weights_file,
 )
 from softcache.models.wrn import wide_resnet, wrn
-from softcache.spec import Spec, call_factory, load_factory, parse_spec
+from softcache.spec import Spec, call_factory, load_factory, parse_spec, unquoted
 
 __all__ = [
     "METADATA_KEY",
@@ -80,6 +82,8 @@ __all__ = [
     "load_model",
     "load_weights",
     "own_classes",
+    "path_alone",
+    "path_and_choice",
     "read_metadata",
     "read_saved",
     "read_vocabulary",
@@ -147,15 +151,15 @@ def load_model(
         ConfigError: an unknown or impossible parameter.
     """
     data: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
-    if os.path.exists(text):  # unlike Path.exists, no error for a spec longer than a file name can be
-        return _load_run(text, allow_code=allow_code, **data).to(device)
+    if (run := path_alone(text)) is not None:
+        return _load_run(run, allow_code=allow_code, **data).to(device)
     head, weights = split_weights(text)
     spec = parse_spec(head)
     if weights and (names_torchvision_weights(spec, weights) or names_timm_weights(spec, weights)):
         # their own builder knows what else the weights change
         if "weights" in spec.parameters:
             raise ModelError(f"{text!r} names weights twice", tip="keep one of them")
-        spec, weights = parse_spec(f"{head}{'&' if spec.parameters else '?'}weights={weights}"), ""
+        spec, weights = spec.having(weights=unquoted(weights, text)), ""
     saved = read_saved(weights) if weights else None
     if saved is not None and saved.vocabulary is not None:
         vocabulary = saved.vocabulary  # the ids of its embedding
@@ -191,7 +195,7 @@ def build(
     }
     if spec.is_factory:
         return call_factory(load_factory(spec), spec.parameters, spec.text, **offered)
-    said = spec.parameters.get("num_classes", str(num_classes))
+    said = spec.value("num_classes", str(num_classes))
     if said != str(num_classes):
         raise ModelError(
             f"{spec.text!r} has num_classes={said}, the data has {num_classes} classes", tip="leave num_classes out"

@@ -86,10 +86,14 @@ def timm_classes(name: str, tag: str) -> tuple[str, ...] | None:
         ConfigError: no such weights.
     """
     require_extra("timm", "timm", f"the model 'timm:{name}'")
+    return imagenet_classes(_entry(name, tag).num_classes) if "_in" in f"_{tag}" else None
+
+
+def imagenet_classes(count: int) -> tuple[str, ...] | None:
+    """The WordNet ids of ImageNet's classes, or those of its larger kin, where they are so many."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    count = _entry(name, tag).num_classes
-    subset = infer_imagenet_subset({"num_classes": count}) if "_in" in f"_{tag}" else None
+    subset = infer_imagenet_subset({"num_classes": count})
     names = None if subset is None else tuple(ImageNetInfo(subset).label_names())
     return names if names is not None and len(names) == count else None
 

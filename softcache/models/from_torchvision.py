@@ -71,6 +71,15 @@ def _main_logits(_net: nn.Module, _args: Any, output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
+def torchvision_classes(name: str, count: int) -> tuple[str, ...] | None:
+    """The classes of torchvision's weights of a model, where they are so many."""
+    import torchvision
+
+    table = torchvision.models.get_model_weights(name)
+    found = [entry.meta["categories"] for entry in table if len(entry.meta["categories"]) == count]
+    return tuple(found[0]) if found else None
+
+
 def torchvision_weights(name: str, weights: str) -> Any:
     """The entry of torchvision's weight table; ConfigError with the nearest names."""
     import torchvision

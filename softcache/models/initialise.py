@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, first_offenders, nearest
+from softcache.models.checkpoints import State
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import TokenizerInput
 from softcache.models.inputs import TextInput
@@ -18,10 +18,10 @@ from softcache.models.model import Model, final_linear
 from softcache.models.weights import (
     SavedModel,
     names_torchvision_weights,
+    path_alone,
     read_saved,
-    read_state,
     split_weights,
-    weights_file,
+    state_of,
 )
 from softcache.spec import parse_spec
 
@@ -70,7 +70,8 @@ def initialise(model: Model, text: str, entries: Sequence[str] = ()) -> Initiali
         ConfigError: a map that does not fit, nothing to copy, or a text model with another vocabulary.
         ModelError: weights that are not there or cannot be read.
     """
-    state, saved = _read_source(text)
+    source, saved = _read_source(model, text)
+    state = source.tensors
     if model.shrunk is not None and (saved is None or saved.shrunk is None):
         state = model.shrunk.of_whole(state)
     layer_map, left = parse_layer_map(entries), set()
@@ -91,7 +92,8 @@ def initialise(model: Model, text: str, entries: Sequence[str] = ()) -> Initiali
             left = _head_tensors(model, layer_map) & set(state)
     done = init_from(model.net, {k: v for k, v in state.items() if k not in left}, layer_map, text)
     why = dict.fromkeys(sorted(left), "of another class list")
-    return replace(done, source=text, left={**done.left, **why}, unused=(*done.unused, *why))
+    where = f"{text} ({source.told})" if source.told else text
+    return replace(done, source=where, left={**done.left, **why}, unused=(*done.unused, *why))
 
 
 def init_from(net: nn.Module, source: Mapping[str, Tensor], layer_map: Mapping[str, str], where: str) -> Initialised:
@@ -222,8 +224,9 @@ def _is_under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def _read_source(text: str) -> tuple[Mapping[str, Tensor], SavedModel | None]:
-    head, weights = ("", text) if os.path.exists(text) else split_weights(text)
+def _read_source(model: Model, text: str) -> tuple[State, SavedModel | None]:
+    path = path_alone(text)
+    head, weights = split_weights(text) if path is None else ("", path)
     if not weights:
         raise ConfigError(
             f"--init-from {text}: is neither a run folder nor MODEL@WEIGHTS",
@@ -233,8 +236,8 @@ def _read_source(text: str) -> tuple[Mapping[str, Tensor], SavedModel | None]:
         spec = parse_spec(head)
         if names_torchvision_weights(spec, weights):
             entry = torchvision_weights(spec.name, weights)
-            return entry.get_state_dict(progress=False, check_hash=True), None
-    return read_state(weights_file(weights)), read_saved(weights)
+            return State(entry.get_state_dict(progress=False, check_hash=True)), None
+    return state_of(model, weights), read_saved(weights)
 
 
 def _head_tensors(model: Model, layer_map: Mapping[str, str]) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,14 @@ import numpy as np
 from softcache.errors import DataError, warn
 from softcache.models.inputs import ImageInput, Input, VectorInput, array_of
 from softcache.models.model import Model
-from softcache.models.weights import METADATA_KEY, read_metadata, split_weights, weights_file
+from softcache.models.weights import (
+    METADATA_KEY,
+    path_alone,
+    path_and_choice,
+    read_metadata,
+    split_weights,
+    weights_file,
+)
 from softcache.spec import parse_spec
 
 ITEMS_KEY = "softcache_items"  # of a student's metadata: one of the three
@@ -127,11 +133,11 @@ def _is_of_scaled(taken: ImageInput | VectorInput) -> bool:
 
 def _weights_of(text: str) -> tuple[bool, bool, str | None]:
     """Whether a model's text names weights, whether they are a saved student, and what it learned from (None: not told)."""
-    path = text if os.path.exists(text) else split_weights(text)[1]
+    path = path_alone(text) or split_weights(text)[1]
     if not path:
         spec = parse_spec(text)
         return "weights" in spec.parameters, False, None
-    if not Path(path).exists():  # the name of published weights
+    if not os.path.exists(path_and_choice(path)[0]):  # the name of published weights
         return True, False, None
     file = weights_file(path)
     known = read_metadata(file) if file.suffix == ".safetensors" else {}
@@ -143,4 +149,4 @@ def _as_it_is(text: str) -> str:
     head, weights = split_weights(text)
     if parse_spec(head).is_factory:
         return "an input of the factory's own with mean 0 and std 1"
-    return f"{head}{'&' if '?' in head else '?'}mean=0&std=1{'@' + weights if weights else ''}"
+    return parse_spec(head).having(mean="0", std="1").text + (f"@{weights}" if weights else "")

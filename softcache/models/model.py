@@ -29,6 +29,7 @@ class Model(nn.Module):
         shrunk: what was left out of the network that the spec names; None: nothing.
         untrained: tensors that are random though it was built with weights, since these do not hold them; for a student
             to learn, and no teacher.
+        weights_told: what was chosen of the file of its weights, or left out; empty where there was no choice.
         output: "logits", unless the network declares `output = "log_probs"` or "probs".
     """
 
@@ -44,6 +45,7 @@ class Model(nn.Module):
         self.graft: Graft | None = None
         self.shrunk: Shrunk | None = None
         self.untrained: tuple[str, ...] = ()
+        self.weights_told = ""
         declared = getattr(net, "output", "logits")
         self.output: str = declared if isinstance(declared, str) else "logits"  # a layer may be called `output`
         if self.output not in OUTPUTS:

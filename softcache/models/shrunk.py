@@ -213,8 +213,9 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it is one of the kinds whose channels can be told apart: its tensors are all that the kind has."""
-    plain = isinstance(module, (*DENSE, *BATCH_NORMS)) and not list(module.children())
-    return plain and {*module._parameters, *module._buffers} <= TENSORS
+    if not isinstance(module, (*DENSE, *BATCH_NORMS)) or any(list(child.parameters()) for child in module.children()):
+        return False  # timm's BatchNorm has its activation inside
+    return {*module._parameters, *module._buffers} <= TENSORS
 
 
 def keep_channels(module: nn.Module, name: str, sides: Mapping[str, Channels]) -> None:

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, nearest
+from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, note_once
 from softcache.files import durable
 from softcache.files.inside import RUN, is_inside
+from softcache.models.checkpoints import SUFFIXES, State, read_state, refuse_others
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import describe_transformer
 from softcache.models.graft import regraft
@@ -27,13 +28,12 @@ from softcache.models.inputs import ImageInput, TextInput
 from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft
 from softcache.models.saved_metadata import load_json
-from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest, refuse_stretched
+from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest
 from softcache.models.shrunk import Shrunk, shrink_by
-from softcache.spec import Spec, parse_spec
+from softcache.spec import Spec, outside_quotes, parse_spec, quoted, unquoted
 
 STUDENT = "student.safetensors"  # its name in a run folder
 METADATA_KEY = "softcache_model"
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 MAX_SPEC = 2**12  # characters
 MANY_NUMBERS = 2**18  # one for each feature of an item
 IN_RUN = replace(RUN, misfit=ModelError, linked=ModelError)
@@ -120,6 +120,7 @@ _WHOLE: dict[tuple[int, ...], dict[str, str]] = {}
 
 def _opened(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file whose tensors and metadata are those that were saved, as far as it can tell."""
+    refuse_others(path)
     try:
         found = os.stat(path)
         state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -222,25 +223,59 @@ def _all_of_type(values: Any, kind: type[Kind]) -> tuple[Kind, ...]:
     return tuple(_of_type(value, kind) for value in _of_type(values, list))
 
 
+def path_alone(text: str) -> str | None:
+    """The path of a run folder or of weights that a model's text is, in quotes or not; None where it is a spec.
+
+    A path that exists wins over everything that its signs could mean.
+    """
+    if os.path.exists(text):  # unlike Path.exists, no error for a spec longer than a file name can be
+        return text
+    bare = unquoted(text, text) if text.endswith('"') and text.startswith('"') else ""
+    return bare if bare and os.path.exists(bare) else None
+
+
 def split_weights(text: str) -> tuple[str, str]:
-    """MODEL and WEIGHTS of `MODEL@WEIGHTS`; folders in front of a factory's `.py:` may hold an '@' of their own."""
-    cut = text.find("@", max(text.find(".py:"), 0))
+    """MODEL and WEIGHTS of `MODEL@WEIGHTS`, quoted as they were; folders in front of a factory's `.py:` may hold an '@'.
+
+    Raises:
+        ConfigError: nothing behind the '@', or an '@' that belongs to a path which is there.
+    """
+    start = max(text.find(".py:"), 0)
+    cut = next((place for place, letter in outside_quotes(text) if letter == "@" and place >= start), -1)
     if cut < 0:
         return text, ""
     if not text[cut + 1 :]:
         raise ConfigError(f"{text!r} names no weights", tip="write MODEL@WEIGHTS, or MODEL alone")
+    scheme, _, path = text.partition(":")
+    if path and os.path.exists(path) and not os.path.exists(text[cut + 1 :]):
+        raise ConfigError(
+            f"{text!r}: an '@' stands before weights, and there are none at {text[cut + 1 :]}",
+            tip=f"where it is part of a path, quote that: {scheme}:{quoted(path, '@')}",
+        )
     return text[:cut], text[cut + 1 :]
 
 
+def path_and_choice(weights: str) -> tuple[str, str]:
+    """The path of WEIGHTS, and what is chosen of the file: `file.pth#state_dict_ema`. A path that exists wins."""
+    if os.path.exists(weights):
+        return weights, ""
+    cut = max((place for place, letter in outside_quotes(weights) if letter == "#"), default=-1)
+    if cut <= 0 or "/" in weights[cut:]:
+        return unquoted(weights, weights), ""
+    return unquoted(weights[:cut], weights), weights[cut + 1 :]
+
+
 def weights_file(weights: str) -> Path:
-    """The file behind a weights path, which may be a run folder; ModelError when there is none."""
-    path = Path(weights)
+    """The file behind WEIGHTS, whose path may be that of a run folder; ModelError when there is none."""
+    path = Path(path_and_choice(weights)[0])
     if os.path.isdir(path):
-        if not is_inside(path, STUDENT, IN_RUN):
-            raise ModelError(
-                f"the folder {path} holds no {STUDENT}", tip="give a run folder whose training has finished"
-            )
-        return path / STUDENT
+        if is_inside(path, STUDENT, IN_RUN):
+            return path / STUDENT
+        there = [name for name in sorted(os.listdir(path)) if name.endswith((*SUFFIXES, ".safetensors.index.json"))]
+        raise ModelError(
+            f"the folder {path} holds no {STUDENT}",
+            tip=f"name a file in it: {path / there[0]}" if there else "give a run folder whose training has finished",
+        )
     if not os.path.isfile(path):  # unlike Path.is_file, no error for what is longer than a file name can be
         raise ModelError(f"there are no weights {path}", tip="give a weights file or a run folder that exists")
     return path
@@ -248,8 +283,9 @@ def weights_file(weights: str) -> Path:
 
 def names_torchvision_weights(spec: Spec, weights: str) -> bool:
     """True when `weights` is to be looked up in torchvision's table: not a path, not a file name."""
-    path = Path(weights)
-    return spec.scheme == "torchvision" and not path.exists() and path.name == weights and path.suffix not in SUFFIXES
+    path = Path(path_and_choice(weights)[0])
+    is_name = path.name == str(path) and path.suffix not in SUFFIXES
+    return spec.scheme == "torchvision" and is_name and not path.exists()
 
 
 def load_weights(model: Model, weights: str) -> None:
@@ -257,8 +293,8 @@ def load_weights(model: Model, weights: str) -> None:
 
     Args:
         model: changed in place, its device kept.
-        weights: a `.safetensors` file; a state dict `.pt`, `.pth` or `.bin`, bare or under "state_dict" or "model"; a
-            run folder; for torchvision models also the name of torchvision's weights.
+        weights: a file of weights, as `read_state` takes it, with `#NAME` behind it where it holds several; a run folder; for
+            torchvision models also the name of torchvision's weights.
 
     Raises:
         ModelError: no such file, not a state dict, weights that do not fit, or a saved student whose preprocessing or
@@ -273,19 +309,31 @@ def load_weights(model: Model, weights: str) -> None:
         preset = entry.transforms()
         model.input = ImageInput(3, tuple(preset.mean), tuple(preset.std))
         return
-    path = weights_file(weights)
     saved = read_saved(weights)
     if saved is not None:
         _check_same_input(model, saved, weights)
-        most = sum(map(math.prod, stored_shapes(path).values()))
+        most = sum(map(math.prod, stored_shapes(weights_file(weights)).values()))
         if saved.shrunk is not None and model.shrunk is None:
             reshrink(model, saved.shrunk, weights, most=most)
         if saved.graft is not None and model.graft is None:
             regraft(model, saved.graft, most=most)
-    _load(model, read_state(path), weights)
+    state = state_of(model, weights)
+    _load(model, state.tensors, weights)
+    model.weights_told = state.told
     model.untrained = ()
     if saved is not None and saved.class_names:
         model.class_names = saved.class_names
+
+
+def state_of(model: Model, weights: str) -> State:
+    """The tensors that WEIGHTS hold for a network; what was chosen among others, or left out, is told once."""
+    file = weights_file(weights)
+    if file.suffix == ".safetensors":
+        _opened(file)
+    state = read_state(file, model.net.state_dict(), path_and_choice(weights)[1])
+    if state.told:
+        note_once(f"{weights}: {state.told}")
+    return state
 
 
 def reshrink(model: Model, record: Shrunk, where: str, *, most: int) -> None:
@@ -321,39 +369,6 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU, never running code from it."""
-    if path.suffix not in SUFFIXES:
-        raise ModelError(f"{path} is not a weights file we know", tip=nearest(path.suffix, SUFFIXES))
-    if path.suffix == ".safetensors":
-        _opened(path)
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as exc:
-            raise ModelError(f"{path} is not a safetensors file: {exc}") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as exc:  # unpickling bytes that are no pickle can raise almost anything
-        reason = f"{type(exc).__name__}: {exc}".splitlines()[0]
-        raise ModelError(
-            f"{path} cannot be read as plain tensors: {reason}",
-            tip="files that hold code are refused; save the weights alone: torch.save(net.state_dict(), path)",
-        ) from None
-    refuse_stretched(content, path.stat().st_size, path, ModelError)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
-        raise ModelError(
-            f"{path} is not a state dict (names to tensors), bare or under 'state_dict' or 'model'",
-            tip="save the weights alone: torch.save(net.state_dict(), path)",
-        )
-    for prefix in ("_orig_mod.", "module."):  # what torch.compile and DistributedDataParallel put in front
-        if all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
-
-
 def _check_same_input(model: Model, saved: SavedModel, weights: str) -> None:
     """Weights are only worth something with the preprocessing they were trained with."""
     found = json.loads(json.dumps(model.input.describe()))
@@ -386,7 +401,7 @@ def refuse_misfit(model: Model, there: Mapping[str, tuple[int, ...]], where: str
     if final_name in differ and there[final_name][1:] == wanted[final_name][1:]:
         raise ModelError(
             f"{where}: the weights have {there[final_name][0]} classes, the data has {model.num_classes}",
-            tip="use weights trained for these classes, or train without weights",
+            tip="use weights trained for these classes, train without weights, or begin with all but the classifier: --init-from",
         )
     missing = [name for name in wanted if name not in there]
     surplus = [name for name in there if name not in wanted]

@@ -28,7 +28,7 @@ from softcache.evaluate.evaluation import Evaluation
 from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import RUN, is_inside, read_inside
 from softcache.machine import describe_device, pick_device
-from softcache.models import load_json, split_weights
+from softcache.models import load_json, path_and_choice, split_weights
 from softcache.reproduce.recipe import DATA, REFERENCES, Recipe, Step
 from softcache.spec import parse_spec
 from softcache.targets.cache import is_cache
@@ -185,7 +185,7 @@ def _with_factory(folder: str, name: str, bench: Bench) -> str:
 def _as_member(model: str, name: str) -> str:
     """The model as a teacher of this name."""
     head, weights = split_weights(model)
-    return f"{head}{'&' if '?' in head else '?'}name={name}" + (f"@{weights}" if weights else "")
+    return parse_spec(head).having(name=name).text + (f"@{weights}" if weights else "")
 
 
 def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: str | None, bench: Bench) -> str:
@@ -226,9 +226,9 @@ def _model_identity(model: str) -> str:
 def _model_files(text: str) -> list[Path]:
     """A file of weights, that of a run folder, or all of a folder of transformers', whose tokenizer counts too."""
     if text.startswith("hf:"):
-        folder = Path(text.removeprefix("hf:").partition("?")[0])
+        folder = Path(parse_spec(text).name)
         return sorted(folder.iterdir()) if folder.is_dir() else []
-    path = Path(text)
+    path = Path(path_and_choice(text)[0])
     return [path / train.STUDENT if path.is_dir() else path]
 
 

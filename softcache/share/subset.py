@@ -51,6 +51,7 @@ class Choice:
         members: names.
         keep_labels, drop_labels: classes by name, index or range of indices, as for `train` and `eval`.
         samples: a text file of keys, or of ids in hex, one a line.
+        without: likewise, of samples that are left out.
     """
 
     views: str | None = None
@@ -58,6 +59,7 @@ class Choice:
     keep_labels: Sequence[str] = ()
     drop_labels: Sequence[str] = ()
     samples: Path | None = None
+    without: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def choose(cache: Cache, choice: Choice) -> Chosen:
         raise ConfigError(
             f"{cache.reader.path}: its views are mixed ({cache.policy}) with partners drawn from the whole sample table, so "
             "samples cannot be left out of the cache",
-            tip="choose them in training: train --cache on the whole cache with --keep-labels, --drop-labels or --samples; "
-            "views and members can be chosen here",
+            tip="choose them in training: train --cache on the whole cache with --keep-labels, --drop-labels, --samples or "
+            "--without; views and members can be chosen here",
         )
     return Chosen(rows, first, views, members)
 
@@ -171,6 +173,8 @@ def _rows(cache: Cache, choice: Choice) -> np.ndarray:
     wanted = np.ones(len(table), dtype=bool)
     if choice.samples is not None:
         wanted &= _listed(table, choice.samples)
+    if choice.without is not None:
+        wanted &= ~_listed(table, choice.without)
     if choice.keep_labels or choice.drop_labels:
         labels = table.labels_of(np.arange(len(table)))
         if choice.keep_labels:
@@ -180,7 +184,7 @@ def _rows(cache: Cache, choice: Choice) -> np.ndarray:
     if not wanted.any():
         raise DataError(
             f"{cache.reader.path}: none of its {len(table)} samples is selected",
-            tip="loosen --keep-labels, --drop-labels or --samples",
+            tip="loosen --keep-labels, --drop-labels, --samples or --without",
         )
     return np.flatnonzero(wanted)
 

@@ -114,7 +114,9 @@ def find_stacks(net: nn.Module, samples: Samples) -> list[Stack]:
     kinds = [type(net.get_submodule(stack.blocks[0])) for stack in stacks]
     repeated = {kind for kind, stack in zip(kinds, stacks, strict=True) if len(stack.blocks) > 1}
     repeated = repeated or {kind for kind in kinds if kinds.count(kind) > 1}
-    return [stack for kind, stack in zip(kinds, stacks, strict=True) if kind in repeated]
+    found = [stack for kind, stack in zip(kinds, stacks, strict=True) if kind in repeated]
+    inner = [block for stack in found for block in stack.blocks]
+    return [stack for stack in found if not is_below(stack.parent, inner)]  # what is inside a block belongs to it
 
 
 def _is_block(module: nn.Module) -> bool:

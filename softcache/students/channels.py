@@ -181,7 +181,7 @@ class _Probe:
         def note(other: str, module: nn.Module, values: Tensor) -> None:
             rows_of = values.isnan().unflatten(0, (count, -1))  # windows of a picture lie in its first axis
             axis = rows_of.ndim - 1 if isinstance(module, nn.Linear) else 2
-            hit = rows_of.movedim(axis, 1).flatten(2).any(2)  # (count, channels)
+            hit = rows_of.movedim(axis, 1).flatten(2).any(2).cpu()  # (count, channels)
             found[other, "in" if other in self.dense else "out"] = hit
 
         def block(other: str, values: Any) -> None:
@@ -223,7 +223,7 @@ def _answering(module: nn.Module, clean: Tensor, count: int, rows: Tensor | None
         if rows is not None:
             axis = clean.ndim - 1 if isinstance(module, nn.Linear) else 1
             by_row = output.unflatten(0, (count, -1)).movedim(axis + 1, 1)  # (count, channels, ...): a view
-            by_row[rows] = math.nan
+            by_row[rows.to(output.device)] = math.nan
         return output
 
     module.forward = answer

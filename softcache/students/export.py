@@ -53,6 +53,8 @@ from softcache.models import (
     describe_model,
     load_model,
     own_classes,
+    path_alone,
+    path_and_choice,
     read_metadata,
     save_student,
     split_weights,
@@ -371,7 +373,7 @@ def of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapp
     Raises:
         ClassMismatchError: another class list, or the same in another order.
     """
-    names, found = own_classes(model_text), transfer_set.class_names
+    names, found = own_classes(model_text, transfer_set.num_classes), transfer_set.class_names
     if names is None or names == found:
         return transfer_set
     if tuple(name for name in found if name in names) == names:  # trained with --classes
@@ -396,7 +398,7 @@ def of_its_classes(transfer_set: TransferSet, model_text: str, classes_map: Mapp
 
 
 def refuse_untrained(model_text: str) -> None:
-    if os.path.exists(model_text) or split_weights(model_text)[1]:
+    if path_alone(model_text) is not None or split_weights(model_text)[1]:
         return
     spec = parse_spec(model_text)
     if not spec.scheme:
@@ -409,7 +411,8 @@ def refuse_untrained(model_text: str) -> None:
 
 def weights_of(model_text: str) -> str:
     """The path part of a model text; it need not exist."""
-    return model_text if os.path.exists(model_text) else split_weights(model_text)[1] or model_text
+    alone = path_alone(model_text)
+    return path_and_choice(split_weights(model_text)[1] or model_text)[0] if alone is None else alone
 
 
 def _folder_of(model_text: str) -> Path | None:
@@ -421,7 +424,7 @@ def _folder_of(model_text: str) -> Path | None:
 
 def text_of_copy(model_text: str, path: Path) -> str:
     """The model text for a copy of the weights: a student says itself what it is, unless a factory of the user builds it."""
-    head = "" if os.path.exists(model_text) else split_weights(model_text)[0]
+    head = "" if path_alone(model_text) is not None else split_weights(model_text)[0]
     return f"{head}@{path}" if head and parse_spec(head).is_factory else str(path)
 
 

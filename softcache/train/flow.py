@@ -187,7 +187,10 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     session = Session(prepared, *read_progress(prepared.out, ranks), stop=Stop(ranks))
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
-        initialised = None if prepared.initialised is None else prepared.initialised.text()
+        published = prepared.model.weights_told
+        starts = [f"{prepared.config.student}: {published}"] if published else []
+        starts += [] if prepared.initialised is None else [prepared.initialised.text()]
+        initialised = "; ".join(starts) or None
         facts = material.facts(prepared.config, data, initialised)
         for line in told:
             warn(line)

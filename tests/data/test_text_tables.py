@@ -51,6 +51,7 @@ def items(found: TransferSet) -> list[Any]:
             "x.csv", '\ufeffid;review;stars\r\n1;"two\r\nlines";2\r\n\r\n2;, ;10\r\n', "?text=review&label=stars",
             ["two\r\nlines", ", "], [0, 1], ("2", "10"), id="a spreadsheet's",
         ),
+        pytest.param("x.csv", "\ufeffa,x\n", "?header=false", ["a"], [0], ("x",), id="a mark before a row"),
         pytest.param("x.csv", "a b\tx\nc\ty", "?header=false", ["a b", "c"], [0, 1], ("x", "y"), id="tabs"),
         pytest.param("x.csv", "n,m\nq,r\n", "?label=none&header=false&text=1", ["m", "r"], [-1, -1], (), id="numbers"),
         pytest.param("x.csv", 'a "b" c,x\n"",x\n', "?quotes=false", ['a "b" c', '""'], [0, 0], ("x",), id="letters"),
@@ -127,6 +128,9 @@ def test_the_separator_is_found_where_one_divides_the_rows(tmp_path: Path) -> No
         ("x.csv", "text,label\ra,b\rc,d", "?separator=,", "line 1: a carriage return outside quotes"),
         ("x.csv", "id,review,stars\n1,a,2\n", "?header=true", r"is the text\? There are 'id', 'review'.*\n.*text=NAME"),
         ("x.csv", "id,text,stars\n1,a,2\n", "?header=true", r"which of its columns is the label\?"),
+        ("x.csv", "id,review,stars\n1,a,2\n", "", r"is the text\? There are 'id', 'review', 'stars'\n.*text=NAME"),
+        ("x.csv", "id,review,stars\n1,a,2\n", "?text=reviw&label=stars", "no column 'reviw' for the text\n.*'review'"),
+        ("x.csv", "id,review,stars\n1,a,2\n", "?text=said&label=x", "no column 'x'.*\n.*header=true.*'id', 'review', 'stars'"),
         ("x.csv", "text,label,text\na,b,c\n", "?text=text&label=label", "two columns are called 'text'"),
         ("x.csv", "text,label\na,1\n", "?text=txt&header=true", "no column 'txt' for the text[^$]*did you mean 'text'"),
         ("x.csv", "text,label\na,1\n", "?text=text,label,text", "names 3 columns"),
@@ -227,7 +231,7 @@ def test_the_texts_stay_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_cell_may_be_longer_than_csv_allows(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
+    csv.field_size_limit(before := 131_072)
     text = "x," * 100_000
     assert items(opened(tmp_path / "x.csv", f'text,label\n"{text}",1\n')) == [text]
     assert csv.field_size_limit() == before
