@@ -154,8 +154,8 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     session = Session(prepared, *read_progress(prepared.out, ranks))
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
-        told = prepared.model.weights_told
-        starts = [f"{prepared.config.student}: {told}"] if told else []
+        published = prepared.model.weights_told
+        starts = [f"{prepared.config.student}: {published}"] if published else []
         starts += [] if prepared.initialised is None else [prepared.initialised.text()]
         initialised = "; ".join(starts) or None
         facts = material.facts(prepared.config, data, initialised)
