@@ -115,10 +115,16 @@ def test_a_batch_norm_with_its_activation_inside_lets_channels_through() -> None
     assert (("0", "out"), ("1", "out"), ("4", "in")) in [group.sides for group in groups]
 
 
-def test_channels_that_cannot_be_told_apart_are_left_whole() -> None:
-    samples = samples_of(trained(f"{JOINED}:groups"))
-    (group,) = channel_groups(samples.model.net, samples.run)
-    assert group.sides == (("fc", "in"), ("of_half", "out"))  # neither of the groups' sides, nor the half of it
+@pytest.mark.parametrize(
+    ("net", "sides"),
+    [
+        ("groups", (("fc", "in"), ("of_half", "out"))),  # neither of the two groups' sides, nor the half of it
+        ("mixed", (("free", "out"), ("shown", "in"))),  # no others are added, normalised together, or shown
+    ],
+)
+def test_channels_that_cannot_be_told_apart_are_left_whole(net: str, sides: tuple[Any, ...]) -> None:
+    samples = samples_of(trained(f"{JOINED}:{net}"))
+    assert [group.sides for group in channel_groups(samples.model.net, samples.run)] == [sides]
 
 
 @pytest.mark.parametrize(
