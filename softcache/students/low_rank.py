@@ -47,7 +47,10 @@ def low_rank(
         )
     for name, share in (("energy", energy), ("rank", rank)):
         if share is not None and not 0 < share < 1:
-            raise ConfigError(f"lowrank:{name}={share}: a share of everything is more than 0 and less than 1")
+            raise ConfigError(
+                f"lowrank:{name}={share:g}: is a share, more than 0 and less than 1",
+                tip="energy=0.95 leaves 95 % of what a layer answers, rank=0.25 a quarter of its largest rank",
+            )
     last = samples.classifier or final_linear(net, samples.model.num_classes)
     layers = {name: layer for name, layer in _layers(net).items() if layer is not last and not is_below(name, keep)}
     if not layers:

@@ -88,10 +88,12 @@ class Method:
 
     def apply(self, samples: Samples) -> tuple[Shrunk, str]:
         """Make the samples' network smaller, in place: what was left out, and a line for people."""
-        where = f"--by {self.text}"
-        done: tuple[Shrunk, str] = call_factory(
-            METHODS[self.name], self.settings, where, net=samples.model.net, samples=samples
-        )
+        where, net = f"--by {self.text}", samples.model.net
+        modules = [name for name, _ in net.named_modules() if name]
+        for name in filter(None, self.settings.get("keep", "").split(",")):
+            if name not in modules:
+                raise ConfigError(f"{where}: there is no module {name!r} to keep", tip=nearest(name, modules))
+        done: tuple[Shrunk, str] = call_factory(METHODS[self.name], self.settings, where, net=net, samples=samples)
         return done
 
 

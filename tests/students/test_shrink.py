@@ -115,10 +115,16 @@ def test_a_batch_norm_with_its_activation_inside_lets_channels_through() -> None
     assert (("0", "out"), ("1", "out"), ("4", "in")) in [group.sides for group in groups]
 
 
-def test_channels_that_cannot_be_told_apart_are_left_whole() -> None:
-    samples = samples_of(trained(f"{JOINED}:groups"))
-    (group,) = channel_groups(samples.model.net, samples.run)
-    assert group.sides == (("fc", "in"), ("of_half", "out"))  # neither of the groups' sides, nor the half of it
+@pytest.mark.parametrize(
+    ("net", "sides"),
+    [
+        ("groups", (("fc", "in"), ("of_half", "out"))),  # neither of the two groups' sides, nor the half of it
+        ("mixed", (("free", "out"), ("shown", "in"))),  # no others are added, normalised together, or shown
+    ],
+)
+def test_channels_that_cannot_be_told_apart_are_left_whole(net: str, sides: tuple[Any, ...]) -> None:
+    samples = samples_of(trained(f"{JOINED}:{net}"))
+    assert [group.sides for group in channel_groups(samples.model.net, samples.run)] == [sides]
 
 
 @pytest.mark.parametrize(
@@ -424,7 +430,7 @@ MISTAKES = [
     ("carve", "carve wants one of depth, width and keep, and got none", "--by carve:depth=0.5"),
     ("carve:depth=0.5,width=0.5", "and got depth and width", "several are several --by"),
     ("carve:depth=1", "carve:depth=1: is the share that stays", ""),
-    ("carve:keep=layer9", "carve:keep=layer9: there is no such module", "did you mean 'layer"),
+    ("carve:keep=layer9", "there is no module 'layer9' to keep", "did you mean 'layer"),
     ("carve:keep=layer1,layer2,layer3", "every block of the repeated", "lie in layer1, layer2, layer3"),
     ("carve:deepth=0.5", "unknown parameter 'deepth'", "did you mean 'depth'"),
     ("prune", "there is no method 'prune'", "prune:unstructured or prune:structured"),
@@ -435,7 +441,9 @@ MISTAKES = [
     ("prune:structured,amount=0.5,importance=taylor", "importance=taylor: is none", "importance=l1 or importance=l2"),
     ("prune:structured,amount=0.01", "no channels can be left out", "lowrank"),
     ("lowrank", "lowrank wants either energy or rank", "lowrank:energy=0.95"),
-    ("lowrank:energy=2", "lowrank:energy=2.0: a share", ""),
+    ("lowrank:energy=2", "lowrank:energy=2: is a share", "energy=0.95"),
+    ("carve:depth=half", "parameter 'depth': 'half' is not float", ""),
+    ("lowrank:energy=0.9,keep=fcc", "there is no module 'fcc' to keep", "'fc'"),
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
     ("quantize:int8", "there is no method 'quantize'", "known: carve"),
@@ -458,7 +466,7 @@ def test_further_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([str(run), *small, str(tmp_path / "full")], "full: holds files already"),
         ([str(run), *small, str(tmp_path / "full/notes.txt")], "notes.txt: is a file"),
         (["softcache:cnn", *small, "x"], "'softcache:cnn' has no weights"),
-        ([str(tmp_path / "nowhere"), *small, "x"], "says nothing of the items that it takes"),
+        ([str(tmp_path / "nowhere"), *small, "x"], "is neither a run folder nor a model"),
         ([str(run), *small, "x", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         ([str(run), *small, "x", "--data", "nothing:here"], "nothing"),
     ):
