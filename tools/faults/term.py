@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from faults.report import Report, demand
@@ -22,7 +23,6 @@ PAUSE_S = "0.02"  # of each step
 
 def term(root: Path, count: int, seed: int) -> Report:
     """So many signals: each run must leave within LEFT_S with 143, and end, resumed, with the student of one left alone."""
-
     report, draw = Report("term"), random.Random(seed)
     shutil.copy(STUDENT, root / "pieces.py")
     alone: dict[tuple[int, int], bytes] = {}
@@ -66,7 +66,7 @@ def started(root: Path, out: str, size: int, workers: int) -> list[int]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    return [forked(lambda rank=rank: _train(argv, rank, size, port, root)) for rank in range(size)]
+    return [forked(partial(_train, argv, rank, size, port, root)) for rank in range(size)]
 
 
 def _train(argv: Sequence[str], rank: int, size: int, port: str, root: Path) -> int:
@@ -93,7 +93,8 @@ def forked(work: Callable[[], int]) -> int:
 
 def waited(pids: Sequence[int], seconds: float) -> list[int]:
     """The exit codes; whoever has not ended in time is killed."""
-    end, codes = time.monotonic() + seconds, {}
+    end = time.monotonic() + seconds
+    codes: dict[int, int] = {}
     while len(codes) < len(pids):
         for pid in set(pids) - codes.keys():
             done, status = os.waitpid(pid, os.WNOHANG)
