@@ -371,6 +371,22 @@ def test_methods_compose_and_what_comes_out_is_a_run_folder(run: Path, tmp_path:
     assert again.after.parameters <= again.before.parameters == after.parameters
 
 
+def test_the_process_keeps_its_generators_and_threads(run: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state(), torch.get_num_threads()
+    shrunk(run, tmp_path / "out", "carve:depth=0.5", threads=before[1] + 1)
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
+
+
+def test_of_several_labels_the_table_tells_decisions(tmp_path: Path) -> None:
+    file = tmp_path / "m.py"
+    file.write_text("def pairs():\n    return [([float(i), 1.0, 2.0], [i % 2, 1]) for i in range(8)]\n")
+    torch.manual_seed(1)
+    model = load_model("softcache:mlp?hidden=64", num_classes=2, input_shape=(3,))
+    save_student(model, tmp_path / "student.safetensors", metadata={})
+    text = shrunk(tmp_path, tmp_path / "out", "lowrank:rank=0.2", eval_data=f"{file}:pairs").text()
+    assert "right decisions, not healed" in text and "top-1" not in text
+
+
 def test_a_smaller_student_is_healed_from_a_cache(run: Path, tmp_path: Path, images: str, quick_dump: Any) -> None:
     from softcache import train
 
@@ -439,6 +455,8 @@ MISTAKES = [
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
     ("quantize:int8", "there is no method 'quantize'", "known: carve"),
+    ("lowrank:rank=0.5,samples=100", "unknown parameter 'samples'", "known: energy, keep, rank"),
+    ("carve:net=resnet8", "unknown parameter 'net'", ""),
 ]  # fmt: skip
 
 
@@ -458,7 +476,7 @@ def test_further_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([str(run), *small, str(tmp_path / "full")], "full: holds files already"),
         ([str(run), *small, str(tmp_path / "full/notes.txt")], "notes.txt: is a file"),
         (["softcache:cnn", *small, "x"], "'softcache:cnn' has no weights"),
-        ([str(tmp_path / "nowhere"), *small, "x"], "says nothing of the items that it takes"),
+        ([str(tmp_path / "nowhere"), *small, "x"], "is neither a run folder nor a model"),
         ([str(run), *small, "x", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         ([str(run), *small, "x", "--data", "nothing:here"], "nothing"),
     ):
