@@ -207,6 +207,35 @@ def test_with_data_the_answers_are_as_near_as_a_rank_allows() -> None:
     assert "by what they answer" in said
 
 
+def test_a_bias_is_no_part_of_the_answers() -> None:
+    """Of a linear layer whose bias is far larger than what its weights give."""
+    model = trained("softcache:mlp?hidden=20,18")
+    linear: Any = model.net[2]  # type: ignore[index]
+    linear.bias.data.fill_(100.0)
+    samples = samples_of(model, count=16)
+    inputs: list[torch.Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    samples.run_all()
+    hook.remove()
+    squares = torch.linalg.svdvals(torch.cat(inputs).double() @ linear.weight.detach().double().T) ** 2
+    rank = low_rank(model.net, samples, energy=0.95, keep=("0",))[0].factors["2"]
+    assert squares[:rank].sum() >= 0.95 * squares.sum() > squares[: rank - 1].sum()
+
+
+def test_a_layer_whose_weight_is_read_in_its_place_is_left_whole() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.called, self.fc = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.called(nn.functional.linear(x, self.read.weight))))
+
+    model = trained("softcache:mlp?hidden=8")
+    model.net = Reads()
+    assert set(low_rank(model.net, samples_of(model), rank=0.2)[0].factors) == {"called"}
+
+
 def test_only_layers_in_which_it_saves_are_factored_and_never_the_classifier() -> None:
     samples = samples_of(trained("softcache:mlp?hidden=40,30"))
     record, _ = low_rank(samples.model.net, samples, rank=0.4)
