@@ -87,9 +87,9 @@ class Material:
         """The samples rendered by the policy, for loader workers."""
         return ViewedSet(self.transfer_set, self.policy, collates, partners=self.partners, ids=self.ids)
 
-    def few(self, collate: Any, view: int) -> LoadedBatch:
-        """Two samples as training loads them, or the only one."""
-        pairs = [(index, view) for index in range(min(2, len(self.transfer_set)))]
+    def few(self, collate: Any, view: int, count: int = 2) -> LoadedBatch:
+        """Two samples as training loads them, or as many; or all there are."""
+        pairs = [(index, view) for index in range(min(count, len(self.transfer_set)))]
         return next(load_batches(self.viewed([collate]), [pairs]))
 
     @cached_property
