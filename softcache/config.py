@@ -142,7 +142,9 @@ class MachineOptions(Settings):
     """Where it runs."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", metavar="DEVICE")
-    threads: int | None = option(None, "CPU threads of torch (default: all cores this process may use)", metavar="N")
+    threads: int | None = option(
+        None, "CPU threads of torch (default: OMP_NUM_THREADS, else all cores this process may use)", metavar="N"
+    )
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
     autocast: str = option(
         "none", "compute in a half type where that is safe; when training, evaluate so too", choices=AUTOCAST
@@ -369,7 +371,9 @@ class ExportConfig(Settings):
     allow_code: bool = option(False, ALLOW_CODE_HELP)
     batch_size: int = option(512, "samples per forward pass of the verification", metavar="B")
     device: str = option("auto", "where the verification runs; ONNX always on the CPU", metavar="DEVICE")
-    threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")
+    threads: int | None = option(
+        None, "CPU threads (default: OMP_NUM_THREADS, else all cores this process may use)", metavar="N"
+    )
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
 
 

@@ -28,7 +28,7 @@ from softcache.models import Model, Shrunk, load_model, read_metadata, read_save
 from softcache.models.item_range import check_scale
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
-from softcache.spec import call_factory, split_outside
+from softcache.spec import call_factory, split_list, split_outside
 from softcache.students.carve import carve
 from softcache.students.cost import Cost, cost_of
 from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
@@ -89,10 +89,15 @@ class Method:
 
     def apply(self, samples: Samples) -> tuple[Shrunk, str]:
         """Make the samples' network smaller, in place: what was left out, and a line for people."""
-        where, given = f"--by {self.text}", {"net": samples.model.net, "samples": samples}
+        where, net = f"--by {self.text}", samples.model.net
+        given = {"net": net, "samples": samples}
         if clash := sorted(set(given) & set(self.settings)):
             known = [name for name in inspect.signature(METHODS[self.name]).parameters if name not in given]
             raise ConfigError(f"{where!r}: unknown parameter {clash[0]!r}", tip=nearest(clash[0], known))
+        modules = [name for name, _ in net.named_modules() if name]
+        for name in split_list(self.settings.get("keep", "")):
+            if name not in modules:
+                raise ConfigError(f"{where}: there is no module {name!r} to keep", tip=nearest(name, modules))
         done: tuple[Shrunk, str] = call_factory(METHODS[self.name], self.settings, where, **given)
         return done
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from softcache.config import TrainConfig
-from softcache.errors import ConfigError, TrainingError
+from softcache.errors import ConfigError, SoftcacheError, TrainingError
 from softcache.machine import pick_device
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import RUN
@@ -49,17 +51,49 @@ def check(config: TrainConfig) -> None:
 
 def check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:
     """Each process must get at least one sample of the last batch."""
-
-    def last(size: int) -> int:
-        return count % size or size
-
-    if last(batch_size) < ranks.size:
-        better = next((size for size in range(batch_size + 1, count + 1) if last(size) >= ranks.size), None)
+    last = count % batch_size or batch_size
+    if last < ranks.size:
+        better = larger_batch(count, batch_size, ranks, 1, least=1)
         raise ConfigError(
-            f"the last of {count} samples in batches of {batch_size} are {last(batch_size)}, fewer than the {ranks.size} "
-            "processes",
+            f"the last of {count} samples in batches of {batch_size} are {last}, fewer than the {ranks.size} processes",
             tip=f"choose another --batch-size, such as {better}" if better else "start fewer processes",
         )
+
+
+def smallest_piece(count: int, batch_size: int, ranks: Ranks, accumulate: int) -> int:
+    """Samples of the smallest piece in which a process computes any batch of an epoch; 0 = some process gets none."""
+    least = batch_size
+    for batch in {min(batch_size, count), count % batch_size or batch_size}:
+        shares = ranks.shares(batch)
+        pieces = max(1, min(accumulate, *shares))
+        least = min(least, *(share // pieces for share in shares))
+    return least
+
+
+def larger_batch(count: int, batch_size: int, ranks: Ranks, accumulate: int, *, least: int) -> int | None:
+    """The next larger batch size, no piece of which has fewer samples than that; None: there is none."""
+    sizes = range(batch_size + 1, count + 1)
+    return next((size for size in sizes if smallest_piece(count, size, ranks, accumulate) >= least), None)
+
+
+@contextmanager
+def lone_sample_explained(config: TrainConfig, count: int, ranks: Ranks) -> Iterator[None]:
+    """Around one sample as it is trained with: BatchNorm, which then has nothing to normalise over, becomes a ConfigError."""
+    try:
+        yield
+    except (ValueError, SoftcacheError) as exc:
+        if "more than 1 value per channel" not in str(exc):
+            raise
+        better = larger_batch(count, config.batch_size, ranks, config.accumulate, least=2)
+        pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
+        processes = f" on {ranks.size} processes" if ranks.size > 1 else ""
+        raise ConfigError(
+            f"of {count} samples in batches of {config.batch_size}{pieces}{processes}, one is computed alone, and the student "
+            "has a BatchNorm that needs two",
+            tip=f"choose another --batch-size, such as {better}"
+            if better
+            else "use fewer pieces or processes, or more samples",
+        ) from exc
 
 
 def check_finite(loss: Tensor, epoch: int, step: int) -> None:
