@@ -387,7 +387,7 @@ BY_HELP = (
 
 
 @dataclass(frozen=True)
-class ShrinkConfig:
+class ShrinkConfig(Settings):
     """softcache shrink: a smaller model out of a trained one, as a run folder."""
 
     model: str = option(..., "run folder or MODEL@WEIGHTS", metavar="MODEL", positional=True)

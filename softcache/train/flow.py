@@ -184,7 +184,9 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     material, ranks = prepared.material, prepared.ranks
     vocabulary = getattr(prepared.model.input, "vocabulary", ())
     data = data_fingerprint(material.sample_ids, material.transfer_set.labels, vocabulary)
-    check_same_data(prepared.out, data)
+    weights = [one.class_weights for one in prepared.objectives]
+    weights = weights if any(weights) else []
+    check_same_data(prepared.out, data, weights)
     session = Session(prepared, *read_progress(prepared.out, ranks), stop=Stop(ranks))
     as_in_the_longer(session.progress, prepared)
     if ranks.first:
@@ -196,8 +198,7 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
         facts = material.facts(prepared.config, data, initialised)
         for line in told:
             warn(line)
-        weights = [one.class_weights for one in prepared.objectives]
-        facts |= {"warnings": list(told)} | ({"class_weights": weights} if any(weights) else {})
+        facts |= {"warnings": list(told)} | ({"class_weights": weights} if weights else {})
         facts |= material.left_out(prepared.model.input, quiet=prepared.quiet)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None

@@ -151,12 +151,22 @@ def _read_run(out: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def check_same_data(out: Path, data: str) -> None:
-    """Raise TrainingError when the run in this folder began with other samples, labels or another vocabulary."""
-    if (about := _read_run(out)) and about["data"] != data:
+def check_same_data(out: Path, data: str, class_weights: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Raise TrainingError when the run in this folder began with other samples, labels, class weights or another vocabulary.
+
+    Args:
+        class_weights: as run.json has them; empty where no term has any.
+    """
+    about = _read_run(out)
+    if about and about["data"] != data:
         raise TrainingError(
             f"{out}: this run began with other samples, labels or another vocabulary",
             tip="restore the data set, or choose another --out",
+        )
+    if about and about.get("class_weights", []) != list(class_weights):
+        raise TrainingError(
+            f"{out}: this run began with other class weights: their file has changed since",
+            tip="restore the file, or choose another --out",
         )
 
 

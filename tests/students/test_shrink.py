@@ -207,6 +207,35 @@ def test_with_data_the_answers_are_as_near_as_a_rank_allows() -> None:
     assert "by what they answer" in said
 
 
+def test_a_bias_is_no_part_of_the_answers() -> None:
+    """Of a linear layer whose bias is far larger than what its weights give."""
+    model = trained("softcache:mlp?hidden=20,18")
+    linear: Any = model.net[2]  # type: ignore[index]
+    linear.bias.data.fill_(100.0)
+    samples = samples_of(model, count=16)
+    inputs: list[torch.Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    samples.run_all()
+    hook.remove()
+    squares = torch.linalg.svdvals(torch.cat(inputs).double() @ linear.weight.detach().double().T) ** 2
+    rank = low_rank(model.net, samples, energy=0.95, keep=("0",))[0].factors["2"]
+    assert squares[:rank].sum() >= 0.95 * squares.sum() > squares[: rank - 1].sum()
+
+
+def test_a_layer_whose_weight_is_read_in_its_place_is_left_whole() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.called, self.fc = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.called(nn.functional.linear(x, self.read.weight))))
+
+    model = trained("softcache:mlp?hidden=8")
+    model.net = Reads()
+    assert set(low_rank(model.net, samples_of(model), rank=0.2)[0].factors) == {"called"}
+
+
 def test_only_layers_in_which_it_saves_are_factored_and_never_the_classifier() -> None:
     samples = samples_of(trained("softcache:mlp?hidden=40,30"))
     record, _ = low_rank(samples.model.net, samples, rank=0.4)
@@ -377,6 +406,22 @@ def test_methods_compose_and_what_comes_out_is_a_run_folder(run: Path, tmp_path:
     assert again.after.parameters <= again.before.parameters == after.parameters
 
 
+def test_the_process_keeps_its_generators_and_threads(run: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state(), torch.get_num_threads()
+    shrunk(run, tmp_path / "out", "carve:depth=0.5", threads=before[1] + 1)
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
+
+
+def test_of_several_labels_the_table_tells_decisions(tmp_path: Path) -> None:
+    file = tmp_path / "m.py"
+    file.write_text("def pairs():\n    return [([float(i), 1.0, 2.0], [i % 2, 1]) for i in range(8)]\n")
+    torch.manual_seed(1)
+    model = load_model("softcache:mlp?hidden=64", num_classes=2, input_shape=(3,))
+    save_student(model, tmp_path / "student.safetensors", metadata={})
+    text = shrunk(tmp_path, tmp_path / "out", "lowrank:rank=0.2", eval_data=f"{file}:pairs").text()
+    assert "right decisions, not healed" in text and "top-1" not in text
+
+
 def test_a_smaller_student_is_healed_from_a_cache(run: Path, tmp_path: Path, images: str, quick_dump: Any) -> None:
     from softcache import train
 
@@ -447,6 +492,8 @@ MISTAKES = [
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
     ("quantize:int8", "there is no method 'quantize'", "known: carve"),
+    ("lowrank:rank=0.5,samples=100", "unknown parameter 'samples'", "known: energy, keep, rank"),
+    ("carve:net=resnet8", "unknown parameter 'net'", ""),
 ]  # fmt: skip
 
 
