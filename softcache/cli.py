@@ -110,7 +110,7 @@ def _raise_terminated(signum: int, frame: Any) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Let what was closed before Python began be /dev/null: whatever is told would be written into the file opened in its place."""
+    """Let what was closed before Python began be /dev/null: what is told would be written into the file opened in its place."""
     for fd in range(3):
         try:
             os.fstat(fd)
