@@ -11,7 +11,7 @@ from PIL import Image
 
 from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
 from softcache.data.sources import Source, StringTable, image_array, numbered
-from softcache.data.tables import Table, indices_of, is_frame, is_missing, names_of, value_name
+from softcache.data.tables import Table, indices_of, is_frame, is_missing, names_of, refuse_missing, value_name
 from softcache.errors import ConfigError, DataError, JoinError, first_offenders
 
 
@@ -27,11 +27,7 @@ class ColumnsReader:
         item = self.table.item_of(self.table[row])
         if isinstance(item, Image.Image):
             return image_array(item, f"{self.name}, row {row}"), None
-        missing = [one for one in (item if isinstance(item, tuple) else (item,)) if is_missing(one) and one != -1]
-        if missing:
-            raise DataError(
-                f"{self.name}, row {row}: the item is {missing[0]!r}", tip="give each sample one, or leave it out"
-            )
+        refuse_missing(item, f"{self.name}, row {row}")
         return item, None
 
 

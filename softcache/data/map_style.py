@@ -20,7 +20,7 @@ from softcache.data.columns_source import source_of_columns
 from softcache.data.label_column import MANY
 from softcache.data.label_kind import yes_or_no
 from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
-from softcache.data.tables import is_frame, is_table
+from softcache.data.tables import is_frame, is_table, refuse_missing
 from softcache.errors import (
     ConfigError,
     DataError,
@@ -52,7 +52,11 @@ class MapStyleReader:
 
     def read(self, row: int) -> tuple[Any, None]:
         item, _ = split_sample(self.dataset[row], self.name)
-        return (image_array(item, f"{self.name}, sample {row}") if isinstance(item, Image.Image) else item), None
+        where = f"{self.name}, sample {row}"
+        if isinstance(item, Image.Image):
+            return image_array(item, where), None
+        refuse_missing(item, where)
+        return item, None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from softcache.errors import ClassMismatchError, JoinError, nearest
+from softcache.errors import ClassMismatchError, DataError, JoinError, nearest
 from softcache.spec import split_list
 
 ITEM_COLUMNS = ("item", "image", "text")
@@ -237,6 +237,13 @@ def is_missing(value: Any) -> bool:
     if isinstance(value, float | np.floating):
         return bool(np.isnan(value))
     return value is None or (isinstance(value, int | np.integer) and value == -1)
+
+
+def refuse_missing(item: Any, where: str) -> None:
+    """Raise DataError for an item, or a part of one, that is not there: None, or the NaN that a table reads an empty text as."""
+    for one in item if isinstance(item, tuple) else (item,):
+        if is_missing(one) and one != -1:
+            raise DataError(f"{where}: the item is {one!r}", tip="give each sample one, or leave it out")
 
 
 def value_name(value: Any) -> str:

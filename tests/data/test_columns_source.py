@@ -204,3 +204,12 @@ def test_sets_saved_to_a_disk_and_parquet_are_read(tmp_path: Path, monkeypatch: 
     texts.save_to_disk(tmp_path / "gaps")
     with pytest.raises(DataError, match="1 of 2 rows have nothing in the column 'text': row 1"):
         opened("hf-dataset:gaps")
+
+
+@pytest.mark.parametrize("item", [None, float("nan"), ("a text", float("nan"))])
+def test_an_item_that_is_not_there_is_refused_with_its_place(item: object) -> None:
+    """Also of a map-style data set: a table read by somebody else has NaN where a text is empty."""
+    source = from_dataset([("a text", 0), (item, 1)], "x.py:texts", "texts")
+    assert source.reader.read(0) == ("a text", None)
+    with pytest.raises(DataError, match=r"x\.py:texts, sample 1: the item is (None|nan)[\s\S]*leave it out"):
+        source.reader.read(1)
