@@ -95,7 +95,8 @@ def _columns(factory: Callable[..., Any], spec: Spec) -> dict[str, str]:
     known = inspect.signature(factory).parameters
     if any(one.kind is one.VAR_KEYWORD for one in known.values()):
         return {}
-    return {name: value for name, value in spec.parameters.items() if name in COLUMNS and name not in known}
+    columns = (name for name in spec.parameters if name in COLUMNS and name not in known)
+    return {name: spec.value(name) for name in columns}
 
 
 def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str] = MappingProxyType({})) -> Source:
