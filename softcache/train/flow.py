@@ -203,7 +203,7 @@ def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str
             progress.sums[name] = progress.sums.get(name, 0.0) + value  # stays on the device: no wait for it
         done = moment.step + 1
         if done % 20 == 1 or done == steps:
-            check_finite(progress.sums["loss"], len(progress.metrics), moment.step)
+            check_finite(progress.sums["loss"], len(progress.metrics), moment.step, prepared.material.transfer_set)
             session.meter.note(f"epoch {len(progress.metrics) + 1}, loss {progress.sums['loss'].item() / done:.4f}")
         session.meter.add()
         if every and done % every == 0 and done < steps:
