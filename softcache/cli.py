@@ -10,9 +10,10 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from softcache.commands.flags import STARTS_AGAIN, parse
 from softcache.errors import SoftcacheError, UntrustedError
@@ -42,12 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 again = shlex.join(["softcache", *words, "--allow-code"])
                 print(f"  or, if you trust whoever made it: {again}", file=sys.stderr)
             return exc.exit_code
-        except KeyboardInterrupt:
-            print(f"\nsoftcache: interrupted; {after_stop}", file=sys.stderr)
-            return EXIT_INTERRUPT
-        except _Terminated:
-            print(f"\nsoftcache: terminated; {after_stop}", file=sys.stderr)
-            return EXIT_TERMINATED
+        except (KeyboardInterrupt, _Terminated) as exc:
+            terminated = isinstance(exc, _Terminated)
+            told = (*getattr(exc, "__notes__", ()), after_stop)[0]  # a verb may know better what there is to go on with
+            print(f"\nsoftcache: {'terminated' if terminated else 'interrupted'}; {told}", file=sys.stderr)
+            return EXIT_TERMINATED if terminated else EXIT_INTERRUPT
         except BrokenPipeError:  # the reader of our output has gone: nothing to say, nobody to say it to
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_USER
@@ -95,5 +95,26 @@ def _raise_terminated(signum: int, frame: Any) -> None:
     raise _Terminated
 
 
+def run_and_exit() -> NoReturn:
+    """The command of this process, and its end.
+
+    One of several processes that compute together ends without Python's own teardown, when all is written: a thread of torch's
+    gloo group, which DistributedDataParallel keeps alive, may let go of a tensor meanwhile, and to ask for Python's lock then
+    aborts the process ("terminate called without an active exception").
+    """
+    try:
+        code = main()
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        traceback.print_exc()
+        code = 1
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -142,7 +142,9 @@ class MachineOptions(Settings):
     """Where it runs."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one", metavar="DEVICE")
-    threads: int | None = option(None, "CPU threads of torch (default: all cores this process may use)", metavar="N")
+    threads: int | None = option(
+        None, "CPU threads of torch (default: OMP_NUM_THREADS, else all cores this process may use)", metavar="N"
+    )
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
     autocast: str = option(
         "none", "compute in a half type where that is safe; when training, evaluate so too", choices=AUTOCAST
@@ -274,6 +276,9 @@ class TrainConfig(MachineOptions, DataOptions):
     )
     view_seed: int = option(0, "root seed of the views, without a cache and of --augment", metavar="SEED")
     epochs: int = option(20, "passes over the data", metavar="N")
+    more_epochs: int | None = option(
+        None, "let the run in --out, of --epochs, go on for so many more; of stages the last", metavar="N"
+    )
     batch_size: int = option(128, "samples per step", metavar="B")
     optimizer: str = option("adamw", "what makes the steps", choices=("sgd", "adam", "adamw"))
     lr: float = option(1e-3, "learning rate at its peak", metavar="LR")
@@ -369,7 +374,9 @@ class ExportConfig(Settings):
     allow_code: bool = option(False, ALLOW_CODE_HELP)
     batch_size: int = option(512, "samples per forward pass of the verification", metavar="B")
     device: str = option("auto", "where the verification runs; ONNX always on the CPU", metavar="DEVICE")
-    threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")
+    threads: int | None = option(
+        None, "CPU threads (default: OMP_NUM_THREADS, else all cores this process may use)", metavar="N"
+    )
     workers: int | None = option(None, "loader processes (default: 0 on a CPU, 4 with a GPU)", metavar="N")
 
 
@@ -380,7 +387,7 @@ BY_HELP = (
 
 
 @dataclass(frozen=True)
-class ShrinkConfig:
+class ShrinkConfig(Settings):
     """softcache shrink: a smaller model out of a trained one, as a run folder."""
 
     model: str = option(..., "run folder or MODEL@WEIGHTS", metavar="MODEL", positional=True)

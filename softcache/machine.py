@@ -69,13 +69,25 @@ def _number_of(name: str, otherwise: int) -> int:
     return int(text)
 
 
-def pick_threads(wanted: int | None) -> int:
-    """CPU threads for torch: as wanted, else the cores this process may use, shared among the local ranks."""
+def pick_threads(wanted: int | None, *, shared: bool = True) -> int:
+    """CPU threads for torch: as wanted; else as OMP_NUM_THREADS says; else the cores this process may use.
+
+    Among several local ranks the cores are shared, and OMP_NUM_THREADS says nothing: torchrun sets it to 1.
+
+    Args:
+        shared: False where equal results must not depend on how many ranks there are: each then takes all cores.
+    """
     if wanted is not None:
         if wanted < 1:
             raise ConfigError(f"--threads {wanted}: at least one is needed")
         return wanted
-    return max(1, len(os.sched_getaffinity(0)) // _number_of("LOCAL_WORLD_SIZE", 1))
+    ranks = _number_of("LOCAL_WORLD_SIZE", 1)
+    asked = (
+        os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    )  # a list is one number for each nested level
+    if max(ranks, _number_of("WORLD_SIZE", 1)) == 1 and asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return max(1, len(os.sched_getaffinity(0)) // (ranks if shared else 1))
 
 
 def pick_workers(wanted: int | None, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from softcache.config import (
     ExportConfig,
     PlanConfig,
     Settings,
+    ShrinkConfig,
     StorageOptions,
     TrainConfig,
     resolve,
@@ -28,6 +29,7 @@ NEEDED: dict[type[Any], dict[str, Any]] = {
     PlanConfig: {"data": "digits", "teacher": "runs/t"},
     EvalConfig: {"data": "digits"},
     ExportConfig: {"to": "onnx"},
+    ShrinkConfig: {"model": "runs/a", "by": ("carve:depth=0.5",), "out": "runs/b"},
 }
 
 
@@ -74,6 +76,8 @@ def made(kind: type[Any], **settings: Any) -> Any:
         (DumpConfig, {"max_kl": "1e-3"}, 1e-3),
         (EvalConfig, {"bias": "3=3.5"}, ("3=3.5",)),
         (ExportConfig, {"out": Path("a.onnx")}, "a.onnx"),
+        (ShrinkConfig, {"model": Path("runs/t")}, "runs/t"),
+        (ShrinkConfig, {"by": "prune:structured,amount=0.3"}, ("prune:structured,amount=0.3",)),
     ],
 )
 def test_values_become_of_their_own_type(kind: type[Any], given: dict[str, Any], wanted: Any) -> None:
@@ -111,7 +115,7 @@ def test_what_is_no_value_is_refused_with_its_place(kind: type[Any], given: dict
 
 
 def test_every_config_of_the_verbs_that_work_in_python_checks_itself() -> None:
-    kinds: Sequence[type[Any]] = (TrainConfig, DumpConfig, PlanConfig, StorageOptions, EvalConfig, ExportConfig)
+    kinds: Sequence[type[Any]] = (*NEEDED, StorageOptions)
     for kind in kinds:
         assert issubclass(kind, Settings)
     for kind in NEEDED:

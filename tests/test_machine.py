@@ -139,3 +139,34 @@ def test_exports_are_compared_in_float32_whatever_is_set(set_by: Any) -> None:
     with _exact_float32(torch.device("cpu")):
         assert set(settings().values()) == {"ieee"}
     assert settings() == before
+
+
+TWO = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+ELSEWHERE = {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environment", "alone", "shared"),
+    [
+        pytest.param(None, {}, 8, 8, id="all cores"),
+        pytest.param(3, {"OMP_NUM_THREADS": "5"}, 3, 3, id="a flag before all"),
+        pytest.param(None, {"OMP_NUM_THREADS": "5"}, 5, 5, id="OMP_NUM_THREADS"),
+        pytest.param(None, {"OMP_NUM_THREADS": "5,2"}, 5, 5, id="for nested levels"),
+        pytest.param(None, {"OMP_NUM_THREADS": "many"}, 8, 8, id="no number"),
+        pytest.param(None, {"OMP_NUM_THREADS": "0"}, 8, 8, id="none"),
+        pytest.param(None, {"OMP_NUM_THREADS": "5", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, 5, 5, id="one rank"),
+        pytest.param(None, TWO | {"OMP_NUM_THREADS": "1"}, 8, 4, id="torchrun sets it to 1"),
+        pytest.param(None, ELSEWHERE | {"OMP_NUM_THREADS": "1"}, 8, 8, id="one rank of several on this machine"),
+    ],
+)
+def test_threads(
+    monkeypatch: pytest.MonkeyPatch, wanted: int | None, environment: dict[str, str], alone: int, shared: int
+) -> None:
+    """A plan has the same number with and without torchrun."""
+    for name in ("OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert machine.pick_threads(wanted) == shared
+    assert machine.pick_threads(wanted, shared=False) == alone

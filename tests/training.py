@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ def run_with(
         if look is not None:
             look(prepared)
         session: Session = flow.begin(prepared, flow.rehearse(prepared))
-        for live in flow.stages_to_do(session):
-            while session.progress.epoch < live.stage.config.epochs:
-                flow.one_epoch(session, live, step=step)
+        with closing(session.batches), session.stop:
+            for live in flow.stages_to_do(session):
+                while session.progress.epoch < live.stage.config.epochs:
+                    flow.one_epoch(session, live, step=step)
         return flow.finish(session)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
 from softcache.data.sources import Source, StringTable, image_array, numbered
-from softcache.data.tables import Table, indices_of, is_frame, is_missing, value_name
+from softcache.data.tables import Table, indices_of, is_frame, is_missing, names_of, value_name
 from softcache.errors import ConfigError, DataError, JoinError, first_offenders
 
 
@@ -62,11 +62,10 @@ def source_of_columns(
     """
     if not len(rows):
         raise DataError(f"{name}: the data set is empty", tip="give one with rows")
-    several = (
-        [] if label in map(str, getattr(rows, "column_names", ())) else [part for part in label.split(",") if part]
-    )
-    only_label = label if len(several) < 2 and label not in ("", "none") else None
     try:
+        whole = Table(rows)
+        several = names_of(label, whole.columns)
+        only_label = several[0] if len(several) == 1 and label != "none" else None
         table = Table(rows, key=key or None, item=item or None, label=only_label)
         columns = [Table(rows, label=one) for one in several] if len(several) > 1 else []
     except JoinError as exc:
@@ -82,7 +81,7 @@ def source_of_columns(
         values = [one.column(place) for one, place in zip(columns, several, strict=True)]
         found = [[_label_name(value) for value in row] for row in zip(*values, strict=True)]
         column = LabelColumn(name, found, texts, range(len(rows)), False, "row")
-        return Source(reader, keys, *read_several(column, several, classes))
+        return Source(reader, keys, *read_several(column, several, classes, empty))
     return Source(reader, keys, *_labels(table, name, texts, classes, empty))
 
 
@@ -166,7 +165,8 @@ def _label_name(value: Any) -> str:
 
 
 def _class_name(value: Any, known: Sequence[str] | None) -> str:
-    return known[int(value)] if known is not None else value_name(value)
+    is_place = known is not None and 0 <= int(value) < len(known)
+    return known[int(value)] if known is not None and is_place else value_name(value)
 
 
 @dataclass(frozen=True)

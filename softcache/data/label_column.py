@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from softcache.data.classes import folded, value_of
+from softcache.data.label_kind import yes_or_no
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 
 FOUND = ("*",)  # classes=*: the labels found, whatever they look like
@@ -63,8 +64,7 @@ def read_labels(column: LabelColumn, classes: tuple[str, ...], empty: str) -> tu
         DataError: a label that is not in `classes`; without `classes`, a header, and what is no class label.
     """
     found, path = column.found, column.path
-    if len(set(classes)) < len(classes):
-        raise ConfigError(f"{path}: classes={','.join(classes)} names a class twice", tip="keep one of them")
+    _refuse_twice(path, classes)
     if column.may_be_header and classes in ((), FOUND):
         _refuse_header(column)
     if "" in found and not empty:
@@ -94,45 +94,62 @@ def read_labels(column: LabelColumn, classes: tuple[str, ...], empty: str) -> tu
 
 
 def read_several(
-    column: LabelColumn, names: Sequence[str], classes: tuple[str, ...]
+    column: LabelColumn, names: Sequence[str], classes: tuple[str, ...], empty: str = ""
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N, C) bool labels of C columns of 0 and 1, and the class names: those of the columns, or as many of `classes`.
+    """(N, C) bool labels of C columns of 0 and 1, int8 with -1 where some are not known; and the class names.
 
     Args:
-        column: its `found` has C values a row.
+        column: its `found` has C values a row; -1 is not known.
+        classes: as many names; (): those of the columns.
+        empty: "unlabelled": an empty cell is not known; else it is refused.
 
     Raises:
-        DataError: a value that is neither 0 nor 1; another number of classes.
+        DataError: a value that is none of these, or -1 that may be no; another number of classes.
     """
+    _refuse_twice(column.path, classes)
     classes = tuple(names) if classes in ((), FOUND) else classes
     if len(classes) != len(names):
         raise DataError(
             f"{column.path}: {len(classes)} classes= for {len(names)} columns of labels", tip="make them equal"
         )
-    values = {value: value_of(value) for value in {value for row in column.found for value in row}}
-    for value, number in values.items():
-        if number not in ("0", "1"):
-            row = next(row for row in column.found if value in row)
-            raise DataError(
-                f"{column.line(row)}: {value!r} in the column {names[row.index(value)]!r} is neither 0 nor 1",
-                tip="several columns of labels say of each class whether a sample has it; label=NAME takes one column",
-            )
-    return np.array([[values[value] == "1" for value in row] for row in column.found], np.bool_), classes
+    meant = {"1": 1.0, "0": 0.0, "-1": -1.0} | ({"": np.nan} if empty == "unlabelled" else {})
+    known = {value: meant.get(value_of(value)) for row in column.found for value in row if isinstance(value, str)}
+    for row in column.found:
+        for value, name in zip(row, names, strict=True):
+            if not isinstance(value, str) or known[value] is None:
+                raise DataError(
+                    f"{column.line(row)}: {value!r} in the column {name!r} is neither 0 nor 1",
+                    tip="several columns of labels say of each class whether a sample has it, -1 where it is not known, and "
+                    "with empty=unlabelled an empty cell too; label=NAME takes one column",
+                )
+    return yes_or_no(np.array([[known[value] for value in row] for row in column.found], float), column.path), classes
 
 
 def read_lists(column: LabelColumn, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N, C) bool labels of a column of lists of class names, and the class names: those found, sorted, or `classes`.
 
+    Rows of one length that hold nothing but 0 and 1 are no names: they say of each of so many classes whether a sample has it.
+
     Raises:
-        DataError: a row that has no list, or a name that is not in `classes`.
+        DataError: a row that has no list, a name that is not in `classes`, or numbers with fractions.
     """
+    _refuse_twice(column.path, classes)
     wrong = next((row for row in column.found if not isinstance(row, list)), None)
     if wrong is not None:
         raise DataError(
             f"{column.line(wrong)}: the label is {wrong!r}, and a list in other rows",
             tip="give each sample a list of its classes, [] where it has none of them",
         )
-    kinds = {name for row in column.found for name in row}
+    kinds, lengths = {name for row in column.found for name in row}, {len(row) for row in column.found}
+    if len(lengths) == 1 and min(lengths) > 1 and {value_of(name) for name in kinds} <= {"0", "1", "-1"}:
+        return read_several(column, [str(number) for number in range(min(lengths))], classes)
+    odd = next((name for name in sorted(kinds) if not name.isdecimal()), None)
+    if classes == () and odd is not None and all(map(_is_number, kinds)):
+        row = next(row for row in column.found if odd in row)
+        raise DataError(
+            f"{column.line(row)}: {odd!r} among the labels is no class",
+            tip="give a list of classes, or in each row a 0 or 1 for each of them; classes=* takes it as a class",
+        )
     if classes in ((), FOUND):
         numeric = all(name.isdecimal() for name in kinds)
         classes = tuple(sorted(kinds, key=int) if numeric else sorted(kinds))
@@ -144,6 +161,11 @@ def read_lists(column: LabelColumn, classes: tuple[str, ...]) -> tuple[np.ndarra
                 raise DataError(f"{column.line(row)}: label {name!r} is not in classes=", tip=nearest(name, classes))
             labels[number, index[name]] = True
     return labels, classes
+
+
+def _refuse_twice(path: str, classes: tuple[str, ...]) -> None:
+    if len(set(classes)) < len(classes):
+        raise ConfigError(f"{path}: classes={','.join(classes)} names a class twice", tip="keep one of them")
 
 
 def _refuse_header(column: LabelColumn) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from softcache.errors import DataError
+
 Labels = TypeVar("Labels", np.ndarray, Tensor)
 
 
@@ -30,6 +32,25 @@ def is_known(labels: Labels) -> Labels:
 def is_yes(labels: Labels) -> Labels:
     """(N, C) bool of several labels: yes; what is unknown is no yes."""
     return labels > 0
+
+
+def yes_or_no(array: np.ndarray, name: str) -> np.ndarray:
+    """(N, C) labels of (N, C) numbers: 1 is yes, 0 is no, NaN or -1 is not known: bool, or int8 with -1 where some are not.
+
+    Args:
+        name: of the data, for the message.
+
+    Raises:
+        DataError: 1 and -1 without a 0, of which -1 may be no.
+    """
+    minus, yes = array == -1, array == 1
+    if minus.any() and yes.any() and not (array == 0).any():
+        raise DataError(
+            f"{name}: its labels are 1 and -1 and never 0, so that -1 may be no, or what is not known",
+            tip="write 0 for no, and NaN for what is not known; 1 is yes, 0 is no, NaN or -1 what is not known",
+        )
+    unknown = minus | (np.isnan(array) if array.dtype.kind == "f" else False)
+    return np.where(unknown, np.int8(-1), yes.astype(np.int8)) if unknown.any() else yes
 
 
 def link_of(*, multi_label: bool) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
+import multiprocessing
 import pickle
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, DataError, SoftcacheError, first_offenders, place_of
+from softcache.errors import ConfigError, DataError, SoftcacheError, first_offenders, place_of, warn_once
 from softcache.spec import load_user_file, user_files
+
+MORE_SHARED_MEMORY = "in a container docker run --shm-size=2g"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LEFT_S = 10  # seconds a worker lives on after SIGTERM
 
 Pair = tuple[int, int]  # (index in the transfer set, view index)
 
@@ -38,6 +44,7 @@ class LoadedBatch:
         pixel_digests: (B,) uint32 digests of the rendered items, where asked for.
         partner_rows: (B,) int64 rows of the sample table that the views are mixed with, under a policy that mixes.
         shares: (B,) float32 weights of the samples' own labels, likewise; 1 - shares are their partners'.
+        by_pipe: there was no shared memory for the inputs.
     """
 
     inputs: tuple[Any, ...]
@@ -47,6 +54,7 @@ class LoadedBatch:
     pixel_digests: np.ndarray | None = None
     partner_rows: np.ndarray | None = None
     shares: np.ndarray | None = None
+    by_pipe: bool = False
 
     def pin_memory(self) -> LoadedBatch:
         """Called by the DataLoader: the inputs in page-locked memory."""
@@ -249,8 +257,12 @@ def load_batches(
     workers: int = 0,
     pin_memory: bool = False,
     start_method: str | None = None,
-) -> Iterator[LoadedBatch]:
-    """Batches in the order of `pairs`, loaded by worker processes. Faults are raised here, with their tips; so is a death."""
+) -> Generator[LoadedBatch]:
+    """Batches in the order of `pairs`, loaded by worker processes, which end with it.
+
+    Faults are raised here, with their tips; so is a worker's death. Where there is no shared memory for a batch, it comes
+    through a pipe instead, and that is said once.
+    """
     loader: DataLoader[Any] = DataLoader(
         viewed,
         batch_sampler=pairs,  # any iterable of index lists
@@ -259,27 +271,54 @@ def load_batches(
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_end_quietly,
+        worker_init_fn=_leave_signals_to_main,
         generator=torch.Generator(),  # its own: the global random state must not depend on loading
     )
-    loaded = _started(loader)
+    loaded = _started(loader, start_method)
     while (batch := _next(loaded, workers)) is not None:
         if isinstance(batch, _Fault):
             raise batch.error
+        if isinstance(batch, LoadedBatch) and batch.by_pipe:
+            warn_once(
+                f"too little shared memory for batches: they come through pipes, which is slower; {MORE_SHARED_MEMORY}"
+            )
         yield batch
 
 
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's batches. A worker's death is then told when its batch is asked for, and not by torch's own handler of
-    SIGCHLD, wherever in somebody's code the process is at that moment."""
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
+def _started(loader: DataLoader[Any], start_method: str | None) -> Iterator[Any]:
+    """The loader's batches.
+
+    A worker's death is then told when its batch is asked for, and not by torch's own handler of SIGCHLD, wherever in
+    somebody's code the process is at that moment. A worker takes no signal before it has handlers of its own.
+    """
+    _check_room(loader.num_workers, start_method)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if in_main else None
+    forked = multiprocessing.get_context(start_method).get_start_method() == "fork"
+    early = SIGNALS if forked else (signal.SIGINT,)  # the others import torch first, and SIGTERM may end that
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, early if loader.num_workers else ())
     try:
         return iter(loader)
     finally:
         if before is not None:  # else it is none of Python's
             signal.signal(signal.SIGCHLD, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _check_room(workers: int, start_method: str | None) -> None:
+    """DataError where there is no room for the queues and locks of so many workers: torch's loader would be left half made."""
+    context = multiprocessing.get_context(start_method)
+    try:
+        queues = [context.Queue() for _ in range(workers + 1 if workers else 0)]
+        if workers:
+            context.Event()
+    except OSError as exc:
+        raise DataError(
+            f"{workers} processes that load samples cannot be started: {exc}",
+            tip=f"--workers 0 loads in this process; {MORE_SHARED_MEMORY}; `ulimit -n` bounds them as well",
+        ) from exc
+    for queue in queues:
+        queue.close()
 
 
 def _next(loaded: Iterator[Any], workers: int) -> Any:
@@ -292,31 +331,64 @@ def _next(loaded: Iterator[Any], workers: int) -> Any:
         if not workers:
             raise
         raise DataError(
-            f"the {workers} processes that load samples failed, as where one dies of too little memory: {exc!r}",
-            tip="--workers 0 loads in this process; a container has little shared memory: docker run --shm-size=2g; fewer "
-            "workers or a smaller batch need less",
+            f"the {workers} processes that load samples failed{_deaths(loaded)}: {exc!r}",
+            tip=f"--workers 0 loads in this process; {MORE_SHARED_MEMORY}; fewer workers or a smaller batch need less memory",
         ) from exc
 
 
-def _end_quietly(worker: int) -> None:
-    """In a worker: SIGTERM, which a scheduler sends to the whole process group, is for the main process to report."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+def _deaths(loaded: Any) -> str:
+    """How the workers ended that did, as far as that can be seen."""
+    codes = [process.exitcode for process in getattr(loaded, "_workers", [])]
+    killed = sorted({signal.Signals(-code).name for code in codes if code is not None and code < 0})
+    if killed:
+        why = ", as the kernel does where memory runs out" if "SIGKILL" in killed else ""
+        return f"; one was killed by {' or '.join(killed)}{why}"
+    ended = sorted({code for code in codes if code})
+    return f"; one ended with exit code {ended[0]}" if ended else ""
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """In a worker: Ctrl-C, and SIGTERM of a scheduler, go to the whole process group, and the main process heeds them.
+
+    It may first finish what it has begun, and ends its workers then. SIGTERM ends a worker too, but not at once.
+    """
+
+    def end_later(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(LEFT_S)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    sys.excepthook = _told  # of threads that hand over what the main process no longer takes
+
+
+def _told(kind: type[BaseException], exc: BaseException, where: TracebackType | None) -> None:
+    if not issubclass(kind, OSError | EOFError):
+        sys.__excepthook__(kind, exc, where)
 
 
 def _shared(batch: LoadedBatch) -> LoadedBatch:
-    """In a worker: its tensors in memory that the main process sees, now, so that a lack of room is told.
+    """In a worker: its tensors in memory that the main process sees, now, or as bytes where there is no room for that.
 
-    torch would do so in a thread that prints a traceback and forgets the batch, for which the main process waits for ever.
+    torch would share them in a thread that prints a traceback and forgets the batch, for which the main process waits for ever.
     """
     if get_worker_info() is None:
         return batch
     try:
         return replace(batch, inputs=map_tensors(batch.inputs, _in_shared_memory))
-    except (RuntimeError, OSError) as exc:
-        raise DataError(
-            f"there is no shared memory left for a batch: {exc}",
-            tip="--workers 0 loads in this process; in a container docker run --shm-size=2g; or a smaller --batch-size",
-        ) from exc
+    except (RuntimeError, OSError):
+        return replace(batch, inputs=_AsBytes(batch.inputs), by_pipe=True)  # type: ignore[arg-type]
+
+
+class _AsBytes:
+    """In a worker: becomes in the main process what it was made of, without shared memory."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.data = pickle.dumps(inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self.data,)
 
 
 def _in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 from softcache.data.classes import dataset_classes
 from softcache.data.columns_source import source_of_columns
 from softcache.data.label_column import MANY
+from softcache.data.label_kind import yes_or_no
 from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
 from softcache.data.tables import is_frame, is_table
 from softcache.errors import (
@@ -95,8 +96,8 @@ def _columns(factory: Callable[..., Any], spec: Spec) -> dict[str, str]:
     known = inspect.signature(factory).parameters
     if any(one.kind is one.VAR_KEYWORD for one in known.values()):
         return {}
-    columns = (name for name in spec.parameters if name in COLUMNS and name not in known)
-    return {name: spec.value(name) for name in columns}
+    named = [name for name in spec.parameters if name in COLUMNS and name not in known]
+    return {name: spec.value(name) if name == "key" else spec.parameters[name] for name in named}
 
 
 def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str] = MappingProxyType({})) -> Source:
@@ -246,15 +247,8 @@ def _answers(array: np.ndarray, keys: Sequence[str], name: str) -> np.ndarray:
     """(N, C) bool of yes and no, or int8 with -1 for what is unknown: NaN, or -1 beside 0 and 1."""
     tip = "1 is yes, 0 is no, NaN or -1 what is not known"
     unknown = np.isnan(array) if array.dtype.kind == "f" else np.zeros(array.shape, bool)
-    minus, is_yes = array == -1, array == 1
-    _refuse_others(array, unknown | minus | is_yes | (array == 0), keys, name, "0 or 1", tip)
-    if minus.any() and is_yes.any() and not (array == 0).any():
-        raise DataError(
-            f"{name}: its labels are 1 and -1 and never 0, so that -1 may be no, or what is not known",
-            tip=f"write 0 for no, and NaN for what is not known; {tip}",
-        )
-    unknown |= minus
-    return np.where(unknown, np.int8(-1), is_yes.astype(np.int8)) if unknown.any() else is_yes
+    _refuse_others(array, unknown | np.isin(array, (-1, 0, 1)), keys, name, "0 or 1", tip)
+    return yes_or_no(array, name)
 
 
 def _refuse_others(array: np.ndarray, good: np.ndarray, keys: Sequence[str], name: str, what: str, tip: str) -> None:

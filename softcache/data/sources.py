@@ -23,9 +23,7 @@ from softcache.errors import ConfigError, DataError, require_extra, warn_once
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 KEEPS_EMPTY = (".gitkeep", ".keep", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
-PARTS = frozenset(
-    ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
-)  # of a data set
+PARTS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
 DIGITS_SEED = 20260101  # part of what `digits` means: another seed is another split
 DIGITS_TEST = 500
 MOST_AXES = 8  # of an IDX file

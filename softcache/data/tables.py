@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from softcache.errors import ClassMismatchError, JoinError, nearest
+from softcache.spec import split_list
 
 ITEM_COLUMNS = ("item", "image", "text")
 LABEL_COLUMNS = ("label", "labels")
@@ -36,7 +37,7 @@ class Table(Dataset[dict[str, Any]]):
     def __init__(self, rows: Any, *, key: str | None = None, item: str | None = None, label: str | None = None) -> None:
         self.rows = rows
         self.columns = tuple(str(name) for name in (rows.columns if is_frame(rows) else rows.column_names))
-        items = () if item is None else ((item,) if item in self.columns else tuple(item.split(",")))
+        items = () if item is None else names_of(item, self.columns)
         for name in (key, label, *items):
             if name is not None and name not in self.columns:
                 raise JoinError(f"the data set has no column {name!r}", tip=nearest(name, self.columns))
@@ -169,6 +170,11 @@ def _row(rows: Any, index: int) -> dict[str, Any]:
     if is_frame(rows):
         return {str(name): value for name, value in rows.iloc[int(index)].items()}
     return dict(rows[int(index)])
+
+
+def names_of(text: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """The column, or several, that a text names: `premise,hypothesis`, `"a, b",c`; one that is called so as a whole wins."""
+    return (text,) if text in columns else split_list(text)
 
 
 def only(names: Sequence[str], columns: Sequence[str]) -> str | None:

@@ -14,10 +14,10 @@ import numpy as np
 from softcache.data.hf_datasets import hf_dataset, is_columns_file
 from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
 from softcache.data.sources import PACKINGS, Source, StringTable, numbered
-from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, only, value_name
+from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, names_of, only, value_name
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
 from softcache.errors import ConfigError, DataError, first_offenders, nearest, warn_once
-from softcache.spec import convert, split_list
+from softcache.spec import convert
 
 Empty = Literal["", "unlabelled", "class"]
 Place = int | str  # of a column: its number, of JSON lines its name
@@ -126,7 +126,7 @@ def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str,
         names = [
             columns.names[place] if isinstance(place, int) and columns.names else str(place) for place in columns.label
         ]
-        labels, class_names = read_several(column, names, classes)
+        labels, class_names = read_several(column, names, classes, empty)
     elif any(isinstance(one, list) for one in picked.labels):
         labels, class_names = read_lists(column, classes)
     else:
@@ -233,9 +233,7 @@ class _Wanted:
         """Whether the first row names the columns, and whether that is certain."""
         if self.header:
             return bool(convert(self.header, bool, f"{self.path}: header")), True
-        asked = [
-            part for one in (self.text, self.label, self.key) for part in ([one] if one in first else split_list(one))
-        ]
+        asked = [part for one in (self.text, self.label, self.key) for part in names_of(one, first)]
         asked = [name for name in asked if name and not name.isdecimal() and name != "none"]
         if asked:
             found = any(name in first for name in asked)  # one that is not is told by the names that there are
@@ -270,9 +268,7 @@ class _Finder:
     layout: Layout
 
     def several(self, wanted: str, what: str) -> tuple[Place, ...]:
-        if wanted in self.names:
-            return (self.one(wanted, what),)
-        return tuple(self.one(part, what) for part in split_list(wanted))
+        return tuple(self.one(part, what) for part in names_of(wanted, self.names))
 
     def one(self, wanted: str, what: str) -> Place:
         if wanted.isdecimal() and int(wanted) < self.count and not self.layout.is_json:
@@ -336,7 +332,7 @@ class _Picked:
         found = cells.get(column) if type(cells) is dict else cells[column]
         if type(found) is str:
             return self._same.setdefault(found, found)
-        if isinstance(found, list) and all(isinstance(one, str | int) for one in found):
+        if isinstance(found, list) and all(isinstance(one, str | int | float) for one in found):
             return [value_name(one) for one in found]
         if found is None or (isinstance(found, float) and math.isnan(found)):
             return ""

@@ -98,7 +98,10 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     transfer_set, ids = open_samples(config)
     job = extension_job(config, transfer_set) if config.extend else new_job(config, transfer_set, out)
     made_before = job.planned.plan.rounds[-1].made_with if job.planned else {}
-    threads = pick_threads(config.threads if config.threads is not None else made_before.get("threads"))
+    wanted = config.threads if config.threads is not None else made_before.get("threads")
+    threads = pick_threads(
+        wanted, shared=False
+    )  # it is part of the plan, which is the same for any number of processes
     torch.set_num_threads(threads)
 
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softcache.errors import ConfigError, ModelError, first_offenders, nearest
+from softcache.errors import ConfigError, ModelError, first_offenders
 from softcache.models.shrunk import BATCH_NORMS, Factored, Shrunk, is_below, is_plain, shrink_by
 from softcache.students.channels import Group
 from softcache.students.prune import leave_channels
@@ -48,7 +48,9 @@ def carve(
         )
     for name, share in (("depth", depth), ("width", width)):
         if share is not None and not 0 < share < 1:
-            raise ConfigError(f"carve:{name}={share:g}: is the share that stays, more than 0 and less than 1")
+            raise ConfigError(
+                f"carve:{name}={share:g}: is the share that stays, more than 0 and less than 1", tip=f"carve:{name}=0.5"
+            )
     if width is not None:
         return leave_channels(net, samples, 1 - width, _spread_channels, (), f"carve:width={width:g}")
     stacks = find_stacks(net, samples)
@@ -177,10 +179,6 @@ def _cut_depth(net: nn.Module, samples: Samples, stacks: Sequence[Stack], depth:
 
 
 def _cut_all_but(net: nn.Module, samples: Samples, stacks: Sequence[Stack], keep: Sequence[str]) -> tuple[Shrunk, str]:
-    names = [name for name, _ in net.named_modules() if name]
-    for wanted in keep:
-        if wanted not in names:
-            raise ConfigError(f"carve:keep={wanted}: there is no such module", tip=nearest(wanted, names))
     blocks = [block for stack in stacks for block in stack.blocks]
     holding = [block for block in blocks if is_below(block, keep) or any(is_below(name, [block]) for name in keep)]
     if not holding or len(holding) == len(blocks):

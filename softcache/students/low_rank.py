@@ -47,9 +47,16 @@ def low_rank(
         )
     for name, share in (("energy", energy), ("rank", rank)):
         if share is not None and not 0 < share < 1:
-            raise ConfigError(f"lowrank:{name}={share}: a share of everything is more than 0 and less than 1")
+            raise ConfigError(
+                f"lowrank:{name}={share:g}: is a share, more than 0 and less than 1",
+                tip="energy=0.95 leaves 95 % of what a layer answers, rank=0.25 a quarter of its largest rank",
+            )
     last = samples.classifier or final_linear(net, samples.model.num_classes)
-    layers = {name: layer for name, layer in _layers(net).items() if layer is not last and not is_below(name, keep)}
+    layers = {
+        name: layer
+        for name, layer in _called(_layers(net), samples).items()
+        if layer is not last and not is_below(name, keep)
+    }
     if not layers:
         raise ConfigError(
             f"lowrank: {samples.what} has no linear layer and no convolution of one group beside its classifier"
@@ -87,6 +94,18 @@ def _layers(net: nn.Module) -> dict[str, Any]:
         and getattr(module, "groups", 1) == 1
         and not is_below(name, inside)
     }
+
+
+def _called(layers: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
+    """Those that are called: of a layer whose weight is read in its place, two would be multiplied each time."""
+    called: list[Any] = []
+    hooks = [layer.register_forward_hook(lambda m, _i, _o: called.append(m)) for layer in layers.values()]
+    try:
+        samples.run(1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: layer for name, layer in layers.items() if any(layer is one for one in called)}
 
 
 def answers_of(layers: Mapping[str, Any], samples: Samples) -> dict[str, Tensor]:

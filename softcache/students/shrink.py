@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,12 @@ from softcache.errors import ConfigError, ModelError, faults_explained, nearest
 from softcache.evaluate.measure import Evaluation, evaluate, run_policy
 from softcache.files import durable
 from softcache.files.durable import require_room
-from softcache.machine import pick_device, pick_threads
+from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.models import Model, Shrunk, load_model, read_metadata, read_saved, save_student
 from softcache.models.item_range import check_scale
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
-from softcache.spec import call_factory, split_outside
+from softcache.spec import call_factory, split_list, split_outside
 from softcache.students.carve import carve
 from softcache.students.cost import Cost, cost_of
 from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
@@ -88,10 +89,16 @@ class Method:
 
     def apply(self, samples: Samples) -> tuple[Shrunk, str]:
         """Make the samples' network smaller, in place: what was left out, and a line for people."""
-        where = f"--by {self.text}"
-        done: tuple[Shrunk, str] = call_factory(
-            METHODS[self.name], self.settings, where, net=samples.model.net, samples=samples
-        )
+        where, net = f"--by {self.text}", samples.model.net
+        given = {"net": net, "samples": samples}
+        if clash := sorted(set(given) & set(self.settings)):
+            known = [name for name in inspect.signature(METHODS[self.name]).parameters if name not in given]
+            raise ConfigError(f"{where!r}: unknown parameter {clash[0]!r}", tip=nearest(clash[0], known))
+        modules = [name for name, _ in net.named_modules() if name]
+        for name in split_list(self.settings.get("keep", "")):
+            if name not in modules:
+                raise ConfigError(f"{where}: there is no module {name!r} to keep", tip=nearest(name, modules))
+        done: tuple[Shrunk, str] = call_factory(METHODS[self.name], self.settings, where, **given)
         return done
 
 
@@ -136,10 +143,11 @@ class Shrinking:
         ]
         if self.measured_before is not None and self.measured_after is not None:
             tops = [measured.top1 for measured in (self.measured_before, self.measured_after)]
-            rows.append(["top-1, not healed", percent(tops[0]), percent(tops[1]), None])
+            name = "right decisions" if self.measured_after.multi_label else "top-1"
+            rows.append([f"{name}, not healed", percent(tops[0]), percent(tops[1]), None])
         said = [f"{method}: {what}" for method, what in self.steps] + list(self.notes)
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
-        on = f"; top-1 on {self.eval_data}" if self.eval_data else ""
+        on = f"; measured on {self.eval_data}" if self.eval_data else ""
         told = f"times are medians on {self.device}, {threads}{on}"
         return "\n".join([*said, "", table(["", "before", "after", "ratio"], rows), "", told, self._next()])
 
@@ -160,8 +168,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.2f} ms"
 
 
+@as_fresh()
 def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
-    """Make a model smaller.
+    """Make a model smaller. Torch's settings and random states are afterwards as they were.
 
     Raises:
         ConfigError: no such method, one that finds nothing to do, or a folder that holds something.

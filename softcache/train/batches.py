@@ -19,7 +19,6 @@ from softcache.data.class_counts import chance_warning, described, listed_warnin
 from softcache.data.classes import class_indices, read_classes_map
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
-from softcache.data.label_kind import is_known
 from softcache.data.loading import (
     LoadedBatch,
     Pair,
@@ -87,9 +86,9 @@ class Material:
         """The samples rendered by the policy, for loader workers."""
         return ViewedSet(self.transfer_set, self.policy, collates, partners=self.partners, ids=self.ids)
 
-    def few(self, collate: Any, view: int) -> LoadedBatch:
-        """Two samples as training loads them, or the only one."""
-        pairs = [(index, view) for index in range(min(2, len(self.transfer_set)))]
+    def few(self, collate: Any, view: int, count: int = 2) -> LoadedBatch:
+        """Two samples as training loads them, or as many; or all there are."""
+        pairs = [(index, view) for index in range(min(count, len(self.transfer_set)))]
         return next(load_batches(self.viewed([collate]), [pairs]))
 
     @cached_property
@@ -286,7 +285,6 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         SoftcacheError: and its children, each with what to do.
     """
     transfer_set = open_transfer_set(config.data, **config.selection())
-    check_kind(terms, multi_label=transfer_set.multi_label, name=transfer_set.name)
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
     cache, classes_map = _open_cache(config, quiet=quiet), read_classes_map(config.classes_map)
     if cache is not None:
@@ -294,6 +292,7 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
     if eval_set is not None:
         eval_set = under_classes(eval_set, transfer_set.class_names, transfer_set.name)
     joined = _join(cache, transfer_set, config, classes_map) if cache is not None else None
+    check_kind(terms, multi_label=transfer_set.multi_label, name=transfer_set.name)
     chosen = tuple(class_indices(transfer_set.class_names, config.classes)) if config.classes else None
     weights = parse_members(config.members)
     teacher = None if cache is None else CachedTeacher(cache, config.combine, weights, config.seed, chosen)
@@ -314,7 +313,7 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         transfer_set = transfer_set.with_classes(config.classes)
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
-    labelled = int(is_known(transfer_set.labels).reshape(len(transfer_set), -1).any(axis=1).sum())
+    labelled = transfer_set.labelled
     check_labels(terms, labelled=labelled, name=transfer_set.name)
     warnings = list(_class_warnings(transfer_set, cache))
     if teacher is not None:

@@ -128,7 +128,7 @@ def restore(out: Path, trained: Trained, state: dict[str, Any], ranks: Ranks) ->
         for name, value in trained.named().items():
             value.load_state_dict(state[name])
         _check_optimizer(trained.optimizer, own)
-        _restore_random_states(state["random"][ranks.rank])
+        restore_random_states(state["random"][ranks.rank])
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as exc:
         raise TrainingError(f"{path}: does not fit this student: {exc}", tip="choose another --out") from None
 
@@ -217,7 +217,8 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def _restore_random_states(states: dict[str, Any]) -> None:
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` gave."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all(states["cuda"])

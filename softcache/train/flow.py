@@ -8,8 +8,12 @@ process computes its share of each batch, and the first one evaluates and writes
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +21,36 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, to_device
+from softcache.data.transfer_set import TransferSet
 from softcache.errors import warn
+from softcache.evaluate.measure import Evaluation
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
 from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.models import load_weights, save_student
 from softcache.train.batches import open_material, views_of
-from softcache.train.checkpoint import Trained, read_progress, restore, save_progress, seed_all
+from softcache.train.checkpoint import (
+    CHECKPOINT,
+    Trained,
+    random_states,
+    read_progress,
+    restore,
+    restore_random_states,
+    save_progress,
+    seed_all,
+)
 from softcache.train.learner import Learner, backward, over_ranks, tapped
 from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
-from softcache.train.objective import Given, build_objectives
+from softcache.train.more_epochs import as_in_the_longer, claimed
+from softcache.train.objective import Given, Objective, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
 from softcache.train.outlook import outlook, reach_of, single_samples
 from softcache.train.ranks import ALONE, Ranks, joined_ranks
-from softcache.train.refuse import check, check_finite, check_last_batch
+from softcache.train.refuse import check, check_finite, check_last_batch, lone_sample_explained, smallest_piece
 from softcache.train.run_folder import (
     BEST,
     STUDENT,
     check_same_data,
-    claim_folder,
     data_fingerprint,
     describe_run,
     only_writer,
@@ -43,9 +58,12 @@ from softcache.train.run_folder import (
 )
 from softcache.train.session import LiveStage, Prepared, Session, TrainResult, bytes_of, epoch_batches
 from softcache.train.stages import parse_stages
+from softcache.train.stop import Asked, Stop
 from softcache.train.student import build_student
 from softcache.train.tensorboard import Board
 from softcache.train.term_modules import Sizes
+
+STARTS_AGAIN = "nothing was learned yet; the same command starts again"
 
 
 @as_fresh()
@@ -77,16 +95,25 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         ['ce', 'epoch', 'kd', 'loss', 'lr', 'seconds', 'view']
     """
     check(config)
-    out, device = claim_folder(config), pick_device(config.device)
-    with joined_ranks(device) as ranks, only_writer(out, ranks):
-        prepared = prepare(config, ranks, quiet=quiet or not ranks.first)
-        told = rehearse(prepared)
-        session = begin(prepared, told)
-        with session.meter:
-            for live in stages_to_do(session):
-                while session.progress.epoch < live.stage.config.epochs:
+    config = claimed(config)
+    out, device = Path(config.out), pick_device(config.device)
+    with told_where_it_stands(out), joined_ranks(device) as ranks, only_writer(out, ranks):
+        return learn(config, ranks, quiet=quiet or not ranks.first)
+
+
+def learn(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> TrainResult:
+    """The whole of a run in a folder that is ours, from its beginning or from where it stopped."""
+    prepared = prepare(config, ranks, quiet=quiet)
+    session = begin(prepared, rehearse(prepared))
+    with session.meter, closing(session.batches), session.stop:
+        for live in stages_to_do(session):
+            while session.progress.epoch < live.stage.config.epochs:
+                try:
                     one_epoch(session, live)
-        return finish(session)
+                except Asked:
+                    save_progress(prepared.out, live.trained, session.progress, ranks)
+                    session.stop.leave(f"{prepared.out} is saved {session.place}: the same command goes on from there")
+    return finish(session)
 
 
 def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> Prepared:
@@ -116,29 +143,36 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
 
 
 def rehearse(prepared: Prepared) -> tuple[str, ...]:
-    """Every stage on two samples: what does not fit is refused before anything is learned or written.
+    """Every stage on two samples, and on one where training will: what does not fit is refused before anything is learned.
 
     Returns:
         What the run will learn little by.
     """
-    config, material, steps = prepared.config, prepared.material, prepared.steps
+    config, material, ranks = prepared.config, prepared.material, prepared.ranks
+    collate, view = prepared.model.input.collate, views_of(0, material.cache, config)[0]
+    few, lone = material.few(collate, view), material.few(collate, view, 1)
+    least = smallest_piece(prepared.count, config.batch_size, ranks, config.accumulate) * config.views_per_visit
     reaches = []
-    few = material.few(prepared.model.input.collate, views_of(0, material.cache, config)[0])
     for stage, objective in zip(prepared.stages, prepared.objectives, strict=True):
         freeze_for(stage, prepared.model, objective, prepared.fixed)
-        batch = material.batch(few, config, objective.feature_names, prepared.device)
-        counts = (len(few.index),) * prepared.ranks.size
-        given = Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
+        steps, epochs = prepared.steps, stage.config.epochs
+        first, last = Moment(0, 0, steps, epochs), Moment(epochs - 1, steps - 1, steps, epochs)
         with tapped(prepared.student, objective) as taps:
             learner = Learner(prepared.model, objective, taps, autocast=prepared.autocast)
-            last = Moment(stage.config.epochs - 1, steps - 1, steps, stage.config.epochs)
-            values = learner.rehearse(batch.inputs, given, [Moment(0, 0, steps, last.epochs), last])
-            single = {}
-            if single_samples(prepared):
-                pieces = batch.pieces(len(few.index), 2, 0, ALONE, over_labels=objective.over_labels)
-                single = learner.rehearse(*next(pieces), [last])
+            values = learner.rehearse(*_given(prepared, objective, few), [first, last])
+            single = learner.rehearse(*_given(prepared, objective, lone), [last]) if single_samples(prepared) else {}
             reaches.append(reach_of(prepared.model.net, objective.terms, values, single))
+            if least == 1:
+                with lone_sample_explained(config, prepared.count, ranks):
+                    learner.rehearse_in_training(*_given(prepared, objective, lone), first)
     return outlook(prepared, reaches)
+
+
+def _given(prepared: Prepared, objective: Objective, few: LoadedBatch) -> tuple[Any, Given]:
+    """Inputs, and what the terms are given, of some samples that every rank has."""
+    batch = prepared.material.batch(few, prepared.config, objective.feature_names, prepared.device)
+    counts = (len(few.index),) * prepared.ranks.size
+    return batch.inputs, Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
 
 
 def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
@@ -150,19 +184,21 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     material, ranks = prepared.material, prepared.ranks
     vocabulary = getattr(prepared.model.input, "vocabulary", ())
     data = data_fingerprint(material.sample_ids, material.transfer_set.labels, vocabulary)
-    check_same_data(prepared.out, data)
-    session = Session(prepared, *read_progress(prepared.out, ranks))
+    weights = [one.class_weights for one in prepared.objectives]
+    weights = weights if any(weights) else []
+    check_same_data(prepared.out, data, weights)
+    session = Session(prepared, *read_progress(prepared.out, ranks), stop=Stop(ranks))
+    as_in_the_longer(session.progress, prepared)
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
-        told = prepared.model.weights_told
-        starts = [f"{prepared.config.student}: {told}"] if told else []
+        published = prepared.model.weights_told
+        starts = [f"{prepared.config.student}: {published}"] if published else []
         starts += [] if prepared.initialised is None else [prepared.initialised.text()]
         initialised = "; ".join(starts) or None
         facts = material.facts(prepared.config, data, initialised)
         for line in told:
             warn(line)
-        weights = [one.class_weights for one in prepared.objectives]
-        facts |= {"warnings": list(told)} | ({"class_weights": weights} if any(weights) else {})
+        facts |= {"warnings": list(told)} | ({"class_weights": weights} if weights else {})
         facts |= material.left_out(prepared.model.input, quiet=prepared.quiet)
         describe_run(prepared.out, prepared.config, prepared.stages, facts)
         session.board = Board(prepared.out, len(session.progress.metrics)) if prepared.config.tensorboard else None
@@ -194,22 +230,27 @@ def stages_to_do(session: Session) -> Iterator[LiveStage]:
 
 def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str, Tensor]] | None = None) -> None:
     """The rest of an epoch, step by step (`one_step`, or another in its place), and what is due at its end."""
-    prepared, progress = session.prepared, session.progress
+    prepared, progress, stop = session.prepared, session.progress, session.stop
     steps, every, started = prepared.steps, prepared.config.checkpoint_every, time.monotonic()
     train_mode(prepared.model.net)
     prepared.term_modules.train()
-    for loaded, moment, number in epoch_batches(session, live):
-        for name, value in (step or one_step)(prepared, live, loaded, moment, number).items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value  # stays on the device: no wait for it
-        done = moment.step + 1
-        if done % 20 == 1 or done == steps:
-            check_finite(progress.sums["loss"], len(progress.metrics), moment.step, prepared.material.transfer_set)
-            session.meter.note(f"epoch {len(progress.metrics) + 1}, loss {progress.sums['loss'].item() / done:.4f}")
-        session.meter.add()
-        if every and done % every == 0 and done < steps:
-            progress.step = done
-            save_progress(prepared.out, live.trained, progress, prepared.ranks)
-    end_epoch(session, live, moment, started)
+    with stop.opened(prepared.ranks.size == 1):
+        for loaded, moment, number in epoch_batches(session, live):
+            with stop.held():
+                for name, value in (step or one_step)(prepared, live, loaded, moment, number).items():
+                    progress.sums[name] = progress.sums.get(name, 0.0) + value  # stays on the device: no wait for it
+                done = progress.step = moment.step + 1
+            look = done % 20 == 1 or done == steps  # not at each step: the host would wait for a GPU
+            if look:
+                check_finite(progress.sums["loss"], len(progress.metrics), moment.step, prepared.material.transfer_set)
+                session.meter.note(f"epoch {len(progress.metrics) + 1}, loss {progress.sums['loss'].item() / done:.4f}")
+            session.meter.add()
+            if every and done % every == 0 and done < steps:
+                with stop.held():
+                    save_progress(prepared.out, live.trained, progress, prepared.ranks)
+            if look or prepared.device.type == "cpu":
+                stop.together()
+    end_epoch(session, live, started)
 
 
 def one_step(
@@ -234,15 +275,16 @@ def one_step(
     return values
 
 
-def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float) -> None:
+def end_epoch(session: Session, live: LiveStage, started: float) -> None:
     """Evaluate where that is due, write the epoch's row and the checkpoint; a stage that no longer gains ends here."""
     prepared, progress, ranks = session.prepared, session.progress, session.prepared.ranks
     config, settings, metrics = prepared.config, live.stage.config, progress.metrics
-    row = epoch_row(prepared, live, progress, moment)
+    row = epoch_row(
+        prepared, live, progress, Moment(progress.epoch, prepared.steps - 1, prepared.steps, settings.epochs)
+    )
     due = (len(metrics) + 1) % config.eval_every == 0 or progress.epoch + 1 == settings.epochs
     if prepared.material.eval_set is not None and due:
-        found = prepared.measure(prepared.material.eval_set) if ranks.first else None
-        session.evaluation = found = ranks.agree(found)
+        session.evaluation = found = evaluated(session, prepared.material.eval_set)
         row |= found.columns()
     row["seconds"] = round(time.monotonic() - started, 3)
     metrics.append(row)
@@ -255,6 +297,37 @@ def end_epoch(session: Session, live: LiveStage, moment: Moment, started: float)
         if session.board is not None:
             session.board.note(row)
     save_progress(prepared.out, live.trained, progress, ranks)
+
+
+def evaluated(session: Session, eval_set: TransferSet) -> Evaluation:
+    """How good the kept student is, by the first rank; `Asked` on all ranks where that one was asked to stop meanwhile."""
+    prepared, ranks, stop = session.prepared, session.prepared.ranks, session.stop
+    found, states = None, random_states()
+    if ranks.first:
+        try:
+            with stop.opened():
+                found = prepared.measure(eval_set)
+        except Asked:
+            restore_random_states(states)  # as they are where a run that goes on here begins to evaluate
+    found, asked = ranks.agree((found, stop.asked))
+    if found is None:
+        stop.asked = asked
+        raise Asked
+    return found
+
+
+@contextmanager
+def told_where_it_stands(out: Path) -> Iterator[None]:
+    """Whoever ends a run by a signal is told what of it is on the disk."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as exc:
+        if not getattr(exc, "__notes__", []):
+            saved = os.path.lexists(out / CHECKPOINT)
+            exc.add_note(f"the same command goes on from the checkpoint in {out}" if saved else STARTS_AGAIN)
+        raise
 
 
 def finish(session: Session) -> TrainResult:

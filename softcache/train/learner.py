@@ -15,6 +15,7 @@ from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.features.taps import eval_mode
 from softcache.losses.schedules import Moment
 from softcache.models import Model
+from softcache.train.checkpoint import random_states, restore_random_states
 from softcache.train.objective import Given, Objective
 from softcache.train.pairs import Student, StudentTaps
 from softcache.train.ranks import Ranks
@@ -105,6 +106,19 @@ class Learner(nn.Module):
                         tip="freeze less, or add a term that reaches what is not frozen",
                     )
         return values
+
+    def rehearse_in_training(self, inputs: Any, given: Given, moment: Moment) -> None:
+        """Compute the terms of some samples as a step would; what that changes is put back."""
+        before = {name: value.clone() for name, value in self.state_dict().items()}
+        states, was_training = random_states(), {module: module.training for module in self.modules()}
+        try:
+            self.train()
+            self(inputs, given, moment)
+        finally:
+            self.load_state_dict(before)
+            restore_random_states(states)
+            for module, training in was_training.items():
+                module.training = training
 
 
 def over_ranks(learner: Learner, ranks: Ranks, device: torch.device, inputs: Any) -> nn.Module:

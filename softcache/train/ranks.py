@@ -6,7 +6,7 @@ Every process computes its share of a global batch, so that the result is that o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,6 +78,20 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def largest(self, number: int) -> Callable[[], int]:
+        """The largest of every rank's number: asked for now, and known where the result is called."""
+        if self.size == 1:
+            return lambda: number
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(number, device=device)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
+
+        def known() -> int:
+            work.wait()
+            return int(tensor)
+
+        return known
 
 
 ALONE = Ranks()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from softcache.config import TrainConfig
 from softcache.data.transfer_set import TransferSet
-from softcache.errors import ConfigError, TrainingError, first_offenders
+from softcache.errors import ConfigError, SoftcacheError, TrainingError, first_offenders
 from softcache.machine import pick_device
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import RUN
@@ -24,6 +26,8 @@ def check(config: TrainConfig) -> None:
     for name in ("batch_size", "accumulate", "views_per_visit", "eval_every"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if config.more_epochs is not None and config.more_epochs < 1:
+        raise ConfigError(f"--more-epochs {config.more_epochs}: must be at least 1")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"--seed {config.seed}: must be between 0 and 4294967295")
     if config.checkpoint_every is not None and config.checkpoint_every < 1:
@@ -52,17 +56,49 @@ def check(config: TrainConfig) -> None:
 
 def check_last_batch(count: int, batch_size: int, ranks: Ranks) -> None:
     """Each process must get at least one sample of the last batch."""
-
-    def last(size: int) -> int:
-        return count % size or size
-
-    if last(batch_size) < ranks.size:
-        better = next((size for size in range(batch_size + 1, count + 1) if last(size) >= ranks.size), None)
+    last = count % batch_size or batch_size
+    if last < ranks.size:
+        better = larger_batch(count, batch_size, ranks, 1, least=1)
         raise ConfigError(
-            f"the last of {count} samples in batches of {batch_size} are {last(batch_size)}, fewer than the {ranks.size} "
-            "processes",
+            f"the last of {count} samples in batches of {batch_size} are {last}, fewer than the {ranks.size} processes",
             tip=f"choose another --batch-size, such as {better}" if better else "start fewer processes",
         )
+
+
+def smallest_piece(count: int, batch_size: int, ranks: Ranks, accumulate: int) -> int:
+    """Samples of the smallest piece in which a process computes any batch of an epoch; 0 = some process gets none."""
+    least = batch_size
+    for batch in {min(batch_size, count), count % batch_size or batch_size}:
+        shares = ranks.shares(batch)
+        pieces = max(1, min(accumulate, *shares))
+        least = min(least, *(share // pieces for share in shares))
+    return least
+
+
+def larger_batch(count: int, batch_size: int, ranks: Ranks, accumulate: int, *, least: int) -> int | None:
+    """The next larger batch size, no piece of which has fewer samples than that; None: there is none."""
+    sizes = range(batch_size + 1, count + 1)
+    return next((size for size in sizes if smallest_piece(count, size, ranks, accumulate) >= least), None)
+
+
+@contextmanager
+def lone_sample_explained(config: TrainConfig, count: int, ranks: Ranks) -> Iterator[None]:
+    """Around one sample as it is trained with: BatchNorm, which then has nothing to normalise over, becomes a ConfigError."""
+    try:
+        yield
+    except (ValueError, SoftcacheError) as exc:
+        if "more than 1 value per channel" not in str(exc):
+            raise
+        better = larger_batch(count, config.batch_size, ranks, config.accumulate, least=2)
+        pieces = f" in {config.accumulate} pieces" if config.accumulate > 1 else ""
+        processes = f" on {ranks.size} processes" if ranks.size > 1 else ""
+        raise ConfigError(
+            f"of {count} samples in batches of {config.batch_size}{pieces}{processes}, one is computed alone, and the student "
+            "has a BatchNorm that needs two",
+            tip=f"choose another --batch-size, such as {better}"
+            if better
+            else "use fewer pieces or processes, or more samples",
+        ) from exc
 
 
 def check_finite(loss: Tensor, epoch: int, step: int, transfer_set: TransferSet) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from softcache.config import TrainConfig
-from softcache.data.loading import LoadedBatch, epoch_order, load_batches
+from softcache.data.loading import LoadedBatch, Pair, epoch_order, load_batches
 from softcache.data.transfer_set import TransferSet
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.measure import evaluate
@@ -27,6 +28,7 @@ from softcache.train.objective import Objective
 from softcache.train.pairs import Student
 from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
+from softcache.train.stop import Stop
 from softcache.train.tensorboard import Board
 
 
@@ -96,13 +98,21 @@ class Prepared:
 
 @dataclass
 class Session:
-    """A run under way: where it stands, what to put back first (empty: nothing), and its last evaluation."""
+    """A run under way.
+
+    Attributes:
+        progress: where it stands.
+        saved: what to put back first; empty: nothing.
+        evaluation: the last one.
+        stop: the signals that ask it to.
+    """
 
     prepared: Prepared
     progress: Progress
     saved: dict[str, Any]
     board: Board | None = None
     evaluation: Evaluation | None = None
+    stop: Stop = field(default_factory=Stop)
 
     @cached_property
     def meter(self) -> Meter:
@@ -111,6 +121,31 @@ class Session:
         total = prepared.steps * sum(stage.config.epochs for stage in prepared.stages)
         done = prepared.steps * len(progress.metrics) + progress.step
         return Meter(f"train {prepared.out}", total, unit="steps", done=done, quiet=prepared.quiet)
+
+    @property
+    def place(self) -> str:
+        """Where it stands, in words."""
+        done, step = len(self.progress.metrics), self.progress.step
+        return f"in epoch {done + 1} after step {step} of {self.prepared.steps}" if step else f"after epoch {done}"
+
+    @cached_property
+    def batches(self) -> Generator[LoadedBatch]:
+        """This rank's share of every batch that is left of the run, by the same workers up to its end.
+
+        What an epoch visits depends on how many were before it, and not on the stage: one that ends early changes nothing.
+        """
+        prepared = self.prepared
+        viewed = prepared.material.viewed([prepared.model.input.collate])
+        pin = prepared.device.type == "cuda"
+        return load_batches(viewed, self._visits(), workers=prepared.workers, pin_memory=pin)
+
+    def _visits(self) -> Iterator[list[Pair]]:
+        prepared, config = self.prepared, self.prepared.config
+        first, start = len(self.progress.metrics), self.progress.step
+        for seen in range(first, sum(stage.config.epochs for stage in prepared.stages)):
+            order = epoch_order(prepared.count, config.seed, seen)
+            views = views_of(seen, prepared.material.cache, config)
+            yield from visits(order, views, config.batch_size, prepared.ranks, start=start if seen == first else 0)
 
 
 @dataclass(frozen=True)
@@ -145,15 +180,13 @@ def bytes_of(prepared: Prepared) -> int:
 
 def epoch_batches(session: Session, live: LiveStage) -> Iterator[tuple[LoadedBatch, Moment, int]]:
     """This rank's share of each batch that is left of an epoch, when it comes, and the step's number over all epochs."""
-    prepared, progress = session.prepared, session.progress
-    config, seen, epoch, first = prepared.config, len(progress.metrics), progress.epoch, progress.step
-    order = epoch_order(prepared.count, config.seed, seen)
-    views = views_of(seen, prepared.material.cache, config)
-    pairs = visits(order, views, config.batch_size, prepared.ranks, start=first)
-    viewed = prepared.material.viewed([prepared.model.input.collate])
-    batches = load_batches(viewed, pairs, workers=prepared.workers, pin_memory=prepared.device.type == "cuda")
-    for step, loaded in enumerate(batches, start=first):
-        yield loaded, Moment(epoch, step, prepared.steps, live.stage.config.epochs), seen * prepared.steps + step
+    prepared, progress, seen = session.prepared, session.progress, len(session.progress.metrics)
+    for step in range(progress.step, prepared.steps):
+        # without workers it is rendered here, by code that may draw from the random states that a checkpoint keeps
+        with nullcontext() if prepared.workers else session.stop.held():
+            loaded = next(session.batches)
+        moment = Moment(progress.epoch, step, prepared.steps, live.stage.config.epochs)
+        yield loaded, moment, seen * prepared.steps + step
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ MISTAKES = [
     row("format of an export", export_of("run", *DATA, "--to", "onxx"), "--to cannot be 'onxx'", "'onnx'"),
     row("export on no data", export_of("run"), "without --eval-data", "--data DATA"),
     row("export over a file", export_of("run", *DATA, "--out", "pieces.pt2"), "there already", "remove", prepare=there_already),
-    row("NaN logits", dump_of("pieces.py:nan"), "not finite for 40 samples.*toy/0", "look at these samples"),
+    row("NaN logits", dump_of("pieces.py:nan"), "not finite for 40 samples.*toy/0", "--without FILE"),
     row("package in a factory", dump_of("softcache_is_not_a_package_xyz.sub:f"), "no module named", "install"),
     # caches
     row("cache not there", train_on("--cache", "nowhere"), "nowhere: there is no such folder", "softcache dump --out"),
@@ -392,7 +392,39 @@ def test_a_signal_to_the_whole_group_ends_loader_workers_too(here: Path, number:
     os.killpg(process.pid, number)
     said, errors = process.communicate(timeout=30)
     assert process.returncode == code, errors
-    assert (said, errors) == ("", f"\nsoftcache: {word}; the same command resumes where it stopped\n")
+    told = re.fullmatch(
+        rf"\nsoftcache: {word}; (\S+) is saved (in|after) epoch .*: the same command goes on from there\n", errors
+    )
+    assert told and said == "", errors
+
+
+@pytest.mark.parametrize(("size", "ends"), [(None, "exit"), ("1", "exit"), ("2", "_exit")])
+@pytest.mark.parametrize("fault", [None, RuntimeError("torch")])
+def test_one_of_several_processes_ends_without_teardown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: str | None, ends: str, fault: Exception | None
+) -> None:  # fmt: skip
+    def work() -> int:
+        if fault is not None:
+            raise fault
+        return 2
+
+    def end(how: str) -> Any:
+        def ended(code: int) -> None:
+            raise SystemExit(f"{how} {code}")
+
+        return ended
+
+    monkeypatch.setattr(cli, "main", work)
+    monkeypatch.setattr(os, "_exit", end("_exit"))
+    monkeypatch.setattr(sys, "exit", end("exit"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(RuntimeError if fault and ends == "exit" else SystemExit) as caught:
+        cli.run_and_exit()
+    if ends == "_exit" or not fault:
+        assert str(caught.value) == f"{ends} {1 if fault else 2}"
+    assert ("RuntimeError: torch" in capsys.readouterr().err) == (fault is not None and ends == "_exit")
 
 
 def test_the_signal_handler_is_put_back(here: Path) -> None:

@@ -60,6 +60,26 @@ def png(pixels: np.ndarray) -> bytes:
             HuggingFace({}, {"text": TEXTS, "labels": [["b"], [], ["a", "b"]]}), {},
             ([[False, True], [False, False], [True, True]], ("a", "b"), None), id="lists",
         ),
+        pytest.param(
+            HuggingFace({}, {"text": TEXTS, "labels": [[0.0, 1.0, 1.0], [0, 0, 0], [1, 0, 1]]}), {},
+            ([[False, True, True], [False] * 3, [True, False, True]], ("0", "1", "2"), None), id="rows of 0 and 1",
+        ),
+        pytest.param(
+            HuggingFace({}, {"text": TEXTS, "labels": [[0, 1, -1], [0, 0, 0], [1, 0, 1]]}), {"classes": ("x", "y", "z")},
+            ([[0, 1, -1], [0, 0, 0], [1, 0, 1]], ("x", "y", "z"), None), id="rows with unknown ones",
+        ),
+        pytest.param(
+            frame(**{"rude, or so": [0, 1, 0], "loud": [1, -1, 0]}), {"label": '"rude, or so",loud'},
+            ([[0, 1], [1, -1], [0, 0]], ("rude, or so", "loud"), None), id="quoted columns with unknown ones",
+        ),
+        pytest.param(
+            frame(rude=[0, 1, None], loud=[1, 1, 0]), {"label": "rude,loud", "empty": "unlabelled"},
+            ([[0, 1], [1, 1], [-1, 0]], ("rude", "loud"), None), id="columns with gaps",
+        ),
+        pytest.param(
+            Frame({"text": list(TEXTS), "a,b": [0, 1, 0]}), {"label": "a,b"},
+            ([0, 1, 0], ("0", "1"), None), id="a comma in a name",
+        ),
     ],
 )  # fmt: skip
 def test_columns_become_labels_classes_and_keys(rows: Any, how: dict[str, Any], expected: tuple[Any, ...]) -> None:
@@ -92,6 +112,16 @@ def test_pairs_and_pictures_are_items() -> None:
         (frame(label=[0, 1, 0]), {"item": "text,label,text"}, "item=text,label,text names 3 columns"),
         (HuggingFace({"label": ClassLabel(["a"])}, {"text": TEXTS, "label": [0] * 3}), {"classes": ("a",)}, "names its classes"),
         (Frame({"text": [], "label": []}), {}, "the data set is empty"),
+        (frame(a=[0, 1, None], b=[0, 1, 1]), {"label": "a,b"}, "'' in the column 'a' is neither 0 nor 1\n.*empty=unlabelled"),
+        (frame(a=[1, -1, 1], b=[-1, 1, 1]), {"label": "a,b"}, "1 and -1 and never 0"),
+        (frame(a=[["x"], 1, 0], b=[0, 1, 1]), {"label": "a,b"}, "'a' is neither 0 nor 1"),
+        (frame(a=[0, 1, 1], b=[0, 1, 1]), {"label": "a,b", "classes": ("x", "x")}, "names a class twice"),
+        (frame(label=[["x"], ["y"], []]), {"classes": ("x", "x", "y")}, "names a class twice"),
+        (frame(label=[[0.3, 0.7], [0.5, 0.5], [0.1, 0.9]]), {}, "'0.1' among the labels is no class"),
+        (
+            HuggingFace({"label": ClassLabel(["x", "y"])}, {"text": TEXTS, "label": [[0], [1], [-1]]}), {},
+            "row 2: label '-1' is not in classes",
+        ),
     ],
 )  # fmt: skip
 def test_what_nobody_can_tell_is_asked(rows: Any, how: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -133,17 +133,24 @@ def stack(items: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(items))
 
 
-def batches(how: str, workers: int = 1, collate: Any = stack) -> Iterator[Any]:
+def batches(how: str, workers: int = 1, collate: Any = stack, method: str | None = None) -> Generator[Any]:
     pairs = ([(i, 0) for i in range(start, start + 5)] for start in range(0, 40, 5))
-    return load_batches(ViewedSet(Deadly(how), Policy(), [collate]), pairs, workers=workers)
+    return load_batches(ViewedSet(Deadly(how), Policy(), [collate]), pairs, workers=workers, start_method=method)
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "exit"])
-def test_a_worker_that_dies_is_told_with_a_cure(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [
+        ("SIGKILL", "one was killed by SIGKILL, as the kernel does where memory runs out"),
+        ("SIGBUS", "one was killed by SIGBUS"),
+        ("exit", "one ended with exit code 3"),
+    ],
+)
+def test_a_worker_that_dies_is_told_with_cause_and_cure(how: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         _MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,)
     )  # it looks every 5 seconds
-    with pytest.raises(DataError, match=r"the 1 processes .* failed, as where one dies.*exited unexpectedly") as caught:
+    with pytest.raises(DataError, match=rf"the 1 processes .* failed; {cause}: .*exited unexpectedly") as caught:
         list(batches(how))
     for cure in ("--workers 0", "--shm-size", "smaller batch"):
         assert cure in caught.value.tip
@@ -167,12 +174,38 @@ def full(self: Tensor) -> Tensor:
     raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_1>: {os.strerror(errno.ENOSPC)} (28)")
 
 
-def test_no_room_for_a_batch_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "share_memory_", full)  # workers are forked
-    with pytest.raises(DataError, match=r"no shared memory left for a batch.*No space left") as caught:
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_without_room_for_a_batch_it_comes_through_a_pipe(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("softcache.errors._TOLD", set())
+    monkeypatch.setattr(Tensor, "share_memory_", full)
+    collate = odd if method == "fork" else full_and_odd  # a worker that is spawned imports it, and is full as well
+    found = list(batches("lives", 1, collate, method))
+    for mine, theirs in zip(batches("lives", 0, odd), found, strict=True):
+        assert theirs.by_pipe
+        for name in ("view", "none", "same"):
+            assert torch.equal(mine.inputs[0][name], theirs.inputs[0][name])
+    told = capsys.readouterr().err
+    assert told.count("too little shared memory for batches") == 1
+    assert "--shm-size" in told
+
+
+def test_workers_that_cannot_be_started_are_told_with_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock._make_name", refused)  # they lie in shared memory too
+    with pytest.raises(DataError, match=r"1 processes that load samples cannot be started: .*No space left") as caught:
         list(batches("lives"))
-    assert "--shm-size" in caught.value.tip
+    for cure in ("--workers 0", "--shm-size", "ulimit -n"):
+        assert cure in caught.value.tip
     assert len(list(batches("lives", workers=0))) == 8
+
+
+def full_and_odd(items: Sequence[np.ndarray]) -> dict[str, Any]:
+    Tensor.share_memory_ = full  # type: ignore[method-assign]
+    return odd(items)
 
 
 def odd(items: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_it_is_evaluated_to_the_numbers_of_its_version(
     assert cli.main([*command, "--quiet", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     del found["seconds"]
-    assert found.keys() == wanted["evaluation"].keys()
+    assert found.keys() >= wanted["evaluation"].keys()  # later versions say more
     for name, value in wanted["evaluation"].items():
         assert found[name] == (pytest.approx(value, rel=SLACK) if isinstance(value, float) else value), name
 

@@ -115,10 +115,16 @@ def test_a_batch_norm_with_its_activation_inside_lets_channels_through() -> None
     assert (("0", "out"), ("1", "out"), ("4", "in")) in [group.sides for group in groups]
 
 
-def test_channels_that_cannot_be_told_apart_are_left_whole() -> None:
-    samples = samples_of(trained(f"{JOINED}:groups"))
-    (group,) = channel_groups(samples.model.net, samples.run)
-    assert group.sides == (("fc", "in"), ("of_half", "out"))  # neither of the groups' sides, nor the half of it
+@pytest.mark.parametrize(
+    ("net", "sides"),
+    [
+        ("groups", (("fc", "in"), ("of_half", "out"))),  # neither of the two groups' sides, nor the half of it
+        ("mixed", (("free", "out"), ("shown", "in"))),  # no others are added, normalised together, or shown
+    ],
+)
+def test_channels_that_cannot_be_told_apart_are_left_whole(net: str, sides: tuple[Any, ...]) -> None:
+    samples = samples_of(trained(f"{JOINED}:{net}"))
+    assert [group.sides for group in channel_groups(samples.model.net, samples.run)] == [sides]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +205,35 @@ def test_with_data_the_answers_are_as_near_as_a_rank_allows() -> None:
     made = model.net[4](torch.cat(inputs)).detach().double().movedim(1, -1).reshape(-1, 16)  # type: ignore[index,operator]
     assert float((made - answers).square().sum()) == pytest.approx(float(squares[rank:].sum()), rel=1e-3)
     assert "by what they answer" in said
+
+
+def test_a_bias_is_no_part_of_the_answers() -> None:
+    """Of a linear layer whose bias is far larger than what its weights give."""
+    model = trained("softcache:mlp?hidden=20,18")
+    linear: Any = model.net[2]  # type: ignore[index]
+    linear.bias.data.fill_(100.0)
+    samples = samples_of(model, count=16)
+    inputs: list[torch.Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    samples.run_all()
+    hook.remove()
+    squares = torch.linalg.svdvals(torch.cat(inputs).double() @ linear.weight.detach().double().T) ** 2
+    rank = low_rank(model.net, samples, energy=0.95, keep=("0",))[0].factors["2"]
+    assert squares[:rank].sum() >= 0.95 * squares.sum() > squares[: rank - 1].sum()
+
+
+def test_a_layer_whose_weight_is_read_in_its_place_is_left_whole() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.called, self.fc = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.called(nn.functional.linear(x, self.read.weight))))
+
+    model = trained("softcache:mlp?hidden=8")
+    model.net = Reads()
+    assert set(low_rank(model.net, samples_of(model), rank=0.2)[0].factors) == {"called"}
 
 
 def test_only_layers_in_which_it_saves_are_factored_and_never_the_classifier() -> None:
@@ -371,6 +406,22 @@ def test_methods_compose_and_what_comes_out_is_a_run_folder(run: Path, tmp_path:
     assert again.after.parameters <= again.before.parameters == after.parameters
 
 
+def test_the_process_keeps_its_generators_and_threads(run: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state(), torch.get_num_threads()
+    shrunk(run, tmp_path / "out", "carve:depth=0.5", threads=before[1] + 1)
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
+
+
+def test_of_several_labels_the_table_tells_decisions(tmp_path: Path) -> None:
+    file = tmp_path / "m.py"
+    file.write_text("def pairs():\n    return [([float(i), 1.0, 2.0], [i % 2, 1]) for i in range(8)]\n")
+    torch.manual_seed(1)
+    model = load_model("softcache:mlp?hidden=64", num_classes=2, input_shape=(3,))
+    save_student(model, tmp_path / "student.safetensors", metadata={})
+    text = shrunk(tmp_path, tmp_path / "out", "lowrank:rank=0.2", eval_data=f"{file}:pairs").text()
+    assert "right decisions, not healed" in text and "top-1" not in text
+
+
 def test_a_smaller_student_is_healed_from_a_cache(run: Path, tmp_path: Path, images: str, quick_dump: Any) -> None:
     from softcache import train
 
@@ -424,7 +475,7 @@ MISTAKES = [
     ("carve", "carve wants one of depth, width and keep, and got none", "--by carve:depth=0.5"),
     ("carve:depth=0.5,width=0.5", "and got depth and width", "several are several --by"),
     ("carve:depth=1", "carve:depth=1: is the share that stays", ""),
-    ("carve:keep=layer9", "carve:keep=layer9: there is no such module", "did you mean 'layer"),
+    ("carve:keep=layer9", "there is no module 'layer9' to keep", "did you mean 'layer"),
     ("carve:keep=layer1,layer2,layer3", "every block of the repeated", "lie in layer1, layer2, layer3"),
     ("carve:deepth=0.5", "unknown parameter 'deepth'", "did you mean 'depth'"),
     ("prune", "there is no method 'prune'", "prune:unstructured or prune:structured"),
@@ -435,10 +486,14 @@ MISTAKES = [
     ("prune:structured,amount=0.5,importance=taylor", "importance=taylor: is none", "importance=l1 or importance=l2"),
     ("prune:structured,amount=0.01", "no channels can be left out", "lowrank"),
     ("lowrank", "lowrank wants either energy or rank", "lowrank:energy=0.95"),
-    ("lowrank:energy=2", "lowrank:energy=2.0: a share", ""),
+    ("lowrank:energy=2", "lowrank:energy=2: is a share", "energy=0.95"),
+    ("carve:depth=half", "parameter 'depth': 'half' is not float", ""),
+    ("lowrank:energy=0.9,keep=fcc", "there is no module 'fcc' to keep", "'fc'"),
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
     ("quantize:int8", "there is no method 'quantize'", "known: carve"),
+    ("lowrank:rank=0.5,samples=100", "unknown parameter 'samples'", "known: energy, keep, rank"),
+    ("carve:net=resnet8", "unknown parameter 'net'", ""),
 ]  # fmt: skip
 
 
@@ -458,7 +513,7 @@ def test_further_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([str(run), *small, str(tmp_path / "full")], "full: holds files already"),
         ([str(run), *small, str(tmp_path / "full/notes.txt")], "notes.txt: is a file"),
         (["softcache:cnn", *small, "x"], "'softcache:cnn' has no weights"),
-        ([str(tmp_path / "nowhere"), *small, "x"], "says nothing of the items that it takes"),
+        ([str(tmp_path / "nowhere"), *small, "x"], "is neither a run folder nor a model"),
         ([str(run), *small, "x", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         ([str(run), *small, "x", "--data", "nothing:here"], "nothing"),
     ):

@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from small_world import World, trained
 
 from softcache.data.transfer_set import open_transfer_set
-from softcache.errors import DataError, LossError
+from softcache.errors import DataError, LossError, TrainingError
 from softcache.losses.labelled import ce, mixed_ce
 from softcache.train.class_weights import class_weights
 
@@ -114,3 +114,17 @@ def test_a_run_weighs_its_classes_and_records_how(world: World, tmp_path: Path) 
         "name": "ce", "weight": 1.0, "smoothing": 0.1, "class_weights": "balanced",
     }  # fmt: skip
     assert "class_weights" not in json.loads((tmp_path / "plain/run.json").read_text())
+
+
+def test_a_run_whose_weights_changed_is_not_resumed(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "weights.tsv"
+    file.write_text("".join(f"{place}\t1\n" for place in range(5)))
+    config = world.config(tmp_path / "run", f"ce:class_weights={file}", cache=None)
+    trained(config)
+    about = (tmp_path / "run/run.json").read_bytes()
+    file.write_text("0\t50\n" + "".join(f"{place}\t1\n" for place in range(1, 5)))
+    with pytest.raises(TrainingError, match="began with other class weights: their file has changed"):
+        trained(config)
+    assert (tmp_path / "run/run.json").read_bytes() == about
+    file.write_text("".join(f"{place}\t1.0\n" for place in range(5)))
+    assert trained(config).steps == []  # the same weights, and finished

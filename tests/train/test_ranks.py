@@ -470,6 +470,56 @@ def test_two_ranks_refuse_what_one_process_began_and_a_batch_too_small(
         assert "the last of 301 samples in batches of 100 are 1, fewer than the 2 processes" in said
 
 
+def _stop_in_step(config: TrainConfig, rank: int | None, step: int) -> str:
+    """On each rank: one of them, or all, gets SIGTERM in a step; what the run says it stands at."""
+    own, calls = int(os.environ["RANK"]), 0
+
+    def signalled(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == step and rank in (own, None):
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    original, train.one_step = train.one_step, signalled
+    before = signal.signal(signal.SIGTERM, _raise_stopped)
+    try:
+        train.run(config, quiet=True)
+    except _Stopped as exc:
+        return exc.__notes__[0]
+    finally:
+        train.one_step = original
+        signal.signal(signal.SIGTERM, before)
+    return "it was not stopped"
+
+
+class _Stopped(BaseException):
+    pass
+
+
+def _raise_stopped(*_: Any) -> None:
+    raise _Stopped
+
+
+@pytest.mark.parametrize("rank", [0, 1, None])
+def test_a_signal_to_any_rank_stops_all_of_them_at_one_step(
+    world: World, pair: Group, tmp_path: Path, rank: int | None
+) -> None:
+    """At the end of the next step, since nobody waits for the votes; a run goes on from there as if nothing had been."""
+    config = world.config(tmp_path / "run", "kd", *CRD, epochs=2, student=world.spec("net?norm=true&dropout=0.3"))
+    told = pair(_stop_in_step, config, rank, 1)
+    assert (
+        told == [f"{tmp_path / 'run'} is saved in epoch 1 after step 2 of 3: the same command goes on from there"] * 2
+    )
+    told = pair(_stop_in_step, config, rank, 3)
+    assert (
+        told == [f"{tmp_path / 'run'} is saved in epoch 2 after step 3 of 3: the same command goes on from there"] * 2
+    )
+    for name in ("run", "alone"):
+        pair(outcome_of, replace(config, out=str(tmp_path / name)))
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "alone")
+
+
 # ------------------------------------------------------------------------------------------------------ torchrun itself
 
 QUIET = {"OMP_NUM_THREADS": "1"}  # torchrun warns where nobody has said so

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORLDS
@@ -22,7 +23,7 @@ from softcache.config import DumpConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import ConfigError, TrainingError
 from softcache.train.ranks import Ranks
-from softcache.train.refuse import check_finite, check_last_batch
+from softcache.train.refuse import check_finite, check_last_batch, smallest_piece
 
 
 class World:
@@ -281,7 +282,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "no labels": (
         "--cache {path}/unlabelled --data {pieces}:images?labels=none --loss dkd",
         "needs labels, and no sample of .* has one",
-        "soft targets need no labels",
+        "soft targets need no labels: learn from a cache",
     ),
     "several labels": (
         "--cache {path}/many --data {pieces}:images?labels=many --loss wsld",
@@ -397,6 +398,65 @@ def test_tensorboard_without_its_package(refused: Refused, monkeypatch: pytest.M
     said = refused("--tensorboard")
     assert "--tensorboard needs the package tensorboard" in said
     assert "tip: pip install 'softcache[tensorboard]'" in said
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "ranks", "accumulate", "smallest"),
+    [
+        pytest.param(17, 16, 1, 1, 1, id="one is left"),
+        pytest.param(18, 16, 1, 1, 2, id="two are left"),
+        pytest.param(1, 16, 1, 1, 1, id="one in all"),
+        pytest.param(32, 16, 1, 1, 16, id="none is left"),
+        pytest.param(19, 16, 2, 1, 1, id="of three left one process has one"),
+        pytest.param(17, 16, 2, 1, 0, id="a process has none"),
+        pytest.param(32, 16, 1, 5, 3, id="pieces"),
+        pytest.param(19, 16, 1, 3, 1, id="three are left for three pieces"),
+        pytest.param(18, 16, 1, 3, 1, id="two are left for three pieces"),
+        pytest.param(22, 16, 3, 2, 1, id="pieces of processes"),
+    ],
+)
+def test_the_smallest_piece(count: int, batch_size: int, ranks: int, accumulate: int, smallest: int) -> None:
+    assert smallest_piece(count, batch_size, Ranks(0, ranks), accumulate) == smallest
+    pieces = []
+    for first in range(0, count, batch_size):
+        shares = Ranks(0, ranks).shares(min(batch_size, count - first))
+        number = min(accumulate, *shares)
+        pieces += [len(p) for share in shares for p in np.array_split(np.empty(share), max(1, number))]
+    assert min(pieces) == smallest
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "tip"),
+    [
+        pytest.param("17", [], "such as 17", id="last"),
+        pytest.param("35", ["--accumulate", "3"], "such as 18", id="pieces"),
+        pytest.param("1", [], "more samples", id="one in all"),
+    ],
+)
+def test_a_batchnorm_that_would_see_one_sample_is_refused_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, more: list[str], tip: str
+) -> None:
+    argv = [
+        "train",
+        "--data",
+        f"digits?rows=0-{int(rows) - 1}",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+        "--threads",
+        "1",
+    ]
+    argv += ["--loss", "ce", "--device", "cpu", "--quiet"]
+    out = ["--out", str(tmp_path / "run")]
+    assert cli.main([*argv, *more, "--student", "softcache:vgg8", *out]) == 2
+    said = capsys.readouterr().err
+    assert f"error: of {rows} samples in batches of 16" in said
+    assert "has a BatchNorm that needs two" in said
+    assert said.rstrip().endswith(tip)
+    assert not (tmp_path / "run").exists()
+    # maps of several places have values enough, and views of a visit are further rows
+    assert cli.main([*argv, *more, "--student", "softcache:resnet8x4", *out]) == 0
 
 
 def test_a_last_batch_smaller_than_the_processes() -> None:

@@ -8,7 +8,9 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,10 +26,13 @@ from training import stopped_after
 
 from softcache import cli
 from softcache.errors import TrainingError
+from softcache.train import flow, session, stop
 from softcache.train.checkpoint import Progress, Trained, read_progress, restore, save_progress
 from softcache.train.ranks import Ranks
 
 EPOCHS, STEPS = 3, 12
+SLOW = pytest.mark.slow
+TERM, INT = signal.SIGTERM, signal.SIGINT
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +223,91 @@ def test_stopped_after_any_step_and_resumed(folder: Path, undisturbed: Path, tmp
     assert differing(*states) == []
     assert {"net", "parts", "optimizer", "average", "random"} <= states[0].keys()
     assert any(name.endswith("student_bank") for name in states[0]["parts"])
+
+
+@pytest.mark.parametrize(
+    ("place", "calls", "number", "where"),
+    [
+        pytest.param(
+            "one_step",
+            1,
+            signal.SIGTERM,
+            "in epoch 1 after step 1 of 3",
+            id="in the first step",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("one_step", 8, INT, "in epoch 3 after step 2 of 3", id="in a step of the second stage"),
+        pytest.param(
+            "one_step",
+            6,
+            signal.SIGTERM,
+            "in epoch 2 after step 3 of 3",
+            id="in the last step of an epoch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("evaluate", 2, TERM, "in epoch 2 after step 3 of 3", id="while it is evaluated"),
+        pytest.param("save_progress", 1, INT, "after epoch 1", id="while it is saved", marks=pytest.mark.slow),
+        pytest.param("make_optimizer", 2, TERM, "after epoch 2", id="between two stages", marks=pytest.mark.slow),
+        pytest.param("save_progress", 4, TERM, None, id="while it is saved for the last time"),
+    ],
+)
+def test_a_signal_saves_the_run_where_it_stands(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: Any, capsys: Any,
+    place: str, calls: int, number: int, where: str | None,
+) -> None:  # fmt: skip
+    module, argv = (session if place == "evaluate" else flow), everything(folder, tmp_path / "run")
+    original, left = getattr(module, place), calls
+
+    def signalled(*args: Any, **more: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            if place == "evaluate":
+                torch.rand(1), random.random()  # what was drawn before it is broken off will be drawn again
+            signal.raise_signal(number)
+        return original(*args, **more)
+
+    monkeypatch.setattr(module, place, signalled)
+    handlers = [signal.getsignal(one) for one in (TERM, INT)]
+    assert cli.main(argv) == 128 + number
+    assert [signal.getsignal(one) for one in (TERM, INT)] == handlers
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    told = f"run is saved {where}: the same command goes on from there" if where else "goes on from the checkpoint in"
+    assert re.search(f"softcache: {word}; .*{told}", capsys.readouterr().err)
+    assert cli.main(argv) == 0
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+    states = [torch.load(place / "checkpoint.pt", weights_only=True) for place in (tmp_path / "run", undisturbed)]
+    assert differing(*states) == []
+
+
+def test_a_signal_before_the_first_step_has_nothing_to_save(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(flow, "rehearse", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(command(folder, tmp_path / "run")) == 143
+    assert capsys.readouterr().err.endswith("terminated; nothing was learned yet; the same command starts again\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_step_that_takes_too_long_is_given_up(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, number: int
+) -> None:
+    """After a grace, or a second Ctrl-C; two signals at once are one."""
+    monkeypatch.setattr(stop, "GRACE_S" if number == signal.SIGTERM else "TWICE_S", 0.05)
+
+    def endless(*_: Any) -> Any:
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        for _ in range(200):
+            time.sleep(0.06)
+            if number == signal.SIGINT:
+                signal.raise_signal(number)
+        raise AssertionError("it went on for ever")
+
+    monkeypatch.setattr(flow, "one_step", endless)
+    assert cli.main(command(folder, tmp_path / "run")) == 128 + number
+    assert capsys.readouterr().err.endswith("nothing was learned yet; the same command starts again\n")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
     python tools/docs/loss_factors.py             # prints it
     python tools/docs/loss_factors.py --write     # puts it into the page
+    python tools/docs/loss_factors.py --quick     # prints its first two lines
 
 Every line is computed on DRAWS, in float64, with the formulas of `other_losses.py`: a constant is checked on each draw, and
 where there is none the smallest and the largest ratio are shown. tests/losses/test_factors.py does the same, and compares the
@@ -386,11 +387,15 @@ def markdown(rows: Iterable[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into the page instead of printing")
-    if parser.parse_args().write:
+    parser.add_argument("--quick", action="store_true", help="print the first two lines only")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.quick:
+        parser.error("--write does not take --quick: the page has every line")
+    if arguments.write:
         made = between(PAGE.read_text(encoding="utf-8"), markdown(ROWS), BEGIN, END)
         PAGE.write_text(made, encoding="utf-8")
     else:
-        print(markdown(ROWS))
+        print(markdown(ROWS[:2] if arguments.quick else ROWS))
 
 
 if __name__ == "__main__":

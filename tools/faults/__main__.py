@@ -7,6 +7,7 @@
     python tools/faults errno                     ENOSPC, EDQUOT, EIO, EROFS, EACCES, EINTR, short writes: at every call
     python tools/faults fulldisk                  a really full small file system, at many fill levels
     python tools/faults many                      8 dumpers and 16 readers on one folder
+    python tools/faults term --count 50           SIGTERM of `softcache train`, on one process and two, with workers and without
     python tools/faults --quick                   a few trials of each; `kill --quick`: of one
 
 The writer is small, torch-free and deterministic: two members, views, dense rows, constants, a probe, two parts, and an
@@ -34,9 +35,10 @@ from faults.kill import kill, kill_full_command
 from faults.prefixes import prefixes
 from faults.report import Report
 from faults.strace import may_trace, record_of, strace
+from faults.term import term
 from faults.watched import Call, one_of_each
 
-COMMANDS = ("kill", "prefixes", "strace", "errno", "fulldisk", "many")
+COMMANDS = ("kill", "prefixes", "strace", "errno", "fulldisk", "many", "term")
 MEMORY = Path("/dev/shm")  # an fsync costs nothing there
 
 
@@ -81,6 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     subs["fulldisk"].add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     subs["many"].add_argument("--dumpers", type=int, default=8)
     subs["many"].add_argument("--readers", type=int, default=16)
+    subs["term"].add_argument("--count", type=int, default=50)
     subs["write"].add_argument("path", type=Path)
     subs["write"].add_argument("--record", type=Path, required=True)
     arguments = parser.parse_args(argv)
@@ -104,6 +107,8 @@ def run(arguments: argparse.Namespace, root: Path) -> Report:
     if arguments.command == "fulldisk":
         steps = 3 if quick else arguments.steps
         return fill_up(arguments.inside, steps) if arguments.inside else fulldisk(root, steps)
+    if arguments.command == "term":
+        return term(root, 4 if quick else arguments.count, arguments.seed)
     return many(root, 4, 3) if quick else many(root, arguments.dumpers, arguments.readers)
 
 

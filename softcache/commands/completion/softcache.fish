@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -76,7 +76,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l samples -xka "(__fish_
 complete -c softcache -n '_shtab_softcache_using plan' -l without -xka "(__fish_complete_path (commandline -ct))" -d 'no samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using plan' -l download -d 'let torchvision download a data set that is not there'
 complete -c softcache -n '_shtab_softcache_using plan' -l device -x -d 'cpu, cuda, cuda:1, ...; auto takes a GPU where there is one (default: auto)'
-complete -c softcache -n '_shtab_softcache_using plan' -l threads -x -d 'CPU threads of torch (default: all cores this process may use)'
+complete -c softcache -n '_shtab_softcache_using plan' -l threads -x -d 'CPU threads of torch (default: OMP_NUM_THREADS, else all cores this process may use)'
 complete -c softcache -n '_shtab_softcache_using plan' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using plan' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using plan' -l teacher -x -d 'MODEL@WEIGHTS or a run folder; repeat for an ensemble'
@@ -110,7 +110,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l samples -xka "(__fish_
 complete -c softcache -n '_shtab_softcache_using dump' -l without -xka "(__fish_complete_path (commandline -ct))" -d 'no samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using dump' -l download -d 'let torchvision download a data set that is not there'
 complete -c softcache -n '_shtab_softcache_using dump' -l device -x -d 'cpu, cuda, cuda:1, ...; auto takes a GPU where there is one (default: auto)'
-complete -c softcache -n '_shtab_softcache_using dump' -l threads -x -d 'CPU threads of torch (default: all cores this process may use)'
+complete -c softcache -n '_shtab_softcache_using dump' -l threads -x -d 'CPU threads of torch (default: OMP_NUM_THREADS, else all cores this process may use)'
 complete -c softcache -n '_shtab_softcache_using dump' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using dump' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using dump' -l teacher -x -d 'MODEL@WEIGHTS or a run folder; repeat for an ensemble'
@@ -150,7 +150,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l samples -xka "(__fish
 complete -c softcache -n '_shtab_softcache_using train' -l without -xka "(__fish_complete_path (commandline -ct))" -d 'no samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using train' -l download -d 'let torchvision download a data set that is not there'
 complete -c softcache -n '_shtab_softcache_using train' -l device -x -d 'cpu, cuda, cuda:1, ...; auto takes a GPU where there is one (default: auto)'
-complete -c softcache -n '_shtab_softcache_using train' -l threads -x -d 'CPU threads of torch (default: all cores this process may use)'
+complete -c softcache -n '_shtab_softcache_using train' -l threads -x -d 'CPU threads of torch (default: OMP_NUM_THREADS, else all cores this process may use)'
 complete -c softcache -n '_shtab_softcache_using train' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using train' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using train' -l student -xka "(__fish_complete_path (commandline -ct))" -d 'MODEL or MODEL@WEIGHTS'
@@ -180,6 +180,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l on-drift -xka "error 
 complete -c softcache -n '_shtab_softcache_using train' -l policy -x -d 'one step of the view policy, without a cache; repeat'
 complete -c softcache -n '_shtab_softcache_using train' -l view-seed -x -d 'root seed of the views, without a cache and of --augment'
 complete -c softcache -n '_shtab_softcache_using train' -l epochs -x -d 'passes over the data (default: 20)'
+complete -c softcache -n '_shtab_softcache_using train' -l more-epochs -x -d 'let the run in --out, of --epochs, go on for so many more; of stages the last'
 complete -c softcache -n '_shtab_softcache_using train' -l batch-size -x -d 'samples per step (default: 128)'
 complete -c softcache -n '_shtab_softcache_using train' -l optimizer -xka "sgd adam adamw" -d 'what makes the steps (default: adamw)'
 complete -c softcache -n '_shtab_softcache_using train' -l lr -x -d 'learning rate at its peak (default: 0.001)'
@@ -215,7 +216,7 @@ complete -c softcache -n '_shtab_softcache_using eval' -l samples -xka "(__fish_
 complete -c softcache -n '_shtab_softcache_using eval' -l without -xka "(__fish_complete_path (commandline -ct))" -d 'no samples whose keys this file lists, one a line'
 complete -c softcache -n '_shtab_softcache_using eval' -l download -d 'let torchvision download a data set that is not there'
 complete -c softcache -n '_shtab_softcache_using eval' -l device -x -d 'cpu, cuda, cuda:1, ...; auto takes a GPU where there is one (default: auto)'
-complete -c softcache -n '_shtab_softcache_using eval' -l threads -x -d 'CPU threads of torch (default: all cores this process may use)'
+complete -c softcache -n '_shtab_softcache_using eval' -l threads -x -d 'CPU threads of torch (default: OMP_NUM_THREADS, else all cores this process may use)'
 complete -c softcache -n '_shtab_softcache_using eval' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using eval' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using eval' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s, and of the cache'"'"'s: lines with a tab between the two'
@@ -270,7 +271,7 @@ complete -c softcache -n '_shtab_softcache_using export' -l download -d 'let tor
 complete -c softcache -n '_shtab_softcache_using export' -l allow-code -d 'believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data'
 complete -c softcache -n '_shtab_softcache_using export' -l batch-size -x -d 'samples per forward pass of the verification (default: 512)'
 complete -c softcache -n '_shtab_softcache_using export' -l device -x -d 'where the verification runs; ONNX always on the CPU (default: auto)'
-complete -c softcache -n '_shtab_softcache_using export' -l threads -x -d 'CPU threads (default: all cores this process may use)'
+complete -c softcache -n '_shtab_softcache_using export' -l threads -x -d 'CPU threads (default: OMP_NUM_THREADS, else all cores this process may use)'
 complete -c softcache -n '_shtab_softcache_using export' -l workers -x -d 'loader processes (default: 0 on a CPU, 4 with a GPU)'
 complete -c softcache -n '_shtab_softcache_using export' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
 complete -c softcache -n '_shtab_softcache_using export' -l set -x -d 'one setting; repeat'
