@@ -276,6 +276,9 @@ class TrainConfig(MachineOptions, DataOptions):
     )
     view_seed: int = option(0, "root seed of the views, without a cache and of --augment", metavar="SEED")
     epochs: int = option(20, "passes over the data", metavar="N")
+    more_epochs: int | None = option(
+        None, "let the run in --out, of --epochs, go on for so many more; of stages the last", metavar="N"
+    )
     batch_size: int = option(128, "samples per step", metavar="B")
     optimizer: str = option("adamw", "what makes the steps", choices=("sgd", "adam", "adamw"))
     lr: float = option(1e-3, "learning rate at its peak", metavar="LR")

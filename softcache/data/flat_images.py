@@ -16,9 +16,9 @@ from softcache.data.sources import (
     Source,
     StringTable,
     image_files,
-    read_unpacked,
     utf8_keys,
 )
+from softcache.data.text_rows import LOOKED_AT, Layout, TextFile, records
 from softcache.errors import DataError, first_offenders, note_once
 
 
@@ -96,16 +96,16 @@ def _labelled(file: Path, keys: StringTable, classes: tuple[str, ...]) -> tuple[
     return found, names
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Number, name and label of each line."""
-    try:
-        content = read_unpacked(file).decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        raise DataError(f"{file}: not UTF-8 ({exc.reason})", tip="convert the file to UTF-8") from None
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
+def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Number, name and label of each line; either may stand in quotes, as in CSV, and a name without them may hold commas."""
+    file = TextFile(path)
+    begins = file.read(0, min(LOOKED_AT, file.size)).partition(b"\n")[0]
+    separator = "\t" if b"\t" in begins else ","
+    for _, number, cells in records(file, Layout(separator, quotes=True)):
+        assert isinstance(cells, list)
+        *names, label = cells
+        if not names and not label.strip():
             continue
-        name, separator, label = line.rpartition("\t" if "\t" in line else ",")
-        if not separator:
-            raise DataError(f"{file}, line {number}: {line[:60]!r} is no name and label", tip="put a tab between them")
-        yield number, name.strip().strip('"').removeprefix("./"), label.strip().strip('"')
+        if not names:
+            raise DataError(f"{path}, line {number}: {label[:60]!r} is no name and label", tip="put a tab between them")
+        yield number, separator.join(names).strip().removeprefix("./"), label.strip()

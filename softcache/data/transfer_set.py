@@ -28,7 +28,7 @@ from softcache.data.classes import check_classes, class_indices, places_in
 from softcache.data.flat_images import flat_images
 from softcache.data.hf_datasets import hf_dataset, is_saved
 from softcache.data.identity import file_digest, item_digest
-from softcache.data.label_kind import has_several
+from softcache.data.label_kind import has_several, is_known
 from softcache.data.map_style import from_factory, from_torchvision
 from softcache.data.selection import of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder
@@ -80,6 +80,11 @@ class TransferSet(Dataset[tuple[Any, Any]]):
     def multi_label(self) -> bool:
         """True where a sample may have several classes."""
         return has_several(self.labels)
+
+    @property
+    def labelled(self) -> int:
+        """How many samples have a label; of several labels, one that is known."""
+        return int(is_known(self.labels).reshape(len(self), -1).any(axis=1).sum())
 
     @property
     def num_classes(self) -> int:

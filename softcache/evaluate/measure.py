@@ -336,11 +336,11 @@ def _fitted_bias(
         model = _load(model_text, held_out, policy, None, config)
     rows: list[Tensor] = []
     hook = model.register_forward_hook(lambda _model, _inputs, logits: rows.append(logits.detach().float().cpu()))
+    order = _order(model_text, model, held_out, read_classes_map(config.classes_map))
     try:
-        evaluate(model, held_out, policy, **_how(config))
+        evaluate(model, held_out, policy, **_how(config), order=order)
     finally:
         hook.remove()
-    order = _order(model_text, model, held_out, read_classes_map(config.classes_map))
     logits = torch.cat(rows) if order is None else torch.cat(rows)[:, list(order)]
     added = torch.tensor([given.get(name, 0.0) for name in transfer_set.class_names])
     shift = best_shift(logits + added, torch.from_numpy(held_out.labels), classes)

@@ -60,6 +60,9 @@ class Curve(Protocol):
     @property
     def bounds(self) -> tuple[float, float]: ...
 
+    @property
+    def follows_length(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -71,6 +74,10 @@ class Constant:
     @property
     def bounds(self) -> tuple[float, float]:
         return self.value, self.value
+
+    @property
+    def follows_length(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,10 @@ class Ramp:
     def bounds(self) -> tuple[float, float]:
         return min(self.first, self.last), max(self.first, self.last)
 
+    @property
+    def follows_length(self) -> bool:
+        return self.until is None
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -111,6 +122,10 @@ class Steps:
     def bounds(self) -> tuple[float, float]:
         values = [self.value * self.gamma**passed for passed in range(len(self.places) + 1)]
         return min(values), max(values)
+
+    @property
+    def follows_length(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,10 @@ class Piecewise:
     def bounds(self) -> tuple[float, float]:
         values = [value for _, value in self.points]
         return min(values), max(values)
+
+    @property
+    def follows_length(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -154,6 +173,10 @@ class Warmup:
     def bounds(self) -> tuple[float, float]:
         lowest, highest = self.after.bounds
         return min(0.0, lowest), max(0.0, highest)
+
+    @property
+    def follows_length(self) -> bool:
+        return self.after.follows_length
 
 
 @dataclass(frozen=True)
@@ -187,6 +210,11 @@ class Schedule:
     def bounds(self) -> tuple[float, float]:
         """The lowest and the highest value that it takes, or could take in a longer stage."""
         return self.curve.bounds
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether its value at a place depends on how long the stage is."""
+        return self.curve.follows_length
 
     @property
     def recorded(self) -> float | str:

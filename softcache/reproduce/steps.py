@@ -213,8 +213,7 @@ def _looked_at(spec: str, *, download: bool) -> Data:
     hasher = hashlib.sha256("\n".join([str(len(data)), *data.keys, *data.class_names]).encode())
     hasher.update(np.ascontiguousarray(data.labels).tobytes())
     hasher.update(b"".join(data.load(index)[1] for index in spread))
-    labelled = len(data) if data.multi_label else int((data.labels >= 0).sum())
-    return Data(hasher.hexdigest(), data.select(np.array(spread)), labelled)
+    return Data(hasher.hexdigest(), data.select(np.array(spread)), data.labelled)
 
 
 def _model_identity(model: str) -> str:

@@ -19,7 +19,6 @@ from softcache.data.class_counts import chance_warning, described, listed_warnin
 from softcache.data.classes import class_indices, read_classes_map
 from softcache.data.identity import sample_ids
 from softcache.data.join import SPREAD
-from softcache.data.label_kind import is_known
 from softcache.data.loading import (
     LoadedBatch,
     Pair,
@@ -314,7 +313,7 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         transfer_set = transfer_set.with_classes(config.classes)
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
-    labelled = int(is_known(transfer_set.labels).reshape(len(transfer_set), -1).any(axis=1).sum())
+    labelled = transfer_set.labelled
     check_labels(terms, labelled=labelled, name=transfer_set.name)
     warnings = list(_class_warnings(transfer_set, cache))
     if teacher is not None:

@@ -41,6 +41,7 @@ from softcache.train.checkpoint import (
 )
 from softcache.train.learner import Learner, backward, over_ranks, tapped
 from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
+from softcache.train.more_epochs import as_in_the_longer, claimed
 from softcache.train.objective import Given, Objective, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
 from softcache.train.outlook import outlook, reach_of, single_samples
@@ -50,7 +51,6 @@ from softcache.train.run_folder import (
     BEST,
     STUDENT,
     check_same_data,
-    claim_folder,
     data_fingerprint,
     describe_run,
     only_writer,
@@ -95,7 +95,8 @@ def run(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         ['ce', 'epoch', 'kd', 'loss', 'lr', 'seconds', 'view']
     """
     check(config)
-    out, device = claim_folder(config), pick_device(config.device)
+    config = claimed(config)
+    out, device = Path(config.out), pick_device(config.device)
     with told_where_it_stands(out), joined_ranks(device) as ranks, only_writer(out, ranks):
         return learn(config, ranks, quiet=quiet or not ranks.first)
 
@@ -187,6 +188,7 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     weights = weights if any(weights) else []
     check_same_data(prepared.out, data, weights)
     session = Session(prepared, *read_progress(prepared.out, ranks), stop=Stop(ranks))
+    as_in_the_longer(session.progress, prepared)
     if ranks.first:
         require_room(prepared.out, bytes_of(prepared), "checkpoints and student need")
         published = prepared.model.weights_told

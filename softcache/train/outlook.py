@@ -235,7 +235,7 @@ def _of_parameters(prepared: Prepared, reaches: Sequence[Reach]) -> Iterator[str
 def _of_judgement(prepared: Prepared) -> Iterator[str]:
     """Settings that go by evaluations, and evaluations that can count nothing."""
     config, data = prepared.config, prepared.material.eval_set
-    if data is None or data.multi_label or (data.labels >= 0).any():
+    if data is None or data.labelled:
         return
     if config.keep == "best":
         yield f"{data.name} has no labels, so that no epoch is better than another: --keep best keeps the last"

@@ -23,6 +23,8 @@ def check(config: TrainConfig) -> None:
     for name in ("batch_size", "accumulate", "views_per_visit", "eval_every"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if config.more_epochs is not None and config.more_epochs < 1:
+        raise ConfigError(f"--more-epochs {config.more_epochs}: must be at least 1")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"--seed {config.seed}: must be between 0 and 4294967295")
     if config.checkpoint_every is not None and config.checkpoint_every < 1:

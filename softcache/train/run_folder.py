@@ -58,16 +58,9 @@ def claim_folder(config: TrainConfig) -> Path:
     # listed before the run is read: a process that begins at the same moment writes run.json before anything else
     strangers = out.is_dir() and any(not _is_left(path.name) for path in out.iterdir())
     if about := _read_run(out):
-        before = about["config"]
-        now = json.loads(json.dumps(_comparable(config)))
-        usual = json.loads(json.dumps({f.name: f.default for f in fields(config) if f.default is not MISSING}))
-        then = {key: before.get(key, usual.get(key)) for key in now}  # an older run did not know every setting
-        if then["cache"] and now["cache"]:
-            then["cache"] = now["cache"]  # it may have moved: the run holds its id
-        then["allow_code"] = now["allow_code"]  # whom its user believes is no part of what is computed
-        changed = [key for key in now if now[key] != then[key]]
+        changed = _changed(about["config"], config)
         if changed:
-            listing = "; ".join(f"{key} was {_short(then[key])}, is now {_short(now[key])}" for key in changed[:6])
+            listing = "; ".join(f"{key} was {_short(then)}, is now {_short(now)}" for key, (then, now) in changed[:6])
             raise TrainingError(
                 f"{out}: holds a run with other settings: {listing}",
                 tip="choose another --out; the same settings resume the run",
@@ -75,6 +68,23 @@ def claim_folder(config: TrainConfig) -> Path:
     elif strangers:
         raise TrainingError(f"{out}: holds files that are no run", tip="choose another --out")
     return out
+
+
+def holds_run_of(out: Path, config: TrainConfig) -> bool:
+    """Whether there is a run in the folder, and it is one with these settings."""
+    about = _read_run(out)
+    return bool(about) and not _changed(about["config"], config)
+
+
+def _changed(before: Mapping[str, Any], config: TrainConfig) -> list[tuple[str, tuple[Any, Any]]]:
+    """The settings that belong to what is computed and differ from a run's, each with (then, now)."""
+    now = json.loads(json.dumps(_comparable(config)))
+    usual = json.loads(json.dumps({f.name: f.default for f in fields(config) if f.default is not MISSING}))
+    then = {key: before.get(key, usual.get(key)) for key in now}  # an older run did not know every setting
+    if then["cache"] and now["cache"]:
+        then["cache"] = now["cache"]  # it may have moved: the run holds its id
+    then["allow_code"] = now["allow_code"]  # whom its user believes is no part of what is computed
+    return [(key, (then[key], now[key])) for key in now if now[key] != then[key]]
 
 
 def _short(value: Any) -> str:

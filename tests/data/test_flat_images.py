@@ -47,6 +47,17 @@ def test_labels_come_from_a_table_by_key_with_or_without_ending(
     assert declared.class_names == ("cow", "dog", "cat") and declared.labels.tolist() == [2, 1, -1]
 
 
+def test_names_and_labels_stand_in_quotes_as_in_csv(folder: Path) -> None:
+    (folder / "b, c.png").write_bytes((folder / "a.png").read_bytes())
+    file = folder / "labels.csv"
+    file.write_text('a.png,"Paris, Texas"\nb/c.jpg,"say ""so""\u2028now"\n"b, c.png",Rome\nb/d e.PNG,Rome\n')
+    found = open_transfer_set(f"images:{folder}?labels={file}")
+    assert [found.class_names[label] for label in found.labels] == ["Paris, Texas", "Rome", 'say "so"\u2028now', "Rome"]
+    file.write_text("b, c.png,Rome\n\na.png,Paris\n")  # a comma too many is the name's
+    found = open_transfer_set(f"images:{folder}?labels={file}")
+    assert found.labels.tolist() == [0, 1, -1, -1] and found.class_names == ("Paris", "Rome")
+
+
 def test_classes_are_declared_by_name_or_number(folder: Path) -> None:
     assert open_transfer_set(f"images:{folder}?classes=3").class_names == ("0", "1", "2")
     assert open_transfer_set(f'images:{folder}?classes="a, b",c').class_names == ("a, b", "c")

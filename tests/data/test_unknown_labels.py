@@ -80,7 +80,7 @@ def test_yes_alone_beside_unknown_is_a_set() -> None:
 
 def test_unknown_is_counted_as_neither() -> None:
     found = opened(KNOWN)
-    assert class_counts(found).tolist() == [1, 1, 1]
+    assert class_counts(found).tolist() == [1, 1, 1] and found.labelled == 3
     assert described(found) == "3 classes: 0 1, 1 1, 2 1; 4 of 12 answers not known"
     assert of_classes(found.labels, found.class_names, ["2"]).tolist() == [False, False, True, False]
     assert found.with_classes(["2", "0"]).labels.tolist() == KNOWN[:, [0, 2]].tolist()

@@ -127,8 +127,8 @@ def test_a_models_classes_are_brought_into_the_datas_order(pieces: Path) -> None
     own, turned = (measured(f"{pieces}:{name}", data, bias=("cat=0.5",)) for name in ("net", "turned"))
     assert (turned.errors, turned.class_errors) == (own.errors, own.class_errors)
     assert turned.nll == pytest.approx(own.nll)
-    fitted = [measured(f"{pieces}:{name}", data, **fit).bias["bee"] for name in ("net", "turned")]
-    assert fitted[0] == pytest.approx(fitted[1]) and fitted[0] != 0
+    fitted = [measured(f"{pieces}:{name}", data, **fit).bias["bee"] for name in ("net", "turned", "wider")]
+    assert fitted[0] == pytest.approx(fitted[1]) == pytest.approx(fitted[2]) and fitted[0] != 0
     with pytest.raises(ModelError, match="knows other classes than the data has, for example 'hen'"):
         measured(f"{pieces}:turned?names=ant+bee+cat+dog+eel+fox+hen", data)
 

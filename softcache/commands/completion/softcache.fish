@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -180,6 +180,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l on-drift -xka "error 
 complete -c softcache -n '_shtab_softcache_using train' -l policy -x -d 'one step of the view policy, without a cache; repeat'
 complete -c softcache -n '_shtab_softcache_using train' -l view-seed -x -d 'root seed of the views, without a cache and of --augment'
 complete -c softcache -n '_shtab_softcache_using train' -l epochs -x -d 'passes over the data (default: 20)'
+complete -c softcache -n '_shtab_softcache_using train' -l more-epochs -x -d 'let the run in --out, of --epochs, go on for so many more; of stages the last'
 complete -c softcache -n '_shtab_softcache_using train' -l batch-size -x -d 'samples per step (default: 128)'
 complete -c softcache -n '_shtab_softcache_using train' -l optimizer -xka "sgd adam adamw" -d 'what makes the steps (default: adamw)'
 complete -c softcache -n '_shtab_softcache_using train' -l lr -x -d 'learning rate at its peak (default: 0.001)'

@@ -381,6 +381,7 @@ _shtab_softcache_train_options=(
   "*--policy[one step of the view policy, without a cache\; repeat]:STEP:"
   "--view-seed[root seed of the views, without a cache and of --augment]:SEED:"
   "--epochs[passes over the data (default\: 20)]:N:"
+  "--more-epochs[let the run in --out, of --epochs, go on for so many more\; of stages the last]:N:"
   "--batch-size[samples per step (default\: 128)]:B:"
   "--optimizer[what makes the steps (default\: adamw)]:{sgd,adam,adamw}:(sgd adam adamw)"
   "--lr[learning rate at its peak (default\: 0.001)]:LR:"
