@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from softcache.commands.flags import STARTS_AGAIN, parse
-from softcache.errors import SoftcacheError, UntrustedError
+from softcache.errors import ConfigError, SoftcacheError, UntrustedError, utf8_tip
 from softcache.report.screen import on_screen
 
 EXIT_USER, EXIT_INTERRUPT, EXIT_TERMINATED = 2, 130, 143
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     with on_screen(), _sigterm_raised():
         try:
+            _refuse_undecoded(words)
             command = parse(words)
             after_stop = command.verb.after_stop
             code = command.run()
@@ -61,11 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_error(f"{exc.filename}: {exc.strerror}")
             return EXIT_USER
         except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                tip = "let it open more: `ulimit -n 4096` before the same command; --read mmap holds no file open"
+                _print_error(f"{exc.filename or 'opening a file'}: {exc.strerror}", tip=tip)
+                return EXIT_USER
             if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
             tip = "free some space and run the same command again"
             _print_error(f"{exc.filename or 'writing'}: {exc.strerror}", tip=tip)
             return EXIT_USER
+
+
+def _refuse_undecoded(words: Sequence[str]) -> None:
+    """Raise ConfigError for a word that is not UTF-8: it could not be written down."""
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(f"{word!r} is not UTF-8", tip=utf8_tip("rename what it names")) from None
 
 
 def _print_error(message: str, notes: Sequence[str] = (), tip: str = "") -> None:
@@ -95,6 +109,15 @@ def _raise_terminated(signum: int, frame: Any) -> None:
     raise _Terminated
 
 
+def _open_standard_streams() -> None:
+    """Let what was closed before Python began be /dev/null: what is told would be written into the file opened in its place."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 def run_and_exit() -> NoReturn:
     """The command of this process, and its end.
 
@@ -102,6 +125,8 @@ def run_and_exit() -> NoReturn:
     gloo group, which DistributedDataParallel keeps alive, may let go of a tensor meanwhile, and to ask for Python's lock then
     aborts the process ("terminate called without an active exception").
     """
+    _open_standard_streams()
+    os.umask(os.umask(0o077) | 0o002)  # what libraries write into a run folder is not for everyone to change either
     try:
         code = main()
     except Exception:

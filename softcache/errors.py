@@ -192,6 +192,14 @@ def printable(text: str) -> str:
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def utf8_tip(rename: str) -> str:
+    """What helps where a name is not UTF-8 to Python: renaming, or telling Python that names are UTF-8."""
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower().replace("-", "") == "utf8":
+        return rename
+    return f"this Python takes names for {encoding}, as the locale says: set LC_ALL=C.UTF-8 and no PYTHONUTF8=0"
+
+
 _TOLD: set[str] = set()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from softcache.data.identity import sample_id
-from softcache.errors import ConfigError, DataError, require_extra, warn_once
+from softcache.errors import ConfigError, DataError, require_extra, utf8_tip, warn_once
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 KEEPS_EMPTY = (".gitkeep", ".keep", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
@@ -237,7 +237,7 @@ def utf8_keys(path: Path, keys: Iterable[str]) -> StringTable:
     try:
         return StringTable(keys)
     except UnicodeEncodeError as exc:
-        raise DataError(f"{path}: a file name is not UTF-8: {exc.object!r}", tip="rename the file") from None
+        raise DataError(f"{path}: a file name is not UTF-8: {exc.object!r}", tip=utf8_tip("rename the file")) from None
 
 
 def image_files(folder: Path) -> list[Path]:

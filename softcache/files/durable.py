@@ -22,6 +22,7 @@ from softcache.errors import DiskSpaceError, DumpError, SoftcacheError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+FILE, FOLDER = 0o664, 0o775  # nothing that everyone may write, whatever the umask allows
 WRONG_NAME = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -61,7 +62,7 @@ def explained(call: str, path: Path) -> Iterator[None]:
 
 def _open(path: Path, flags: int) -> OpenFile:
     with explained("open", path):
-        return OpenFile(os.open(path, flags | os.O_CLOEXEC, 0o666), path)
+        return OpenFile(os.open(path, flags | os.O_CLOEXEC, FILE), path)
 
 
 def create(path: Path) -> OpenFile:
@@ -72,7 +73,7 @@ def create(path: Path) -> OpenFile:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with explained("open", path):
         try:
-            return OpenFile(os.open(path, flags, 0o666), path)
+            return OpenFile(os.open(path, flags, FILE), path)
         except FileExistsError:
             pass
     remove(path)
@@ -190,7 +191,7 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     with explained("mkdir", path):
         try:
-            os.mkdir(path)
+            os.mkdir(path, FOLDER)
         except FileExistsError:
             if not path.is_dir():
                 raise

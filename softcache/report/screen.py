@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -48,8 +49,10 @@ class Screen:
 def on_screen() -> Iterator[None]:
     """While it is entered, everything printed goes through a `Screen`."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr, bars=True)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # for one that was closed before Python began
+        sys.stdout = Screen(before[0] or nowhere)
+        sys.stderr = Screen(before[1] or nowhere, bars=True)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
