@@ -16,6 +16,7 @@ from softcache.data.sources import (
     Source,
     StringTable,
     image_files,
+    no_folder,
     utf8_keys,
 )
 from softcache.data.text_rows import LOOKED_AT, Layout, TextFile, records
@@ -33,7 +34,7 @@ def flat_images(path: Path, labels: str = "", classes: tuple[str, ...] = ()) -> 
             `labels`; without labels the classes of whoever asks about them: a teacher that names its own, a cache.
     """
     if not path.is_dir():
-        raise DataError(f"{path}: there is no such folder", tip="images:PATH wants a folder with pictures")
+        raise DataError(f"{path}: {no_folder(path)}", tip="images:PATH wants a folder with pictures")
     table = utf8_keys(path, [file.relative_to(path).as_posix() for file in image_files(path)])
     if not len(table):
         raise DataError(

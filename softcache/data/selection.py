@@ -35,7 +35,8 @@ def read_keys(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         tip = "--samples and --without want UTF-8 text, a key on each line"
-        raise DataError(f"{path}: cannot be read as a list of keys: {exc}", tip=tip) from exc
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise DataError(f"{path}: cannot be read as a list of keys: {why}", tip=tip) from exc
     wanted = dict.fromkeys(lines)
     wanted.pop("", None)
     return list(wanted)

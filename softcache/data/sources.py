@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image
 
 from softcache.data.identity import sample_id
-from softcache.errors import ConfigError, DataError, require_extra, utf8_tip
+from softcache.errors import ConfigError, DataError, require_extra, utf8_tip, warn_once
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
 KEEPS_EMPTY = (".gitkeep", ".keep", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
+PARTS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
 DIGITS_SEED = 20260101  # part of what `digits` means: another seed is another split
 DIGITS_TEST = 500
 MOST_AXES = 8  # of an IDX file
@@ -184,9 +185,7 @@ def imagefolder(path: Path) -> Source:
     Hidden files and folders are passed over. A grey file stays grey: ImageFolder would make it RGB.
     """
     if not path.is_dir():
-        raise DataError(
-            f"{path}: there is no such folder", tip="imagefolder:PATH wants a folder with one folder per class"
-        )
+        raise DataError(f"{path}: {no_folder(path)}", tip="imagefolder:PATH wants a folder with one folder per class")
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise DataError(
@@ -206,8 +205,31 @@ def imagefolder(path: Path) -> Source:
         labels += [label] * len(found)
     if not keys:
         raise DataError(f"{path}: none of its {len(classes)} folders holds an image", tip="put images into the folders")
+    _tell_parts(path, classes)
     table = utf8_keys(path, keys)
     return Source(ImageFileReader(os.path.abspath(path), table), table, np.array(labels, np.int32), tuple(classes))
+
+
+def no_folder(path: Path) -> str:
+    """What is wrong with a path that is no folder."""
+    return "is a file, not a folder" if path.is_file() else "there is no such folder"
+
+
+def _tell_parts(path: Path, classes: Sequence[str]) -> None:
+    """Warn of folders that are parts of a data set by their names and hold folders: the classes lie one deeper."""
+    if (
+        len(classes) > 1
+        and {name.lower() for name in classes} <= PARTS
+        and all(map(_holds_folders, map(path.joinpath, classes)))
+    ):
+        warn_once(
+            f"{path}: its classes are {', '.join(map(repr, classes))}, which look like the parts of a data set; "
+            f"imagefolder:{path / classes[-1]} has the classes of one part"
+        )
+
+
+def _holds_folders(path: Path) -> bool:
+    return any(entry.is_dir() for entry in path.iterdir())
 
 
 def utf8_keys(path: Path, keys: Iterable[str]) -> StringTable:

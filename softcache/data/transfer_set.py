@@ -312,6 +312,6 @@ def _listed(keys: Sequence[str], path: Path) -> np.ndarray:
         raise DataError(
             f"{path}: {len(unknown)} of {len(wanted)} keys are not in the transfer set: "
             + first_offenders(unknown, len(unknown)),
-            tip=f"write one key per line, as in {keys[0]!r}",
+            tip=f"take out these lines, or write the keys as this set has them, one a line: {keys[0]!r}",
         )
     return found

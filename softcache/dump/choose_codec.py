@@ -128,7 +128,8 @@ class Prober:
             named = first_offenders((keys[int(self._order[begin + i])] for i in bad), len(bad))
             raise TeacherError(
                 f"teacher {teacher.name!r} gave logits that are not finite for {len(bad)} samples of this batch: {named}",
-                tip="look at these samples; under autocast fp16 try --autocast bf16 or none",
+                tip="look at these samples, and mend them or leave them out (--without FILE); under autocast fp16 try "
+                "--autocast bf16 or none",
             )
 
 

@@ -57,7 +57,8 @@ class Encoded:
             raise TeacherError(
                 f"teacher {self.member!r} gave logits that are not finite for "
                 + self._named(~measured["finite"].astype(bool)),
-                tip="look at these samples; under autocast fp16 try --autocast bf16 or none",
+                tip="look at these samples, and mend them or leave them out (--without FILE); under autocast fp16 try "
+                "--autocast bf16 or none",
             )
         if "eps" in host and not np.isfinite(host["eps"]).all():
             raise CodecRangeError(

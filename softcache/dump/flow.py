@@ -28,6 +28,7 @@ from softcache.config import DumpConfig, parse_part
 from softcache.data.class_counts import described, listed_warnings
 from softcache.data.drift import make_probe
 from softcache.data.loading import Pair, Partners, ViewedSet, load_batches
+from softcache.data.reading import Collate
 from softcache.dump.choose_codec import Prober, choose_storages
 from softcache.dump.class_report import ClassReport
 from softcache.dump.encode import Encoded, encode
@@ -39,7 +40,7 @@ from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
 from softcache.dump.teacher import Teacher
-from softcache.errors import DumpError, printable
+from softcache.errors import DataError, DumpError, printable
 from softcache.files.durable import require_room
 from softcache.machine import as_fresh, pick_device, pick_threads, pick_workers
 from softcache.unused import check_used
@@ -106,32 +107,44 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
 
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
     prober = Prober(viewed, job.order, config.batch_size)
-    teachers = match_members(job, open_teachers(config, prober, transfer_set, device))
-    if not teachers:
-        assert job.base is not None
-        print(f"{out}: nothing to add, every teacher is a member already", file=sys.stderr)
-        return DumpResult(out, job.base, 0.0, 0.0, time.monotonic() - started)
-    if not job.new_views:  # looked at before anything is planned: a refusal is then nothing to clear away
-        PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first(prober)
     workers = pick_workers(config.workers, device)
+    reads_all = (
+        job.base is None and job.planned is None and part.count == 1
+    )  # of several parts the first one, see make_setup
 
-    @cache
-    def read_samples() -> SampleTable:
+    def read(collates: Sequence[Collate]) -> SampleTable:
         return make_samples(
             transfer_set,
             ids,
             job.order,
             policy=job.policy,
-            collates=[teacher.collate for teacher in teachers] if config.batch_size > 1 else (),
+            collates=collates,
             store_keys=not config.no_keys,
             workers=workers,
             quiet=quiet,
             misfits=config.misfits,
         )
 
-    if (
-        job.base is None and job.planned is None and part.count == 1
-    ):  # of several parts the first one reads, see make_setup
+    try:
+        teachers = match_members(job, open_teachers(config, prober, transfer_set, device))
+    except (
+        DataError
+    ):  # of one of the samples by which they are tried, maybe: then it and all others of its kind are named
+        if reads_all:
+            read(())
+        raise
+    if not teachers:
+        assert job.base is not None
+        print(f"{out}: nothing to add, every teacher is a member already", file=sys.stderr)
+        return DumpResult(out, job.base, 0.0, 0.0, time.monotonic() - started)
+    if not job.new_views:  # looked at before anything is planned: a refusal is then nothing to clear away
+        PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first(prober)
+
+    @cache
+    def read_samples() -> SampleTable:
+        return read([teacher.collate for teacher in teachers] if config.batch_size > 1 else ())
+
+    if reads_all:
         read_samples()  # what does not fit is told before a teacher runs over many samples
     storages = choose_storages(config, job, teachers, prober, out)
     plan = make_plan(config, job, transfer_set, teachers, storages, made_with(config, device, threads))

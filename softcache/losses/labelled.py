@@ -109,7 +109,9 @@ def _check_softened(labels: Tensor, smoothing: float, class_weights: Tensor | No
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}; 0.1 is usual")
     if labels.ndim == 2 and (smoothing or class_weights is not None):
-        raise ValueError("smoothing and class_weights are of data with one label per sample; this has several")
+        raise ValueError(
+            "smoothing and class_weights are of data with one label per sample; this has several: leave them out"
+        )
 
 
 def dkd(

@@ -85,7 +85,8 @@ def tokens_of(vocabulary: str | Sequence[str] | None, model: str) -> tuple[str, 
     if vocabulary is None:
         raise ModelError(
             f"{model} needs a vocabulary",
-            tip="add vocabulary=FILE (softcache.models.write_vocabulary makes one), or name a trained run",
+            tip="training on texts makes one; else add vocabulary=FILE (softcache.models.write_vocabulary makes one), or name a "
+            "trained run; pictures and numbers need another model: softcache:cnn, softcache:mlp",
         )
     tokens = read_vocabulary(Path(vocabulary)) if isinstance(vocabulary, str) else tuple(vocabulary)
     repeated = [token for token, count in Counter(tokens).items() if count > 1]

@@ -133,7 +133,7 @@ def _opened(path: Path) -> dict[str, str]:
             _WHOLE[state] = told
         return dict(_WHOLE[state])
     except (SafetensorError, OSError, ValueError) as exc:
-        raise ModelError(f"{path} is not a safetensors file: {exc}") from None
+        raise ModelError(f"{path} is not a safetensors file: {exc}", tip="copy it again, or make it again") from None
 
 
 def _told(found: dict[str, str], path: Path) -> dict[str, str]:

@@ -199,7 +199,7 @@ def _listed(table: SampleTable, path: Path) -> np.ndarray:
     if unknown:
         raise DataError(
             f"{path}: {len(unknown)} of {len(keys)} keys are not in the cache: {first_offenders(unknown, len(unknown))}",
-            tip=f"write one key per line, as in {table.key(0)!r}",
+            tip=f"take out these lines, or write the keys as this cache has them, one a line: {table.key(0)!r}",
         )
     listed = np.zeros(len(table), dtype=bool)
     listed[rows] = True

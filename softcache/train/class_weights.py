@@ -51,7 +51,7 @@ def class_weights(text: str, labels: Tensor, class_names: Sequence[str]) -> Tens
 def _lines(text: str) -> Iterator[tuple[int, tuple[str, str]]]:
     """(line, (class, weight)) of a file."""
     try:
-        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(text).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise LossError(
             f"class_weights={text}: cannot be read: {exc}",

@@ -242,7 +242,7 @@ def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str
                 done = progress.step = moment.step + 1
             look = done % 20 == 1 or done == steps  # not at each step: the host would wait for a GPU
             if look:
-                check_finite(progress.sums["loss"], len(progress.metrics), moment.step)
+                check_finite(progress.sums["loss"], len(progress.metrics), moment.step, prepared.material.transfer_set)
                 session.meter.note(f"epoch {len(progress.metrics) + 1}, loss {progress.sums['loss'].item() / done:.4f}")
             session.meter.add()
             if every and done % every == 0 and done < steps:

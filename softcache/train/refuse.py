@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from softcache.config import TrainConfig
-from softcache.errors import ConfigError, SoftcacheError, TrainingError
+from softcache.data.transfer_set import TransferSet
+from softcache.errors import ConfigError, SoftcacheError, TrainingError, first_offenders
 from softcache.machine import pick_device
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import RUN
@@ -98,10 +101,28 @@ def lone_sample_explained(config: TrainConfig, count: int, ranks: Ranks) -> Iter
         ) from exc
 
 
-def check_finite(loss: Tensor, epoch: int, step: int) -> None:
-    """TrainingError, with the place, for a loss that has become infinite or no number."""
-    if not bool(loss.isfinite()):
+def check_finite(loss: Tensor, epoch: int, step: int, transfer_set: TransferSet) -> None:
+    """TrainingError, with the place, for a loss that has become infinite or no number; it names samples that are the cause."""
+    if bool(loss.isfinite()):
+        return
+    what, odd = f"the loss is not finite in epoch {epoch}, step {step}", _not_finite(transfer_set)
+    if odd:
         raise TrainingError(
-            f"the loss is not finite in epoch {epoch}, step {step}",
-            tip="lower --lr, add --clip-norm 1, warm up (--schedule 'warmup(5, cosine)'), or use bf16 instead of fp16",
+            f"{what}: {len(odd)} of {len(transfer_set)} samples hold NaN or infinite numbers: {first_offenders(odd, len(odd))}",
+            tip="mend them, or leave them out: their keys in a file, one a line, and --without FILE",
         )
+    raise TrainingError(
+        what, tip="lower --lr, add --clip-norm 1, warm up (--schedule 'warmup(5, cosine)'), or use bf16 instead of fp16"
+    )
+
+
+def _not_finite(transfer_set: TransferSet) -> list[str]:
+    """The keys of samples that hold NaN or infinite numbers; pictures of whole numbers and texts are not looked through."""
+    odd = []
+    for row in range(len(transfer_set)):
+        item = transfer_set[row][0]
+        if not isinstance(item, np.ndarray | Tensor) or not (values := torch.as_tensor(item)).is_floating_point():
+            break
+        if not bool(values.isfinite().all()):
+            odd.append(transfer_set.keys[row])
+    return odd

@@ -52,7 +52,7 @@ def check_labels(terms: Sequence[LossTerm], *, labelled: int, name: str) -> None
         if term.loss.needs("labels") and term.weight.bounds != (0.0, 0.0) and not labelled:
             raise LossError(
                 f"loss {term.name!r} needs labels, and no sample of {name} has one",
-                tip="leave the term out: soft targets need no labels",
+                tip="soft targets need no labels: learn from a cache (--cache DIR) without this term, or give the data labels",
             )
 
 

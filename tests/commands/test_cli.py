@@ -257,7 +257,7 @@ MISTAKES = [
     row("format of an export", export_of("run", *DATA, "--to", "onxx"), "--to cannot be 'onxx'", "'onnx'"),
     row("export on no data", export_of("run"), "without --eval-data", "--data DATA"),
     row("export over a file", export_of("run", *DATA, "--out", "pieces.pt2"), "there already", "remove", prepare=there_already),
-    row("NaN logits", dump_of("pieces.py:nan"), "not finite for 40 samples.*toy/0", "look at these samples"),
+    row("NaN logits", dump_of("pieces.py:nan"), "not finite for 40 samples.*toy/0", "--without FILE"),
     row("package in a factory", dump_of("softcache_is_not_a_package_xyz.sub:f"), "no module named", "install"),
     # caches
     row("cache not there", train_on("--cache", "nowhere"), "nowhere: there is no such folder", "softcache dump --out"),

@@ -134,12 +134,15 @@ def test_a_factory_may_return_a_frame(tmp_path: Path) -> None:
     file.write_text(
         "from columns import Frame\n"
         "def frame(count: int = 2):\n"
-        "    return Frame({'review': ['a', 'b', 'c'][:count], 'stars': [5, 1, 5][:count], 'id': [7, 8, 9][:count]})\n"
+        "    stars = {'stars': [5, 1, 5][:count], 'a & b': [1, 5, 1][:count]}\n"
+        "    return Frame({'review': ['a', 'b', 'c'][:count], 'id': [7, 8, 9][:count], **stars})\n"
         "def pairs(label='x'): return [('a', 0), ('b', 1)]\n"
     )
     found = open_transfer_set(f"{file}:frame?item=review&label=stars&key=id&count=3")
     assert found.labels.tolist() == [1, 0, 1] and list(found.keys) == ["7", "8", "9"] and found[2] == ("c", 1)
     assert pickle.loads(pickle.dumps(found)).load(1) == ("b", item_digest("b"))
+    quoted = open_transfer_set(f'{file}:frame?item="review"&label="a & b"&key="id"')
+    assert quoted.labels.tolist() == [0, 1] and list(quoted.keys) == ["7", "8"]
     with pytest.raises(DataError, match=r"which of its columns is the item\?[^$]*item=NAME"):
         open_transfer_set(f"{file}:frame")
     with pytest.raises(SoftcacheError, match="'item' is no parameter of the factory, and list has no columns"):

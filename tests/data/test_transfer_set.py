@@ -404,18 +404,37 @@ def test_an_empty_folder_keeps_its_class(animals: Path) -> None:
     ("make", "message"),
     [
         (lambda root: None, "there is no such folder"),
+        (lambda root: root.write_text("a"), "is a file, not a folder"),
         (lambda root: root.mkdir(), "holds no folders"),
         (lambda root: write_png(root / "a.png", np.zeros((2, 2))), "holds no folders"),
         (lambda root: write(root / "cat/notes.txt", ""), r"cat: holds no images, so class 'cat'.* notes.txt is none"),
         (lambda root: write(root / "__MACOSX/cat/._a.png", ""), r"__MACOSX: holds no images"),
         (lambda root: (root / "cat").mkdir(parents=True), r"none of its 1 folders holds an image"),
     ],
-    ids=["missing", "empty", "flat", "other-files", "archive", "all-empty"],
+    ids=["missing", "a-file", "empty", "flat", "other-files", "archive", "all-empty"],
 )
 def test_imagefolder_that_cannot_be_opened(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
     make(tmp_path / "images")
     with pytest.raises(DataError, match=message):
         open_transfer_set(f"imagefolder:{tmp_path / 'images'}")
+
+
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        (("train/cat", "test/cat"), True),
+        (("Train/cat", "Val/cat"), True),
+        (("train", "test"), False),
+        (("train/x", "bus/x"), False),
+    ],
+)
+def test_parts_of_a_data_set_that_are_taken_for_classes_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], places: tuple[str, str], told: bool
+) -> None:
+    for place in places:
+        write_png(tmp_path / place / "a.png", np.zeros((2, 2)))
+    assert len(open_transfer_set(f"imagefolder:{tmp_path}").class_names) == 2
+    assert ("look like the parts of a data set" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize(

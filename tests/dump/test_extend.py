@@ -448,7 +448,7 @@ def test_what_was_fixed_stays_fixed_on_resume(
     half_done(extend, **settings)
     asked: list[int | None] = []
 
-    def picked(threads: int | None) -> int:
+    def picked(threads: int | None, *, shared: bool) -> int:
         asked.append(threads)
         return 1
 

@@ -35,6 +35,14 @@ def test_misfits_are_listed_before_anything_is_written_and_left_out(
     assert cli.main([*argv, "--out", "c", "--misfits", "bad.txt"]) == 2
     assert "2 of 80 samples cannot be used: 78.png, 79.png" in capsys.readouterr().err
     assert Path("bad.txt").read_text() == "78.png\n79.png\n" and not Path("c").exists()
+    Path("bad.txt").unlink()
+    first = Path("p/00.png").read_bytes()
+    Path("p/00.png").write_bytes(b"nothing")  # the teacher is tried on this one
+    assert cli.main([*argv, "--out", "c", "--misfits", "bad.txt"]) == 2
+    assert "2 of 80 samples cannot be used: 00.png, 78.png" in capsys.readouterr().err
+    assert Path("bad.txt").read_text() == "00.png\n78.png\n" and not Path("c").exists()
+    Path("p/00.png").write_bytes(first)
+    Path("bad.txt").write_text("78.png\n79.png\n")
     Path("78.txt").write_text("78.png\n")
     assert (
         cli.main([*argv, "--out", "c", "--without", "78.txt", "--policy", "to_rgb"]) == 0

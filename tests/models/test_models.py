@@ -328,7 +328,7 @@ def test_text_run_folder_works_alone(tmp_path: Path) -> None:
         ("softcache:cnn?in_channels=0", ConfigError, "in_channels must be at least 1"),
         ("softcache:cnn?mean=0.1,0.2", ConfigError, "mean has 2 and std 1 numbers"),
         ("softcache:cnn?std=0", ConfigError, "must be > 0"),
-        ("softcache:textcnn", ModelError, r"needs a vocabulary[\s\S]*vocabulary=FILE"),
+        ("softcache:textcnn", ModelError, r"needs a vocabulary[\s\S]*vocabulary=FILE[\s\S]*softcache:cnn"),
         ("softcache:textcnn?vocabulary=none.txt", ModelError, "cannot read the vocabulary none.txt"),
         ("torchvision:resnet81", ModelError, r"'resnet81'[\s\S]*'resnet18'"),
         ("torchvision:fasterrcnn_resnet50_fpn", ModelError, "no classification model"),

@@ -312,7 +312,11 @@ MISTAKES = [
     (["--keep-labels", "5", "--drop-labels", "5"], r"none of its 520 samples is selected", "loosen --keep-labels"),
     (["--samples", "none.txt"], r"none.txt: cannot be read as a list of keys", "UTF-8"),
     (["--samples", "empty.txt"], r"none of its 520 samples is selected", "loosen"),
-    (["--samples", "unknown.txt"], r"2 of 3 keys are not in the cache: other/1, 00000000000000ff", "one key per line"),
+    (
+        ["--samples", "unknown.txt"],
+        r"2 of 3 keys are not in the cache: other/1, 00000000000000ff",
+        "as this cache has them",
+    ),
     (["--id", "abc"], r"0 manifests match id 'abc'", None),
     (["--codec", "int8"], r"unrecognized arguments: --codec int8", "--help"),
 ]

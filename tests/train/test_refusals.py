@@ -20,9 +20,10 @@ from conftest import WORLDS
 
 from softcache import cli, dump
 from softcache.config import DumpConfig
-from softcache.errors import ConfigError
+from softcache.data.transfer_set import open_transfer_set
+from softcache.errors import ConfigError, TrainingError
 from softcache.train.ranks import Ranks
-from softcache.train.refuse import check_last_batch, smallest_piece
+from softcache.train.refuse import check_finite, check_last_batch, smallest_piece
 
 
 class World:
@@ -281,7 +282,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "no labels": (
         "--cache {path}/unlabelled --data {pieces}:images?labels=none --loss dkd",
         "needs labels, and no sample of .* has one",
-        "soft targets need no labels",
+        "soft targets need no labels: learn from a cache",
     ),
     "several labels": (
         "--cache {path}/many --data {pieces}:images?labels=many --loss wsld",
@@ -470,3 +471,23 @@ def test_a_last_batch_smaller_than_the_processes() -> None:
     assert caught.value.tip == "start fewer processes"
     check_last_batch(66, 32, Ranks(0, 2))
     check_last_batch(65, 32, Ranks())
+
+
+def test_a_loss_that_is_no_number_names_the_samples_that_are_the_cause(tmp_path: Path) -> None:
+    file = tmp_path / "floats.py"
+    file.write_text(
+        "import numpy as np\n"
+        "def floats(bad: str = ''):\n"
+        "    items = np.zeros((5, 2), np.float32)\n"
+        "    items[3] = float(bad or 0)\n"
+        "    return list(zip(items, [0, 1, 0, 1, 0]))\n"
+    )
+    for bad in ("nan", "inf"):
+        with pytest.raises(TrainingError, match=r"epoch 2, step 7: 1 of 5 samples hold NaN.*floats/000003") as caught:
+            check_finite(torch.tensor(float("nan")), 2, 7, open_transfer_set(f"{file}:floats?bad={bad}"))
+        assert "--without FILE" in caught.value.tip
+    for spec in (f"{file}:floats", "synthetic:texts?count=4", "synthetic:images?count=4"):
+        with pytest.raises(TrainingError, match=r"epoch 2, step 7$|epoch 2, step 7\n") as caught:
+            check_finite(torch.tensor(float("inf")), 2, 7, open_transfer_set(spec))
+        assert "--lr" in caught.value.tip
+    check_finite(torch.tensor(1.0), 2, 7, open_transfer_set(f"{file}:floats?bad=nan"))
