@@ -230,18 +230,35 @@ class Stream(io.RawIOBase):
 
     def __init__(self, file: OpenFile) -> None:
         self._file, self._at = file, 0
+        self.fault: SoftcacheError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        write_at(self._file, data, self._at)
+        try:
+            write_at(self._file, data, self._at)
+        except SoftcacheError as exc:
+            self.fault = exc
+            raise
         size = memoryview(data).nbytes
         self._at += size
         return size
 
     def tell(self) -> int:
         return self._at
+
+
+@contextmanager
+def streamed(file: OpenFile) -> Iterator[Stream]:
+    """An open file as a `Stream`. What could not be written is told as it was, whatever the library makes of it."""
+    stream = Stream(file)
+    try:
+        yield stream
+    except Exception:
+        if stream.fault is not None:
+            raise stream.fault from None
+        raise
 
 
 @contextmanager

@@ -170,8 +170,8 @@ def save_progress(out: Path, trained: Trained, progress: Progress, ranks: Ranks)
     state |= {"progress": {**vars(progress), "sums": every_sums}, "random": every_random}
     state |= {"format": FORMAT, "softcache": __version__}
     state["digest"] = digest(state)
-    with durable.written_aside(out / CHECKPOINT) as file:
-        torch.save(state, cast(IO[bytes], durable.Stream(file)))
+    with durable.written_aside(out / CHECKPOINT) as file, durable.streamed(file) as stream:
+        torch.save(state, cast(IO[bytes], stream))
 
 
 def _load(out: Path) -> dict[str, Any]:
