@@ -78,11 +78,11 @@ class Settings:
     def __post_init__(self) -> None:
         hints, kind = typing.get_type_hints(type(self)), type(self).__name__
         for one in fields(self):  # type: ignore[arg-type]
-            where = f"{kind}: {one.name}"
-            value = _own(getattr(self, one.name), hints[one.name], where, settings=one.name == SETTINGS)
-            _check_choice(one, value, where)
-            if one.metadata["required"] and not value:
+            where, given = f"{kind}: {one.name}", getattr(self, one.name)
+            if one.metadata["required"] and given in (None, ""):
                 raise ConfigError(f"{where} is missing", tip=f"{one.name}: {one.metadata['help']}")
+            value = _own(given, hints[one.name], where, settings=one.name == SETTINGS)
+            _check_choice(one, value, where)
             object.__setattr__(self, one.name, value)
 
 

@@ -36,6 +36,8 @@ def open_teachers(
         again: they made a cache that is there, to whose records more of the same is written: what an older version let pass
             is told, and not refused.
     """
+    if not config.teacher and not again:
+        raise ConfigError("no teacher is given", tip="MODEL@WEIGHTS or a run folder; several for an ensemble")
     (item,) = prober.items(0, 1)
     shape = None if isinstance(item, str) else tuple(getattr(item, "shape", ())) or None
     classes_map = read_classes_map(config.classes_map)

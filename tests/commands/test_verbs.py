@@ -391,6 +391,7 @@ def stopped(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # the first one makes what all of them speak of
 @pytest.mark.parametrize(("verb", "number"), STOPS, ids=lambda value: getattr(value, "name", value))
 def test_a_signal_ends_a_verb_within_ten_seconds(
     stopped: dict[tuple[str, int], tuple[int, float, str]], verb: str, number: int

@@ -480,6 +480,7 @@ def test_bf16_autocast_counts_the_rounding_of_a_half_last_layer(world: World) ->
     ("settings", "error", "message"),
     [
         pytest.param({"data": "toy?twice=true"}, DuplicateKeyError, r"toy/0004\.png", id="duplicate keys"),
+        pytest.param({"teacher": ()}, ConfigError, "no teacher is given", id="no teacher"),
         pytest.param({"teacher": ("three",)}, TeacherError, r"\(\d+, 3\).*4 classes", id="class count"),
         pytest.param({"teacher": ("others",)}, ModelError, "'cow'", id="class names"),
         pytest.param({"views": 2}, ConfigError, "every view of this policy is the same", id="views all the same"),

@@ -562,7 +562,8 @@ def test_further_ways(what: str, walk: Walk) -> None:
 def test_stored_tensors_are_within_their_stated_error(kind: str, dtype: str, world: World) -> None:
     """The largest relative L2 error that the cache states holds for every record and view, beside the live teacher."""
     codec = (("codec", f"linear_head:dtype={dtype}"),) if kind == "head" else ()
-    case = Case("hint", kind, cache=(("feature_dtype", dtype), *codec))
+    stored = (("feature_dtype", dtype),) if kind != "head" else ()  # the codec keeps what it takes
+    case = Case("hint", kind, cache=(*stored, *codec))
     cache = world.cache(case, whole=False)
     live = Live(world.pieces, case, cache, whole=False)
     names = [f"{layer}:{kind}" for layer in STORED[kind]]
@@ -617,7 +618,7 @@ ROUNDED += [(name, kind, "int8") for name, kind in CHEAPEST]
 def test_every_loss_of_rounded_tensors(name: str, kind: str, dtype: str, walk: Walk) -> None:
     """What the rounding of logits and features does to a loss and its gradient, step by step."""
     case = default_case(name, kind)
-    settings: dict[str, Any] = {"feature_dtype": dtype}
+    settings: dict[str, Any] = {} if kind in ("logits", "head") else {"feature_dtype": dtype}
     if kind == "head":
         settings["codec"] = f"linear_head:dtype={dtype}"
     elif not LOSSES[name].needs("head_ids"):
