@@ -364,6 +364,7 @@ def _rates(
             keys.write_text("".join(f"{transfer_set.keys[int(i)]}\n" for i in chosen), encoding="utf-8")
             values = {f.name: getattr(config, f.name) for f in fields(PlanConfig)}
             values |= {"samples": str(keys), "codec": codec, "views": views, "max_kl": None}
+            values["at_temperature"] = PlanConfig.at_temperature  # of no use without a promise
             done = dump.run(DumpConfig(**values, out=str(Path(folder) / f"cache-{number}")), quiet=True)
             meter.add()
             per_view = 1 / done.samples_per_s

@@ -535,7 +535,7 @@ def teacher_of(wide: Path, member: str) -> str:
 def settings(toy: Path) -> DumpConfig:
     """Two members, three views."""
     teachers = (f"{toy}:exact?seed=1&name=first", f"{toy}:network?seed=2&name=second")
-    config = DumpConfig(data=f"{toy}:images?count=40", teacher=teachers, out="", policy=("crop_flip",), views=3)
+    config = DumpConfig(data=f"{toy}:images?count=40", teacher=teachers, out="later", policy=("crop_flip",), views=3)
     return replace(config, threads=1, workers=0, device="cpu")
 
 

@@ -47,7 +47,10 @@ MIDWAY = {
     "no memory": ["ran out of memory at batch size 32", "--batch-size 16", "in the batch of toy/"],
     "data raises": ["sample toy/0321: OSError: cannot identify image file"],
     "data changes": ["1 samples changed since this dump was started: toy/0321"],
-    "data of another size": ["the model cannot take this batch", "samples of another shape than (4, 4): toy/0321\n"],
+    "data of another size": [
+        "sample toy/0321: ndarray uint8 (3, 4), where most are ndarray uint8 (4, 4)",
+        "--without FILE",
+    ],
 }
 
 
@@ -67,10 +70,6 @@ def test_a_fault_in_the_middle_is_named_and_the_dump_goes_on(
     assert not (user / "cache/manifest.json").exists()
     assert not list((user / "cache").rglob("*.tmp-*"))
     (user / "armed").unlink()
-    if how == "data of another size":  # the set was digested like that: mended, it is another one
-        assert dump(user) == 2
-        assert "1 samples changed since this dump was started: toy/0321" in capsys.readouterr().err
-        return
     before = {path: path.stat().st_ino for path in (user / "cache/members").rglob("*.h5")}
     assert dump(user) == 0
     if how not in ("learns", "train mode", "another output"):  # these are known at the end, when every shard is written

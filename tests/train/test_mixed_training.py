@@ -257,7 +257,7 @@ def settings(tmp_path: Path, toy: Path, data: str, **more: Any) -> TrainConfig:
         "epochs": 3,
         "batch_size": 16,
         "optimizer": "sgd",
-        "momentum": 0.0,
+        **({} if "optimizer" in more else {"momentum": 0.0}),
         "lr": 1e-30,
         "seed": SEED,
         "threads": 1,
@@ -692,7 +692,7 @@ def test_augmented_views_are_not_looked_at_for_drift(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        pytest.param({"size": 8}, "--size needs --cache", id="size without a cache"),
+        pytest.param({"size": 8}, "--size 8 needs --cache", id="size without a cache"),
         pytest.param({"augment": ("shift",)}, "--augment needs --cache", id="augment without a cache"),
         pytest.param({"cache": "", "size": 8, "augment": ("shift",)}, "--size and --augment cannot", id="both"),
         pytest.param({"cache": "", "policy": ("shift",)}, "--policy and --cache cannot", id="policy"),

@@ -103,7 +103,7 @@ def bench(arguments: argparse.Namespace, data: str, test: str) -> dict[str, Any]
     dump.run(DumpConfig(**made, out=str(out / "cache-fixed")), quiet=True)
 
     student = TrainConfig(
-        **common, samples=str(listing), student=STUDENT, out="", epochs=epochs, schedule="warmup(1, cosine)"
+        **common, samples=str(listing), student=STUDENT, out="later", epochs=epochs, schedule="warmup(1, cosine)"
     )
     distil = replace(student, loss=(f"kd:temperature={TEMPERATURE}",))
     settings = {f"{v} views": replace(distil, cache=str(out / f"cache-{v}")) for v in views}

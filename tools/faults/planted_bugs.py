@@ -78,8 +78,8 @@ BUGS = (
     Bug(
         "the members' weights are ignored",
         "targets/ensemble.py",
-        "torch.tensor([1.0] * len(logits) if weights is None else list(weights), dtype=torch.float64)",
-        "torch.ones(len(logits), dtype=torch.float64)",
+        "torch.tensor([1.0] * len(logits) if weights is None else list(weights), dtype=torch.float64, ",
+        "torch.ones(len(logits), dtype=torch.float64, ",
         "tests/targets/test_ensemble.py",
     ),
     Bug(
