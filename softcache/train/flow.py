@@ -8,45 +8,34 @@ process computes its share of each batch, and the first one evaluates and writes
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch, to_device
-from softcache.data.transfer_set import TransferSet
 from softcache.errors import warn
-from softcache.evaluate.measure import Evaluation
 from softcache.files.durable import require_room
 from softcache.losses.schedules import Moment
-from softcache.machine import as_fresh, pick_device, pick_threads
+from softcache.machine import as_fresh, pick_device
 from softcache.models import load_weights, save_student
-from softcache.train.batches import open_material, views_of
 from softcache.train.checkpoint import (
-    CHECKPOINT,
     Trained,
-    random_states,
     read_progress,
     restore,
-    restore_random_states,
     save_progress,
-    seed_all,
 )
 from softcache.train.learner import Learner, backward, over_ranks, tapped
 from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
 from softcache.train.more_epochs import as_in_the_longer, claimed
-from softcache.train.objective import Given, Objective, build_objectives
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
-from softcache.train.outlook import outlook, reach_of, single_samples
+from softcache.train.preparation import prepare, rehearse
 from softcache.train.ranks import ALONE, Ranks, joined_ranks
-from softcache.train.refuse import check, check_finite, check_last_batch, lone_sample_explained, smallest_piece
+from softcache.train.refuse import check, check_finite
 from softcache.train.run_folder import (
     BEST,
     STUDENT,
@@ -56,14 +45,9 @@ from softcache.train.run_folder import (
     only_writer,
     write_metrics,
 )
-from softcache.train.session import LiveStage, Prepared, Session, TrainResult, bytes_of, epoch_batches
-from softcache.train.stages import parse_stages
-from softcache.train.stop import Asked, Stop
-from softcache.train.student import build_student
+from softcache.train.session import LiveStage, Prepared, Session, TrainResult, bytes_of, epoch_batches, evaluated
+from softcache.train.stop import Asked, Stop, told_where_it_stands
 from softcache.train.tensorboard import Board
-from softcache.train.term_modules import Sizes
-
-STARTS_AGAIN = "nothing was learned yet; the same command starts again"
 
 
 @as_fresh()
@@ -114,65 +98,6 @@ def learn(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> T
                     save_progress(prepared.out, live.trained, session.progress, ranks)
                     session.stop.leave(f"{prepared.out} is saved {session.place}: the same command goes on from there")
     return finish(session)
-
-
-def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) -> Prepared:
-    """Open data and cache, build the student and what each stage asks of it; nothing is written."""
-    torch.set_num_threads(pick_threads(config.threads))
-    stages, device = parse_stages(config), pick_device(config.device)
-    material = open_material(config, [term for stage in stages for term in stage.terms], quiet=quiet)
-    if ranks.first:
-        material.tell(quiet=quiet)
-    check_last_batch(len(material.transfer_set), config.batch_size, ranks)
-    seed_all(config.seed)
-    model, sample, initialised = build_student(config, material)
-    sizes = Sizes.of(material.transfer_set, config.seed)
-    objectives, student = build_objectives(stages, model, sample, material.teacher, sizes, ranks)
-    fixed = [name for name, parameter in model.net.named_parameters() if not parameter.requires_grad]
-    if config.sync_bn:
-        model.net = nn.SyncBatchNorm.convert_sync_batchnorm(model.net)
-    model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    modules = nn.ModuleList(dict.fromkeys(own for objective in objectives for own in objective.term_modules))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
-    return Prepared(
-        config, stages, device, ranks, quiet, material, model, initialised, sample, student, objectives,
-        modules.to(device), fixed, average,
-    )  # fmt: skip
-
-
-def rehearse(prepared: Prepared) -> tuple[str, ...]:
-    """Every stage on two samples, and on one where training will: what does not fit is refused before anything is learned.
-
-    Returns:
-        What the run will learn little by.
-    """
-    config, material, ranks = prepared.config, prepared.material, prepared.ranks
-    collate, view = prepared.model.input.collate, views_of(0, material.cache, config)[0]
-    few, lone = material.few(collate, view), material.few(collate, view, 1)
-    least = smallest_piece(prepared.count, config.batch_size, ranks, config.accumulate) * config.views_per_visit
-    reaches = []
-    for stage, objective in zip(prepared.stages, prepared.objectives, strict=True):
-        freeze_for(stage, prepared.model, objective, prepared.fixed)
-        steps, epochs = prepared.steps, stage.config.epochs
-        first, last = Moment(0, 0, steps, epochs), Moment(epochs - 1, steps - 1, steps, epochs)
-        with tapped(prepared.student, objective) as taps:
-            learner = Learner(prepared.model, objective, taps, autocast=prepared.autocast)
-            values = learner.rehearse(*_given(prepared, objective, few), [first, last])
-            single = learner.rehearse(*_given(prepared, objective, lone), [last]) if single_samples(prepared) else {}
-            reaches.append(reach_of(prepared.model.net, objective.terms, values, single))
-            if least == 1:
-                with lone_sample_explained(config, prepared.count, ranks):
-                    learner.rehearse_in_training(*_given(prepared, objective, lone), first)
-    return outlook(prepared, reaches)
-
-
-def _given(prepared: Prepared, objective: Objective, few: LoadedBatch) -> tuple[Any, Given]:
-    """Inputs, and what the terms are given, of some samples that every rank has."""
-    batch = prepared.material.batch(few, prepared.config, objective.feature_names, prepared.device)
-    counts = (len(few.index),) * prepared.ranks.size
-    return batch.inputs, Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
 
 
 def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
@@ -297,37 +222,6 @@ def end_epoch(session: Session, live: LiveStage, started: float) -> None:
         if session.board is not None:
             session.board.note(row)
     save_progress(prepared.out, live.trained, progress, ranks)
-
-
-def evaluated(session: Session, eval_set: TransferSet) -> Evaluation:
-    """How good the kept student is, by the first rank; `Asked` on all ranks where that one was asked to stop meanwhile."""
-    prepared, ranks, stop = session.prepared, session.prepared.ranks, session.stop
-    found, states = None, random_states()
-    if ranks.first:
-        try:
-            with stop.opened():
-                found = prepared.measure(eval_set)
-        except Asked:
-            restore_random_states(states)  # as they are where a run that goes on here begins to evaluate
-    found, asked = ranks.agree((found, stop.asked))
-    if found is None:
-        stop.asked = asked
-        raise Asked
-    return found
-
-
-@contextmanager
-def told_where_it_stands(out: Path) -> Iterator[None]:
-    """Whoever ends a run by a signal is told what of it is on the disk."""
-    try:
-        yield
-    except Exception:
-        raise
-    except BaseException as exc:
-        if not getattr(exc, "__notes__", []):
-            saved = os.path.lexists(out / CHECKPOINT)
-            exc.add_note(f"the same command goes on from the checkpoint in {out}" if saved else STARTS_AGAIN)
-        raise
 
 
 def finish(session: Session) -> TrainResult:

@@ -23,12 +23,12 @@ from softcache.machine import autocast_dtype, pick_workers
 from softcache.models import Initialised, Model
 from softcache.report.progress import Meter
 from softcache.train.batches import Material, views_of, visits
-from softcache.train.checkpoint import Progress, Trained
+from softcache.train.checkpoint import Progress, Trained, random_states, restore_random_states
 from softcache.train.objective import Objective
 from softcache.train.pairs import Student
 from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
-from softcache.train.stop import Stop
+from softcache.train.stop import Asked, Stop
 from softcache.train.tensorboard import Board
 
 
@@ -206,3 +206,20 @@ class TrainResult:
     evaluation: Evaluation | None
     parameters: int
     kept_epoch: int
+
+
+def evaluated(session: Session, eval_set: TransferSet) -> Evaluation:
+    """How good the kept student is, by the first rank; `Asked` on all ranks where that one was asked to stop meanwhile."""
+    prepared, ranks, stop = session.prepared, session.prepared.ranks, session.stop
+    found, states = None, random_states()
+    if ranks.first:
+        try:
+            with stop.opened():
+                found = prepared.measure(eval_set)
+        except Asked:
+            restore_random_states(states)  # as they are where a run that goes on here begins to evaluate
+    found, asked = ranks.agree((found, stop.asked))
+    if found is None:
+        stop.asked = asked
+        raise Asked
+    return found

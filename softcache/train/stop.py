@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from softcache.train.checkpoint import CHECKPOINT
 from softcache.train.ranks import ALONE, Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STARTS_AGAIN = "nothing was learned yet; the same command starts again"
 GRACE_S = 8.0  # for a step under way: schedulers kill ten seconds after SIGTERM, or later
 TWICE_S = 0.5  # two signals within this are one: `timeout` sends its own to the process and to the group
 
@@ -124,3 +128,17 @@ class Stop:
             if note:
                 exc.add_note(note)
             raise
+
+
+@contextmanager
+def told_where_it_stands(out: Path) -> Iterator[None]:
+    """Whoever ends a run by a signal is told what of it is on the disk."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as exc:
+        if not getattr(exc, "__notes__", []):
+            saved = os.path.lexists(out / CHECKPOINT)
+            exc.add_note(f"the same command goes on from the checkpoint in {out}" if saved else STARTS_AGAIN)
+        raise

@@ -10,7 +10,7 @@ from softcache import train
 from softcache.config import TrainConfig
 from softcache.errors import DiskSpaceError
 from softcache.files import durable
-from softcache.train.flow import prepare
+from softcache.train.preparation import prepare
 from softcache.train.session import bytes_of
 
 

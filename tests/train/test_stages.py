@@ -19,8 +19,8 @@ from softcache.config import TrainConfig, resolve
 from softcache.errors import ConfigError, LossError, SoftcacheError
 from softcache.losses.schedules import Moment
 from softcache.models import load_model
-from softcache.train.flow import prepare
 from softcache.train.optimizer import freeze, train_mode
+from softcache.train.preparation import prepare
 from softcache.train.stages import parse_stages
 
 
