@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from softcache.config import DumpConfig, ExportConfig, PlanConfig, TrainConfig
+from softcache.config import DataOptions, DumpConfig, ExportConfig, MachineOptions, PlanConfig, TrainConfig
 from softcache.errors import ConfigError
 from softcache.train.refuse import check
 from softcache.train.stages import SETTINGS, parse_stages, unused_settings
@@ -125,23 +125,11 @@ def test_what_an_older_version_began_may_go_on_with_it(tmp_path: Path) -> None:
 
 # Settings that always do something, or whose use shows only when data, model or cache are open. A new setting belongs into a
 # list: here, or into the table of rules.
+DATA_AND_MACHINE = {field.name for base in (DataOptions, MachineOptions) for field in fields(base)}
 USED: dict[type[Any], set[str]] = {
     TrainConfig: {
         *(name for name in SETTINGS if name not in ("momentum", "nesterov", "patience")),
-        *(
-            "data",
-            "keep_labels",
-            "drop_labels",
-            "samples",
-            "without",
-            "misfits",
-            "more_epochs",
-            "download",
-            "device",
-            "threads",
-            "workers",
-            "autocast",
-        ),
+        *DATA_AND_MACHINE,
         *("student", "out", "init_from", "classes", "classes_map", "eval_data", "cache", "allow_code", "policy"),
         *(
             "batch_size",
@@ -154,25 +142,12 @@ USED: dict[type[Any], set[str]] = {
             "sync_bn",
             "tensorboard",
         ),
-        *("seed", "checkpoint_every"),
+        *("seed", "checkpoint_every", "more_epochs"),
     },
     DumpConfig: {
-        *(
-            "data",
-            "keep_labels",
-            "drop_labels",
-            "samples",
-            "without",
-            "misfits",
-            "more_epochs",
-            "download",
-            "device",
-            "threads",
-            "workers",
-            "autocast",
-        ),
+        *DATA_AND_MACHINE,
         *("teacher", "classes_map", "codec", "max_kl", "features", "for_", "policy", "views", "batch_size", "order"),
-        *("shard_rows", "no_keys", "allow_code", "out", "license", "extend", "part", "list_modules"),
+        *("shard_rows", "no_keys", "allow_code", "out", "license", "extend", "part", "list_modules", "misfits"),
     },
     ExportConfig: {
         *("to", "out", "data", "classes_map", "policy", "download", "allow_code", "batch_size", "device", "threads"),
