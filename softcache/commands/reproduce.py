@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from softcache.commands.flags import RESUMES, Output, Verb
-from softcache.config import ALLOW_CODE_HELP, flag_of, option
+from softcache.config import flag_of, option
+from softcache.config.options import ALLOW_CODE_HELP
 from softcache.errors import ConfigError
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
-from softcache.config import ALLOW_CODE_HELP, option
+from softcache.config import option
+from softcache.config.options import ALLOW_CODE_HELP
 from softcache.errors import ConfigError
 
 

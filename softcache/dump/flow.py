@@ -25,6 +25,7 @@ from softcache.cache.schema import Span
 from softcache.cache.write.rewriter import Rewriter
 from softcache.cache.write.writer import CacheWriter, Part, Setup, refuse_foreign_folder
 from softcache.config import DumpConfig, parse_part
+from softcache.config.unused import check_used
 from softcache.data.class_counts import described, listed_warnings
 from softcache.data.drift import make_probe
 from softcache.data.loading import Pair, Partners, ViewedSet, load_batches
@@ -43,7 +44,6 @@ from softcache.dump.teacher import Teacher
 from softcache.errors import DataError, DumpError, printable
 from softcache.files.durable import require_room
 from softcache.machine import as_fresh, pick_device, pick_threads, pick_workers
-from softcache.unused import check_used
 
 
 @dataclass(frozen=True)

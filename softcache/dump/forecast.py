@@ -20,6 +20,7 @@ from softcache.cache.schema import ArraySpec, Layout, plan_layout
 from softcache.cache.write.shard import file_bytes
 from softcache.codecs.fidelity import GRID
 from softcache.config import DumpConfig, PlanConfig
+from softcache.config.unused import check_used
 from softcache.data.drift import make_probe
 from softcache.data.loading import Partners, ViewedSet
 from softcache.data.transfer_set import TransferSet
@@ -50,7 +51,6 @@ from softcache.errors import CodecFitError
 from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
-from softcache.unused import check_used
 
 TRIAL_SECONDS = 6.0  # how long the larger trial dump should take
 FEWEST_ROWS, MOST_ROWS = 512, 16384

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from softcache.codecs.matmul import full_float32
 from softcache.config import ExportConfig, parse_toml
+from softcache.config.unused import check_used
 from softcache.data.classes import match_classes, places_in, read_classes_map
 from softcache.data.join import batches
 from softcache.data.label_kind import answers
@@ -78,7 +79,6 @@ from softcache.students.traced_program import (
     write_program,
 )
 from softcache.train.run_folder import CONFIG, MOST_BYTES
-from softcache.unused import check_used
 from softcache.version import __version__
 
 SUFFIXES = {"safetensors": ".safetensors", "program": ".pt2", "onnx": ".onnx"}

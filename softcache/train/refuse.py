@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softcache.config import TrainConfig
+from softcache.config.unused import refuse_unused
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import ConfigError, SoftcacheError, TrainingError, first_offenders
 from softcache.machine import pick_device
@@ -18,7 +19,6 @@ from softcache.train.ranks import Ranks
 from softcache.train.run_folder import RUN
 from softcache.train.stages import parse_stages, unused_settings
 from softcache.train.tensorboard import summary_writer
-from softcache.unused import refuse_unused
 
 
 def check(config: TrainConfig) -> None:

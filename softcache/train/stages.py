@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from softcache.config import TrainConfig, coerce, parse_settings
+from softcache.config.unused import Part, Unused, unused
 from softcache.errors import ConfigError, nearest
 from softcache.losses import LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.train.terms import parse_terms
-from softcache.unused import Part, Unused, unused
 
 SETTINGS = (
     "epochs", "loss", "lr", "schedule", "optimizer", "momentum", "nesterov", "weight_decay", "freeze", "patience",

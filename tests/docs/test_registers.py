@@ -11,7 +11,7 @@ import pytest
 import softcache
 from softcache.cache import card
 from softcache.codecs import CODECS
-from softcache.config import CODEC_HELP
+from softcache.config.options import CODEC_HELP
 from softcache.data.transfer_set import FILE_SOURCES, MADE_UP, SOURCES
 from softcache.data.views import STEPS
 from softcache.losses import LOSSES

@@ -30,7 +30,6 @@ ALLOWED: dict[str, set[str]] = {
     "machine": set(),
     "features": set(),
     "config": {"spec"},
-    "unused": {"config"},
     "cache": {"files"},
     "codecs": {"spec", "features"},
     "losses": {"spec", "features"},
@@ -39,7 +38,6 @@ ALLOWED: dict[str, set[str]] = {
     "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
-        "unused",
         "spec",
         "machine",
         "report",
@@ -54,7 +52,6 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"config", "spec", "machine", "report", "data", "models", "targets"},
     "train": {
         "config",
-        "unused",
         "spec",
         "machine",
         "report",  # progress: how far a run is
@@ -73,7 +70,6 @@ ALLOWED: dict[str, set[str]] = {
         "files",
         "codecs",  # matmul only: products in float32
         "config",
-        "unused",
         "spec",
         "data",
         "features",
@@ -230,7 +226,6 @@ PACKAGES: dict[str, set[str]] = {
     "files": set(),
     "spec": set(),
     "config": set(),
-    "unused": set(),
     "cli": set(),
     "commands": set(),
     "__main__": set(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -233,21 +233,23 @@ def settings() -> Iterator[str]:
     """The config classes, each with the fields of its own."""
     yield "## Settings\n"
     yield CONFIG_BEGINNING
-    module = read("config.py")
-    for name, node in module.defined.items():
-        if isinstance(node, ast.ClassDef) and name.endswith(("Config", "Options")):
-            bases = [f"`{base}`" for base in reversed(bases_of(node))]
-            yield f"### softcache.config.{name}\n"
-            yield summary_of(node) + (f" Also the fields of {' and '.join(bases)}." if bases else "") + "\n"
-            fields = [_field(module, one) for one in node.body if isinstance(one, ast.AnnAssign)]
-            yield "\n".join([*fields, ""]) if fields else ""
+    modules = [read("config/options.py"), read("config/verbs.py")]
+    helps = {name: text for module in modules for name, text in module.constants.items()}
+    for module in modules:
+        for name, node in module.defined.items():
+            if isinstance(node, ast.ClassDef):
+                bases = [f"`{base}`" for base in reversed(bases_of(node)) if base != "Settings"]
+                yield f"### softcache.config.{name}\n"
+                yield summary_of(node) + (f" Also the fields of {' and '.join(bases)}." if bases else "") + "\n"
+                fields = [_field(module, helps, one) for one in node.body if isinstance(one, ast.AnnAssign)]
+                yield "\n".join([*fields, ""]) if fields else ""
 
 
-def _field(module: Module, node: ast.AnnAssign) -> str:
+def _field(module: Module, helps: Mapping[str, ast.expr], node: ast.AnnAssign) -> str:
     call = node.value
     assert isinstance(node.target, ast.Name) and isinstance(call, ast.Call)
     default, help = call.args
-    text = module.constants[help.id] if isinstance(help, ast.Name) else help
+    text = helps[help.id] if isinstance(help, ast.Name) else help
     return f"- `{node.target.id}: {module.text(node.annotation)} = {module.text(default)}`: {ast.literal_eval(text)}"
 
 

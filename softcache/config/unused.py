@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from softcache.config import DumpConfig, ExportConfig, PlanConfig, StorageOptions, TrainConfig, flag_of
+from softcache.config.options import StorageOptions
+from softcache.config.settings import flag_of
+from softcache.config.verbs import DumpConfig, ExportConfig, PlanConfig, TrainConfig
 from softcache.errors import ConfigError, warn_once
 
 Met = Callable[[Any], bool]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from softcache.config import DataOptions, DumpConfig, ExportConfig, MachineOptions, PlanConfig, TrainConfig
+from softcache.config.unused import RULES, check_used, unused
 from softcache.errors import ConfigError
 from softcache.train.refuse import check
 from softcache.train.stages import SETTINGS, parse_stages, unused_settings
-from softcache.unused import RULES, check_used, unused
 
 NEEDED: dict[type[Any], dict[str, Any]] = {
     TrainConfig: {"data": "d", "student": "m", "out": "nowhere"},
