@@ -52,7 +52,9 @@ def quantise_int8(net: nn.Module, samples: Samples, *, keep: tuple[str, ...] = (
     folded = sum(how.norm is not None for how in plan.values())
     told = f"{len(plan)} layers of int8, {folded} of them with their BatchNorm, on {samples.count:,} samples"
     if floats:
-        told += f"; {len(floats)} modules with weights stay floats: {first_offenders(floats, len(floats))}"
+        told += f"; {len(floats)} modules with weights stay floats: " + first_offenders(
+            [name or "the network itself" for name in floats], len(floats)
+        )
     return Shrunk(quantised=plan), told
 
 
