@@ -26,9 +26,10 @@ from softcache.files.durable import require_room
 from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.models import Model, Shrunk, load_model, read_metadata, read_saved, save_student
 from softcache.models.item_range import check_scale
+from softcache.models.masks import refuse_unknown
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
-from softcache.spec import call_factory, split_list, split_outside
+from softcache.spec import call_factory, split_list, split_lists, split_outside
 from softcache.students.carve import carve
 from softcache.students.cost import Cost, cost_of
 from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
@@ -72,19 +73,8 @@ class Method:
         if name not in METHODS:
             tip = "prune:unstructured or prune:structured" if name == "prune" else nearest(name, METHODS)
             raise ConfigError(f"--by {text}: there is no method {name!r}", tip=tip)
-        settings: dict[str, str] = {}
-        last = ""
-        for word in words:
-            key, equals, value = word.partition("=")
-            if equals and key not in settings:
-                last, settings[key] = key, value
-            elif equals or not last:
-                what = f"{key!r} is given twice" if equals else f"{word!r} is not key=value"
-                raise ConfigError(
-                    f"--by {text}: {what}", tip=f"write {name}{',' if ':' in name else ':'}key=value,key=value"
-                )
-            else:
-                settings[last] += f",{word}"  # of a list
+        usage = f"{name}{',' if ':' in name else ':'}key=value,key=value"
+        settings = split_lists(",".join(words), f"--by {text}", usage)
         return cls(text, name, settings)
 
     def apply(self, samples: Samples) -> tuple[Shrunk, str]:
@@ -94,10 +84,7 @@ class Method:
         if clash := sorted(set(given) & set(self.settings)):
             known = [name for name in inspect.signature(METHODS[self.name]).parameters if name not in given]
             raise ConfigError(f"{where!r}: unknown parameter {clash[0]!r}", tip=nearest(clash[0], known))
-        modules = [name for name, _ in net.named_modules() if name]
-        for name in split_list(self.settings.get("keep", "")):
-            if name not in modules:
-                raise ConfigError(f"{where}: there is no module {name!r} to keep", tip=nearest(name, modules))
+        refuse_unknown(split_list(self.settings.get("keep", "")), net, where)
         done: tuple[Shrunk, str] = call_factory(METHODS[self.name], self.settings, where, **given)
         return done
 

@@ -541,7 +541,7 @@ def test_the_table_is_read_without_arithmetic(run: Path, tmp_path: Path, capsys:
     argv = ["shrink", str(run), "--by", "prune:unstructured,amount=0.5,scope=layer", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--device", "cpu", "--threads", "1", "--batch-size", "4", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert "weights are zero (layer); nothing holds them there in training" in said
+    assert "weights are zero (layer); train --prune held holds them there" in said
     assert "BatchNorm keeps the statistics of the whole network" in said
     lines = {line.split("  ")[0]: line.split()[-1] for line in said.splitlines() if line}
     assert lines["parameters"] == "1.00" and math.isclose(float(lines["of them not zero"]), 0.5, abs_tol=0.01)
