@@ -345,7 +345,8 @@ def masks_of(config: TrainConfig) -> list[Arrays]:
 
     def step(prepared: Any, *rest: Any) -> dict[str, torch.Tensor]:
         values = one_step(prepared, *rest)
-        found.append(arrays(prepared.masks.left) | arrays(prepared.kept.net.state_dict()))
+        masks = {f"mask of {name}": mask for name, mask in prepared.masks.left.items()}
+        found.append(arrays(masks | prepared.kept.net.state_dict()))
         return values
 
     run_with(config, step=step)
