@@ -93,6 +93,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "machine",
         "spec",
+        "students",
     },
     "demo": {"files", "dump", "train", "evaluate", "models", "data", "targets", "report", "config", "machine", "spec"},
     "commands": {
