@@ -11,10 +11,10 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
+from softcache import signals
 from softcache.commands.flags import STARTS_AGAIN, parse
 from softcache.errors import ConfigError, SoftcacheError, UntrustedError, utf8_tip
 from softcache.report.screen import on_screen
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's fault, 130 and 143 for a stop, or a verb's own."""
     after_stop = STARTS_AGAIN
     words = sys.argv[1:] if argv is None else argv
-    with on_screen(), _sigterm_raised():
+    with on_screen(), signals.raised({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}):
         try:
             _refuse_undecoded(words)
             command = parse(words)
@@ -88,25 +88,6 @@ def _print_error(message: str, notes: Sequence[str] = (), tip: str = "") -> None
         print(f"  {note}", file=sys.stderr)
     if tip:
         print(f"  tip: {tip}", file=sys.stderr)
-
-
-@contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """While it is entered, SIGTERM raises; afterwards it is handled as before."""
-    previous = signal.getsignal(signal.SIGTERM)
-    try:
-        signal.signal(signal.SIGTERM, _raise_terminated)
-    except ValueError:  # not the main thread: somebody else's signals
-        previous = None
-    try:
-        yield
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def _raise_terminated(signum: int, frame: Any) -> None:
-    raise _Terminated
 
 
 def _open_standard_streams() -> None:

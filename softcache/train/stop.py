@@ -12,12 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from softcache.signals import GRACE_S, in_an_import
 from softcache.train.checkpoint import CHECKPOINT
 from softcache.train.ranks import ALONE, Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STARTS_AGAIN = "nothing was learned yet; the same command starts again"
-GRACE_S = 8.0  # for a step under way: schedulers kill ten seconds after SIGTERM, or later
 TWICE_S = 0.5  # two signals within this are one: `timeout` sends its own to the process and to the group
 
 
@@ -62,6 +62,8 @@ class Stop:
 
     def _note(self, signum: int, frame: Any) -> None:
         """The handler of both signals."""
+        if in_an_import(signum, frame):
+            return
         if self.asked:
             past = time.monotonic() - self._since
             if past >= GRACE_S or (signum == self.asked == signal.SIGINT and past >= TWICE_S):

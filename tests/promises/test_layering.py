@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": set(),
     "files": set(),
     "spec": set(),
+    "signals": set(),
     "machine": set(),
     "features": set(),
     "config": {"spec"},
@@ -63,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "losses",
         "targets",
         "evaluate",
+        "signals",
     },
     "share": {"files", "spec", "cache", "codecs", "data", "targets", "report", "machine", "config"},
     "check": {"files", "spec", "cache", "codecs", "data", "targets", "dump", "report", "machine", "config"},
@@ -93,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "machine",
         "spec",
+        "students",
     },
     "demo": {"files", "dump", "train", "evaluate", "models", "data", "targets", "report", "config", "machine", "spec"},
     "commands": {
@@ -116,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
         "reproduce",
         "demo",
     },
-    "cli": {"commands", "report"},
+    "cli": {"commands", "report", "signals"},
     "__main__": {"cli"},
     PACKAGE: {"targets"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -469,6 +470,32 @@ def test_killed_before_the_end_there_is_no_model(run: Path, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         shrunk(run, tmp_path / "out", "carve:depth=0.5")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_what_a_killed_one_left_is_not_in_the_way(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("shrink.json", "shrink.json.tmp-0", ".123.student.safetensors"):
+        (out / name).write_text("half of")
+    shrunk(run, out, "carve:depth=0.5")
+    assert sorted(path.name for path in out.iterdir()) == ["shrink.json", "student.safetensors"]
+    json.loads((out / "shrink.json").read_text())
+    for name in ("student.safetensors", ".mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(ConfigError, match="holds files already"):
+            shrunk(run, tmp_path / name, "carve:depth=0.5")
+        assert (tmp_path / name / name).read_text() == "mine"
+
+
+def test_the_same_model_is_the_same_file_wherever_it_lies(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    shutil.copytree(run, other)
+    files = []
+    for source, name in ((run, "a"), (other, "b")):
+        shrunk(source, tmp_path / name, "carve:depth=0.5")
+        files.append((tmp_path / name / "student.safetensors").read_bytes())
+    assert files[0] == files[1] and b"elsewhere" not in files[1]
 
 
 MISTAKES = [

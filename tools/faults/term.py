@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,8 @@ def forked(work: Callable[[], int]) -> int:
         code = 1
         try:
             code = work()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid
