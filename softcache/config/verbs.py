@@ -108,6 +108,11 @@ class TrainConfig(MachineOptions, DataOptions):
     freeze: tuple[str, ...] = option(
         (), "parameters of the student that stay as they are: layer1,layer2.0.*,* by name or pattern", metavar="NAMES"
     )
+    prune: str | None = option(
+        None,
+        "set weights to zero while it learns: 'unstructured:amount=linear(0, 0.8, until=15)'; held: leave those that are zero",
+        metavar="HOW",
+    )
     stage: tuple[str, ...] = option(
         (),
         "one stage of several, with what differs in it: 'epochs=5 lr=0.01 freeze=* loss=hint loss=ce:weight=0.1'; repeat",
