@@ -436,3 +436,23 @@ def split_term(text: str, what: str) -> tuple[str, dict[str, str]]:
             raise ConfigError(f"{what} {text!r}: {key.strip()!r} is given twice", tip="keep one of them")
         values[key.strip()] = unquoted(value.strip(), text)
     return name.strip(), values
+
+
+def split_lists(text: str, where: str, usage: str) -> dict[str, str]:
+    """`key=value,key=value` -> {key: value}, where what is no key=value goes on with the list before it: `keep=a,b,amount=0.5`.
+
+    Raises:
+        ConfigError: a key that is given twice, or nothing that a word could go on with; `usage` is what to write.
+    """
+    values: dict[str, str] = {}
+    last = ""
+    for word in filter(None, (word.strip() for word in split_outside(text, ","))):
+        key, equals, value = word.partition("=")
+        if equals and key not in values:
+            last, values[key] = key, value
+        elif equals or not last:
+            what = f"{key!r} is given twice" if equals else f"{word!r} is not key=value"
+            raise ConfigError(f"{where}: {what}", tip=f"write {usage}")
+        else:
+            values[last] += f",{word}"
+    return values

@@ -108,6 +108,11 @@ class TrainConfig(MachineOptions, DataOptions):
     freeze: tuple[str, ...] = option(
         (), "parameters of the student that stay as they are: layer1,layer2.0.*,* by name or pattern", metavar="NAMES"
     )
+    prune: str | None = option(
+        None,
+        "set weights to zero while it learns: 'unstructured:amount=linear(0, 0.8, until=15)'; held: leave those that are zero",
+        metavar="HOW",
+    )
     stage: tuple[str, ...] = option(
         (),
         "one stage of several, with what differs in it: 'epochs=5 lr=0.01 freeze=* loss=hint loss=ce:weight=0.1'; repeat",
@@ -197,7 +202,7 @@ class ExportConfig(Settings):
 
 BY_HELP = (
     "carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, "
-    "lowrank:energy=0.95, lowrank:rank=0.25; repeat to do one after the other"
+    "lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other"
 )
 
 
@@ -209,7 +214,9 @@ class ShrinkConfig(Settings):
     by: tuple[str, ...] = option(..., BY_HELP, metavar="METHOD", repeat=True)
     out: str = option(..., "run folder of the smaller model", metavar="DIR")
     data: str | None = option(
-        None, "samples by which lowrank chooses and BatchNorm is measured anew; labels are not used", metavar="DATA"
+        None,
+        "samples by which lowrank and quantise choose and BatchNorm is measured anew; labels are not used",
+        metavar="DATA",
     )
     eval_data: str | None = option(None, "data set on which both models are measured", metavar="DATA")
     classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")

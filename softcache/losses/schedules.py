@@ -1,6 +1,7 @@
 """A scalar over training: a number, or a schedule of it by epochs or steps.
 
-`0.9`, `linear(8, 2)`, `cosine(1, 0, until=5)`, `step(1, at=150/180/210, gamma=0.1)`, `piecewise(0:4, 10:1)`, `warmup(5, cosine)`.
+`0.9`, `linear(8, 2)`, `cosine(1, 0, until=5)`, `cubic(0, 0.8)`, `step(1, at=150/180/210, gamma=0.1)`,
+`piecewise(0:4, 10:1)`, `warmup(5, cosine)`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class Curve(Protocol):
     @property
     def follows_length(self) -> bool: ...
 
+    @property
+    def falls(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -79,14 +83,21 @@ class Constant:
     def follows_length(self) -> bool:
         return False
 
+    @property
+    def falls(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `first` to `last` between two places, in a straight line or along half a cosine."""
+    """From `first` to `last` between two places: in a straight line, along half a cosine, or fast at first as a cubic.
+
+    Source of the cubic: Zhu, Gupta, "To prune, or not to prune" (2017), for the share of weights that are zero.
+    """
 
     first: float
     last: float
-    straight: bool
+    shape: str
     start: Place | None = None
     until: Place | None = None
 
@@ -94,7 +105,9 @@ class Ramp:
         start = begin if self.start is None else self.start.epochs(moment.steps)
         until = moment.epochs if self.until is None else self.until.epochs(moment.steps)
         done = min(1.0, max(0.0, (position - start) / max(1e-12, until - start)))
-        share = done if self.straight else 0.5 * (1 - math.cos(math.pi * done))
+        share = {"linear": done, "cosine": 0.5 * (1 - math.cos(math.pi * done)), "cubic": 1 - (1 - done) ** 3}[
+            self.shape
+        ]
         return self.first + (self.last - self.first) * share
 
     @property
@@ -104,6 +117,10 @@ class Ramp:
     @property
     def follows_length(self) -> bool:
         return self.until is None
+
+    @property
+    def falls(self) -> bool:
+        return self.last < self.first
 
 
 @dataclass(frozen=True)
@@ -127,6 +144,11 @@ class Steps:
     def follows_length(self) -> bool:
         return False
 
+    @property
+    def falls(self) -> bool:
+        values = [self.value * self.gamma**passed for passed in range(len(self.places) + 1)]
+        return any(after < before for before, after in pairwise(values))
+
 
 @dataclass(frozen=True)
 class Piecewise:
@@ -149,6 +171,10 @@ class Piecewise:
     @property
     def follows_length(self) -> bool:
         return False
+
+    @property
+    def falls(self) -> bool:
+        return any(after < before for (_, before), (_, after) in pairwise(self.points))
 
 
 @dataclass(frozen=True)
@@ -177,6 +203,10 @@ class Warmup:
     @property
     def follows_length(self) -> bool:
         return self.after.follows_length
+
+    @property
+    def falls(self) -> bool:
+        return self.after.falls or self.after.bounds[0] < 0
 
 
 @dataclass(frozen=True)
@@ -215,6 +245,11 @@ class Schedule:
     def follows_length(self) -> bool:
         """Whether its value at a place depends on how long the stage is."""
         return self.curve.follows_length
+
+    @property
+    def falls(self) -> bool:
+        """Whether it becomes smaller anywhere."""
+        return self.curve.falls
 
     @property
     def recorded(self) -> float | str:
@@ -268,13 +303,13 @@ def _parse(text: str, where: str) -> tuple[Curve, bool]:
     return kind.make(values, named, f"{where}: {text!r}"), by == "epoch"
 
 
-def _ramp(straight: bool) -> Callable[[Sequence[str], Mapping[str, str], str], Curve]:
+def _ramp(shape: str) -> Callable[[Sequence[str], Mapping[str, str], str], Curve]:
     def make(values: Sequence[str], named: Mapping[str, str], where: str) -> Curve:
         if len(values) == 1:
             raise ConfigError(f"{where} has one value", tip="write where it begins and where it ends: linear(8, 2)")
         first, last = (_number(value, where) for value in values) if values else (1.0, 0.0)
         start, until = (Place.parse(named[key], where) if key in named else None for key in ("start", "until"))
-        return Ramp(first, last, straight, start, until)
+        return Ramp(first, last, shape, start, until)
 
     return make
 
@@ -319,8 +354,9 @@ class _Kind:
 
 SCHEDULES: dict[str, _Kind] = {
     "constant": _Kind(_constant, "constant(0.5)", 0, 1),
-    "linear": _Kind(_ramp(True), "linear(8, 2) or linear(8, 2, start=1, until=10)", 0, 2, ("start", "until")),
-    "cosine": _Kind(_ramp(False), "cosine(1, 0) or cosine(1, 0, start=5, until=100)", 0, 2, ("start", "until")),
+    "linear": _Kind(_ramp("linear"), "linear(8, 2) or linear(8, 2, start=1, until=10)", 0, 2, ("start", "until")),
+    "cosine": _Kind(_ramp("cosine"), "cosine(1, 0) or cosine(1, 0, start=5, until=100)", 0, 2, ("start", "until")),
+    "cubic": _Kind(_ramp("cubic"), "cubic(0, 0.8) or cubic(0, 0.8, until=15)", 0, 2, ("start", "until")),
     "step": _Kind(_steps, "step(1, at=150/180/210, gamma=0.1)", 0, 1, ("at", "gamma")),
     "piecewise": _Kind(_piecewise, "piecewise(0:4, 10:1) or piecewise(0steps:0, 300steps:1)", 1, 1000),
     "warmup": _Kind(_warmup, "warmup(5, cosine(1, 0)) or warmup(20, 0.5, by=epoch)", 1, 2),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
+from softcache.config import DumpConfig, EvalConfig, ShrinkConfig, TrainConfig, resolve
 from softcache.data.classes import class_indices
 from softcache.data.loading import ViewedSet, item_shape
 from softcache.data.transfer_set import TransferSet
@@ -17,10 +19,13 @@ from softcache.dump.layout import asked_codec, promise_of
 from softcache.errors import ConfigError, DataError, ModelError, faults_explained, nearest
 from softcache.evaluate import measure
 from softcache.evaluate.bias import parse_bias
-from softcache.models import build_vocabulary, load_model, own_classes, split_weights
-from softcache.reproduce.recipe import DATA, Recipe, Step
-from softcache.reproduce.steps import Bench
+from softcache.models import Model, build_vocabulary, load_model, own_classes, split_weights
+from softcache.reproduce.recipe import DATA, STUDENT, Recipe, Step
+from softcache.reproduce.steps import Bench, Data
 from softcache.spec import parse_spec
+from softcache.students import shrink
+from softcache.students.low_rank import SavesNothing
+from softcache.students.samples import Samples
 from softcache.targets.ensemble import parse_members
 from softcache.train import refuse
 from softcache.train.optimizer import freeze
@@ -28,16 +33,40 @@ from softcache.train.stages import parse_stages
 from softcache.train.student import try_student
 
 
-def check_step(step: Step, seeds: Sequence[int], bench: Bench) -> None:
+@dataclass(frozen=True)
+class Tried:
+    """What a step that was checked would leave, on random weights.
+
+    Attributes:
+        model: a network; whoever changes it takes a copy.
+        item: one that it takes.
+        views: what its items went through.
+    """
+
+    model: Model
+    item: Any
+    views: Policy
+
+
+KINDS: dict[str, type[Any]] = {"train": TrainConfig, "dump": DumpConfig, "shrink": ShrinkConfig, "eval": EvalConfig}
+
+
+def check_step(step: Step, seeds: Sequence[int], bench: Bench, tried: dict[str, Tried]) -> None:
     """Refuse what its verb would refuse: settings, contradictions, data, classes, students, and losses that its cache lacks.
+
+    Args:
+        tried: of the steps before it, by name, those whose models others learn with or make smaller; its own is added.
 
     Raises:
         SoftcacheError: as the verb raises it.
     """
     settings = {key: value for key, value in step.settings.items() if key not in ("run", "bias_model")}
-    kind: type[Any] = {"train": TrainConfig, "dump": DumpConfig, "eval": EvalConfig}[step.kind]
+    kind = KINDS[step.kind]
     config = resolve(kind, flags=settings if step.kind == "eval" else {**settings, "out": "."}).config
     data = {key: bench.data_of(_spec(getattr(config, key), bench)) for key in DATA if getattr(config, key, None)}
+    if step.kind == "shrink":
+        _check_shrink(step, config, data, bench, tried)
+        return
     some = data["data"].some
     for key in ("keep_labels", "drop_labels", "classes", "fit_bias"):
         class_indices(some.class_names, getattr(config, key, ()))
@@ -51,7 +80,7 @@ def check_step(step: Step, seeds: Sequence[int], bench: Bench) -> None:
     else:
         for seed in seeds if step.seeded else (config.seed,):
             refuse.check(replace(config, seed=seed))
-        _check_train(step, config, some, bench)
+        _check_train(step, config, some, bench, tried)
     judged = data.get("eval_data" if step.kind == "train" else "data")
     if judged is not None:
         _check_judged(step, judged.some, judged.labelled)
@@ -83,7 +112,34 @@ def _check_dump(config: DumpConfig, data: TransferSet, recipe: Recipe) -> None:
             parse_spec(split_weights(text)[0])
 
 
-def _check_train(step: Step, config: TrainConfig, data: TransferSet, bench: Bench) -> None:
+def _check_shrink(
+    step: Step, config: ShrinkConfig, data: Mapping[str, Data], bench: Bench, tried: dict[str, Tried]
+) -> None:
+    """Its methods are known, and do to a network of random weights what they would do to a trained one."""
+    if "eval_data" in data:
+        _check_judged(step, data["eval_data"].some, data["eval_data"].labelled)
+    methods = [shrink.Method.parse(text) for text in config.by]
+    before = tried.get(config.model)
+    views = Policy.parse(config.policy, 0) if config.policy or before is None else before.views
+    if before is None:  # a model that is there already
+        return
+    shown = data.get("data", data.get("eval_data"))
+    item = before.item if shown is None else ViewedSet(shown.some, views.for_evaluation(), ()).render(0, 0)
+    model = copy.deepcopy(before.model).eval()
+    samples = Samples.of(model, config.model, item, 0, lambda _i: item, 2)
+    for method in methods:
+        with suppress(SavesNothing):  # of weights that are learned it may
+            method.apply(samples)
+    _keep(step, Tried(model, item, views), bench, tried)
+
+
+def _keep(step: Step, made: Tried, bench: Bench, tried: dict[str, Tried]) -> None:
+    named = {name for one in bench.recipe.steps for key, name in one.named() if key in (STUDENT, "model")}
+    if step.name in named:
+        tried[step.name] = made
+
+
+def _check_train(step: Step, config: TrainConfig, data: TransferSet, bench: Bench, tried: dict[str, Tried]) -> None:
     """Its student can be built, has the layers that are named and takes the items; its cache keeps what its losses need."""
     source = next((one for one in bench.recipe.steps if one.name == step.settings.get("cache")), None)
     policy: Sequence[str] = config.augment or config.policy
@@ -101,18 +157,22 @@ def _check_train(step: Step, config: TrainConfig, data: TransferSet, bench: Benc
         model, names = given, own_classes(given) or names
     with faults_explained(DataError, f"reading the texts of {data.name}"):
         vocabulary = build_vocabulary(data.load(i)[0] for i in range(len(data))) if isinstance(item, str) else None
-    with faults_explained(ModelError, f"building {model!r}"):
-        made = load_model(
-            model,
-            num_classes=len(names),
-            class_names=names,
-            input_shape=item_shape(item),
-            vocabulary=vocabulary,
-            allow_code=bench.allow_code,
-        )
+    if model in tried:
+        made = copy.deepcopy(tried[model].model)
+    else:
+        with faults_explained(ModelError, f"building {model!r}"):
+            made = load_model(
+                model,
+                num_classes=len(names),
+                class_names=names,
+                input_shape=item_shape(item),
+                vocabulary=vocabulary,
+                allow_code=bench.allow_code,
+            )
     with faults_explained(DataError, f"the collate of {model!r}"):
         sample = made.input.collate([item, item])
     try_student(made, model, sample, item_shape(item))
+    _keep(step, Tried(made, item, views), bench, tried)
     stages = parse_stages(config) if given is None else []
     if not any(term.loss.graft for stage in stages for term in stage.terms):  # which brings layers of its own
         for stage in stages:

@@ -9,10 +9,10 @@ import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from softcache.data.classes import class_indices
@@ -21,31 +21,10 @@ from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import refuse_linked_folders
 from softcache.report.chart import drawn_rows
 from softcache.report.tables import table
-from softcache.reproduce.check_steps import check_step
+from softcache.reproduce.check_steps import Tried, check_step
 from softcache.reproduce.recipe import Recipe, Step, read_recipe, recipe_names
 from softcache.reproduce.steps import Bench, outcome_of
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        label: of the step.
-        metric: "errors", "top1" in percent, or the errors on one class.
-        paper: the published number, or None.
-        values, best: ours, one for each seed: of the last epoch, and of the best; no best where an epoch does not tell it.
-        verdict: "reached" or "not reached"; empty where nothing can be said.
-        seconds: of all seeds together.
-    """
-
-    label: str
-    metric: str
-    paper: float | None
-    values: Sequence[float]
-    best: Sequence[float]
-    verdict: str
-    seconds: float
+from softcache.reproduce.table import Row, mean_cost, written
 
 
 @dataclass(frozen=True)
@@ -88,26 +67,7 @@ class Reproduced:
         notes += ["made: " + ", ".join(f"{key} {value}" for key, value in one.items()) for one in self.made]
         state = f"{self.done} steps done now, {self.reused} reused; all of it is in {self.folder}"
         said = "\n".join(notes)
-        return f"{self.recipe.title}{schedule}\n{self.recipe.source}\n\n{self._table()}\n\n{said}\n\n{state}"
-
-    def _table(self) -> str:
-        if not self.rows:
-            return "none of its rows"
-        columns: dict[str, list[str]] = {
-            "": [row.label for row in self.rows],
-            "metric": [row.metric for row in self.rows],
-            "paper": [_number(row.paper) for row in self.rows],
-            "ours": [_number(mean(row.values)) for row in self.rows],
-            "s.d.": [_number(stdev(row.values)) if len(row.values) > 1 else "" for row in self.rows],
-            "best epoch": [_number(mean(row.best) if row.best else None) for row in self.rows],
-        }
-        for place, seed in enumerate(self.seeds if len(self.seeds) > 1 else ()):
-            of_seed = [row.values[place] if len(row.values) > 1 else None for row in self.rows]
-            columns[f"seed {seed}"] = [_number(value) for value in of_seed]
-        columns["verdict"] = [row.verdict for row in self.rows]
-        columns["minutes"] = [f"{row.seconds / 60:.1f}" for row in self.rows]
-        shown = {head: cells for head, cells in columns.items() if any(cells)}
-        return table(list(shown), list(zip(*shown.values(), strict=True)))
+        return f"{self.recipe.title}{schedule}\n{self.recipe.source}\n\n{written(self.rows, self.seeds)}\n\n{said}\n\n{state}"
 
 
 def run(
@@ -159,9 +119,11 @@ def run(
         )
     folder = out / recipe.name / budget
     bench = Bench(recipe, folder, specs, use, device, quiet, download, allow_code)
+    tried: dict[str, Tried] = {}
     for step in recipe.steps:
         with _naming(step, recipe):
-            check_step(step, chosen, bench)
+            check_step(step, chosen, bench, tried)
+    tried.clear()
     refuse_linked_folders(folder, "folder of a recipe")
     make_folder(folder)
     for number, step in enumerate(recipe.steps, start=1):
@@ -212,7 +174,8 @@ def _finished(bench: Bench, seeds: Sequence[int], stem: str) -> Reproduced:
     write_whole(folder / f"{stem}.json", (json.dumps(done.to_json(), indent=1) + "\n").encode())
     write_whole(folder / f"{stem}.txt", (done.text() + "\n").encode())
     if rows and find_spec("matplotlib") is not None:
-        write_whole(folder / f"{stem}.png", drawn_rows(f"{recipe.title}, {recipe.budget} budget", rows))
+        drawn = [replace(row, label=f"{row.label}, {row.column}" if row.column else row.label) for row in rows]
+        write_whole(folder / f"{stem}.png", drawn_rows(f"{recipe.title}, {recipe.budget} budget", drawn))
     elif rows and not bench.quiet:
         print("no picture: it takes `pip install 'softcache[demo]'`", file=sys.stderr)
     return done
@@ -240,7 +203,9 @@ def _row(step: Step, bench: Bench, seeds: Sequence[int]) -> Row:
     metric = f"errors on {step.of_class}" if step.metric == "class_errors" else step.metric
     seconds = sum(outcome.seconds for outcome in outcomes)
     paper = None if bench.recipe.budget == "smoke" else step.paper  # on made-up data there is nothing to compare
-    return Row(step.label, metric, paper, values, best, verdict(step, values, bench.recipe.budget), seconds)
+    judged = verdict(step, values, bench.recipe.budget)
+    cost = mean_cost([outcome.cost for outcome in outcomes])
+    return Row(step.label, metric, paper, values, best, judged, seconds, step.column, cost)
 
 
 def _value(step: Step, scores: Mapping[str, Any]) -> float:
@@ -262,9 +227,3 @@ def verdict(step: Step, values: Sequence[float], budget: str) -> str:
     ours = mean(values)
     good = ours >= step.paper - step.tolerance if step.metric == "top1" else ours <= step.paper + step.tolerance
     return "reached" if good else "not reached"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value == round(value) else f"{value:.2f}"

@@ -1,22 +1,25 @@
-"""What a recipe says: a paper's table as steps that train, dump and evaluate, each with the paper's number beside it.
+"""What a recipe says: a paper's table as steps that train, dump, shrink and evaluate, each with the paper's number beside it.
 
 A recipe is a TOML file, in softcache/reproduce/recipes or one of your own. At the top level stand the settings of the paper
 budget; the tables `short` and `smoke` change data and settings for smaller ones.
 
     title, source, about     whose table, and what to know of it
     [data]                   name -> data spec; {root} is --data-root
-    [train] [dump] [eval]    settings of every such step: the verb's flags, with _ for -
+    [train] [dump] [shrink] [eval]  settings of every such step: the verb's flags, with _ for -
     [pair.NAME]              words that a step with `each` is written with: it is done for every pair (`each = true`) or for
                              those it names, {word} replaced in all of its strings, {pair} by NAME; where its `paper` is a
                              string, the number is that entry of the pair's `paper`. Steps with `each` that follow one another
                              are done pair by pair, and one that two pairs share once. [words]: of every pair.
-    [[step]]                 name, and one of train, dump, eval: its own settings; `seeds`: once for each seed (true for all but
-                             dumps); what they build on is named by `teacher`, `cache`, `init_from`, `run`, `bias_model`
+    [[step]]                 name, and one of train, dump, shrink, eval: its own settings; `seeds`: once for each seed (true for
+                             those that train and evaluate); what they build on is named by `teacher`, `cache`, `init_from`,
+                             `run`, `bias_model`, of shrink `model`, and by a `student` that is an earlier step
       label                  of its row of the table; by default its name where it has a paper's number
+      column                 of its number: steps of the same label stand in one row, which begins with what the model costs
+      beside                 an earlier step, with whose model a trained one is compared in what it costs (shrink does so itself)
       paper, tolerance       the number in the table, and how far ours may be worse
       metric, class          errors, top1 (percent), or class_errors of a class
     [budget.paper] [budget.short] [budget.smoke]
-                             estimate; data, train, dump, eval: these settings win over the above and over those of the steps;
+                             estimate; data, train, dump, shrink, eval: these settings win over the above and over the steps';
                              steps: name -> settings, which win over all; pairs, seeds; only: patterns of the names of the
                              steps it keeps, beside those that they build on; use: training step -> a model in its place
 """
@@ -37,23 +40,33 @@ from softcache.errors import ConfigError, nearest
 
 BUDGETS = ("smoke", "short", "paper")
 DATA = ("data", "eval_data", "bias_data")  # settings that may name the recipe's data
-REFERENCES = ("teacher", "cache", "init_from", "run", "bias_model")  # settings that may name an earlier step
-KINDS = ("train", "dump", "eval")
+REFERENCES = (
+    "teacher",
+    "cache",
+    "init_from",
+    "run",
+    "bias_model",
+    "model",
+)  # settings that name an earlier step or a model
+STUDENT = "student"  # a setting that may name an earlier step, and mostly says what to build
+BESIDE = "beside"
+KINDS = ("train", "dump", "shrink", "eval")
+SEEDED = ("train", "eval")  # kinds that are done once for each seed by default
 METRICS = ("errors", "top1", "class_errors")
 _TOP = {
-    "title": str, "source": str, "about": str, "data": dict, "train": dict, "dump": dict, "eval": dict, "words": dict,
-    "pair": dict, "step": list, "budget": dict,
+    "title": str, "source": str, "about": str, "data": dict, "train": dict, "dump": dict, "shrink": dict, "eval": dict,
+    "words": dict, "pair": dict, "step": list, "budget": dict,
 }  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 MANY_STEPS, LONG_TEXT = 2_000, 2**16
 _TYPE_NAMES = {str: "a string", dict: "a table", list: "a list", bool: "true or false", int: "a number"}
 _STEP = {
     "name": str, "label": str, "each": (bool, list), "seeds": bool, "paper": (int, float, str), "tolerance": (int, float),
-    "metric": str, "class": str, "train": dict, "dump": dict, "eval": dict,
+    "metric": str, "class": str, "column": str, "beside": str, "train": dict, "dump": dict, "shrink": dict, "eval": dict,
 }  # fmt: skip
 _BUDGET = {
-    "estimate": str, "data": dict, "train": dict, "dump": dict, "eval": dict, "pairs": list, "only": list, "use": dict,
-    "steps": dict, "seeds": list,
+    "estimate": str, "data": dict, "train": dict, "dump": dict, "shrink": dict, "eval": dict, "pairs": list, "only": list,
+    "use": dict, "steps": dict, "seeds": list,
 }  # fmt: skip
 
 
@@ -66,6 +79,7 @@ NOT_OF_A_STEP: dict[str, dict[str, str]] = {
         "extend": "each dump is a cache of its own",
         "list_modules": "it lists and dumps nothing",
     },
+    "shrink": {"out": _FOLDER},
     "eval": {},
 }
 
@@ -76,7 +90,7 @@ class Step:
 
     Attributes:
         name: by which other steps refer to it, and its folder.
-        kind: "train", "dump" or "eval".
+        kind: "train", "dump", "shrink" or "eval".
         settings: of the verb; `data`, `eval_data` and `bias_data` may name the recipe's data, REFERENCES its earlier steps.
         label: of its row; empty: it has none.
         seeded: it is done once for each seed.
@@ -84,6 +98,8 @@ class Step:
         tolerance: how far from it counts as reached, in the metric's unit.
         metric: what is compared.
         of_class: of the metric "class_errors".
+        column: of its number in the row; empty: the row is its own.
+        beside: the earlier step with whose model a trained one is compared in what it costs; empty: it is not.
     """
 
     name: str
@@ -95,13 +111,19 @@ class Step:
     tolerance: float | None = None
     metric: str = "errors"
     of_class: str = ""
+    column: str = ""
+    beside: str = ""
 
     def named(self) -> Iterator[tuple[str, str]]:
-        """(setting, name) of whatever REFERENCES name: an earlier step, or a model."""
+        """(setting, name) of whatever it builds on: an earlier step, or a model. A STUDENT may also be what to build."""
         for key in REFERENCES:
             value = self.settings.get(key, ())
             for name in (value,) if isinstance(value, str) else value:
                 yield key, name
+        if isinstance(student := self.settings.get(STUDENT), str):
+            yield STUDENT, student
+        if self.beside:
+            yield BESIDE, self.beside
 
 
 @dataclass(frozen=True)
@@ -310,7 +332,8 @@ def _step(
         raise ConfigError(f"{where}: needs one of {', '.join(KINDS)}")
     (kind,) = kinds
     settings = {**told.get(kind, {}), **entry[kind], **changes.get(kind, {}), **of_step.get(entry["name"], {})}
-    _check_own(kind, settings, bool(entry.get("seeds", kind != "dump")), where)
+    seeded = bool(entry.get("seeds", kind in SEEDED))
+    _check_own(kind, settings, seeded, where)
     metric = entry.get("metric", "errors")
     if metric not in METRICS:
         raise ConfigError(f"{where}: unknown metric {metric!r}", tip=nearest(metric, METRICS))
@@ -318,23 +341,32 @@ def _step(
     label = entry.get("label", entry["name"] if kind != "dump" and paper is not None else "")
     if isinstance(paper, str):
         raise ConfigError(f"{where}: paper = {paper!r} names a number of a pair, and the step has no `each`")
-    if label and (kind == "dump" or (kind == "train" and "eval_data" not in settings)):
+    if label and (kind == "dump" or (kind in ("train", "shrink") and "eval_data" not in settings)):
         raise ConfigError(
             f"{where}: a row of the table needs a number, and a {kind} step without evaluation has none",
             tip="give eval_data, or leave the label and the paper's number out",
         )
     if metric == "class_errors" and "class" not in entry:
         raise ConfigError(f"{where}: metric class_errors is of one class", tip="add class = NAME")
+    if "column" in entry and not label:
+        raise ConfigError(f"{where}: a column is a place in a row", tip="give the step a label: that of its row")
+    if "beside" in entry and (kind != "train" or not label):
+        raise ConfigError(
+            f"{where}: beside is of a step that trains a row's model",
+            tip="a shrink step is compared with its own model",
+        )
     return Step(
         entry["name"],
         kind,
         {key: value for key, value in settings.items() if value is not None},
         label,
-        bool(entry.get("seeds", kind != "dump")),
+        seeded,
         None if paper is None else float(paper),
         None if entry.get("tolerance") is None else float(entry["tolerance"]),
         metric,
         str(entry.get("class", "")),
+        str(entry.get("column", "")),
+        str(entry.get("beside", "")),
     )
 
 
@@ -343,7 +375,7 @@ def _check_own(kind: str, settings: Mapping[str, Any], seeded: bool, where: str)
     for key in NOT_OF_A_STEP[kind]:
         if settings.get(key) is not None:
             raise ConfigError(f"{where}: {kind} cannot set {key}", tip="leave it out: " + NOT_OF_A_STEP[kind][key])
-    if kind == "train" and seeded and settings.get("seed") is not None:
+    if kind in ("train", "shrink") and seeded and settings.get("seed") is not None:
         raise ConfigError(
             f"{where}: seed = {settings['seed']} would win over --seeds, so that every seed gives the same number",
             tip="leave seed out, or write `seeds = false` for a step that is done once",
@@ -355,10 +387,12 @@ def _check_named(steps: Sequence[Step], where: str) -> None:
     before: dict[str, Step] = {}
     for step in steps:
         for key, name in step.named():
-            if name not in before and (key == "cache" or ":" not in name):
+            if name not in before and key != STUDENT and (key in ("cache", BESIDE) or ":" not in name):
                 raise ConfigError(
                     f"{where}: step {step.name!r}: {key} {name!r} is no step before it", tip=nearest(name, before)
                 )
+            if key in (STUDENT, BESIDE, "model") and name in before and before[name].kind not in ("train", "shrink"):
+                raise ConfigError(f"{where}: step {step.name!r}: {key} {name!r} is a {before[name].kind}, and no model")
             if name in before and before[name].seeded and not step.seeded:
                 raise ConfigError(f"{where}: step {step.name!r} is done once, {name!r} once for each seed")
         before[step.name] = step

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from softcache import dump
-from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
+from softcache.config import DumpConfig, EvalConfig, ShrinkConfig, TrainConfig, resolve
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError
@@ -29,8 +29,10 @@ from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import RUN, is_inside, read_inside
 from softcache.machine import describe_device, pick_device
 from softcache.models import load_json, path_and_choice, split_weights
-from softcache.reproduce.recipe import DATA, REFERENCES, Recipe, Step
+from softcache.reproduce.recipe import BESIDE, DATA, REFERENCES, STUDENT, Recipe, Step
 from softcache.spec import parse_spec
+from softcache.students import shrink
+from softcache.students.beside import costs_beside
 from softcache.targets.cache import is_cache
 from softcache.targets.cache import open as open_cache
 from softcache.train import flow as train
@@ -55,6 +57,8 @@ class Outcome:
         seconds: that it took when it was done; of a training run, that of its epochs.
         made: when, with what and on what device.
         reused: it was there already.
+        cost: "before" and "after": what the model costs that it began with, and its own, both measured in turns; empty for steps
+            that were not asked.
     """
 
     folder: str
@@ -64,6 +68,7 @@ class Outcome:
     seconds: float = 0.0
     made: Mapping[str, str] = field(default_factory=dict)
     reused: bool = False
+    cost: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,12 @@ class Bench:
         """Of an earlier step: for the same seed, or its only one; None for what is no step."""
         return self.outcomes.get((name, seed), self.outcomes.get((name, None)))
 
+    def model_of(self, name: str, seed: int | None) -> str:
+        """The model of an earlier step, as a verb takes it."""
+        found = self.outcome(name, seed)
+        assert found is not None  # `_check_named` has refused others
+        return _with_factory(found.folder, name, self)
+
 
 def outcome_of(step: Step, seed: int | None, bench: Bench) -> Outcome:
     """Do a step for one seed, or find what it gave before.
@@ -138,8 +149,12 @@ def outcome_of(step: Step, seed: int | None, bench: Bench) -> Outcome:
         outcome = _trained(settings, folder, bench.quiet)
     elif step.kind == "dump":
         outcome = _dumped(settings, folder, bench.quiet)
+    elif step.kind == "shrink":
+        outcome = _shrunk(settings, folder, bench.quiet)
     else:
         outcome = _evaluated(settings)
+    if step.beside:
+        outcome = replace(outcome, cost=_cost(outcome, settings, bench.model_of(step.beside, seed)))
     device = describe_device(pick_device(settings.get("device", "auto")))
     made = {"date": date.today().isoformat(), "softcache": __version__, "torch": torch.__version__}
     outcome = replace(outcome, seconds=outcome.seconds or time.monotonic() - started, made={**made, "device": device})
@@ -155,14 +170,14 @@ def _settings(step: Step, seed: int | None, bench: Bench) -> dict[str, Any]:
             settings[key] = bench.specs.get(settings[key], settings[key])
     for key, name in step.named():
         found = bench.outcome(name, seed)
-        if found is None:
+        if found is None or key == BESIDE:
             continue
-        model = found.folder if key == "cache" else _with_factory(found.folder, name, bench)
+        model = found.folder if key == "cache" else bench.model_of(name, seed)
         if key == "teacher":
             settings[key] = [_as_member(model, name) if one == name else one for one in settings[key]]
         else:
             settings[key] = model
-    if step.kind == "train":
+    if step.kind in ("train", "shrink"):
         settings.setdefault("seed", 0 if seed is None else seed)
     if bench.device is not None:
         settings["device"] = bench.device
@@ -175,8 +190,14 @@ def _settings(step: Step, seed: int | None, bench: Bench) -> dict[str, Any]:
 
 def _with_factory(folder: str, name: str, bench: Bench) -> str:
     """A run as `MODEL@RUN` where the recipe itself says by what factory it was made: what the run says is not believed."""
-    student = next((one.settings.get("student") for one in bench.recipe.steps if one.name == name), None)
-    if name in bench.models or not isinstance(student, str):
+    steps = {one.name: one for one in bench.recipe.steps}
+    student: Any = name
+    while student in steps:  # what was made smaller, and healed, is of the factory's making still
+        if student in bench.models:
+            return folder
+        settings = steps[student].settings
+        student = settings.get("model" if steps[student].kind == "shrink" else STUDENT)
+    if not isinstance(student, str):
         return folder
     head = split_weights(student)[0]
     return f"{head}@{folder}" if parse_spec(head).is_factory else folder
@@ -190,16 +211,17 @@ def _as_member(model: str, name: str) -> str:
 
 def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: str | None, bench: Bench) -> str:
     """sha256 of all that its result depends on; not of where data, runs and caches lie, nor of the device."""
-    inputs = []
+    inputs, stands_for = [], {*REFERENCES, *DATA, "device", "download", "allow_code"}
     for key, name in step.named():
         found = bench.outcome(name, seed)
+        if key == STUDENT and found is None:
+            continue  # what to build
+        stands_for.add(key)
         own = [name] if key == "teacher" else []  # it becomes the member's
         inputs.append([key, *own, name if found is None else found.identity])
     parts = {
         "kind": step.kind,
-        "settings": {
-            k: v for k, v in settings.items() if k not in (*REFERENCES, *DATA, "device", "download", "allow_code")
-        },
+        "settings": {k: v for k, v in settings.items() if k not in stands_for},
         "data": {key: bench.data_of(settings[key]).identity for key in DATA if key in settings},
         "inputs": inputs,
         "model": None if model is None else _model_identity(model),
@@ -272,7 +294,7 @@ def _is_outcome(outcome: Outcome) -> bool:
     texts = [outcome.folder, outcome.identity, *outcome.made, *outcome.made.values()]
     if not all(isinstance(one, str) for one in texts) or not isinstance(outcome.seconds, int | float):
         return False
-    for scores in (outcome.last, outcome.best):
+    for scores in (outcome.last, outcome.best, *outcome.cost.values()):
         numbers = [value for key, value in scores.items() if key != "class_errors"]
         numbers += scores.get("class_errors", {}).values()
         if not all(isinstance(one, int | float) for one in numbers):
@@ -313,6 +335,27 @@ def _dumped(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
     result = dump.run(resolve(DumpConfig, flags={**settings, "out": str(folder)}).config, quiet=quiet)
     assert result.manifest is not None
     return Outcome(str(folder), result.manifest.id)
+
+
+def _shrunk(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
+    if not is_inside(folder, train.STUDENT, RUN):  # else finished, and then stopped before it was noted
+        shrink.run(resolve(ShrinkConfig, flags={**settings, "out": str(folder)}).config, quiet=quiet)
+    try:
+        told = load_json(read_inside(folder, shrink.TABLE, MOST_BYTES, RUN))
+        scores = _scores(Evaluation(**told["measured_after"])) if "eval_data" in settings else {}
+        cost = {key: told[key] for key in ("before", "after")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ConfigError(
+            f"{folder / shrink.TABLE}: cannot be understood: {exc!r}", tip=f"remove {folder}: the step is done again"
+        ) from None
+    return Outcome(str(folder), _digest(folder / train.STUDENT), scores, scores, cost=cost)
+
+
+def _cost(outcome: Outcome, settings: Mapping[str, Any], other: str) -> dict[str, dict[str, float]]:
+    """What a trained model costs, and another one, measured in turns."""
+    own = {key: settings[key] for key in ("device", "threads", "download", "allow_code") if key in settings}
+    before, after = costs_beside((other, outcome.folder), settings["eval_data"], **own)
+    return {"before": asdict(before), "after": asdict(after)}
 
 
 def _evaluated(settings: Mapping[str, Any]) -> Outcome:

@@ -16,6 +16,10 @@ from softcache.students.samples import Samples
 POSITIONS = 256  # of a layer's answers to one batch that are looked at
 
 
+class SavesNothing(ConfigError):
+    """With these weights two layers would have more of them than one, in every layer; with others they might not."""
+
+
 def low_rank(
     net: nn.Module,
     samples: Samples,
@@ -71,7 +75,7 @@ def low_rank(
             ranks[name] = wanted
             put(net, name, _product(layer, name, directions[:, :wanted]))
     if not ranks:
-        raise ConfigError(
+        raise SavesNothing(
             f"lowrank saves nothing in any of the {len(layers)} layers: two would have more weights than one",
             tip="ask for less: a smaller energy or rank",
         )

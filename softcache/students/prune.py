@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError
+from softcache.models.masks import hold, prunable, smallest
 from softcache.models.shrunk import DENSE, Shrunk, is_below, shrink_by
 from softcache.students.channels import Group, Side, channel_groups, kept_without, without_effect
 from softcache.students.samples import Samples
@@ -38,24 +39,16 @@ def prune_weights(
     _check_amount("prune:unstructured", amount)
     if scope not in ("layer", "global"):
         raise ConfigError(f"prune:unstructured,scope={scope}: is none", tip="scope=global or scope=layer")
-    weights = [
-        weight
-        for name, module in net.named_modules()
-        if (weight := _matrix(module)) is not None and not is_below(name, keep)
-    ]
+    weights = list(prunable(net, keep).values())
     if not weights:
         raise ConfigError("prune:unstructured: the network has no convolution and no linear layer to choose weights of")
     for together in [weights] if scope == "global" else [[weight] for weight in weights]:
-        _zero_smallest(together, amount)
+        count = round(amount * sum(weight.numel() for weight in together))
+        for weight, mask in zip(together, smallest(together, count), strict=True):
+            hold(weight, mask)
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     count = sum(weight.numel() for weight in weights)
-    return Shrunk(), f"{zeros:,} of {count:,} weights are zero ({scope}); nothing holds them there in training"
-
-
-def _matrix(module: nn.Module) -> Tensor | None:
-    """The weight of a convolution or a linear layer, of whatever library; an embedding's is a table."""
-    weight = module._parameters.get("weight")
-    return weight if weight is not None and weight.ndim > 1 and not isinstance(module, nn.Embedding) else None
+    return Shrunk(), f"{zeros:,} of {count:,} weights are zero ({scope}); train --prune held holds them there"
 
 
 def _check_amount(what: str, amount: float) -> None:
@@ -64,17 +57,6 @@ def _check_amount(what: str, amount: float) -> None:
             f"{what},amount={amount:g}: is a share, more than 0 and less than 1",
             tip="amount=0.5 takes half of them, amount=0.95 leaves one of twenty",
         )
-
-
-def _zero_smallest(weights: Sequence[Tensor], amount: float) -> None:
-    with torch.no_grad():
-        flat = torch.cat([weight.abs().reshape(-1) for weight in weights])
-        mask = torch.ones_like(flat)
-        mask[torch.topk(flat, round(amount * len(flat)), largest=False).indices] = 0
-        begin = 0
-        for weight in weights:
-            weight.mul_(mask[begin : begin + weight.numel()].view_as(weight))
-            begin += weight.numel()
 
 
 # ------------------------------------------------------------------------------------------------------------------ channels

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,39 @@ from softcache.evaluate.measure import Evaluation, evaluate, run_policy
 from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.machine import as_fresh, pick_device, pick_threads
-from softcache.models import Model, Shrunk, load_model, read_metadata, read_saved, save_student
+from softcache.models import Model, Shrunk, fingerprint, load_model, read_metadata, read_saved, save_student
 from softcache.models.item_range import check_scale
+from softcache.models.masks import refuse_unknown
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
-from softcache.spec import call_factory, split_list, split_outside
+from softcache.spec import call_factory, split_list, split_lists, split_outside
 from softcache.students.carve import carve
 from softcache.students.cost import Cost, cost_of
 from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
 from softcache.students.low_rank import low_rank
 from softcache.students.prune import prune_channels, prune_weights
+from softcache.students.quantise import quantise_int8
 from softcache.students.samples import Samples
-from softcache.train.run_folder import STUDENT, locked
+from softcache.train.run_folder import LOCK, STUDENT, locked
 from softcache.version import __version__
 
+INT8 = "quantise:int8"
 METHODS: dict[str, Any] = {
     "carve": carve,
     "prune:structured": prune_channels,
     "prune:unstructured": prune_weights,
     "lowrank": low_rank,
+    INT8: quantise_int8,
 }
+# methods of which there are kinds, and what is said to who names none or another
+KINDS = {
+    "prune": "prune:unstructured or prune:structured",
+    "quantise": INT8,
+    "quantise:int4": f"{INT8}; four bits are for the linear layers of language models, which are not quantised so far",
+}
+FLOATS = "the times are those of floats that are rounded, not of int8; softcache export RUN --to onnx measures int8"
 TABLE = "shrink.json"  # what is printed, for machines
-SHRINK_KEY = "softcache_shrink"  # among the strings of the student's file: what was done
+SHRINK_KEY = "softcache_shrink"  # among the strings of the student's file: what was done, and to which weights
 LOOKED_AT = 2048  # samples of --data, spread over the set
 CLOSE = 1e-4  # of the largest logit: what two orders of a sum may differ by
 
@@ -60,31 +72,21 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """`name:key=value,key=value`, where a value may hold commas; of prune the kind comes first.
+        """`name:key=value,key=value`, where a value may hold commas; of prune and quantise the kind comes first.
 
         Raises:
             ConfigError: no such method.
         """
         name, _, rest = text.partition(":")
         words = [word.strip() for word in split_outside(rest, ",") if word.strip()]
-        if name == "prune" and words and "=" not in words[0]:
-            name, words = f"prune:{words[0]}", words[1:]
+        if name in KINDS and words and "=" not in words[0]:
+            name, words = f"{name}:{words[0]}", words[1:]
         if name not in METHODS:
-            tip = "prune:unstructured or prune:structured" if name == "prune" else nearest(name, METHODS)
-            raise ConfigError(f"--by {text}: there is no method {name!r}", tip=tip)
-        settings: dict[str, str] = {}
-        last = ""
-        for word in words:
-            key, equals, value = word.partition("=")
-            if equals and key not in settings:
-                last, settings[key] = key, value
-            elif equals or not last:
-                what = f"{key!r} is given twice" if equals else f"{word!r} is not key=value"
-                raise ConfigError(
-                    f"--by {text}: {what}", tip=f"write {name}{',' if ':' in name else ':'}key=value,key=value"
-                )
-            else:
-                settings[last] += f",{word}"  # of a list
+            raise ConfigError(
+                f"--by {text}: there is no method {name!r}", tip=KINDS.get(name) or nearest(name, METHODS)
+            )
+        usage = f"{name}{',' if ':' in name else ':'}key=value,key=value"
+        settings = split_lists(",".join(words), f"--by {text}", usage)
         return cls(text, name, settings)
 
     def apply(self, samples: Samples) -> tuple[Shrunk, str]:
@@ -94,10 +96,7 @@ class Method:
         if clash := sorted(set(given) & set(self.settings)):
             known = [name for name in inspect.signature(METHODS[self.name]).parameters if name not in given]
             raise ConfigError(f"{where!r}: unknown parameter {clash[0]!r}", tip=nearest(clash[0], known))
-        modules = [name for name, _ in net.named_modules() if name]
-        for name in split_list(self.settings.get("keep", "")):
-            if name not in modules:
-                raise ConfigError(f"{where}: there is no module {name!r} to keep", tip=nearest(name, modules))
+        refuse_unknown(split_list(self.settings.get("keep", "")), net, where)
         done: tuple[Shrunk, str] = call_factory(METHODS[self.name], self.settings, where, **given)
         return done
 
@@ -178,6 +177,7 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
         SoftcacheError: other children, for what cannot be opened.
     """
     methods = [Method.parse(text) for text in config.by]
+    _check_order(methods)
     out = _target(config)
     refuse_untrained(config.model)
     device, threads = pick_device(config.device), pick_threads(config.threads)
@@ -189,12 +189,17 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
     before = copy.deepcopy(samples.model)
     require_room(out, sum(tensor.nbytes for tensor in before.state_dict().values()), "the smaller model may need")
     with locked(out), Meter(f"shrink {config.model}", len(methods) + 3, unit="steps", quiet=quiet) as meter:
-        steps = []
+        for path in _left_in(out):
+            durable.remove(path)
+        steps: list[tuple[str, str]] = []
+        notes: tuple[str, ...] = ()
         for method in methods:
             meter.note(method.text)
+            if method.name == INT8 and steps:  # what was cut before it has to be measured while BatchNorm is there
+                notes = _measure_batch_norm(samples)
             steps.append((method.text, _applied(method, samples)))
             meter.add()
-        notes = _measure_batch_norm(samples)
+        notes += (FLOATS,) if methods[-1].name == INT8 else _measure_batch_norm(samples)
         meter.add()
         both = [Samples.of(before, config.model, samples.example, 0, samples.item, config.batch_size), samples]
         costs = cost_of(both, config.batch_size)
@@ -205,8 +210,19 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
             out, config.model, tuple(steps), notes, costs[0], costs[1], config.eval_data, measured[0], measured[1],
             config.batch_size, str(device), threads,
         )  # fmt: skip
-        _write(result, samples, policy, config)
+        _write(result, samples, policy, config, fingerprint(before))
     return result
+
+
+def _check_order(methods: Sequence[Method]) -> None:
+    for earlier, later in pairwise(methods):
+        if earlier.name == INT8:
+            twice = later.name == INT8
+            raise ConfigError(
+                f"--by {later.text} after --by {earlier.text}: "
+                + ("once is enough" if twice else "of int8 weights nothing more can be cut"),
+                tip=f"leave one out, {INT8} is the last" if twice else f"give --by {INT8} last",
+            )
 
 
 def _applied(method: Method, samples: Samples) -> str:
@@ -241,9 +257,24 @@ def _target(config: ShrinkConfig) -> Path:
         raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
     if os.path.lexists(out) and not out.is_dir():
         raise ConfigError(f"{out}: is a file", tip="choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out}: holds files already", tip="remove them, or choose another --out")
+    if out.is_dir():
+        _left_in(out)
     return out
+
+
+def _left_in(out: Path) -> list[Path]:
+    """What one that was killed has left in the folder; any other file is refused."""
+    left = list(out.iterdir())
+    if any(path.name == STUDENT or not _is_left(path.name) for path in left):
+        raise ConfigError(f"{out}: holds files already", tip="remove them, or choose another --out")
+    return [path for path in left if path.name != LOCK]
+
+
+def _is_left(name: str) -> bool:
+    """Whether a shrink that was killed before its student had a name may have left such a file."""
+    return (
+        name in (LOCK, TABLE) or name.startswith(f"{TABLE}.tmp") or (name[:1] == "." and name.endswith(f".{STUDENT}"))
+    )
 
 
 def _opened(text: str | None, config: ShrinkConfig) -> TransferSet | None:
@@ -284,6 +315,11 @@ def _samples(
             f"{config.model}: answers by its teacher's classifier behind a projector, and is not made smaller",
             tip="make the student smaller first, and then train it with simkd",
         )
+    if model.shrunk is not None and model.shrunk.quantised:
+        raise ModelError(
+            f"{config.model}: is quantised already, and of int8 weights nothing more can be cut",
+            tip="shrink the model that it was made of, with quantise:int8 as the last --by",
+        )
     if items:
         check_scale(model, config.model, items)
     places = np.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).astype(np.int64) if data is not None else ()
@@ -312,8 +348,12 @@ def _made_up(model_text: str) -> tuple[Any, int, tuple[str, ...]]:
 # ----------------------------------------------------------------------------------------------------------- what comes out
 
 
-def _write(result: Shrinking, samples: Samples, policy: Policy, config: ShrinkConfig) -> None:
-    """The run folder: the table first, and the student last, when it was seen to be what its file says."""
+def _write(result: Shrinking, samples: Samples, policy: Policy, config: ShrinkConfig, source: str) -> None:
+    """The run folder: the table first, and the student last, when it was seen to be what its file says.
+
+    Args:
+        source: fingerprint of the whole model; where it lies is in the table alone, so that the same is the same file anywhere.
+    """
     out, model = result.path, samples.model
     weights = weights_of(config.model)
     known = read_metadata(Path(weights)) if os.path.isdir(weights) or weights.endswith(".safetensors") else {}
@@ -321,7 +361,7 @@ def _write(result: Shrinking, samples: Samples, policy: Policy, config: ShrinkCo
         **{key: value for key, value in known.items() if key.startswith("softcache_")},
         "softcache_policy": json.dumps(policy.to_json()),
         "softcache_version": __version__,
-        SHRINK_KEY: json.dumps({"source": config.model, "by": list(config.by)}),
+        SHRINK_KEY: json.dumps({"source": source, "by": list(config.by)}),
     }
     durable.write_whole(out / TABLE, (json.dumps(result.to_json(), indent=1) + "\n").encode())
     with durable.written_by_path(out / STUDENT, out / f".{os.getpid()}.{STUDENT}") as aside:

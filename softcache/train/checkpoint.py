@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softcache.errors import SoftcacheError, TrainingError
 from softcache.files import durable
 from softcache.files.inside import RUN, is_inside, open_inside
+from softcache.models.masks import Masks
 from softcache.models.seal import FORMAT, check_digest, check_format, digest, refuse_stretched
 from softcache.train.ranks import Ranks
 from softcache.version import __version__
@@ -58,6 +59,7 @@ class Trained:
         optimizer: of the current stage.
         scaler: of gradients in half precision.
         average: of the student's weights, where one is kept.
+        masks: of those that are held at zero, where some stage has any.
     """
 
     net: nn.Module
@@ -65,6 +67,7 @@ class Trained:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: nn.Module | None = None
+    masks: Masks | None = None
 
     def named(self) -> dict[str, Any]:
         """By their names in a checkpoint."""
@@ -126,6 +129,8 @@ def restore(out: Path, trained: Trained, state: dict[str, Any], ranks: Ranks) ->
     own = [dict(group) for group in trained.optimizer.param_groups]
     try:
         for name, value in trained.named().items():
+            if name not in state:
+                raise LookupError(f"it holds no {name}")
             value.load_state_dict(state[name])
         _check_optimizer(trained.optimizer, own)
         restore_random_states(state["random"][ranks.rank])

@@ -142,7 +142,7 @@ def stages_to_do(session: Session) -> Iterator[LiveStage]:
         learned = freeze_for(stage, model, objective, prepared.fixed)
         scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16")
         optimizer = make_optimizer(learned, stage.config)
-        trained = Trained(model.net, prepared.term_modules, optimizer, scaler, prepared.average)
+        trained = Trained(model.net, prepared.term_modules, optimizer, scaler, prepared.average, prepared.masks)
         if session.saved and number == progress.stage:
             restore(prepared.out, trained, session.saved, prepared.ranks)
         if number > progress.stage:
@@ -182,14 +182,18 @@ def one_step(
     prepared: Prepared, live: LiveStage, loaded: LoadedBatch, moment: Moment, number: int
 ) -> dict[str, Tensor]:
     """One optimiser step on a global batch, the run's `number`th: each term's value and their sum on this rank, on its device."""
-    config, trained, objective = prepared.config, live.trained, live.objective
+    config, trained, objective, masks = prepared.config, live.trained, live.objective, prepared.masks
     for group in trained.optimizer.param_groups:
         group["lr"] = live.stage.rate(moment)
+    if masks is not None and live.stage.pruning is not None:
+        live.stage.pruning.before(masks, moment)
     batch = prepared.material.batch(loaded, config, objective.feature_names, prepared.device)
     total = min(config.batch_size, prepared.count - moment.step * config.batch_size)
     pieces = batch.pieces(total, config.accumulate, number, prepared.ranks, over_labels=objective.over_labels)
     trained.optimizer.zero_grad(set_to_none=True)
     values = backward(live.learner, objective, list(pieces), trained.scaler, moment)
+    if masks is not None:
+        masks.apply_to_gradients()
     if config.clip_norm is not None:
         trained.scaler.unscale_(trained.optimizer)
         nn.utils.clip_grad_norm_(live.learned, config.clip_norm)
@@ -197,6 +201,8 @@ def one_step(
     trained.scaler.update()
     if prepared.average is not None:
         prepared.average.update_parameters(prepared.model)
+    if masks is not None:
+        masks.apply()
     return values
 
 

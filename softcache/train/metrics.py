@@ -27,6 +27,7 @@ def epoch_row(prepared: Prepared, live: LiveStage, progress: Progress, moment: M
     row["lr"] = live.trained.optimizer.param_groups[0]["lr"]
     row["view"] = views_of(seen, prepared.material.cache, prepared.config)[0]
     row |= live.objective.scalars(moment)
+    row |= {} if prepared.masks is None else {"sparsity": prepared.masks.sparsity}
     sums = {name: ranks.total(value).item() for name, value in progress.sums.items()}
     return row | {name: value / ranks.size / prepared.steps for name, value in sums.items()}
 
@@ -38,8 +39,15 @@ def score_of(row: Mapping[str, Any]) -> float | None:
 
 
 def best_epoch(metrics: Sequence[Mapping[str, Any]]) -> int | None:
-    """Which of the epochs that were evaluated was the best, of equal ones the first; None where none was evaluated."""
-    scores = {place: score for place, row in enumerate(metrics) if (score := score_of(row)) is not None}
+    """Which of the epochs that were evaluated was the best, of equal ones the first; None where none was evaluated.
+
+    Of a student that loses weights on the way, only epochs in which it had lost as many as ever are compared.
+    """
+    scores = {
+        place: (row.get("sparsity", 0.0), score)
+        for place, row in enumerate(metrics)
+        if (score := score_of(row)) is not None
+    }
     return max(scores, key=scores.__getitem__, default=None)
 
 

@@ -67,6 +67,8 @@ def _with_epochs(settings: str, epochs: int) -> str:
 def _schedules(stage: Stage) -> Iterator[tuple[str, Schedule]]:
     """Everything in a stage that may change with its epochs, each with its name in words."""
     yield "the learning rate's schedule", stage.factor
+    if stage.pruning is not None and stage.pruning.schedule is not None:
+        yield stage.pruning.schedule
     for term in stage.terms:
         yield f"the weight of loss {term.name!r}", term.weight
         for key, value in term.settings.items():

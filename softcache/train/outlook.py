@@ -14,6 +14,7 @@ from softcache.errors import ConfigError, first_offenders
 from softcache.losses import LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import Initialised
+from softcache.models.masks import prunable
 from softcache.train.session import Prepared
 from softcache.train.stages import Stage, unused_settings
 from softcache.train.terms import named_terms
@@ -23,6 +24,7 @@ LEFT_OF_START = 0.05  # of a moving average at the end of a run
 TAKEN = 0.5  # of a student's numbers, by --init-from
 PEAK = 0.5  # of the highest value of a schedule
 MANY_ZEROS = 0.2  # of a student's weights: no network begins with so many
+ROUNDED = 0.01  # of a student's weights
 MOVED = 1e-6  # learning rate times steps: less than float32 keeps of a weight of about 1 and more
 SOFTEST, HARDEST = 200.0, 0.07  # temperatures
 
@@ -143,6 +145,9 @@ def _of_stage(stage: Stage, steps: int, reach: Reach) -> Iterator[str]:
     config, at = stage.config, moments(stage, steps)
     rates = np.array([stage.factor.at(moment) for moment in at])
     yield from _of_schedule("the learning rate", stage.factor, rates, config.epochs)
+    if stage.pruning is not None and stage.pruning.schedule is not None:
+        what, shares = stage.pruning.schedule
+        yield from _of_schedule(what, shares, np.array([shares.at(moment) for moment in at]), config.epochs)
     moved = config.lr * float(rates.mean()) * config.epochs * steps
     if moved < MOVED:
         yield (
@@ -208,13 +213,21 @@ def _of_start(initialised: Initialised | None) -> Iterator[str]:
 
 
 def _of_zeros(prepared: Prepared) -> Iterator[str]:
-    """Weights that were pruned one by one."""
-    weights = [m.weight for m in prepared.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    zeros, count = sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
-    if zeros > MANY_ZEROS * count:
+    """Weights that were pruned one by one, and that may learn again."""
+    weights = prunable(prepared.model.net)
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
+    count = sum(weight.numel() for weight in weights.values())
+    first = prepared.stages[0].pruning
+    if first is not None and first.schedule is None:
+        empty = [name for name, weight in weights.items() if not weight.any()]
+        if empty:
+            yield f"--prune held: {first_offenders(empty, len(empty))} begins as zeros throughout, and is not held"
+        return
+    taken = 0.0 if first is None or first.amount is None else first.amount.at(Moment())  # it takes zeros first
+    if zeros > MANY_ZEROS * count and taken < zeros / count - ROUNDED:
         yield (
             f"{zeros / count:.0%} of the student's weights are zero, as after prune:unstructured, and nothing holds them there: "
-            "training changes them too; prune it again afterwards"
+            "training changes them too; --prune held leaves them zero"
         )
 
 

@@ -12,6 +12,7 @@ from softcache.config import TrainConfig
 from softcache.data.loading import LoadedBatch
 from softcache.losses.schedules import Moment
 from softcache.machine import pick_device, pick_threads
+from softcache.models.masks import Masks
 from softcache.train.batches import open_material, views_of
 from softcache.train.checkpoint import (
     seed_all,
@@ -48,9 +49,11 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
         model.to(memory_format=torch.channels_last)
     modules = nn.ModuleList(dict.fromkeys(own for objective in objectives for own in objective.term_modules))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
+    averaged: Any = None if average is None else average.module
+    masks = Masks(model.net, averaged and averaged.net) if any(stage.pruning for stage in stages) else None
     return Prepared(
         config, stages, device, ranks, quiet, material, model, initialised, sample, student, objectives,
-        modules.to(device), fixed, average,
+        modules.to(device), fixed, average, masks,
     )  # fmt: skip
 
 
@@ -64,9 +67,11 @@ def rehearse(prepared: Prepared) -> tuple[str, ...]:
     collate, view = prepared.model.input.collate, views_of(0, material.cache, config)[0]
     few, lone = material.few(collate, view), material.few(collate, view, 1)
     least = smallest_piece(prepared.count, config.batch_size, ranks, config.accumulate) * config.views_per_visit
-    reaches = []
-    for stage, objective in zip(prepared.stages, prepared.objectives, strict=True):
+    reaches, prunings = [], [stage.pruning for stage in prepared.stages]
+    for number, (stage, objective) in enumerate(zip(prepared.stages, prepared.objectives, strict=True)):
         freeze_for(stage, prepared.model, objective, prepared.fixed)
+        if stage.pruning is not None and prepared.masks is not None:
+            stage.pruning.check(prepared.masks, prepared.model.net, prunings[:number])
         steps, epochs = prepared.steps, stage.config.epochs
         first, last = Moment(0, 0, steps, epochs), Moment(epochs - 1, steps - 1, steps, epochs)
         with tapped(prepared.student, objective) as taps:

@@ -21,6 +21,7 @@ from softcache.evaluate.measure import evaluate
 from softcache.losses.schedules import Moment
 from softcache.machine import autocast_dtype, pick_workers
 from softcache.models import Initialised, Model
+from softcache.models.masks import Masks
 from softcache.report.progress import Meter
 from softcache.train.batches import Material, views_of, visits
 from softcache.train.checkpoint import Progress, Trained, random_states, restore_random_states
@@ -45,6 +46,7 @@ class Prepared:
         term_modules: what the terms of all stages learn or remember.
         fixed: parameters of the student that are frozen for good.
         average: of the student's weights; None without --ema.
+        masks: of the student's weights that are held at zero; None where no stage has any.
     """
 
     config: TrainConfig
@@ -61,6 +63,7 @@ class Prepared:
     term_modules: nn.ModuleList
     fixed: list[str]
     average: AveragedModel | None
+    masks: Masks | None
 
     @property
     def out(self) -> Path:
@@ -174,7 +177,8 @@ def bytes_of(prepared: Prepared) -> int:
         for one in (prepared.model.net, prepared.term_modules, prepared.average)
     )
     states = {"sgd": 1 if config.momentum else 0}.get(config.optimizer, 2)  # of the optimiser, for each weight
-    checkpoint = (1 + states) * (weights + own) + averaged
+    held = 0 if prepared.masks is None else prepared.masks.nbytes
+    checkpoint = (1 + states) * (weights + own) + averaged + held
     return 2 * checkpoint + weights * (2 if config.keep == "best" else 1)
 
 

@@ -12,10 +12,11 @@ from softcache.config.unused import Part, Unused, unused
 from softcache.errors import ConfigError, nearest
 from softcache.losses import LossTerm
 from softcache.losses.schedules import Moment, Schedule
+from softcache.train.pruning import Pruning
 from softcache.train.terms import parse_terms
 
 SETTINGS = (
-    "epochs", "loss", "lr", "schedule", "optimizer", "momentum", "nesterov", "weight_decay", "freeze", "patience",
+    "epochs", "loss", "lr", "schedule", "optimizer", "momentum", "nesterov", "weight_decay", "freeze", "patience", "prune",
 )  # fmt: skip
 
 
@@ -27,12 +28,14 @@ class Stage:
         config: the run's, with what this stage changes.
         terms: what is learned in it.
         factor: of the learning rate.
+        pruning: which weights it sets to zero; None: no others than the stages before.
         own: the settings that it changes.
     """
 
     config: TrainConfig
     terms: tuple[LossTerm, ...]
     factor: Schedule
+    pruning: Pruning | None = None
     own: frozenset[str] = frozenset()
 
     def describe(self) -> dict[str, Any]:
@@ -77,7 +80,10 @@ def parse_stages(config: TrainConfig) -> list[Stage]:
         factor = Schedule.parse(own.schedule, f"{where}: schedule" if config.stage else "--schedule")
         if factor.bounds[0] < 0:
             raise ConfigError(f"{where}: schedule {own.schedule!r} makes the learning rate negative")
-        stages.append(Stage(own, terms, factor, frozenset(changes)))
+        pruning = (
+            Pruning.parse(own.prune, f"{where}: prune" if "prune" in changes else "--prune") if own.prune else None
+        )
+        stages.append(Stage(own, terms, factor, pruning, frozenset(changes)))
     return stages
 
 

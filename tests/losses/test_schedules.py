@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -36,6 +37,8 @@ SHAPES: list[tuple[str, Callable[[float], float]]] = [
     ("cosine", lambda p: half_cosine(p / 10)),
     ("cosine(4, 1)", lambda p: 1 + 3 * half_cosine(p / 10)),
     ("cosine(0, 1, until=4)", lambda p: 1 - half_cosine(min(1.0, p / 4))),
+    ("cubic(0, 0.8)", lambda p: 0.8 - 0.8 * (1 - p / 10) ** 3),
+    ("cubic(0.2, 0.8, start=1, until=40steps)", lambda p: 0.8 - 0.6 * (1 - min(1.0, max(0.0, (p - 1) / 4))) ** 3),
     ("step(at=4/8)", lambda p: 0.1 ** ((p >= 4) + (p >= 8))),
     ("step(2, at=4/48steps, gamma=0.5)", lambda p: 2 * 0.5 ** ((p >= 4) + (p >= 6))),
     ("piecewise(0:4, 5:1)", lambda p: max(1.0, 4 - 0.6 * p)),
@@ -79,6 +82,12 @@ def test_a_schedule_is_known_by_its_text() -> None:
     assert one.text == "linear( 8, 2 )" and not one.is_constant
     assert other.text == "0.5" and other.is_constant
     assert one == Schedule.parse("linear( 8, 2 )", "y") != other
+
+
+@pytest.mark.parametrize("text", [text for text, _ in SHAPES])
+def test_a_schedule_that_falls_says_so(text: str) -> None:
+    found = [at(text, step / STEPS) for step in range(EPOCHS * STEPS + 1)]
+    assert Schedule.parse(text, "x").falls is any(b < a - 1e-12 for a, b in pairwise(found))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "machine",
         "spec",
+        "students",
     },
     "demo": {"files", "dump", "train", "evaluate", "models", "data", "targets", "report", "config", "machine", "spec"},
     "commands": {
@@ -173,7 +174,8 @@ INNER: dict[str, dict[str, set[str]]] = {
         "terms": {"fits"},
         "pairs": set(),
         "checkpoint": {"ranks"},
-        "stages": {"terms"},
+        "pruning": set(),
+        "stages": {"pruning", "terms"},
         "run_folder": {"ranks", "stages"},
         "tensorboard": {"run_folder"},
         "refuse": {"ranks", "run_folder", "stages", "tensorboard"},

@@ -18,7 +18,7 @@ from training import at_each_save
 
 import softcache
 from softcache.cli import main
-from softcache.config import DumpConfig, EvalConfig, TrainConfig, resolve
+from softcache.config import DumpConfig, EvalConfig, ShrinkConfig, TrainConfig, resolve
 from softcache.data.transfer_set import open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, ModelError, SoftcacheError
@@ -28,6 +28,7 @@ from softcache.report.chart import figure_of
 from softcache.reproduce import flow as reproduce
 from softcache.reproduce import steps
 from softcache.reproduce.recipe import BUDGETS, Step, parse_recipe, read_recipe, recipe_names
+from softcache.students import cost
 from softcache.train.stages import parse_stages
 
 SMALL = """
@@ -93,13 +94,14 @@ def test_every_recipe_is_consistent_at_every_budget(name: str, budget: str) -> N
             assert settings.get(key) is None or settings[key] in recipe.data
         for key, name_of in step.named():
             built_on = known.get(name_of, "model")
-            assert built_on in {"cache": ("dump",), "run": ("train", "dump", "model")}.get(key, ("train", "model"))
+            kinds = {"cache": ("dump",), "run": ("train", "dump", "model")}
+            assert built_on in kinds.get(key, ("train", "shrink", "model"))
         settings.pop("run", None)
         Policy.parse(settings.get("policy", ()), 0)
         if step.kind == "train":
             parse_stages(resolve(TrainConfig, flags={**settings, "out": "x"}).config)
         else:
-            kind: Any = EvalConfig if step.kind == "eval" else DumpConfig
+            kind: Any = {"eval": EvalConfig, "dump": DumpConfig, "shrink": ShrinkConfig}[step.kind]
             resolve(kind, flags=settings if step.kind == "eval" else {**settings, "out": "x"})
         known[step.name] = step.kind
     assert any(step.label for step in recipe.steps) and recipe.estimate != "not estimated"
@@ -711,7 +713,8 @@ def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_runs_at_smoke_budget(name: str, tmp_path: Path) -> None:
+def test_every_recipe_runs_at_smoke_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "SECONDS", 0.0)
     done = reproduce.run(name, budget="smoke", out=tmp_path, quiet=True)
     assert done.rows and all(row.values for row in done.rows)
 

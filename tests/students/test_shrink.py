@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -471,6 +472,32 @@ def test_killed_before_the_end_there_is_no_model(run: Path, tmp_path: Path, monk
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+def test_what_a_killed_one_left_is_not_in_the_way(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("shrink.json", "shrink.json.tmp-0", ".123.student.safetensors"):
+        (out / name).write_text("half of")
+    shrunk(run, out, "carve:depth=0.5")
+    assert sorted(path.name for path in out.iterdir()) == ["shrink.json", "student.safetensors"]
+    json.loads((out / "shrink.json").read_text())
+    for name in ("student.safetensors", ".mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(ConfigError, match="holds files already"):
+            shrunk(run, tmp_path / name, "carve:depth=0.5")
+        assert (tmp_path / name / name).read_text() == "mine"
+
+
+def test_the_same_model_is_the_same_file_wherever_it_lies(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    shutil.copytree(run, other)
+    files = []
+    for source, name in ((run, "a"), (other, "b")):
+        shrunk(source, tmp_path / name, "carve:depth=0.5")
+        files.append((tmp_path / name / "student.safetensors").read_bytes())
+    assert files[0] == files[1] and b"elsewhere" not in files[1]
+
+
 MISTAKES = [
     ("carve", "carve wants one of depth, width and keep, and got none", "--by carve:depth=0.5"),
     ("carve:depth=0.5,width=0.5", "and got depth and width", "several are several --by"),
@@ -491,7 +518,7 @@ MISTAKES = [
     ("lowrank:energy=0.9,keep=fcc", "there is no module 'fcc' to keep", "'fc'"),
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
-    ("quantize:int8", "there is no method 'quantize'", "known: carve"),
+    ("quantize:int8", "there is no method 'quantize'", "'quantise:int8'"),
     ("lowrank:rank=0.5,samples=100", "unknown parameter 'samples'", "known: energy, keep, rank"),
     ("carve:net=resnet8", "unknown parameter 'net'", ""),
 ]  # fmt: skip
@@ -541,7 +568,7 @@ def test_the_table_is_read_without_arithmetic(run: Path, tmp_path: Path, capsys:
     argv = ["shrink", str(run), "--by", "prune:unstructured,amount=0.5,scope=layer", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--device", "cpu", "--threads", "1", "--batch-size", "4", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert "weights are zero (layer); nothing holds them there in training" in said
+    assert "weights are zero (layer); train --prune held holds them there" in said
     assert "BatchNorm keeps the statistics of the whole network" in said
     lines = {line.split("  ")[0]: line.split()[-1] for line in said.splitlines() if line}
     assert lines["parameters"] == "1.00" and math.isclose(float(lines["of them not zero"]), 0.5, abs_tol=0.01)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_world import Arrays, Outcome, World, joined, relative, trained, weights_of
+from small_world import Arrays, Outcome, World, arrays, joined, relative, trained, weights_of
 from training import at_each_save, run_with
 
 from softcache import cli
@@ -339,6 +339,30 @@ def test_a_stage_begins_with_the_same_statistics_on_every_rank(world: World, pai
 # --------------------------------------------------------------------------------------------------------- 30 steps, freely
 
 
+def masks_of(config: TrainConfig) -> list[Arrays]:
+    """What was held after each step, and the student that is kept then."""
+    found = []
+
+    def step(prepared: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        values = one_step(prepared, *rest)
+        masks = {f"mask of {name}": mask for name, mask in prepared.masks.left.items()}
+        found.append(arrays(masks | prepared.kept.net.state_dict()))
+        return values
+
+    run_with(config, step=step)
+    return found
+
+
+def test_both_ranks_set_the_same_weights_to_zero(world: World, pair: Group, tmp_path: Path) -> None:
+    prune = "unstructured:amount=linear(0, 0.9)"
+    config = world.config(tmp_path / "run", "kd", epochs=2, ema=0.5, prune=prune, momentum=0.9, weight_decay=0.01)
+    first, second = pair(masks_of, config)
+    assert len(first) == 2 * STEPS
+    for one, two in zip(first, second, strict=True):
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert sum(int((~array).sum()) for array in first[-1].values() if array.dtype == bool) == round(0.75 * 762)
+
+
 def outcome_of(config: TrainConfig) -> list[dict[str, Any]]:
     return train.run(config, quiet=True).metrics
 
@@ -418,7 +442,10 @@ def files_of(out: Path) -> tuple[str, list[dict[str, Any]]]:
 
 def resumable(world: World, out: Path) -> TrainConfig:
     """Everything that could differ after a restart on two ranks: dropout of each its own, BatchNorm, banks, a stage to come."""
-    stages = (f"loss=kd loss={CRD[0]} freeze=early.0", "loss=ce loss=hint:layer=late:pool freeze=late,early")
+    stages = (
+        f"loss=kd loss={CRD[0]} freeze=early.0 prune='unstructured:amount=linear(0.2, 0.6)'",
+        "loss=ce loss=hint:layer=late:pool freeze=late,early",
+    )
     student = world.spec("net?norm=true&dropout=0.3")
     return world.config(out, student=student, stage=stages, checkpoint_every=1, ema=0.9, accumulate=2)
 

@@ -171,9 +171,11 @@ def test_a_run_that_stopped_after_an_epoch_goes_on(folder: Path, tmp_path: Path,
 EVERYTHING = ["--views-per-visit", "2", "--accumulate", "2", "--ema", "0.9", "--clip-norm", "0.5", "--keep", "best"]
 EVERYTHING += ["--patience", "5", "--batch-size", "64", "--epochs", "2", "--optimizer", "sgd"]
 EVERYTHING += ["--loss", "crd:negatives=8,width=8,layer=0", "--loss", "hint:layer=0,weight=0.1"]
-EVERYTHING += ["--stage", "freeze=layers.1 lr=0.05 schedule='warmup(4steps, linear)'"]
+ALTERNATELY = "prune='unstructured:rate=0.1,every=2steps'"
+EVERYTHING += ["--stage", f"freeze=layers.1 lr=0.05 schedule='warmup(4steps, linear)' {ALTERNATELY}"]
+GROWING = "prune='unstructured:amount=linear(0.1, 0.6),scope=layer'"
 FADING = "loss='kd:temperature=linear(8, 2),weight=cosine(1, 0.5)' loss=crd:negatives=8,width=8,layer=0"
-EVERYTHING += ["--stage", f"optimizer=adamw {FADING} loss=hint:layer=0,weight=0.1 loss=ctkd"]
+EVERYTHING += ["--stage", f"optimizer=adamw {FADING} loss=hint:layer=0,weight=0.1 loss=ctkd {GROWING}"]
 SAVES = 12
 
 
@@ -221,7 +223,7 @@ def test_stopped_after_any_step_and_resumed(folder: Path, undisturbed: Path, tmp
     assert outcome(out) == outcome(undisturbed)
     states = [torch.load(place / "checkpoint.pt", weights_only=True) for place in (out, undisturbed)]
     assert differing(*states) == []
-    assert {"net", "parts", "optimizer", "average", "random"} <= states[0].keys()
+    assert {"net", "parts", "optimizer", "average", "masks", "random"} <= states[0].keys()
     assert any(name.endswith("student_bank") for name in states[0]["parts"])
 
 

@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -189,6 +189,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l nesterov -d 'Nesterov
 complete -c softcache -n '_shtab_softcache_using train' -l weight-decay -x -d 'L2 for sgd and adam, decoupled for adamw'
 complete -c softcache -n '_shtab_softcache_using train' -l schedule -x -d 'of the learning rate, as a factor: constant, linear, cosine, step(at=150/180/210), warmup(5, cosine), ... (default: cosine)'
 complete -c softcache -n '_shtab_softcache_using train' -l freeze -x -d 'parameters of the student that stay as they are: layer1,layer2.0.*,* by name or pattern'
+complete -c softcache -n '_shtab_softcache_using train' -l prune -x -d 'set weights to zero while it learns: '"'"'unstructured:amount=linear(0, 0.8, until=15)'"'"'; held: leave those that are zero'
 complete -c softcache -n '_shtab_softcache_using train' -l stage -x -d 'one stage of several, with what differs in it: '"'"'epochs=5 lr=0.01 freeze=* loss=hint loss=ce:weight=0.1'"'"'; repeat'
 complete -c softcache -n '_shtab_softcache_using train' -l clip-norm -x -d 'scale a larger gradient down to this length'
 complete -c softcache -n '_shtab_softcache_using train' -l accumulate -x -d 'compute a batch in this many pieces, one after the other (default: 1)'
@@ -239,11 +240,11 @@ complete -c softcache -n '_shtab_softcache_using eval' -l print-config -d 'show 
 complete -c softcache -n '_shtab_softcache_using eval' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using eval' -l json -d 'the result for machines'
 complete -c softcache -n '_shtab_softcache_using eval; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'run folder, MODEL@WEIGHTS or a cache'
-complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a shrink -d 'make a trained model smaller: carve, prune, low rank; what it costs before and after'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a shrink -d 'make a trained model smaller: carve, prune, low rank, int8; what it costs before and after'
 complete -c softcache -n '_shtab_softcache_using shrink' -s h -l help -d 'show this help message and exit'
-complete -c softcache -n '_shtab_softcache_using shrink' -l by -x -d 'carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25; repeat to do one after the other'
+complete -c softcache -n '_shtab_softcache_using shrink' -l by -x -d 'carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other'
 complete -c softcache -n '_shtab_softcache_using shrink' -l out -xka "(__fish_complete_directories)" -d 'run folder of the smaller model'
-complete -c softcache -n '_shtab_softcache_using shrink' -l data -x -d 'samples by which lowrank chooses and BatchNorm is measured anew; labels are not used'
+complete -c softcache -n '_shtab_softcache_using shrink' -l data -x -d 'samples by which lowrank and quantise choose and BatchNorm is measured anew; labels are not used'
 complete -c softcache -n '_shtab_softcache_using shrink' -l eval-data -x -d 'data set on which both models are measured'
 complete -c softcache -n '_shtab_softcache_using shrink' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
 complete -c softcache -n '_shtab_softcache_using shrink' -l policy -x -d 'deterministic view steps (default: those of the run)'
