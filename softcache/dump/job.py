@@ -17,7 +17,7 @@ from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
-from softcache.cache.schema import FORMAT_VERSION, fit_layout, plan_layout
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, fit_layout, plan_layout
 from softcache.config import DumpConfig, StorageOptions
 from softcache.data.classes import check_classes
 from softcache.data.identity import sample_ids
@@ -114,7 +114,8 @@ def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
         )
     if wanted is not None and wanted > there and not policy.is_random:
         raise ConfigError(f"--views {wanted}, but every view of this cache's policy is the same ({policy})")
-    check_classes(transfer_set, base.plan.class_names)
+    if base.plan.class_names:
+        check_classes(transfer_set, base.plan.class_names)
     order = order_of(CacheReader(out).samples, transfer_set)
     more = wanted is not None and wanted > there
     first, views = (there, wanted - there) if more and wanted is not None else (0, there)
@@ -193,10 +194,10 @@ def make_plan(
     Raises:
         ModelError: a member's new views would be of another kind than those that are there.
     """
-    base, format = job.base, int(config.format) if job.base is None else job.base.plan.format
+    base, format = job.base, _format_of(config, job, teachers)
     infos = [member_info(teacher, storages[teacher.name]) for teacher in teachers]
     if format != FORMAT_VERSION:
-        infos = [replace(info, width=len(transfer_set.class_names)) for info in infos]
+        infos = [replace(info, width=teacher.width) for info, teacher in zip(infos, teachers, strict=True)]
     first_part = sum(len(one.layout) for one in base.plan.rounds) if base else 0
     record_bytes = max(storage.record_bytes for storage in storages.values())
     layout = plan_layout(
@@ -240,6 +241,25 @@ def make_plan(
         rounds=(this,),
         format=format,
     )
+
+
+def _format_of(config: StorageOptions, job: Job, teachers: Sequence[Teacher]) -> int:
+    """The version of the format that these teachers take: 2 where one of them gives no classes.
+
+    Raises:
+        ModelError: the cache to be extended is of a version that has no place for them.
+    """
+    needs_more = [teacher for teacher in teachers if not teacher.has_classes]
+    if job.base is None:
+        return PROVISIONAL_FORMAT if needs_more else int(config.format)
+    found = job.base.plan.format
+    if needs_more and found == FORMAT_VERSION:
+        one = needs_more[0]
+        raise ModelError(
+            f"teacher {one.name!r} gives {one.output}, and the cache is of format version {found}, which holds classes alone",
+            tip="dump it into a cache of its own (another --out), or all members again with --format 2",
+        )
+    return found
 
 
 def _check_same_member(before: MemberInfo, now: MemberInfo, format: int) -> None:

@@ -28,7 +28,7 @@ from softcache.models.initialise import Initialised, initialise
 from softcache.models.inputs import AnyInput, ImageInput, Input, TextInput, VectorInput, restore_input
 from softcache.models.mlp import mlp
 from softcache.models.mobilenet import mobilenetv2
-from softcache.models.model import Model, final_linear
+from softcache.models.model import OTHER_OUTPUTS, Model, final_linear
 from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
 from softcache.models.saved_metadata import check_spec, load_json
@@ -276,7 +276,8 @@ def _load_run(
     spec = parse_spec(saved.spec)
     if saved.transformer is None:
         check_spec(spec, text, allow_code=allow_code)
-    if saved.num_classes != num_classes:
+    has_classes = saved.output not in OTHER_OUTPUTS
+    if has_classes and saved.num_classes != num_classes:
         raise ModelError(
             f"{text} was trained on {saved.num_classes} classes, the data has {num_classes}",
             tip="use the data the run was trained for",
@@ -287,8 +288,8 @@ def _load_run(
             tip=f"say where it is: path/to/{saved.spec}@{text}",
         )
     data: dict[str, Any] = {
-        "num_classes": num_classes,
-        "class_names": class_names or saved.class_names,
+        "num_classes": saved.num_classes,
+        "class_names": (class_names or saved.class_names) if has_classes else (),
         "input_shape": saved.input_shape if saved.input_shape is not None else input_shape,
         "vocabulary": saved.vocabulary,
     }
@@ -300,6 +301,8 @@ def _load_run(
     except (TypeError, ValueError, ConfigError) as exc:
         raise ModelError(f"{path}: its preprocessing cannot be understood: {exc}", tip="copy it again") from None
     load_weights(model, text)
+    if not has_classes:
+        model.output, model.value_names = saved.output, saved.value_names
     return model
 
 

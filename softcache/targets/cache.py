@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
-from softcache.cache.plan import MemberInfo
+from softcache.cache.plan import CLASS_OUTPUTS, MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import MANIFEST, PROVISIONAL_FORMAT, WORK
@@ -49,7 +49,7 @@ class Cache:
 
     Attributes:
         reader: the stored arrays, undecoded.
-        codecs: member -> its codec.
+        codecs: member -> its codec; none of a member of features alone.
         features: member -> feature (`layer:reduction`) -> how it is stored.
         allow_code: whether transforms that the cache names may be called.
     """
@@ -72,7 +72,7 @@ class Cache:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """C names, in the order of the logits' columns."""
+        """C names, in the order of the logits' columns; none where no member has an output of classes."""
         return tuple(self.manifest.plan.class_names)
 
     @property
@@ -154,10 +154,11 @@ class Cache:
         names = self.members if members is None else members
         arrays = {}
         for member in names:
-            if member not in self.codecs:
-                raise CacheError(f"{self.reader.path}: no member {member!r}", tip=nearest(member, self.members))
+            self.member(member)  # an unknown one is refused
             arrays[member] = self._gather(member, rows, views)
-        codecs = {name: self.codecs[name] for name in names}
+        codecs = {name: self.codecs[name] for name in names if name in self.codecs}
+        outputs = {name: self.member(name).output for name in names}
+        others = {name: output for name, output in outputs.items() if output not in CLASS_OUTPUTS}
         found = {(m, f): self.features[m][f] for m in names for f in features if f in self.features[m]}
         for feature in features:
             if not any(feature == name for _, name in found):
@@ -169,7 +170,7 @@ class Cache:
         for (member, _), cached in found.items():
             for name in cached.arrays():
                 arrays[member][name] = torch.from_numpy(self.reader.gather(member, name, rows, views))
-        return Targets(rows, views, self.samples, arrays, codecs, found)
+        return Targets(rows, views, self.samples, arrays, codecs, found, others)
 
     def head(self, member: str) -> tuple[Tensor, Tensor | None] | None:
         """As `classifier`, by its old name: for one version more."""
@@ -186,13 +187,16 @@ class Cache:
             CacheError: no such member, or what is stored is no layer of its classes.
         """
         stored = self.reader.constants(member)
-        for prefix in ("head_", "codec_") if self.codecs[member].needs_classifier else ("head_",):
+        codec = self.codecs.get(member)
+        if codec is None:
+            return None
+        for prefix in ("head_", "codec_") if codec.needs_classifier else ("head_",):
             if f"{prefix}weight" in stored:
                 bias = stored.get(f"{prefix}bias")
                 shapes = [array.shape[:1] for array in (stored[f"{prefix}weight"], bias) if array is not None]
-                if stored[f"{prefix}weight"].ndim != 2 or set(shapes) != {(self.num_classes,)}:
+                if stored[f"{prefix}weight"].ndim != 2 or set(shapes) != {(codec.num_classes,)}:
                     raise CacheError(
-                        f"{self.reader.path}: the stored layer of member {member!r} is not one of its classes"
+                        f"{self.reader.path}: the stored layer of member {member!r} is not one of its outputs"
                     )
                 return torch.tensor(stored[f"{prefix}weight"], device="cpu"), None if bias is None else torch.tensor(
                     bias, device="cpu"
@@ -201,6 +205,8 @@ class Cache:
 
     def _gather(self, member: str, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
         """What decoding takes of one member; the bounds are read only when asked for."""
+        if member not in self.codecs:  # of features alone
+            return {}
         codec = self.codecs[member]
         found = {name: self.reader.gather(member, name, rows, views) for name in codec.arrays}
         for field in codec.fields:
@@ -215,6 +221,10 @@ class Cache:
 
     def eps(self, member: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B,) float32 bound on |stored - given| over the logits of each record; CacheError where its codec has none."""
+        if member not in self.codecs:
+            raise CacheError(
+                f"member {member!r} holds features alone: it has no bound", tip="its features have errors of their own"
+            )
         if not self.codecs[member].bounded:
             raise CacheError(f"codec {self.codecs[member].name!r} of member {member!r} has no bound on single logits")
         return self.reader.gather(member, "eps", rows, views).astype(np.float32)
