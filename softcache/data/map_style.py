@@ -93,7 +93,7 @@ def from_factory(spec: Spec) -> Source:
     if not spec.scheme.endswith(".py"):
         return source
     reader = UserFileReader(str(Path(spec.scheme).resolve()), source.reader)
-    return Source(reader, source.keys, source.labels, source.class_names)
+    return Source(reader, source.keys, source.labels, source.class_names, source.values)
 
 
 def _columns(factory: Callable[..., Any], spec: Spec) -> dict[str, str]:

@@ -33,8 +33,9 @@ from softcache.dump.layout import (
     restore,
     stored_features,
 )
+from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
-from softcache.errors import CodecFitError, CodecRangeError, ConfigError, TeacherError, first_offenders, nearest
+from softcache.errors import CodecFitError, CodecRangeError, ConfigError, first_offenders, nearest
 
 DEFAULT_CODEC = "float16"
 CHECKED_SAMPLES = 64  # of the first batch, which is run twice, and once more in another composition
@@ -129,12 +130,8 @@ class Prober:
         if bad:
             keys = self._viewed.transfer_set.keys
             named = first_offenders((keys[int(self._order[begin + i])] for i in bad), len(bad))
-            what = "logits" if teacher.has_classes else "numbers"
-            raise TeacherError(
-                f"teacher {teacher.name!r} gave {what} that are not finite for {len(bad)} samples of this batch: {named}",
-                tip="look at these samples, and mend them or leave them out (--without FILE); under autocast fp16 try "
-                "--autocast bf16 or none",
-            )
+            named = f"{len(bad)} samples of this batch: {named}"
+            raise not_finite(teacher.name, named, has_classes=teacher.has_classes)
 
 
 def _at_most(rows: int, num_classes: int) -> int:

@@ -20,6 +20,7 @@ from softcache.codecs import Codec
 from softcache.codecs.fidelity import eps_of, kl_at, relative_errors, round_up_to_half
 from softcache.data.label_kind import answers, has_several, is_known, is_yes
 from softcache.dump.layout import Promise, Storage
+from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, TeacherError, first_offenders
 
@@ -62,12 +63,8 @@ class Encoded:
     def _check(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> None:
         codec, promise = self.storage.codec, self.storage.promise
         if not measured["finite"].all():
-            raise TeacherError(
-                f"teacher {self.member!r} gave {self._what} that are not finite for "
-                + self._named(~measured["finite"].astype(bool)),
-                tip="look at these samples, and mend them or leave them out (--without FILE); under autocast fp16 try "
-                "--autocast bf16 or none",
-            )
+            named = self._named(~measured["finite"].astype(bool))
+            raise not_finite(self.member, named, has_classes=self.storage.has_classes)
         if "eps" in host and not np.isfinite(host["eps"]).all():
             raise CodecRangeError(
                 f"codec {codec.name!r} cannot hold the {self._what} of teacher {self.member!r}, they are too large, for "

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softcache.cache.plan import CLASS_OUTPUTS, OTHER_OUTPUTS
 from softcache.data.join import batches
 from softcache.data.loading import ViewedSet, load_batches, to_device
 from softcache.data.transfer_set import TransferSet
@@ -19,6 +18,7 @@ from softcache.errors import CacheError, ModelError, faults_explained
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.neighbours import of_embeddings, of_values
 from softcache.models import Model
+from softcache.models.model import CLASS_OUTPUTS, OTHER_OUTPUTS
 from softcache.report.progress import track
 from softcache.targets.cache import Cache, Joined
 

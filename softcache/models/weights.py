@@ -201,7 +201,7 @@ def _saved_model(about: Any) -> SavedModel:
         transformer=about.get("transformer"),
         shrunk=None if about.get("shrunk") is None else Shrunk.from_json(about["shrunk"]),
         output=_of_type(about.get("output", "logits"), str),
-        value_names=_all_of_type(about.get("value_names", ()), str),
+        value_names=_all_of_type(about.get("value_names", []), str),
     )
     if saved.output not in ("logits", *OTHER_OUTPUTS):
         raise ValueError(f"an output {saved.output[:40]!r}")
