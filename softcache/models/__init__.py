@@ -164,9 +164,14 @@ def load_model(
     saved = read_saved(weights) if weights else None
     if saved is not None and saved.vocabulary is not None:
         vocabulary = saved.vocabulary  # the ids of its embedding
+    other = saved if saved is not None and saved.output in OTHER_OUTPUTS else None
+    if other is not None:
+        data |= {"num_classes": other.num_classes, "class_names": ()}
     model = _build_model(spec, vocabulary=vocabulary, **data)
     if weights:
         load_weights(model, weights)
+    if other is not None:
+        model.output, model.value_names = other.output, other.value_names
     return model.to(device)
 
 

@@ -107,7 +107,8 @@ def run(
     cache = open_cache(path, id=id or _begun_with(path, out), quiet=quiet)
     chosen = choose(cache, choice)
     plan = make_plan(cache, chosen, license, shard_rows)
-    batch = max(1, min(batch_rows, batch_logits // cache.num_classes))
+    widest = max((codec.num_classes for codec in cache.codecs.values()), default=1)
+    batch = max(1, min(batch_rows, batch_logits // widest))
     setup = Setup(
         cut_samples(cache.samples, chosen.rows),
         cut_probe(cache.reader.probe(), chosen),
