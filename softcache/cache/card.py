@@ -167,10 +167,10 @@ def _gives(plan: Plan) -> str:
     kinds = {"of classes" if member.output in CLASS_OUTPUTS else member.output for member in plan.members}
     words = {
         "of classes": "raw\nscores of all classes (logits)",
-        "embedding": "vectors\n(embeddings)",
-        "values": "named\nnumbers (scores, measures)",
+        "embedding": "vectors (embeddings)",
+        "values": "named numbers (scores, measures)",
     }
-    return ", ".join(text for kind, text in words.items() if kind in kinds) or "features\nalone"
+    return ", ".join(text for kind, text in words.items() if kind in kinds) or "features alone"
 
 
 def _licence(license: str | None) -> str:
@@ -309,10 +309,12 @@ def _promised(promise: Mapping[str, str]) -> str:
 
 def _transfer_set(manifest: Manifest) -> str:
     plan, samples = manifest.plan, manifest.plan.samples
-    s = manifest.statistics[plan.members[0].name]
-    labelled = s.labelled // plan.views.count
+    of_classes = [member.name for member in plan.members if member.output in CLASS_OUTPUTS]
+    labelled = manifest.statistics[of_classes[0]].labelled // plan.views.count if of_classes else 0
     if samples.multi_label:
         labels = "several classes per sample"
+    elif not of_classes and plan.class_names:
+        labels = "as the transfer set had them; no answer here is of a class"
     elif not labelled:
         labels = "none: the samples are unlabelled"
     else:

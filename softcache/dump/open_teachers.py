@@ -29,7 +29,7 @@ from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
 from softcache.models.model import CLASS_OUTPUTS, OTHER_OUTPUTS
 from softcache.spec import Spec, parse_spec, split_list
 
-OF_TEACHERS = ("name", "output", "decides", "names", "head")  # parameters of a spec that are no model's
+OF_TEACHERS = ("name", "output", "decides")  # parameters of a spec that are no model's
 NO_MATCH = Match(None, None, "not at all: its outputs are no classes")
 
 
@@ -130,11 +130,13 @@ def open_teacher(
     """
     head, weights = (text, "") if os.path.exists(text) else split_model(text)
     spec = Spec(text, "", text) if os.path.exists(text) else parse_spec(head)
-    bare = spec.without(*OF_TEACHERS)
+    headless = _is_headless(spec, text)
+    # of a factory of the user `head` and `names` may be parameters of its own
+    own_words = [*(["head"] if headless else []), *(["names"] if spec.value("output") == "values" else [])]
+    bare = spec.without(*OF_TEACHERS, *own_words)
     decides = spec.value("decides") or None
     if decides not in (None, "own"):
         raise ConfigError(f"{text!r}: decides={decides}", tip="decides=own, or leave it out")
-    headless = _is_headless(spec, text)
     said_output = "embedding" if headless else spec.value("output")
     run = path_alone(bare.text)  # a run folder, or its student.safetensors
     is_run = run is not None
@@ -207,16 +209,14 @@ def open_teacher(
 
 def _is_headless(spec: Spec, text: str) -> bool:
     """Whether `head=none` asks for what the final linear layer takes; ConfigError for what does not go with it."""
-    head, output = spec.value("head"), spec.value("output", "embedding")
-    if head not in ("", "none"):
-        raise ConfigError(
-            f"{text!r}: head={head}", tip="head=none takes the input of the final linear layer, or leave it out"
-        )
-    if head and output != "embedding":
+    if spec.value("head") != "none":
+        return False
+    output = spec.value("output", "embedding")
+    if output != "embedding":
         raise ConfigError(
             f"{text!r}: head=none gives an embedding, and output={output} is asked for", tip="leave one of them out"
         )
-    return bool(head)
+    return True
 
 
 def _take_head_off(model: Model, text: str, items: Sequence[Any]) -> None:
@@ -235,13 +235,13 @@ def _take_head_off(model: Model, text: str, items: Sequence[Any]) -> None:
 
 
 def _value_names(spec: Spec, text: str, output: str, own: Sequence[str]) -> tuple[str, ...]:
-    """Of the output `values`: those of `names=`, else the network's own; ConfigError where there are none to be named."""
+    """Of the output `values`: those of `names=`, else the network's own; none of another output."""
+    if output != "values":
+        return ()
     said = split_list(spec.parameters.get("names", ""))
-    if said and output != "values":
-        raise ConfigError(f"{text!r}: names= are of output=values, and its output is {output}", tip="leave names= out")
     if len(set(said)) < len(said):
         raise ConfigError(f"{text!r}: names= has a name twice", tip="give each value a name of its own")
-    return (said or tuple(own)) if output == "values" else ()
+    return said or tuple(own)
 
 
 def _no_classes(text: str) -> DataError:

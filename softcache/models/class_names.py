@@ -67,7 +67,7 @@ def gives_classes(text: str) -> bool:
         saved = read_saved(path)
         return saved is None or saved.output not in OTHER_OUTPUTS
     spec = parse_spec(split_weights(text)[0])
-    if spec.value("output") in OTHER_OUTPUTS or "head" in spec.parameters:
+    if spec.value("output") in OTHER_OUTPUTS or spec.value("head") == "none":
         return False
     if spec.scheme == "hf" and "pooling" in spec.parameters:
         return False

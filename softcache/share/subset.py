@@ -27,7 +27,7 @@ from softcache.cache.plan import Parent, Plan, Round
 from softcache.cache.provenance import told_data
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import CRC_SUFFIX, ArraySpec, Span, plan_layout
-from softcache.cache.statistics import MemberStatistics
+from softcache.cache.statistics import Divergence, MemberStatistics
 from softcache.cache.write.writer import CacheWriter, Setup, SpanWriter
 from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
@@ -324,23 +324,29 @@ def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: n
 
 def _statistics(cache: Cache, member: str, targets: Targets, stored: dict[str, np.ndarray]) -> MemberStatistics:
     """What the stored records tell of themselves. How far they are from what the teacher gave, they do not know."""
-    samples, codec, rows = cache.samples, cache.codecs[member], targets.rows
-    labels = np.full(len(rows), -1) if samples.multi_label else samples.labels_of(rows)
-    if codec.complete:
-        largest = targets.logits(member).argmax(dim=1)
-    else:
-        largest = codec.head(targets.arrays[member])[0][:, 0]
-    return MemberStatistics(
+    samples, rows = cache.samples, targets.rows
+    kept = MemberStatistics(
         records=len(rows),
-        labelled=int((labels >= 0).sum()),
-        correct=int((largest.numpy() == labels).sum()),
-        entropy_sum=float(_entropies(targets.log_probs(member, 1.0)).sum()),
         max_eps=float(stored["eps"].max()) if "eps" in stored else 0.0,
         dense=len(targets.arrays[member].get("dense", ())),
         feature_errors={
             feature.name: float(stored[f"feature{number}_error"].max())
             for number, feature in enumerate(cache.member(member).features)
         },
+    )
+    if member in targets.outputs:  # no class, whose right ones could be counted
+        return kept if targets.outputs[member] is None else replace(kept, error=Divergence())
+    codec = cache.codecs[member]
+    labels = np.full(len(rows), -1) if samples.multi_label else samples.labels_of(rows)
+    if codec.complete:
+        largest = targets.logits(member).argmax(dim=1)
+    else:
+        largest = codec.head(targets.arrays[member])[0][:, 0]
+    return replace(
+        kept,
+        labelled=int((labels >= 0).sum()),
+        correct=int((largest.numpy() == labels).sum()),
+        entropy_sum=float(_entropies(targets.log_probs(member, 1.0)).sum()),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import WORLDS, QuickDump
 
 import softcache
-from softcache import dump
+from softcache import cli, dump
 from softcache.config import DumpConfig, PlanConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.dump import forecast
@@ -125,7 +125,6 @@ def test_a_model_of_ours_and_of_torchvision_without_its_head(quick_dump: QuickDu
         (f"{WORLD}:maps?output=embedding", {}, TeacherError, r"shape \(60, 4, 8, 8\); output=embedding takes \(batch, D\)"),
         (f"{WORLD}:whole?output=values&names=a", {}, TeacherError, r"takes \(batch, 1 \(a\)\)"),
         (f"{WORLD}:whole?output=values&names=a,a", {}, ConfigError, "has a name twice"),
-        (f"{WORLD}:embedder?output=embedding&names=a", {}, ConfigError, "names= are of output=values"),
         (f"{WORLD}:embedder?head=none", {}, ModelError, "does not end with an nn.Linear"),
         (f"{WORLD}:regression?head=none", {}, ConfigError, "head=none is of torch modules"),
         (f"{WORLD}:embedder?output=values&head=none", {}, ConfigError, "head=none gives an embedding"),
@@ -136,7 +135,7 @@ def test_a_model_of_ours_and_of_torchvision_without_its_head(quick_dump: QuickDu
         (EMBEDDER, {"max_relative_error": -1.0}, ConfigError, "must be a number > 0"),
     ],
     ids=[
-        "a map", "too few names", "a name twice", "names of an embedding", "no last layer", "no module", "two outputs",
+        "a map", "too few names", "a name twice", "no last layer", "no module", "two outputs",
         "classes of no data", "codec of classes", "promise of classes", "broken promise", "no promise",
     ],
 )  # fmt: skip
@@ -203,3 +202,30 @@ def test_labels_with_fractions_are_values_and_a_mistaken_one_among_classes_is_re
     (tmp_path / "odd.csv").write_text("text,score\na,1.5\nb,much\n")
     with pytest.raises(DataError, match="line 3: 'much' is no number"):
         open_transfer_set(f"table:{tmp_path}/odd.csv?text=text&label=score&classes=none")
+
+
+def test_what_is_said_of_such_a_cache(
+    quick_dump: QuickDump, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its card, `inspect` and the picture of a sample; and what is taken out of it."""
+    quick_dump(
+        data=f"{WORLD}:images?kind=classes", teacher=[EMBEDDER, WHOLE], codec=None, max_relative_error=1e-3, views=None
+    )
+    path = str(tmp_path / "cache")
+    card = (tmp_path / "cache" / "README.md").read_text()
+    for said in ("an embedding", "named numbers: sum, bright", "its relative error is at most 0.001", "--loss cosine"):
+        assert said in card
+    assert "KL" not in card and "logits" not in card.partition("## Transfer set")[0]
+    assert cli.main(["inspect", path]) == 0
+    out = capsys.readouterr().out
+    assert "relative error, mean / worst" in out and "values sum, bright" in out and "entropy" not in out
+    assert cli.main(["inspect", path, "--sample", "n/0/0003"]) == 0
+    assert "12 numbers of length" in capsys.readouterr().out
+    assert cli.main(["subset", path, str(tmp_path / "less"), "--members", "whole", "--keep-labels", "cat"]) == 0
+    assert cli.main(["verify", str(tmp_path / "less"), "--full"]) == 0
+    less = softcache.open(tmp_path / "less", quiet=True)
+    row = less.find([less.samples.key(0)])
+    wanted = softcache.open(path, quiet=True)
+    here, there = (one.gather(one.find([less.samples.key(0)]), np.array([0])) for one in (less, wanted))
+    assert less.members == ("whole",) and len(row) == 1
+    assert torch.equal(here.values(), there.values("whole"))
