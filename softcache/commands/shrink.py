@@ -9,9 +9,9 @@ from softcache.config import ShrinkConfig
 
 
 def run(config: ShrinkConfig, output: Output) -> int:
-    from softcache.students import shrink
+    from softcache.students import scan, shrink
 
-    result = shrink.run(config, quiet=output.quiet)
+    result = scan.scan(config, quiet=output.quiet) if config.scan else shrink.run(config, quiet=output.quiet)
     print(json.dumps(result.to_json()) if output.json else result.text())
     return 0
 
@@ -25,6 +25,7 @@ softcache shrink runs/teacher --by lowrank:energy=0.9 --data digits --eval-data 
 softcache shrink runs/teacher --by prune:unstructured,amount=0.5 --out runs/sparse
 softcache shrink torchvision:resnet50@IMAGENET1K_V2 --by prune:unstructured,amount=0.5 --by lowrank:rank=0.25 \
                  --data imagefolder:train --out runs/small
+softcache shrink runs/teacher --scan --eval-data digits?split=test
 """,
     after_stop=STARTS_AGAIN,
     writes=True,
