@@ -202,7 +202,7 @@ class ExportConfig(Settings):
 
 BY_HELP = (
     "carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:structured,target=macs:0.5, "
-    "prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25; repeat to do one after the other"
+    "prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other"
 )
 
 

@@ -16,7 +16,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.choose_codec import Prober
 from softcache.dump.teacher import Teacher, member_name
-from softcache.errors import ConfigError, ModelError, faults_explained
+from softcache.errors import ConfigError, ModelError, faults_explained, warn_once
 from softcache.machine import autocast_dtype
 from softcache.models import Model, build, load_model, own_classes, path_alone
 from softcache.models import split_weights as split_model
@@ -68,7 +68,17 @@ def open_teachers(
         teacher.check_first_batch(prober.first_batch(teacher))
         if not again:
             check_batch_composition(teacher, prober.first_items())
+            _tell_twins(teacher, teachers)
     return teachers
+
+
+def _tell_twins(teacher: Teacher, teachers: Sequence[Teacher]) -> None:
+    """Warn, at the later one, of two members of equal weights: they cost twice the room and count twice in every mean."""
+    earlier = next(one for one in teachers if one.fingerprint == teacher.fingerprint)
+    if earlier is not teacher:
+        told = f"teachers {earlier.name!r} and {teacher.name!r} are the same: it is asked and stored twice, and counts twice"
+        warn_once(told)
+        teacher.warnings.append(told)
 
 
 def left_out_of(teachers: Sequence[Teacher], prober: Prober) -> dict[str, LeftOut]:

@@ -5,6 +5,7 @@ Adding a model is a function that returns a Model and a line in MODELS.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,14 @@ def build(
     return call_factory(_builder(spec, class_names), spec.parameters, spec.text, **offered)
 
 
+def _path_like(text: str) -> str:
+    """A tip that names what lies at a path much like this one; empty where nothing does."""
+    path = Path(text)
+    beside = os.listdir(path.parent) if "/" in text and path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean '{path.parent / close[0]}'?" if close else ""
+
+
 def _builder(spec: Spec, class_names: Sequence[str]) -> Callable[..., Model]:
     if spec.scheme == "torchvision":
         return torchvision_model(spec.name)
@@ -219,7 +228,7 @@ def _builder(spec: Spec, class_names: Sequence[str]) -> Callable[..., Model]:
             "a model is softcache:mlp, torchvision:resnet18, timm:resnet18, hf:path/to/bert, package.module:factory or "
             "file.py:factory"
         )
-        tip = f"did you mean 'softcache:{spec.name}'?" if spec.name in MODELS else shapes
+        tip = f"did you mean 'softcache:{spec.name}'?" if spec.name in MODELS else _path_like(spec.text) or shapes
         raise ModelError(f"{spec.text!r} is neither a run folder nor a model", tip=tip)
     raise ModelError(
         f"{spec.text!r}: unknown kind of model {spec.scheme!r}",

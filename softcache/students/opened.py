@@ -106,6 +106,11 @@ def _samples(
             f"{config.model}: answers by its teacher's classifier behind a projector, and is not made smaller",
             tip="make the student smaller first, and then train it with simkd",
         )
+    if model.shrunk is not None and model.shrunk.quantised:
+        raise ModelError(
+            f"{config.model}: is quantised already, and of int8 weights nothing more can be cut",
+            tip="shrink the model that it was made of, with quantise:int8 as the last --by",
+        )
     if items:
         check_scale(model, config.model, items)
     places = spread_over(data)

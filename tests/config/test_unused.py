@@ -161,7 +161,18 @@ USED: dict[type[Any], set[str]] = {
     DumpConfig: {
         *DATA_AND_MACHINE,
         *("teacher", "classes_map", "codec", "max_kl", "features", "for_", "policy", "views", "batch_size", "order"),
-        *("shard_rows", "no_keys", "allow_code", "out", "license", "extend", "part", "list_modules", "misfits"),
+        *(
+            "format",
+            "shard_rows",
+            "no_keys",
+            "allow_code",
+            "out",
+            "license",
+            "extend",
+            "part",
+            "list_modules",
+            "misfits",
+        ),
     },
     ExportConfig: {
         *("to", "out", "data", "classes_map", "policy", "download", "allow_code", "batch_size", "device", "threads"),

@@ -885,3 +885,11 @@ def test_one_process_two_ranks_and_three_parts_give_the_same_bytes(shared: World
         assert softcache.open(tmp_path / other).id == softcache.open(tmp_path / "one").id
     manifest = json.loads((tmp_path / "ranks/manifest.json").read_bytes())
     assert manifest["rounds"][0]["made_with"]["threads"] == 1
+
+
+def test_a_teacher_that_is_given_twice_is_told(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    world.dump(teacher=("exact", "exact?name=again", "opposite"))
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "are the same" in line]
+    assert "'exact' and 'again'" in line
+    told = json.loads((world.open().reader.path / "provenance.json").read_text())
+    assert list(told["warnings"]) == ["again"]

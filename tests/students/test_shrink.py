@@ -511,7 +511,7 @@ MISTAKES = [
     ("prune:unstructured,amount=1", "amount=1: is a share, more than 0 and less than 1", "amount=0.5"),
     ("prune:unstructured,amount=half", "'half' is not a number", ""),
     ("prune:unstructured,amount=0.5,scope=all", "scope=all: is none", "scope=global or scope=layer"),
-    ("prune:structured,amount=0.5,importance=taylor", "the data have no labels", "soft targets or labels"),
+    ("prune:structured,amount=0.5,importance=taylor", "there are no samples", "soft targets or labels"),
     ("prune:structured,amount=0.01", "no channels can be left out", "lowrank"),
     ("lowrank", "lowrank wants either energy or rank", "lowrank:energy=0.95"),
     ("lowrank:energy=2", "lowrank:energy=2: is a share", "energy=0.95"),
@@ -519,7 +519,7 @@ MISTAKES = [
     ("lowrank:energy=0.9,keep=fcc", "there is no module 'fcc' to keep", "'fc'"),
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
-    ("quantize:int8", "there is no method 'quantize'", "known: carve"),
+    ("quantize:int8", "there is no method 'quantize'", "'quantise:int8'"),
     ("lowrank:rank=0.5,samples=100", "unknown parameter 'samples'", "known: energy, keep, rank"),
     ("carve:net=resnet8", "unknown parameter 'net'", ""),
 ]  # fmt: skip
