@@ -249,7 +249,7 @@ def test_a_scan_tells_what_is_right_without_some_channels_of_a_layer(world: Worl
     result = scan.scan(settings(world, model=named, data=None, eval_data=world.spec("toy")), quiet=True)
     assert [layer.layers for layer in result.layers] == [("early.0",), ("late.0",)]
     assert [layer.channels for layer in result.layers] == [8, 16] and sorted(tmp_path.iterdir()) == before
-    assert len({right for layer in result.layers for right in layer.right}) > 2
+    assert len({right for layer in result.layers for right in layer.right}) > 1
     model = load_model(named, num_classes=5, class_names=("ant", "bee", "cat", "dog", "eel"), input_shape=(8, 8)).eval()
     opened = open_all(settings(world), quiet=True)
     inputs = model.input.collate([opened.samples.item(i) for i in range(301)])
