@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from softcache.config import DumpConfig, EvalConfig, ShrinkConfig, TrainConfig, resolve
 from softcache.data.classes import class_indices
 from softcache.data.loading import ViewedSet, item_shape
@@ -126,7 +128,10 @@ def _check_shrink(
     shown = data.get("data", data.get("eval_data"))
     item = before.item if shown is None else ViewedSet(shown.some, views.for_evaluation(), ()).render(0, 0)
     model = copy.deepcopy(before.model).eval()
-    samples = Samples.of(model, config.model, item, 0, lambda _i: item, 2)
+    samples = Samples.of(model, config.model, item, 2 * ("data" in data), lambda _i: item, 2)
+    if "data" in data:
+        labels = data["data"].some.labels
+        samples = replace(samples, answers=torch.zeros((2, *labels.shape[1:]), dtype=torch.int64))
     for method in methods:
         with suppress(SavesNothing):  # of weights that are learned it may
             method.apply(samples)
