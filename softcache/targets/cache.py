@@ -167,7 +167,7 @@ class Cache:
                 )
         for (member, _), cached in found.items():
             for name in cached.arrays():
-                arrays[member][name] = torch.from_numpy(self._values(member, name, rows, views))
+                arrays[member][name] = torch.from_numpy(self.stored(member, name, rows, views))
         if not self.manifest.plan.indexes:
             return Targets(rows, views, self.samples, arrays, codecs, found)
         index_of: dict[str | tuple[str, str], str] = {}
@@ -197,8 +197,8 @@ class Cache:
     def _feature_info(self, member: str, feature: str) -> FeatureInfo:
         return next(info for info in self.member(member).features if info.name == feature)
 
-    def _values(self, member: str, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """The stored values of one data set: a record for each pair, or for each of its positions."""
+    def stored(self, member: str, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """The stored values of one data set of a member: (B, ...) records of B pairs, or (P, ...) of all their positions."""
         if self.reader.index_of(member, name) is None:
             return self.reader.gather(member, name, rows, views)
         return self.reader.slices(member, name, rows, views).values
@@ -238,7 +238,7 @@ class Cache:
         if info.codec is None:
             return {}
         codec = self.codecs[member]
-        found = {name: self._values(member, name, rows, views) for name in codec.arrays}
+        found = {name: self.stored(member, name, rows, views) for name in codec.arrays}
         for field in codec.fields:
             if field.name == "dense":
                 raw = found["records"][:, field.offset : field.offset + 4]
@@ -260,7 +260,7 @@ class Cache:
         if self.member(member).codec is None or not self.codecs[member].bounded:
             codec = codec_text(self.member(member).codec)
             raise CacheError(f"codec {codec!r} of member {member!r} has no bound on single logits")
-        return self._values(member, "eps", np.asarray(rows), np.asarray(views)).astype(np.float32)
+        return self.stored(member, "eps", np.asarray(rows), np.asarray(views)).astype(np.float32)
 
     def join(
         self,
