@@ -19,12 +19,13 @@ def run(config: ShrinkConfig, output: Output) -> int:
 VERB = Verb(
     config=ShrinkConfig,
     run=run,
-    summary="make a trained model smaller: carve, prune, low rank; what it costs before and after",
+    summary="make a trained model smaller: carve, prune, low rank, int8; what it costs before and after",
     examples=r"""
 softcache shrink runs/teacher --by lowrank:energy=0.9 --data digits --eval-data digits?split=test --out runs/low
 softcache shrink runs/teacher --by prune:unstructured,amount=0.5 --out runs/sparse
 softcache shrink torchvision:resnet50@IMAGENET1K_V2 --by prune:unstructured,amount=0.5 --by lowrank:rank=0.25 \
                  --data imagefolder:train --out runs/small
+softcache shrink runs/teacher --by quantise:int8 --data digits --eval-data digits?split=test --out runs/int8
 """,
     after_stop=STARTS_AGAIN,
     writes=True,

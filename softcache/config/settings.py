@@ -19,6 +19,7 @@ from softcache.errors import ConfigError, nearest
 from softcache.spec import convert, split_list
 
 Config = TypeVar("Config")
+A_LINE = 'a line of it is epochs = 3, or loss = "kd": texts stand in quotes'
 
 
 def option(
@@ -153,7 +154,7 @@ def _place(one: Field[Any], origin: str) -> str:
 def _sources(file: str | None, sets: Sequence[str], flags: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     sources: list[tuple[str, Mapping[str, Any]]] = []
     if file is not None:
-        sources.append((file, parse_toml(read_toml(Path(file)), file)))
+        sources.append((file, parse_toml(read_toml(Path(file)), file, tip=A_LINE)))
     for pair in sets:
         key, equals, value = pair.partition("=")
         if not equals:

@@ -202,7 +202,7 @@ class ExportConfig(Settings):
 
 BY_HELP = (
     "carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, "
-    "lowrank:energy=0.95, lowrank:rank=0.25; repeat to do one after the other"
+    "lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other"
 )
 
 
@@ -214,7 +214,9 @@ class ShrinkConfig(Settings):
     by: tuple[str, ...] = option(..., BY_HELP, metavar="METHOD", repeat=True)
     out: str = option(..., "run folder of the smaller model", metavar="DIR")
     data: str | None = option(
-        None, "samples by which lowrank chooses and BatchNorm is measured anew; labels are not used", metavar="DATA"
+        None,
+        "samples by which lowrank and quantise choose and BatchNorm is measured anew; labels are not used",
+        metavar="DATA",
     )
     eval_data: str | None = option(None, "data set on which both models are measured", metavar="DATA")
     classes_map: str | None = option(None, CLASSES_MAP_HELP, metavar="FILE")

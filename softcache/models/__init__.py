@@ -203,6 +203,14 @@ def build(
     return call_factory(_builder(spec, class_names), spec.parameters, spec.text, **offered)
 
 
+def _path_like(text: str) -> str:
+    """A tip that names what lies at a path much like this one; empty where nothing does."""
+    parent = Path(text).parent
+    paths = [str(parent / name) for name in os.listdir(parent)] if "/" in text and parent.is_dir() else []
+    tip = nearest(text, paths)
+    return "" if tip.startswith("known") else tip
+
+
 def _builder(spec: Spec, class_names: Sequence[str]) -> Callable[..., Model]:
     if spec.scheme == "torchvision":
         return torchvision_model(spec.name)
@@ -219,7 +227,7 @@ def _builder(spec: Spec, class_names: Sequence[str]) -> Callable[..., Model]:
             "a model is softcache:mlp, torchvision:resnet18, timm:resnet18, hf:path/to/bert, package.module:factory or "
             "file.py:factory"
         )
-        tip = f"did you mean 'softcache:{spec.name}'?" if spec.name in MODELS else shapes
+        tip = f"did you mean 'softcache:{spec.name}'?" if spec.name in MODELS else _path_like(spec.text) or shapes
         raise ModelError(f"{spec.text!r} is neither a run folder nor a model", tip=tip)
     raise ModelError(
         f"{spec.text!r}: unknown kind of model {spec.scheme!r}",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, first_offenders, nearest
 from softcache.models.checkpoints import State
+from softcache.models.fake_quantise import unpacked
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import TokenizerInput
 from softcache.models.inputs import TextInput
@@ -71,7 +72,7 @@ def initialise(model: Model, text: str, entries: Sequence[str] = ()) -> Initiali
         ModelError: weights that are not there or cannot be read.
     """
     source, saved = _read_source(model, text)
-    state = source.tensors
+    state = unpacked(source.tensors)
     if model.shrunk is not None:
         state = model.shrunk.of_whole(state, None if saved is None else saved.shrunk)
     layer_map, left = parse_layer_map(entries), set()

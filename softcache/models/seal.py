@@ -1,7 +1,7 @@
 """The seal of what a run writes: a format number, and a digest of tensors and metadata that is compared when it is read.
 
 Format 1 (0.6.0): student.safetensors, best.safetensors, checkpoint.pt and run.json carry the number; the three with tensors carry
-the digest. What earlier versions wrote has neither, and is read.
+the digest. What earlier versions wrote has neither, and is read. Format 2 (0.8.0): students whose weights are int8.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from softcache.errors import SoftcacheError, note_once
 
 FORMAT = 1
+INT8 = 2  # of students with weights that have to be multiplied by scales
 FORMAT_KEY, DIGEST_KEY = "softcache_format", "softcache_digest"  # among the strings of a safetensors file
 
 STRETCH = 64  # a tensor that is one number many times, as `expand` makes it, takes no room in a file
@@ -54,22 +55,23 @@ def _feed(hasher: Any, value: Any) -> None:
         hasher.update(f"{type(value).__name__} {len(text)} {text}\n".encode())
 
 
-def check_format(found: Any, where: Path, wrote: Any, error: type[SoftcacheError]) -> None:
+def check_format(found: Any, where: Path, wrote: Any, error: type[SoftcacheError], *, highest: int = FORMAT) -> None:
     """Raise `error` for a format number that this version does not read.
 
     Args:
         found: the number; None of an earlier version.
         wrote: the version that the file says wrote it.
+        highest: the number up to which such files are read.
     """
     if found is None:
         return
     if type(found) is not int or found < 1:
         raise error(f"{where}: its format number is {str(found)[:40]!r}", tip="it is damaged: copy it again")
-    if found > FORMAT:
+    if found > highest:
         known = isinstance(wrote, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+]{0,30}", wrote)
         wanted = f"'softcache>={wrote}'" if known else "-U softcache"
         raise error(
-            f"{where}: is of format {found}; this softcache reads formats up to {FORMAT}",
+            f"{where}: is of format {found}; this softcache reads formats up to {highest}",
             tip=f"pip install {wanted}",
         )
 

@@ -1,10 +1,11 @@
 """The record of what was made smaller in a network: saved beside its weights, and done again before they are loaded.
 
-Three things, always in this order, in the names of the network's own modules, which they keep:
+Four things, always in this order, in the names of the network's own modules, which they keep:
 
     cut      blocks taken out of an nn.Sequential or nn.ModuleList
     kept     of convolutions, linear layers and BatchNorm the channels that are left
     factors  convolutions and linear layers in the place of which two stand, with so many channels between them
+    quantised  convolutions and linear layers whose weights are int8, and the BatchNorm that is folded into each
 
 A record may come from anybody: `Shrunk.from_json` believes plain names and numbers, `shrink_by` modules of the kinds below and
 channels that they have, and the weights have to fit what comes of it to the last tensor.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ModelError
+from softcache.models.fake_quantise import BITS, Quantised, quantise, without_norm
 
 MOST_NAMES = 2**14  # modules that a record may name
 STRETCH, ROOM = 64, 2**24  # the whole network has at most so many times the numbers of its weights, or so many more
@@ -45,27 +47,36 @@ class Shrunk:
         kept: module -> "in" or "out" -> the channels that are left, ascending, as the whole module counts them. BatchNorm and
             depthwise convolutions have "out" alone.
         factors: module -> channels between the two that stand for it.
+        quantised: module -> how it is quantised; after it nothing else can be left out.
     """
 
     cut: tuple[str, ...] = ()
     kept: Mapping[str, Mapping[str, Channels]] = field(default_factory=dict)
     factors: Mapping[str, int] = field(default_factory=dict)
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         kept = {name: {side: list(sides[side]) for side in SIDES if side in sides} for name, sides in self.kept.items()}
-        return {"cut": list(self.cut), "kept": kept, "factors": dict(self.factors)}
+        told: dict[str, Any] = {"cut": list(self.cut), "kept": kept, "factors": dict(self.factors)}
+        if self.quantised:  # so that earlier versions read the records of what they can load
+            layers = {name: how.to_json() for name, how in self.quantised.items()}
+            told["quantised"] = {"bits": BITS, "layers": layers}
+        return told
 
     @classmethod
     def from_json(cls, told: Any) -> Shrunk:
         """What `to_json` gave; TypeError or ValueError for anything else."""
-        if not isinstance(told, dict) or set(told) != {"cut", "kept", "factors"}:
-            raise ValueError("a record of other parts than cut, kept and factors")
+        if not isinstance(told, dict) or set(told) - {"quantised"} != {"cut", "kept", "factors"}:
+            raise ValueError("a record of other parts than cut, kept, factors and quantised")
         cut, kept, factors = told["cut"], told["kept"], told["factors"]
+        quantised = dict(_quantised(told["quantised"])) if "quantised" in told else {}
         if not isinstance(cut, list) or not isinstance(kept, dict) or not isinstance(factors, dict):
             raise TypeError("cut, kept or factors")
-        if len(cut) + len(kept) + len(factors) > MOST_NAMES or not all(isinstance(name, str) for name in cut):
+        if len(cut) + len(kept) + len(factors) + len(quantised) > MOST_NAMES or not all(
+            isinstance(name, str) for name in cut
+        ):
             raise ValueError("too many names, or some that are none")
-        return cls(tuple(cut), {name: _sides(sides) for name, sides in kept.items()}, dict(_ranks(factors)))
+        return cls(tuple(cut), {name: _sides(sides) for name, sides in kept.items()}, dict(_ranks(factors)), quantised)
 
     def then(self, later: Shrunk) -> Shrunk:
         """Both, one after the other: `later` speaks of the network that this one left.
@@ -84,6 +95,7 @@ class Shrunk:
             cut,
             {name: sides for name, sides in kept.items() if not is_below(name, cut)},
             {name: rank for name, rank in factors.items() if not is_below(name, cut)},
+            {**self.quantised, **later.quantised},
         )
 
     def of_whole(self, state: Mapping[str, Tensor], before: Shrunk | None = None) -> dict[str, Tensor]:
@@ -128,6 +140,19 @@ def _ranks(told: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
         if type(rank) is not int or rank < 1:
             raise TypeError("a rank that is no number, or none at all")
         yield name, rank
+
+
+def _quantised(told: Any) -> Iterator[tuple[str, Quantised]]:
+    if not isinstance(told, dict) or set(told) != {"bits", "layers"} or not isinstance(told["layers"], dict):
+        raise ValueError("quantised layers of other parts than bits and layers")
+    if told["bits"] != BITS or type(told["bits"]) is not int:
+        raise ValueError(f"weights of {str(told['bits'])[:20]} bits; {BITS} are known")
+    norms = []
+    for name, how in told["layers"].items():
+        yield name, (one := Quantised.from_json(how))
+        norms += [one.norm] if one.norm is not None else []
+    if len(set(norms)) < len(norms):
+        raise ValueError("a BatchNorm that is folded into two layers")
 
 
 def is_below(name: str, prefixes: Sequence[str]) -> bool:
@@ -176,6 +201,11 @@ def shrink_by(net: nn.Module, record: Shrunk, *, most: int | None = None) -> Non
         keep_channels(_module(net, name), name, sides)
     for name, rank in record.factors.items():
         put(net, name, factored(_module(net, name), name, rank, most=most))
+    for name, how in record.quantised.items():
+        quantise(_module(net, name), name, how)
+    for how in record.quantised.values():
+        if how.norm is not None:
+            put(net, how.norm, without_norm(_module(net, how.norm), how.norm))
 
 
 def check_whole_size(net: nn.Module, stored: int, where: str) -> None:

@@ -21,6 +21,7 @@ from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offe
 from softcache.files import durable
 from softcache.files.inside import RUN, is_inside
 from softcache.models.checkpoints import SUFFIXES, State, read_state, refuse_others
+from softcache.models.fake_quantise import check_int8, packed, unpacked
 from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import describe_transformer
 from softcache.models.graft import regraft
@@ -28,7 +29,7 @@ from softcache.models.inputs import ImageInput, TextInput
 from softcache.models.model import Model, final_linear
 from softcache.models.projector import Graft
 from softcache.models.saved_metadata import load_json
-from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, check_digest, check_format, digest
+from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, INT8, check_digest, check_format, digest
 from softcache.models.shrunk import Shrunk, shrink_by
 from softcache.spec import Spec, outside_quotes, parse_spec, quoted, unquoted
 
@@ -82,8 +83,10 @@ def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> No
 def student_bytes(model: Model, metadata: Mapping[str, str]) -> bytes:
     """What `save_student` writes."""
     # cloned: safetensors refuses tensors that share memory
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.net.state_dict().items()}
-    told = {**metadata, METADATA_KEY: json.dumps(describe_model(model)), FORMAT_KEY: str(FORMAT)}
+    state = packed(model.net, model.net.state_dict())
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    number = FORMAT if model.shrunk is None or not model.shrunk.quantised else INT8
+    told = {**metadata, METADATA_KEY: json.dumps(describe_model(model)), FORMAT_KEY: str(number)}
     told[DIGEST_KEY] = digest({"tensors": tensors, "metadata": told})
     # under one key: safetensors writes several in a random order, and equal students should be equal files
     return save(tensors, metadata={"softcache": json.dumps(told, sort_keys=True)})
@@ -150,7 +153,7 @@ def _told(found: dict[str, str], path: Path) -> dict[str, str]:
 def _check_seal(seal: Mapping[str, str | None], told: Mapping[str, str], file: Any, path: Path) -> None:
     text = seal[FORMAT_KEY]
     number: Any = int(text) if text is not None and text.isdecimal() and len(text) < 9 else text
-    check_format(number, path, told.get("softcache_version"), ModelError)
+    check_format(number, path, told.get("softcache_version"), ModelError, highest=INT8)
     metadata = {**told, **({} if text is None else {FORMAT_KEY: text})}
     tensors = {} if seal[DIGEST_KEY] is None else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     check_digest(
@@ -389,7 +392,8 @@ def _check_same_input(model: Model, saved: SavedModel, weights: str) -> None:
 def _load(model: Model, state: Mapping[str, Tensor], where: str) -> None:
     """Copy the tensors into the network; ModelError listing everything that does not fit."""
     refuse_misfit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
-    model.net.load_state_dict(dict(state))
+    check_int8(model.net, state, where)
+    model.net.load_state_dict(unpacked(state))
 
 
 def refuse_misfit(model: Model, there: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,26 @@ from softcache.students.cost import Cost, cost_of
 from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
 from softcache.students.low_rank import low_rank
 from softcache.students.prune import prune_channels, prune_weights
+from softcache.students.quantise import quantise_int8
 from softcache.students.samples import Samples
 from softcache.train.run_folder import LOCK, STUDENT, locked
 from softcache.version import __version__
 
+INT8 = "quantise:int8"
 METHODS: dict[str, Any] = {
     "carve": carve,
     "prune:structured": prune_channels,
     "prune:unstructured": prune_weights,
     "lowrank": low_rank,
+    INT8: quantise_int8,
 }
+# methods of which there are kinds, and what is said to who names none or another
+KINDS = {
+    "prune": "prune:unstructured or prune:structured",
+    "quantise": INT8,
+    "quantise:int4": f"{INT8}; four bits are for the linear layers of language models, which are not quantised so far",
+}
+FLOATS = "the times are those of floats that are rounded, not of int8; softcache export RUN --to onnx measures int8"
 TABLE = "shrink.json"  # what is printed, for machines
 SHRINK_KEY = "softcache_shrink"  # among the strings of the student's file: what was done, and to which weights
 LOOKED_AT = 2048  # samples of --data, spread over the set
@@ -61,18 +72,19 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """`name:key=value,key=value`, where a value may hold commas; of prune the kind comes first.
+        """`name:key=value,key=value`, where a value may hold commas; of prune and quantise the kind comes first.
 
         Raises:
             ConfigError: no such method.
         """
         name, _, rest = text.partition(":")
         words = [word.strip() for word in split_outside(rest, ",") if word.strip()]
-        if name == "prune" and words and "=" not in words[0]:
-            name, words = f"prune:{words[0]}", words[1:]
+        if name in KINDS and words and "=" not in words[0]:
+            name, words = f"{name}:{words[0]}", words[1:]
         if name not in METHODS:
-            tip = "prune:unstructured or prune:structured" if name == "prune" else nearest(name, METHODS)
-            raise ConfigError(f"--by {text}: there is no method {name!r}", tip=tip)
+            raise ConfigError(
+                f"--by {text}: there is no method {name!r}", tip=KINDS.get(name) or nearest(name, METHODS)
+            )
         usage = f"{name}{',' if ':' in name else ':'}key=value,key=value"
         settings = split_lists(",".join(words), f"--by {text}", usage)
         return cls(text, name, settings)
@@ -165,6 +177,7 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
         SoftcacheError: other children, for what cannot be opened.
     """
     methods = [Method.parse(text) for text in config.by]
+    _check_order(methods)
     out = _target(config)
     refuse_untrained(config.model)
     device, threads = pick_device(config.device), pick_threads(config.threads)
@@ -178,12 +191,15 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
     with locked(out), Meter(f"shrink {config.model}", len(methods) + 3, unit="steps", quiet=quiet) as meter:
         for path in _left_in(out):
             durable.remove(path)
-        steps = []
+        steps: list[tuple[str, str]] = []
+        notes: tuple[str, ...] = ()
         for method in methods:
             meter.note(method.text)
+            if method.name == INT8 and steps:  # what was cut before it has to be measured while BatchNorm is there
+                notes = _measure_batch_norm(samples)
             steps.append((method.text, _applied(method, samples)))
             meter.add()
-        notes = _measure_batch_norm(samples)
+        notes += (FLOATS,) if methods[-1].name == INT8 else _measure_batch_norm(samples)
         meter.add()
         both = [Samples.of(before, config.model, samples.example, 0, samples.item, config.batch_size), samples]
         costs = cost_of(both, config.batch_size)
@@ -196,6 +212,17 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
         )  # fmt: skip
         _write(result, samples, policy, config, fingerprint(before))
     return result
+
+
+def _check_order(methods: Sequence[Method]) -> None:
+    for earlier, later in pairwise(methods):
+        if earlier.name == INT8:
+            twice = later.name == INT8
+            raise ConfigError(
+                f"--by {later.text} after --by {earlier.text}: "
+                + ("once is enough" if twice else "of int8 weights nothing more can be cut"),
+                tip=f"leave one out, {INT8} is the last" if twice else f"give --by {INT8} last",
+            )
 
 
 def _applied(method: Method, samples: Samples) -> str:
@@ -287,6 +314,11 @@ def _samples(
         raise ModelError(
             f"{config.model}: answers by its teacher's classifier behind a projector, and is not made smaller",
             tip="make the student smaller first, and then train it with simkd",
+        )
+    if model.shrunk is not None and model.shrunk.quantised:
+        raise ModelError(
+            f"{config.model}: is quantised already, and of int8 weights nothing more can be cut",
+            tip="shrink the model that it was made of, with quantise:int8 as the last --by",
         )
     if items:
         check_scale(model, config.model, items)

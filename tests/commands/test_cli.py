@@ -190,7 +190,7 @@ MISTAKES = [
     row("--set", train_on("--set", "batchsize=3"), "--set: unknown setting 'batchsize'", "'batch_size'"),
     row("--set without value", train_on("--set", "lr"), "'lr' is not key=value", None),
     row("config missing", train_on("--config", "none.toml"), "none.toml: No such file", None),
-    row("config not TOML", train_on("--config", "bad.toml"), "bad.toml: not TOML", None, prepare=bad_toml),
+    row("config not TOML", train_on("--config", "bad.toml"), "bad.toml: not TOML", "texts stand in quotes", prepare=bad_toml),
     row("config typo", train_on("--config", "typo.toml"), "typo.toml: unknown setting 'learning_rate'", "", prepare=bad_toml),
     row("codec", [*dump_of(), "--codec", "float61"], "unknown codec 'float61'", "'float16'"),
     row("codec parameter", [*dump_of(), "--codec", "headtail:bit=8"], "no parameter 'bit'", "'bits'"),

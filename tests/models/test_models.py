@@ -625,3 +625,13 @@ def test_models_compile_whole() -> None:
     batch = model.input.collate([u8(2, 2)])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(batch), model(batch))
+
+
+def test_a_mistyped_run_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(ModelError) as caught:
+        load_model(f"{tmp_path}/techer", num_classes=4)
+    assert caught.value.tip == f"did you mean '{tmp_path}/teacher'?"
+    with pytest.raises(ModelError) as caught:
+        load_model(f"{tmp_path}/zzz", num_classes=4)
+    assert "softcache:mlp" in caught.value.tip

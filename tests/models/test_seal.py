@@ -143,8 +143,8 @@ def test_a_format_that_is_not_known_is_refused(found: Any, wrote: Any, message: 
 
 
 def test_a_student_of_a_newer_format_says_what_to_install(run: Path) -> None:
-    rewritten(run, softcache_format="2", softcache_version="0.7.0")
-    with pytest.raises(ModelError, match=r"softcache>=0.7.0"):
+    rewritten(run, softcache_format="3", softcache_version="0.9.0")
+    with pytest.raises(ModelError, match=r"softcache>=0.9.0"):
         load_model(str(run), num_classes=2)
 
 

@@ -546,7 +546,7 @@ MISTAKES = [
     ("lowrank:energy=0.9,keep=fcc", "there is no module 'fcc' to keep", "'fc'"),
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
-    ("quantize:int8", "there is no method 'quantize'", "known: carve"),
+    ("quantize:int8", "there is no method 'quantize'", "'quantise:int8'"),
     ("lowrank:rank=0.5,samples=100", "unknown parameter 'samples'", "known: energy, keep, rank"),
     ("carve:net=resnet8", "unknown parameter 'net'", ""),
 ]  # fmt: skip

@@ -21,7 +21,7 @@ _shtab_softcache_commands() {
     plan:'what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for'
     repair:'make damaged or missing files again, and prove that they are the same bytes'
     reproduce:'a paper'"'"'s table again, from shared caches: ours beside the paper'"'"'s numbers, with spread and verdict'
-    shrink:'make a trained model smaller: carve, prune, low rank; what it costs before and after'
+    shrink:'make a trained model smaller: carve, prune, low rank, int8; what it costs before and after'
     subset:'write some views, members or samples of a cache as a smaller cache of its own'
     train:'train a student from a cache, or on hard labels without one'
     verify:'is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished'
@@ -297,9 +297,9 @@ _shtab_softcache_reproduce_defaults_added=0
 
 _shtab_softcache_shrink_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "*--by[carve\:depth\=0.5, carve\:width\=0.5, carve\:keep\=NAMES, prune\:structured,amount\=0.3, prune\:unstructured,amount\=0.5, lowrank\:energy\=0.95, lowrank\:rank\=0.25\; repeat to do one after the other]:METHOD:"
+  "*--by[carve\:depth\=0.5, carve\:width\=0.5, carve\:keep\=NAMES, prune\:structured,amount\=0.3, prune\:unstructured,amount\=0.5, lowrank\:energy\=0.95, lowrank\:rank\=0.25, quantise\:int8\; repeat to do one after the other]:METHOD:"
   "--out[run folder of the smaller model]:DIR:_files -/"
-  "--data[samples by which lowrank chooses and BatchNorm is measured anew\; labels are not used]:DATA:"
+  "--data[samples by which lowrank and quantise choose and BatchNorm is measured anew\; labels are not used]:DATA:"
   "--eval-data[data set on which both models are measured]:DATA:"
   "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
   "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
