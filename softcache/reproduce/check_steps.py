@@ -124,13 +124,15 @@ def _check_shrink(
     if before is None:  # a model that is there already
         return
     shown = data.get("data", data.get("eval_data"))
-    item = before.item if shown is None else ViewedSet(shown.some, views.for_evaluation(), ()).render(0, 0)
+    viewed = None if shown is None else ViewedSet(shown.some, views.for_evaluation(), ())
+    items = [before.item] if viewed is None else [viewed.render(i, 0) for i in range(len(viewed.transfer_set))]
     model = copy.deepcopy(before.model).eval()
-    samples = Samples.of(model, config.model, item, 0, lambda _i: item, 2)
+    count = len(items) if "data" in data else 0
+    samples = Samples.of(model, config.model, items[0], count, items.__getitem__, config.batch_size)
     for method in methods:
         with suppress(SavesNothing):  # of weights that are learned it may
             method.apply(samples)
-    _keep(step, Tried(model, item, views), bench, tried)
+    _keep(step, Tried(model, items[0], views), bench, tried)
 
 
 def _keep(step: Step, made: Tried, bench: Bench, tried: dict[str, Tried]) -> None:
