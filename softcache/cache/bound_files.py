@@ -1,5 +1,7 @@
 """Is this the file that the manifest names? It is hashed before its first number is used, and what was found is remembered.
 
+Of version 2 only the checksums that lie in it are hashed, which takes no time: they say the same of every block that is read.
+
 Names, sizes and the checksums of blocks cannot tell a file from one of the same layout that another teacher, another transfer
 set or another dump gave: each of them is right in itself. The sha256 in the manifest can.
 """
@@ -8,15 +10,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from softcache.cache.checksums import BadBlock, bad_blocks, damage_of, sha256_of
+from softcache.cache.checksums import BadBlock, bad_blocks, damage_of, digest_of_sums, sha256_of
 from softcache.cache.file_entry import StoredFile
+from softcache.cache.file_lists import ListedFiles
 from softcache.cache.open_file import COPY_AGAIN, open_checked
 from softcache.cache.schema import CRC_SUFFIX
 from softcache.errors import DamagedCacheError, warn_once
@@ -28,12 +31,9 @@ Facts = tuple[int, int, int, int, int]  # device, inode, size, mtime_ns and ctim
 SETTLED_NS = 2 * 10**9
 
 
-def binding_digest(fd: int, stop: Callable[[], bool] = lambda: False) -> str:
-    """What binds an open file to its entry in a manifest of version 1: the sha256 of all of its bytes.
-
-    A later version that names the sha256 of each file's list of checksums is to be served here, and nowhere else.
-    """
-    return sha256_of(fd, stop=stop)
+def binding_digest(fd: int, file: StoredFile, stop: Callable[[], bool] = lambda: False) -> str:
+    """What binds an open file to its entry: the sha256 of all of its bytes; of version 2 that of its checksums."""
+    return sha256_of(fd, stop=stop) if file.checksums is None else digest_of_sums(fd, file)
 
 
 def facts_of(file: int | str) -> Facts:
@@ -62,8 +62,18 @@ class BoundFiles:
     @property
     def known(self) -> dict[Facts, str]:
         """Facts -> sha256 of the files that are known to be the manifest's."""
+        if not self._hashes_whole_files:
+            return dict(self._known)  # no list is read for it
         wanted = {file.sha256 for file in self.files}
         return {facts: digest for facts, digest in self._known.items() if digest in wanted}
+
+    @property
+    def _hashes_whole_files(self) -> bool:
+        return not isinstance(self.files, ListedFiles)
+
+    def setup_files(self) -> Iterable[StoredFile]:
+        """With all files among them that belong to no part."""
+        return self.files.setup() if isinstance(self.files, ListedFiles) else self.files
 
     def open(self, file: StoredFile) -> int:
         """A read-only descriptor of a file, which is hashed where nobody knows it yet.
@@ -84,12 +94,14 @@ class BoundFiles:
     def bind_all(self, note: Callable[[int], None] = lambda nbytes: None) -> None:
         """Hash every file that is not known, in threads, and remember it; one process of a host does so, others wait.
 
+        Of version 2 nothing is to be done: a file is bound when it is opened.
+
         What is wrong with a file is told when it is opened: nobody may need it.
 
         Args:
             note: is told the bytes of each file that is done.
         """
-        if not self.check or not self._unknown():
+        if not self.check or not self._hashes_whole_files or not self._unknown():
             return
         with home.one_at_a_time(self._name()):
             self._recalled = False  # whoever held the lock may have remembered them meanwhile
@@ -124,7 +136,7 @@ class BoundFiles:
             fd = open_checked(self.root, file)
             try:
                 facts = facts_of(fd)
-                digest = binding_digest(fd, stopped.is_set)
+                digest = binding_digest(fd, file, stopped.is_set)
                 return (facts, digest) if facts == facts_of(fd) and not stopped.is_set() else None
             finally:
                 os.close(fd)
@@ -139,14 +151,14 @@ class BoundFiles:
         return unknown
 
     def _is_known(self, facts: Facts, file: StoredFile) -> bool:
-        if facts not in self._known and not self._recalled:
+        if facts not in self._known and not self._recalled and self._hashes_whole_files:
             self._recalled = True
             self._known = self._recall() | self._known
-        return self._known.get(facts) == file.sha256
+        return self._known.get(facts) == file.binding
 
     def _refuse_other(self, fd: int, file: StoredFile) -> None:
-        facts, digest = facts_of(fd), binding_digest(fd)
-        if digest == file.sha256:
+        facts, digest = facts_of(fd), binding_digest(fd, file)
+        if digest == file.binding:
             self._known[facts] = digest
             return
         # the checksums of its blocks tell damage from a file that is whole, and another one
@@ -154,8 +166,9 @@ class BoundFiles:
             for block in () if name.endswith(CRC_SUFFIX) else bad_blocks(fd, file, name):
                 raise BadBlock(damage_of(file, name, block))
         raise DamagedCacheError(
-            f"{self.root / file.path}: is not the file that the manifest names: its size is right, its sha256 is "
-            f"{digest[:16]}..., not {file.sha256[:16]}...; what it holds may be of another teacher or of other samples",
+            f"{self.root / file.path}: is not the file that the manifest names: its size is right, "
+            f"{'its sha256' if file.checksums is None else 'the sha256 of its checksums'} is {digest[:16]}..., not "
+            f"{file.binding[:16]}...; what it holds may be of another teacher or of other samples",
             tip=f"{COPY_AGAIN}; --check-files no (in Python check_files=False) reads it as it is",
         )
 

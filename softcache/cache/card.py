@@ -14,7 +14,7 @@ from typing import Any
 
 from softcache.cache.manifest import Manifest
 from softcache.cache.plan import MemberInfo, Plan
-from softcache.cache.schema import CRC_SUFFIX
+from softcache.cache.schema import CRC_SUFFIX, FORMAT_VERSION
 from softcache.cache.statistics import MemberStatistics
 
 SHOWN_CLASSES, SHOWN_CHARACTERS = 20, 200
@@ -45,11 +45,20 @@ STEPS = {
     "mixup": "blended with another sample",
     "cutmix": "a box of another sample pasted in",
 }
-OUTPUTS = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities (stored as logarithms)"}
+OUTPUTS = {
+    "logits": "logits",
+    "log_probs": "log-probabilities",
+    "probs": "probabilities (stored as logarithms)",
+    "embedding": "an embedding",
+    "values": "named numbers",
+    None: "features alone",
+}
 
 
-def codec_text(codec: Mapping[str, Any]) -> str:
-    """`name:key=value,...` of a member's codec."""
+def codec_text(codec: Mapping[str, Any] | None) -> str:
+    """`name:key=value,...` of a member's codec; "none" of a member of features alone."""
+    if codec is None:
+        return "none"
     parameters = ",".join(f"{key}={value}" for key, value in sorted(codec["parameters"].items()))
     return f"{codec['name']}:{parameters}" if parameters else str(codec["name"])
 
@@ -221,7 +230,8 @@ def _right(manifest: Manifest, own: MemberStatistics) -> str:
 
 def _teacher_details(manifest: Manifest, member: MemberInfo, left_out: str | None) -> str:
     own, codec = manifest.statistics[member.name], member.codec
-    said = [f"**{member.name}** is stored as {CODECS.get(codec['name'], _escaped(codec['name']))}"]
+    how = "features alone" if codec is None else CODECS.get(codec["name"], _escaped(codec["name"]))
+    said = [f"**{member.name}** is stored as {how}"]
     if own.dense:
         said.append(f"{own.dense:,} of {own.records:,} records are kept in 16 bits")
     said.append(_measured(manifest, member.name)[1])
@@ -342,13 +352,23 @@ def _how_to_check(manifest: Manifest) -> str:
     softcache verify . --full
 
 says whether every byte is what was written. Whether it is the cache you were promised, its id says: it is the sha256 of
-`manifest.json` (`sha256sum manifest.json`), which holds the sha256 of every other file. Compare it with an id that you got by
+`manifest.json` (`sha256sum manifest.json`), which {_binding(manifest.plan)}. Compare it with an id that you got by
 another way than this folder; here it is `{manifest.id}`. This page is not covered by it."""
+
+
+def _binding(plan: Plan) -> str:
+    """How the id reaches the files."""
+    if plan.format == FORMAT_VERSION:
+        return "holds the sha256 of every other file"
+    return """holds the sha256 of the lists `files-*.json`, and
+these that of every other file and of the checksums in it. In use a file is known by the latter, and each block by its CRC-32:
+that tells damage, and another file in its place; blocks that somebody *made* to have a wanted CRC-32 are told by `verify --full`
+alone"""
 
 
 def _how_to_use(plan: Plan) -> str:
     names = [member.name for member in plan.members]
-    partial = any(member.codec["name"] == "topk" for member in plan.members)
+    partial = any(codec_text(member.codec).startswith("topk") for member in plan.members)
     loss = "bce" if plan.samples.multi_label else "kd_lower_bound:temperature=4" if partial else "kd:temperature=4"
     return f"""## How to use it
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from softcache.cache.file_entry import StoredFile
-from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX
+from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX, FORMAT_VERSION
 
 CheckBlocks = Literal["first", "always", "never"]  # when a gather looks at the checksums of the blocks it touches
 CHECK_BLOCKS = ("first", "always", "never")
@@ -67,11 +67,20 @@ def damage_of(file: StoredFile, name: str, block: int) -> Damage:
     if file.rows is None or file.views is None or file.kind == "dense":
         return Damage(file.path, name, block)
     rows = file.rows[1] - file.rows[0]
+    if is_indexed(file, name):  # which rows they are, its index knows
+        return Damage(file.path, name, block, file.rows, file.views)
     first, last = _records(file, name, block, shape[0] * rows)
     views = (file.views[0] + first // rows, file.views[0] + last // rows + 1)
     one_view = views[1] - views[0] == 1
     chosen = (first % rows, last % rows + 1) if one_view else (0, rows)
     return Damage(file.path, name, block, (file.rows[0] + chosen[0], file.rows[0] + chosen[1]), views)
+
+
+def is_indexed(file: StoredFile, name: str) -> bool:
+    """Whether a data set of a part has one record a position: its first axes are not the part's views and rows."""
+    assert file.rows is not None and file.views is not None
+    place = (file.views[1] - file.views[0], file.rows[1] - file.rows[0])
+    return file.format != FORMAT_VERSION and file.arrays[name].shape[:2] != place
 
 
 def _records(file: StoredFile, name: str, block: int, count: int) -> tuple[int, int]:
@@ -84,6 +93,18 @@ def read_sums(fd: int, file: StoredFile, name: str) -> np.ndarray:
     """(blocks,) uint32 checksums of a data set, as the file holds them."""
     stored = file.arrays[name + CRC_SUFFIX]
     return np.frombuffer(os.pread(fd, stored.nbytes, stored.offset), "<u4")
+
+
+def digest_of_sums(fd: int, file: StoredFile) -> str:
+    """Hex sha256 of the checksums that lie in a file, data set after data set in order of name: what binds it in version 2."""
+    names = sorted(name for name in file.arrays if name.endswith(CRC_SUFFIX))
+    if not names:
+        return sha256_of(fd)  # it has no data sets: of the whole file
+    hasher = sha256()
+    for name in names:
+        stored = file.arrays[name]
+        hasher.update(os.pread(fd, stored.nbytes, stored.offset))
+    return hasher.hexdigest()
 
 
 def bad_blocks(fd: int, file: StoredFile, name: str) -> Iterator[int]:

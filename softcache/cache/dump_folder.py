@@ -11,7 +11,7 @@ from softcache.cache.canonical import canonical_json
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.plan import Plan
 from softcache.cache.schema import WORK
-from softcache.cache.strict_json import JOURNALED, MAX_BYTES, PLANNED, read_shape
+from softcache.cache.strict_json import JOURNALED, MAX_BYTES, PLANNED, check_shape, read_canonical, read_shape
 from softcache.errors import DamagedCacheError
 from softcache.files.durable import explained
 from softcache.files.inside import read_inside
@@ -50,12 +50,22 @@ def read_planned(path: Path, round_number: int) -> Planned | None:
     if data is None:
         return None
     try:
-        entry = read_shape(data, PLANNED)
+        entry = read_canonical(data)
+        check_shape(entry, PLANNED[_version(entry)])
         return Planned(
             Plan.from_json(entry["plan"]), entry["base"], tuple(StoredFile.from_json(f) for f in entry["files"])
         )
     except ValueError as exc:
         raise DamagedCacheError(f"{file}: is damaged ({exc})", tip="start again with another --out") from None
+
+
+def _version(entry: Any) -> int:
+    """The format of a plan; ValueError where it is none that is written here."""
+    plan = entry.get("plan") if isinstance(entry, dict) else None
+    found = plan.get("format") if isinstance(plan, dict) else None
+    if type(found) is not int or found not in PLANNED:
+        raise ValueError(f"plan.format: {str(found)[:20]!r}")
+    return found
 
 
 def _read(path: Path, file: Path) -> bytes | None:
@@ -73,10 +83,14 @@ def read_journals(path: Path, round_number: int) -> dict[int, list[dict[str, Any
     A line torn by a crash is skipped: its span is done again.
     """
     entries: dict[int, list[dict[str, Any]]] = {}
+    planned = read_planned(path, round_number)
+    if planned is None:
+        return entries
+    shape = JOURNALED[planned.plan.format]
     for journal in sorted(work_folder(path, round_number).glob("part-*.jsonl")):
         for line in (_read(path, journal) or b"").split(b"\n"):
             try:
-                entry = read_shape(line, JOURNALED)
+                entry = read_shape(line, shape)
             except ValueError:
                 continue
             known = entries.setdefault(entry["span"], [])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from softcache.cache.schema import ArraySpec
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, ArraySpec
 from softcache.cache.statistics import MemberStatistics
 
 
@@ -28,10 +28,13 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What the manifest says about one file: its size, its sha256 and its data sets."""
+    """What the manifest, or a list that it names, says about one file: its size, its sha256 and its data sets.
+
+    `checksums` is the sha256 of the checksums that lie in it, and `index` whose positions it holds: of version 2.
+    """
 
     path: str
-    kind: str  # "samples", "probe", "views", "constants", "member" or "dense"
+    kind: str  # "samples", "probe", "views", "constants", "member" or "dense"; "positions", "candidates" or "tokenizer"
     nbytes: int
     sha256: str
     arrays: Mapping[str, StoredArray]
@@ -39,6 +42,18 @@ class StoredFile:
     rows: tuple[int, int] | None = None
     views: tuple[int, int] | None = None
     statistics: MemberStatistics | None = None
+    checksums: str | None = None
+    index: str | None = None
+
+    @property
+    def format(self) -> int:
+        """The version of its entry."""
+        return FORMAT_VERSION if self.checksums is None else PROVISIONAL_FORMAT
+
+    @property
+    def binding(self) -> str:
+        """The digest by which a reader knows that it is this file."""
+        return self.sha256 if self.checksums is None else self.checksums
 
     def to_json(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -50,10 +65,16 @@ class StoredFile:
         }
         if self.member is not None:
             entry["member"] = self.member
-        if self.rows is not None and self.views is not None:
-            entry |= {"rows": list(self.rows), "views": list(self.views)}
+        if self.rows is not None:
+            entry["rows"] = list(self.rows)
+        if self.views is not None:
+            entry["views"] = list(self.views)
         if self.statistics is not None:
-            entry["statistics"] = self.statistics.to_json()
+            entry["statistics"] = self.statistics.to_json(self.format)
+        if self.checksums is not None:
+            entry["checksums"] = self.checksums
+        if self.index is not None:
+            entry["index"] = self.index
         return entry
 
     @classmethod
@@ -70,4 +91,47 @@ class StoredFile:
             rows=tuple(entry["rows"]) if "rows" in entry else None,
             views=tuple(entry["views"]) if "views" in entry else None,
             statistics=MemberStatistics.from_json(entry["statistics"]) if "statistics" in entry else None,
+            checksums=entry.get("checksums"),
+            index=entry.get("index"),
         )
+
+
+SETUP, VIEWS, MEMBER = "setup", "views", "member"  # whose files a list has
+
+
+@dataclass(frozen=True)
+class FileList:
+    """What the manifest says of a list.
+
+    Attributes:
+        path, nbytes, sha256: of the list itself.
+        round: which wrote it.
+        of: "setup", "views" or "member".
+        member: whose files it has, where `of` is "member".
+        parts: [a, b): of which parts; [0, 0) for "setup".
+        files, file_bytes: how many it has, and their bytes.
+        statistics: of a member's, over its files.
+    """
+
+    path: str
+    nbytes: int
+    sha256: str
+    round: int
+    of: str
+    member: str | None
+    parts: tuple[int, int]
+    files: int
+    file_bytes: int
+    statistics: MemberStatistics | None
+
+    def to_json(self) -> dict[str, Any]:
+        entry = {name: value for name, value in vars(self).items() if name not in ("nbytes", "statistics")}
+        told = None if self.statistics is None else self.statistics.to_json(PROVISIONAL_FORMAT)
+        return entry | {"bytes": self.nbytes, "parts": list(self.parts), "statistics": told}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        """Of an entry that has passed the strict reader."""
+        plain = {name: entry[name] for name in ("path", "sha256", "round", "of", "member", "files", "file_bytes")}
+        told = None if entry["statistics"] is None else MemberStatistics.from_json(entry["statistics"])
+        return cls(nbytes=entry["bytes"], parts=(entry["parts"][0], entry["parts"][1]), statistics=told, **plain)

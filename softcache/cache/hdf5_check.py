@@ -23,7 +23,6 @@ from typing import Any
 
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.open_file import open_checked
-from softcache.cache.schema import FORMAT_VERSION
 from softcache.errors import CacheError
 
 try:
@@ -41,6 +40,7 @@ NOT_THERE = 2**64 - 1
 
 STANDARD_TYPES = {  # of the manifest -> of the HDF5 library
     "|u1": "STD_U8LE",
+    "<u2": "STD_U16LE",
     "<u4": "STD_U32LE",
     "<u8": "STD_U64LE",
     "<i4": "STD_I32LE",
@@ -130,6 +130,7 @@ class _Child:
         """What is wrong with an open file. `cause_of_death` is set afterwards if the child did not survive it."""
         request = {
             "kind": file.kind,
+            "format": file.format,
             "bytes": file.nbytes,
             "arrays": {name: array.to_json() | {"bytes": array.nbytes} for name, array in file.arrays.items()},
         }
@@ -220,7 +221,9 @@ def serve(channel_fd: int, limits: Limits) -> None:
 def answer_to(fd: int, request: Mapping[str, Any]) -> list[str]:
     """The first faults of a file."""
     try:
-        found = list(islice(file_faults(fd, request["kind"], request["bytes"], request["arrays"]), MAX_FAULTS))
+        found = list(
+            islice(file_faults(fd, request["format"], request["kind"], request["bytes"], request["arrays"]), MAX_FAULTS)
+        )
     except Exception as exc:  # whatever the library makes of a hostile file is a reason to refuse it
         found = [f"the HDF5 library refuses it: {type(exc).__name__}: {exc}"]
     return [fault.replace("\n", " ")[:MAX_FAULT_CHARS] for fault in found]
@@ -241,7 +244,7 @@ def _limit(what: int, wanted: int) -> None:
     resource.setrlimit(what, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def file_faults(fd: int, kind: str, nbytes: int, arrays: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def file_faults(fd: int, format: int, kind: str, nbytes: int, arrays: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """What differs from the one structure that is allowed. Counts come before names, names before anything is opened."""
     import h5py
 
@@ -255,7 +258,7 @@ def file_faults(fd: int, kind: str, nbytes: int, arrays: Mapping[str, Mapping[st
     handle = h5py.h5f.open(f"/dev/fd/{fd}".encode(), h5py.h5f.ACC_RDONLY, fapl=access)
     try:
         root = h5py.h5g.open(handle, b"/")
-        yield from _attribute_faults(root, kind)
+        yield from _attribute_faults(root, format, kind)
         names, wanted = set(_names(root, len(arrays) + 1)), {name.encode() for name in arrays}
         if names != wanted:
             yield f"holds {len(names)} links, the manifest names {len(wanted)}: {_listing(names ^ wanted)} on one side only"
@@ -285,7 +288,7 @@ def _listing(names: set[bytes]) -> str:
     return shown + (", ..." if len(names) > 5 else "")
 
 
-def _attribute_faults(root: Any, kind: str) -> Iterator[str]:
+def _attribute_faults(root: Any, format: int, kind: str) -> Iterator[str]:
     import h5py
     import numpy as np
 
@@ -294,7 +297,7 @@ def _attribute_faults(root: Any, kind: str) -> Iterator[str]:
         yield f"has {count} attributes, should have softcache_format and softcache_kind"
         return
     text = kind.encode()
-    for name, dtype, value in [("softcache_format", "<u4", FORMAT_VERSION), ("softcache_kind", f"S{len(text)}", text)]:
+    for name, dtype, value in [("softcache_format", "<u4", format), ("softcache_kind", f"S{len(text)}", text)]:
         if not h5py.h5a.exists(root, name.encode()):
             yield f"has no attribute {name}"
             continue

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _MAP_FIXED = 0x10
+_WILL_NEED = 3
 _PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _HUGE = 2**21
 _FAILED = ctypes.c_void_p(-1).value
@@ -55,6 +56,7 @@ class BackToBack:
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         total = sum(piece.nbytes for piece in pieces)
         reserved = libc.mmap(None, total + _HUGE, 0, _PRIVATE_ANONYMOUS, -1, 0)  # no access, no memory
         if reserved == _FAILED:
@@ -77,6 +79,12 @@ class BackToBack:
             finally:
                 os.close(fd)
             place += piece.nbytes
+        self._madvise, self._base = libc.madvise, base
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the kernel fetch these bytes of the whole while others are looked at."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._madvise(self._base + first, stop - first, _WILL_NEED)
 
 
 def _last_error(what: str) -> OSError:

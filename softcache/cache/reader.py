@@ -7,6 +7,7 @@ import os
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +27,25 @@ from softcache.cache.checksums import (
 from softcache.cache.file_entry import StoredArray, StoredFile
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.memory_map import BackToBack, Piece, fits_back_to_back
+from softcache.cache.part_table import PartTable, check_range
 from softcache.cache.plan import Plan
-from softcache.cache.samples import SampleTable, table_from_arrays
-from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX, Layout, dense_shard_path, member_shard_path, view_shard_path
+from softcache.cache.plan_rules import width_of
+from softcache.cache.positions import PositionIndex, Positions, Ragged, check_positions
+from softcache.cache.samples import SampleTable, check_keys, table_from_arrays
+from softcache.cache.schema import (
+    BLOCK_BYTES,
+    CRC_SUFFIX,
+    Layout,
+    dense_shard_path,
+    index_path,
+    layout_of_view,
+    member_shard_path,
+    view_shard_path,
+)
 from softcache.errors import CacheError, DamagedCacheError, first_offenders
 
 ReadMode = Literal["mmap", "pread"]
+MAPPED_AT_ONCE = 4096  # parts of one data set; of more each is opened when it is first touched
 
 REPAIR = (
     "`softcache verify --full` lists all that is damaged; `softcache repair` makes it again, or copy the cache again"
@@ -171,8 +185,8 @@ class RowTable:
             BadBlock: a block that one lies in has other bytes than were written, as far as that is looked at.
         """
         rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
-        _check_range(rows, self._num_rows, "row")
-        _check_range(views, self._num_views, "view")
+        check_range(rows, self._num_rows, "row")
+        check_range(views, self._num_views, "view")
         if self._whole is not None and self._num_views == 1 and not self._blocks.pending:
             return np.take(self._whole, rows, axis=0)
         span, record = self.place(rows, views)
@@ -246,16 +260,51 @@ class _Places:
 
 
 def read_constants(files: BoundFiles, member: str, *, check: bool = True) -> dict[str, np.ndarray]:
-    """The arrays that stand once for all records of a member, as views into the mapped file; empty where there are none."""
-    found = [file for file in files.files if file.kind == "constants" and file.member == member]
-    return MappedFile(files, found[0], check=check).arrays() if found else {}
+    """The arrays that stand once for all records of a member, as views into the mapped file; empty where there are none.
+
+    Of version 2 they may lie in several files, one after the other along their first axis.
+    """
+    found = [file for file in files.setup_files() if file.kind == "constants" and file.member == member]
+    pieces = [MappedFile(files, file, check=check).arrays() for file in found]
+    if len(pieces) < 2:
+        return pieces[0] if pieces else {}
+    names = dict.fromkeys(name for piece in pieces for name in piece)
+    return {name: np.concatenate([piece[name] for piece in pieces if name in piece]) for name in names}
 
 
 def read_samples(files: BoundFiles, plan: Plan, *, check: bool = True) -> SampleTable:
     """Who the samples are."""
-    (file,) = (file for file in files.files if file.kind == "samples")
+    file = next(file for file in files.setup_files() if file.kind == "samples")
     mapped = MappedFile(files, file, check=check)
-    return table_from_arrays(mapped.arrays(), plan.samples, len(plan.class_names))
+    return table_from_arrays(mapped.arrays(), plan.samples, plan.num_classes)
+
+
+def read_candidates(files: BoundFiles, *, check: bool = True) -> dict[str, np.ndarray]:
+    """The arrays of candidates.h5, `ids` and `digests` among them; empty where there is none."""
+    for file in files.setup_files():
+        if file.kind == "candidates":
+            arrays = MappedFile(files, file, check=check).arrays()
+            if "key_offsets" in arrays:
+                check_keys(arrays["key_bytes"], arrays["key_offsets"], file.path)
+            return arrays
+    return {}
+
+
+def read_index(files: BoundFiles, plan: Plan, name: str, *, check: bool = True) -> PositionIndex:
+    """An index over all views, after every check."""
+    info, rounds, first = plan.index(name), [], None
+    found = {file.path: file for file in files.setup_files() if file.kind == "positions" and file.index == name}
+    candidates = len(read_candidates(files, check=check).get("ids", ())) if info.kind == "candidates" else 0
+    for number in plan.rounds_of_index(name):
+        file = found[index_path(name, number)]
+        positions = Positions(**MappedFile(files, file, check=check).arrays())
+        where = str(files.root / file.path)
+        check_positions(positions, info, where, candidates=candidates, classes=plan.num_classes)
+        first = positions.offsets if first is None else first
+        if info.labels and not np.array_equal(positions.offsets, first):
+            raise DamagedCacheError(f"{where}: has labels, and other offsets than the round before", tip=REPAIR)
+        rounds.append((plan.rounds[number].layout, positions))
+    return PositionIndex(info, rounds)
 
 
 def _close_all(files: list[tuple[int, StoredArray]]) -> None:
@@ -265,15 +314,6 @@ def _close_all(files: list[tuple[int, StoredArray]]) -> None:
 
 def _piece(file: StoredFile, name: str) -> Piece:
     return Piece(file.arrays[name].offset, file.arrays[name].nbytes)
-
-
-def _check_range(values: np.ndarray, limit: int, what: str) -> None:
-    # negative numbers are huge as unsigned ones: one pass instead of two
-    if len(values) and int(values.view(np.uint64).max()) >= limit:
-        told = f"{what} {int(values.min())}..{int(values.max())} is outside 0..{limit - 1}"
-        if what == "row" and int(values.min()) == -1:
-            told += "; -1 is what `find` gives for a key that the cache does not hold: leave those samples out"
-        raise IndexError(told)
 
 
 class CacheReader:
@@ -306,8 +346,8 @@ class CacheReader:
         self.path, self.mode, self.check_blocks = Path(path), mode, check_blocks
         self.manifest: Manifest = read_manifest(self.path, id=id)
         self.files = BoundFiles(self.path, self.manifest.files, check=check_files, known=known)
-        self._tables: dict[tuple[str | None, str], RowTable] = {}
-        self._dense: dict[str, dict[str, StoredFile]] = {}
+        self._tables: dict[tuple[str | None, str], RowTable | PartTable] = {}
+        self._indexes: dict[str, PositionIndex] = {}
         self._dense_rows: dict[str, np.ndarray] = {}
         self._samples: SampleTable | None = None
 
@@ -328,14 +368,57 @@ class CacheReader:
             self._samples = read_samples(self.files, self.manifest.plan, check=self._check)
         return self._samples
 
-    def table(self, member: str | None, name: str) -> RowTable:
+    def table(self, member: str | None, name: str) -> RowTable | PartTable:
         """The data set `name` of a member (None: the views' pixel digests)."""
         key = (member, name)
         if key not in self._tables:
-            layouts = self.manifest.plan.layouts_of(member)
-            shards = self._shards(member)
-            self._tables[key] = RowTable(self.files, layouts, shards, name, self.mode, self.check_blocks)
+            layouts, index = self.manifest.plan.layouts_of(member), self.index_of(member, name)
+            parts = sum(layout.row_ranges * layout.view_ranges for layout in layouts)
+            if index is None and parts <= MAPPED_AT_ONCE:
+                shards = self._shards(member)
+                self._tables[key] = RowTable(self.files, layouts, shards, name, self.mode, self.check_blocks)
+            else:
+                self._tables[key] = PartTable(
+                    self.files, layouts, partial(self._part, member), name, index, self.mode, self.check_blocks
+                )
         return self._tables[key]
+
+    def index_of(self, member: str | None, name: str) -> PositionIndex | None:
+        """The index of a data set; None where each sample has one record in a view."""
+        found = None if member is None else self.manifest.plan.member(member).index_of(name)
+        return None if found is None else self.index(found)
+
+    def index(self, name: str) -> PositionIndex:
+        """An index of the cache, over all its views.
+
+        Raises:
+            CacheError: there is none of that name.
+            DamagedCacheError: its numbers do not fit one another, or the cache.
+        """
+        if name not in self._indexes:
+            if name not in (index.name for index in self.manifest.plan.indexes):
+                raise CacheError(f"{self.path}: no index {name!r}")
+            self._indexes[name] = read_index(self.files, self.manifest.plan, name, check=self._check)
+        return self._indexes[name]
+
+    def candidates(self) -> dict[str, np.ndarray]:
+        """The arrays of candidates.h5; empty where the cache has none."""
+        return read_candidates(self.files, check=self._check)
+
+    def tokenizer(self) -> bytes | None:
+        """tokenizer.json; None where the classes are not those of one."""
+        for file in self.manifest.files_of("tokenizer"):
+            fd = self.files.open(file)
+            try:
+                return os.pread(fd, file.nbytes, 0)
+            finally:
+                os.close(fd)
+        return None
+
+    def _part(self, member: str | None, part: int) -> StoredFile:
+        found = self.manifest.part_file("views" if member is None else "member", member, part)
+        assert found is not None  # the gate asks for every part
+        return found
 
     def _shards(self, member: str | None) -> list[StoredFile]:
         """The shards of a member (None: of the views), in the order of their views' rounds."""
@@ -358,6 +441,15 @@ class CacheReader:
         except BadBlock as exc:
             raise self._damaged(exc.damage) from None
 
+    def slices(self, member: str, name: str, rows: np.ndarray, views: np.ndarray) -> Ragged:
+        """The stored values of all positions of B (row, view) pairs, of a data set that has an index. Errors as of `gather`."""
+        table = self.table(member, name)
+        assert isinstance(table, PartTable)
+        try:
+            return table.slices(rows, views)
+        except BadBlock as exc:
+            raise self._damaged(exc.damage) from None
+
     def _damaged(self, damage: Damage) -> DamagedCacheError:
         named = ""
         if damage.rows is not None:
@@ -372,29 +464,29 @@ class CacheReader:
             rows, views: (n,) their places.
             numbers: (n,) as their records say, counted from 1 within a shard.
         """
-        if member not in self._dense:
-            self._dense[member] = {file.path: file for file in self.manifest.files_of("dense", member)}
-        spans = [span for layout in self.manifest.plan.layouts_of(member) for span in layout.spans()]
-        shard, _ = self.table(member, "records").place(np.asarray(rows, np.int64), np.asarray(views, np.int64))
-        out = np.empty((len(rows), len(self.manifest.plan.class_names)), np.float16)
-        for which in np.unique(shard):
-            chosen = np.flatnonzero(shard == which)
-            path = dense_shard_path(member, spans[int(which)].index)
-            kept = self._mapped_dense(member, path)
+        layouts = self.manifest.plan.layouts_of(member)
+        pairs = zip(np.asarray(rows).tolist(), np.asarray(views).tolist(), strict=True)
+        parts = np.array([layout_of_view(layouts, view).part(row, view) for row, view in pairs], np.int64)
+        out = np.empty((len(rows), width_of(self.manifest.plan.member(member), self.manifest.plan)), np.float16)
+        for which in np.unique(parts):
+            chosen = np.flatnonzero(parts == which)
+            kept = self._mapped_dense(member, int(which))
             wanted = np.asarray(numbers)[chosen].astype(np.int64) - 1
             if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(kept)):
                 raise DamagedCacheError(
-                    f"{self.path / path}: has {len(kept)} rows, a record asks for {wanted.max() + 1}"
+                    f"{self.path / dense_shard_path(member, int(which))}: has {len(kept)} rows, a record asks for "
+                    f"{wanted.max() + 1}"
                 )
             out[chosen] = kept[wanted]
         return out
 
-    def _mapped_dense(self, member: str, path: str) -> np.ndarray:
+    def _mapped_dense(self, member: str, part: int) -> np.ndarray:
+        path = dense_shard_path(member, part)
         if path not in self._dense_rows or self.check_blocks == "always":
-            if path not in self._dense[member]:
+            file = self.manifest.part_file("dense", member, part)
+            if file is None:
                 raise DamagedCacheError(f"{self.path}: a record points into {path}, which the manifest does not name")
-            mapped = MappedFile(self.files, self._dense[member][path], check=self._check)
-            self._dense_rows[path] = mapped.array("logits")
+            self._dense_rows[path] = MappedFile(self.files, file, check=self._check).array("logits")
         return self._dense_rows[path]
 
     def constants(self, member: str) -> dict[str, np.ndarray]:
@@ -417,12 +509,15 @@ class CacheReader:
     def array_kinds(self, member: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The data sets of a member, checksums left out: name -> (NumPy dtype string, shape of one record)."""
         for file in self.manifest.files_of("member", member):
-            return {n: (a.dtype, a.shape[2:]) for n, a in file.arrays.items() if not n.endswith(CRC_SUFFIX)}
+            index_of = self.manifest.plan.member(member).index_of
+            arrays = {name: array for name, array in file.arrays.items() if not name.endswith(CRC_SUFFIX)}
+            return {n: (a.dtype, a.shape[2 if index_of(n) is None else 1 :]) for n, a in arrays.items()}
         raise CacheError(f"{self.path}: no member {member!r}")
 
     def close(self) -> None:
         for table in self._tables.values():
             table.close()
         self._tables.clear()
+        self._indexes.clear()
         self._dense_rows.clear()
         self._samples = None

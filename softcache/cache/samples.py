@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from softcache.cache.plan import SampleInfo
+from softcache.cache.positions import Positions
 from softcache.errors import DamagedCacheError
 
 
@@ -23,6 +24,7 @@ class SampleTable:
         key_bytes, key_offsets: UTF-8 blob and (N + 1,) uint64 offsets; both empty when keys were not stored.
         multi_label: which of the two forms `labels` has.
         num_classes: C.
+        mask_digests: (N, 16) uint8 content digests of the samples' maps of labels; None where there are none.
     """
 
     ids: np.ndarray
@@ -32,6 +34,7 @@ class SampleTable:
     key_offsets: np.ndarray
     multi_label: bool
     num_classes: int
+    mask_digests: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,14 +62,34 @@ class SampleTable:
         arrays = {"ids": self.ids, "labels": self.labels, "digests": self.digests}
         if self.has_keys:
             arrays |= {"key_bytes": self.key_bytes, "key_offsets": self.key_offsets}
+        if self.mask_digests is not None:
+            arrays["mask_digests"] = self.mask_digests
         return arrays
 
-    def fingerprint(self) -> str:
-        """sha256 over (id, label, content digest) of every sample in order of id: the same for any row order."""
+    def fingerprint(
+        self, candidates: Mapping[str, np.ndarray] | None = None, labelled: Sequence[Positions] = ()
+    ) -> str:
+        """sha256 over (id, label, content digest) of every sample in order of id: the same for any row order.
+
+        Args:
+            candidates: the arrays of candidates.h5, where there are any.
+            labelled: the first round of each index whose positions have labels.
+        """
         order = np.argsort(self.ids)  # no id is there twice
         hasher = hashlib.sha256()
-        for array in (self.ids, self.labels, self.digests):
-            hasher.update(np.take(array, order, axis=0).data)
+        for array in (self.ids, self.labels, self.digests, self.mask_digests):
+            if array is not None:
+                hasher.update(np.take(array, order, axis=0).data)
+        if candidates:
+            by_id = np.argsort(candidates["ids"])
+            for name in ("ids", "digests"):
+                hasher.update(np.take(candidates[name], by_id, axis=0).data)
+        for positions in labelled:
+            assert positions.labels is not None
+            hasher.update(np.take(positions.lengths[0], order).data)
+            starts, stops = (positions.offsets[0][at].astype(np.int64).tolist() for at in (order, order + 1))
+            for start, stop in zip(starts, stops, strict=True):
+                hasher.update(np.ascontiguousarray(positions.labels[start:stop]).data)
         return hasher.hexdigest()
 
     def has_duplicates(self) -> bool:
@@ -126,15 +149,20 @@ def table_from_arrays(arrays: Mapping[str, np.ndarray], info: SampleInfo, num_cl
         key_offsets=arrays.get("key_offsets", empty.astype("<u8")),
         multi_label=info.multi_label,
         num_classes=num_classes,
+        mask_digests=arrays.get("mask_digests"),
     )
-    labels, ends = table.labels, table.key_offsets
+    labels = table.labels
     if not table.multi_label and not (int(labels.min()) >= -1 and int(labels.max()) < num_classes):
         raise DamagedCacheError(f"samples.h5: labels {labels.min()} to {labels.max()}, for {num_classes} classes")
-    if table.has_keys and not (
-        ends[0] == 0 and ends[-1] == len(table.key_bytes) and bool((ends[1:] >= ends[:-1]).all())
-    ):
-        raise DamagedCacheError("samples.h5: the keys' offsets do not follow one another")
+    if table.has_keys:
+        check_keys(table.key_bytes, table.key_offsets, "samples.h5")
     return table
+
+
+def check_keys(key_bytes: np.ndarray, ends: np.ndarray, where: str) -> None:
+    """DamagedCacheError unless each key ends where the next one begins."""
+    if not (ends[0] == 0 and ends[-1] == len(key_bytes) and bool((ends[1:] >= ends[:-1]).all())):
+        raise DamagedCacheError(f"{where}: the keys' offsets do not follow one another")
 
 
 def first_order(count: int, order: str, seed: int) -> np.ndarray:

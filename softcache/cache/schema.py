@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of what is written where nothing of version 2 is used
+PROVISIONAL_FORMAT = 2  # may still change: readers say so
+FORMATS = (FORMAT_VERSION, PROVISIONAL_FORMAT)
 
 ALIGNMENT = 4096  # bytes; every data set starts on such a border
 BLOCK_BYTES = 65536  # one CRC-32 per block of this many bytes of a data set
@@ -16,6 +19,9 @@ ROW_UNIT = 256  # rows per shard are a multiple of this
 TARGET_SHARDS = 64
 MIN_SHARD_ROWS = 1024
 MAX_SHARD_BYTES = 256 * 2**20
+MAX_PART_BYTES = 2**30  # of version 2: of a part of more than one row of one view
+MAX_LIST_BYTES = 16 * 2**20  # of one file list
+LIST_BYTES = 2**20  # of one that is written here: a reader reads whole lists
 PROBE_RECORDS = 64
 
 MANIFEST = "manifest.json"
@@ -24,6 +30,8 @@ PROVENANCE = "provenance.json"
 CARD = "README.md"
 SAMPLES = "samples.h5"
 PROBE = "probe.h5"
+CANDIDATES = "candidates.h5"
+TOKENIZER = "tokenizer.json"
 WORK = "dump"  # plan, journals and locks of the dump that made the cache, and below it of every extension
 
 CRC_SUFFIX = "_crc32"
@@ -101,11 +109,17 @@ class Layout:
     def __len__(self) -> int:
         return self.row_ranges * self.view_ranges
 
+    def part(self, row: int, view: int) -> int:
+        """The number of the part that holds a row in a view of this round."""
+        ranges = (view - self.first_view) // self.shard_views
+        return self.first_part + row // self.shard_rows * self.view_ranges + ranges
+
     def spans(self) -> list[Span]:
         """In the order of their numbers."""
-        return [self._span(index) for index in range(len(self))]
+        return [self.span(index) for index in range(len(self))]
 
-    def _span(self, index: int) -> Span:
+    def span(self, index: int) -> Span:
+        """Its span number `index`, counted from 0."""
         rows, views = divmod(index, self.view_ranges)
         return Span(
             self.first_part + index,
@@ -125,6 +139,7 @@ def plan_layout(
     shard_rows: int | None = None,
     first_view: int = 0,
     first_part: int = 0,
+    format: int = FORMAT_VERSION,
 ) -> Layout:
     """The layout that gives about 64 shards for the whole dump, from the plan's totals alone.
 
@@ -135,6 +150,7 @@ def plan_layout(
         record_bytes: bytes of one record of the largest member.
         shard_rows: overrides the derived number (rounded up to a multiple of 256).
         first_view, first_part: where a round that extends a cache begins.
+        format: of version 2 fewer than 256 rows of large records are a part.
 
     Returns:
         At least 1,024 rows a span (fewer only where the set is smaller), at most 256 MiB a shard; views of one row range
@@ -153,7 +169,31 @@ def plan_layout(
     views = min(num_views, max(1, MAX_SHARD_BYTES // max(1, record_bytes * rows)))
     if shard_rows is None and record_bytes * rows > MAX_SHARD_BYTES:  # one view of 1,024 rows is too large: fewer rows
         rows = max(ROW_UNIT, MAX_SHARD_BYTES // record_bytes // ROW_UNIT * ROW_UNIT)
+    if format != FORMAT_VERSION and shard_rows is None and record_bytes * ROW_UNIT > MAX_SHARD_BYTES:
+        rows, views = 1 << max(0, (MAX_SHARD_BYTES // record_bytes).bit_length() - 1), 1
     return Layout(num_rows, num_views, rows, views, first_view, first_part)
+
+
+def fit_layout(layout: Layout, part_bytes: Callable[[Span], int]) -> Layout:
+    """The same with smaller parts, as far as one of several rows or views would have more than 1 GiB; of version 2.
+
+    Args:
+        part_bytes: of the largest member's data sets in a part.
+    """
+    while any(
+        span.rows * span.views > 1 and part_bytes(span) > MAX_PART_BYTES for span in layout.spans()
+    ):  # a step makes most parts half as large
+        if layout.shard_views > 1:
+            layout = replace(layout, shard_views=-(-layout.shard_views // 2))
+        else:
+            half = layout.shard_rows // 2
+            layout = replace(layout, shard_rows=half // ROW_UNIT * ROW_UNIT if half >= ROW_UNIT else half)
+    return layout
+
+
+def layout_of_view(layouts: Sequence[Layout], view: int) -> Layout:
+    """The layout that has a view, of those of one member in the order of their views."""
+    return next(layout for layout in reversed(layouts) if layout.first_view <= view)
 
 
 def member_shard_path(member: str, index: int) -> str:
@@ -168,5 +208,25 @@ def dense_shard_path(member: str, index: int) -> str:
     return f"members/{member}/dense-{index:05d}.h5"
 
 
+def part_path(kind: str, member: str | None, index: int) -> str:
+    """Of a file of a part: of the kinds `views`, `member` and `dense`."""
+    if member is None:
+        return view_shard_path(index)
+    return dense_shard_path(member, index) if kind == "dense" else member_shard_path(member, index)
+
+
 def constants_path(member: str) -> str:
     return f"members/{member}/constants.h5"
+
+
+def numbered_constants_path(member: str, number: int) -> str:
+    """Of version 2, where a member may have several files of constants."""
+    return f"members/{member}/constants-{number:05d}.h5"
+
+
+def index_path(index: str, round_number: int) -> str:
+    return f"positions/{index}-r{round_number:05d}.h5"
+
+
+def list_path(round_number: int, number: int) -> str:
+    return f"files-r{round_number:05d}-{number:05d}.json"

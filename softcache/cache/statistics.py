@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from softcache.cache.schema import FORMAT_VERSION
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -16,6 +18,13 @@ class Divergence:
 
     def __add__(self, other: Divergence) -> Divergence:
         return Divergence(self.sum + other.sum, max(self.worst, other.worst))
+
+    def to_json(self) -> dict[str, str]:
+        return {"sum": repr(self.sum), "worst": repr(self.worst)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, str]) -> Divergence:
+        return cls(float(entry["sum"]), float(entry["worst"]))
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class MemberStatistics:
         agreed: of those, where the largest stored logit is the largest given one.
         kl: temperature -> divergence.
         feature_errors: feature -> the largest relative L2 error of a record.
+        error: relative L2 error of the stored numbers over the measured records, of outputs without classes; else None.
     """
 
     records: int = 0
@@ -47,6 +57,7 @@ class MemberStatistics:
     agreed: int = 0
     kl: Mapping[str, Divergence] = field(default_factory=dict)
     feature_errors: Mapping[str, float] = field(default_factory=dict)
+    error: Divergence | None = None
 
     def __add__(self, other: MemberStatistics) -> MemberStatistics:
         return MemberStatistics(
@@ -64,6 +75,7 @@ class MemberStatistics:
                 name: max(self.feature_errors.get(name, 0.0), other.feature_errors.get(name, 0.0))
                 for name in {**self.feature_errors, **other.feature_errors}
             },
+            other.error if self.error is None else self.error if other.error is None else self.error + other.error,
         )
 
     @property
@@ -81,8 +93,8 @@ class MemberStatistics:
     def mean_kl(self, temperature: str) -> float:
         return self.kl[temperature].sum / max(1, self.measured)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
+    def to_json(self, format: int = FORMAT_VERSION) -> dict[str, Any]:
+        entry: dict[str, Any] = {
             "records": self.records,
             "labelled": self.labelled,
             "correct": self.correct,
@@ -92,9 +104,12 @@ class MemberStatistics:
             "dense": self.dense,
             "measured": self.measured,
             "agreed": self.agreed,
-            "kl": {t: {"sum": repr(d.sum), "worst": repr(d.worst)} for t, d in self.kl.items()},
+            "kl": {t: d.to_json() for t, d in self.kl.items()},
             "feature_errors": {name: repr(value) for name, value in self.feature_errors.items()},
         }
+        if format != FORMAT_VERSION:
+            entry["error"] = None if self.error is None else self.error.to_json()
+        return entry
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:
@@ -108,6 +123,7 @@ class MemberStatistics:
             int(entry["dense"]),
             int(entry["measured"]),
             int(entry["agreed"]),
-            {str(t): Divergence(float(d["sum"]), float(d["worst"])) for t, d in entry["kl"].items()},
+            {str(t): Divergence.from_json(d) for t, d in entry["kl"].items()},
             {str(name): float(value) for name, value in entry["feature_errors"].items()},
+            None if entry.get("error") is None else Divergence.from_json(entry["error"]),
         )

@@ -145,9 +145,52 @@ PLAN: Shape = {
     "rounds": [ROUND],
 }
 
-MANIFEST: Shape = {**PLAN, "files": [FILE]}
-PLANNED: Shape = {"plan": PLAN, "base": Either(SHA256), "files": [FILE]}  # plan.json
-JOURNALED: Shape = {"span": int, "files": [FILE]}  # a line of a journal
+_SUMS: Shape = {"sum": DECIMAL, "worst": DECIMAL}
+STATISTICS_2: Shape = {**STATISTICS, "error": Either(_SUMS)}
+FILE_2: Shape = {**FILE, "statistics?": STATISTICS_2, "checksums": SHA256, "index?": str}
+MEMBER_2: Shape = {
+    **MEMBER,
+    "output": Either(str),
+    "codec": Either(MEMBER["codec"]),
+    "features": [{**MEMBER["features"][0], "index": Either(str)}],
+    "promise": Either({"max_kl?": DECIMAL, "at_temperature?": DECIMAL, "max_relative_error?": DECIMAL}),
+    "index": Either(str),
+    "width": int,
+    "value_names": [str],
+    "input": AnyKeys(str),
+}
+PLAN_2: Shape = {
+    **{name: shape for name, shape in PLAN.items() if name != "parent"},
+    "parents": [{"id": SHA256, "statistics": AnyKeys(STATISTICS_2)}],
+    "samples": {**PLAN["samples"], "has_masks": bool},
+    "views": {**PLAN["views"], "digests": [str]},
+    "vocabulary": Either({"count": int, "tokenizer": SHA256}),
+    "rendering": Either(AnyKeys(str)),
+    "indexes": [{"name": str, "kind": str, "listed": bool, "labels": bool}],
+    "members": [MEMBER_2],
+    "rounds": [{**ROUND, "indexes": [str], "made_with": {**ROUND["made_with"], "batch_tokens": Either(int)}}],
+}
+LIST: Shape = {
+    "path": str,
+    "bytes": int,
+    "sha256": SHA256,
+    "round": int,
+    "of": str,
+    "member": Either(str),
+    "parts": Pair(int),
+    "files": int,
+    "file_bytes": int,
+    "statistics": Either(STATISTICS_2),
+}
+
+# by version; those of version 2 are in FORMAT.md from section 19 on
+MANIFEST: Mapping[int, Shape] = {1: {**PLAN, "files": [FILE]}, 2: {**PLAN_2, "lists": [LIST]}}
+PLANNED: Mapping[int, Shape] = {  # plan.json
+    1: {"plan": PLAN, "base": Either(SHA256), "files": [FILE]},
+    2: {"plan": PLAN_2, "base": Either(SHA256), "files": [FILE_2]},
+}
+JOURNALED: Mapping[int, Shape] = {1: {"span": int, "files": [FILE]}, 2: {"span": int, "files": [FILE_2]}}  # a line
+LISTED: Shape = [FILE_2]
 
 
 def read_canonical(data: bytes) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from softcache.cache.card import codec_text, record_bytes
-from softcache.cache.plan import Plan
+from softcache.cache.plan import IndexInfo, Plan
 from softcache.cache.provenance import read_provenance
 from softcache.cache.reader import CacheReader
+from softcache.cache.schema import PROVISIONAL_FORMAT
 from softcache.cache.statistics import MemberStatistics
 from softcache.data.identity import sample_id
 from softcache.data.label_kind import log_soft_target
@@ -57,6 +58,7 @@ def report(path: Path) -> str:
     names = list(cache.class_names)
     facts = [
         ("id", manifest.id),
+        ("format", f"version {plan.format}" + (" (provisional)" if plan.format == PROVISIONAL_FORMAT else "")),
         ("transfer set", f"{plan.samples.source}, {plan.samples.count:,} samples"),
         ("classes", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"),
         ("views", f"{plan.views.count} of {cache.policy}, root seed {plan.views.root_seed}"),
@@ -76,10 +78,10 @@ def report(path: Path) -> str:
             [
                 member.name,
                 member.model,
-                member.output,
+                member.output or "features",
                 codec_text(member.codec),
                 f"{record_bytes(manifest, member.name):.1f}",
-                f"{s.max_eps:.3g}" if cache.codecs[member.name].bounded else "none",
+                f"{s.max_eps:.3g}" if member.name in cache.codecs and cache.codecs[member.name].bounded else "none",
                 *(_divergence(s, t) for t in SHOWN_DIVERGENCES),
                 percent(s.accuracy),
                 "-" if cache.multi_label else f"{s.entropy:.4f}",  # it is of a softmax
@@ -107,7 +109,7 @@ def report(path: Path) -> str:
 
 def _rounds(plan: Plan) -> list[tuple[str, str]]:
     """A line for the dump, and one for each that extended it."""
-    lines = []
+    lines = [("index", _index_text(index)) for index in plan.indexes]
     for number, one in enumerate(plan.rounds):
         layout, stop = one.layout, one.layout.first_view + one.layout.num_views
         what = f"views {layout.first_view} to {stop - 1} of {', '.join(one.members)}"
@@ -119,6 +121,12 @@ def _rounds(plan: Plan) -> list[tuple[str, str]]:
             )
         )
     return lines
+
+
+def _index_text(index: IndexInfo) -> str:
+    """Its name, and what its positions are."""
+    of = f"{'some ' if index.listed else ''}{index.kind}"
+    return f"{index.name}: {of}{', with labels' if index.labels else ''}"
 
 
 def _divergence(s: MemberStatistics, temperature: str) -> str:

@@ -5,7 +5,8 @@ Nothing is guessed: a file takes its place only when its sha256 is the one that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,14 +17,18 @@ import torch
 
 from softcache.cache.bound_files import BoundFiles
 from softcache.cache.card import card
+from softcache.cache.dump_folder import read_journals, read_planned
+from softcache.cache.file_entry import FileList, StoredFile
+from softcache.cache.file_lists import make_lists
 from softcache.cache.manifest import Manifest, known_ids, read_manifest
 from softcache.cache.plan import Plan
 from softcache.cache.provenance import provenance_path, read_provenance
 from softcache.cache.reader import CacheReader, read_samples
 from softcache.cache.samples import SampleTable, first_order
-from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, PROBE, SAMPLES, constants_path
+from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, MAX_LIST_BYTES, PROBE, SAMPLES
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.cache.write.rewriter import Rewriter
+from softcache.cache.write.shard import constants_files
 from softcache.check.replay import told_unasked
 from softcache.check.verify import damaged_files
 from softcache.config import DumpConfig
@@ -117,10 +122,11 @@ def run(path: Path, means: Means, *, quiet: bool = False) -> Repaired:
             f"--from {means.source}: there is no such folder", tip="give the folder of another copy of the cache"
         )
     manifest = restore_manifest(path, result, means.source)
+    restore_lists(path, manifest, result, means.source)
     damaged = [file.path for file in damaged_files(path, manifest, quiet=quiet)]
     if not damaged:
         return result
-    sizes = {file.path: file.nbytes for file in manifest.files}
+    sizes = {file.path: file.nbytes for file in manifest.known_files()}
     durable.require_room(path, sum(sizes[name] for name in damaged), "the damaged files need")
     with Rewriter(path, manifest, damaged) as out:
         if means.source is not None:
@@ -142,6 +148,8 @@ def _make_again(
     if manifest.plan.parent is not None:
         parent = manifest.plan.parent.id[:12]
         return f"was taken out of the cache {parent}: run that `softcache subset` again, or give --from another copy"
+    if manifest.plan.indexes:
+        return "was not written by a dump of this version: give --from another copy"
     try:
         for number in range(len(manifest.plan.rounds)):
             if out.concerns(number):
@@ -176,6 +184,34 @@ def restore_manifest(path: Path, result: Repaired, source: Path | None = None) -
         unread = left_out_before(path, len(manifest.plan.rounds))
         durable.write_whole(path / CARD, card(manifest, unread).encode(), tag="repair")
     return manifest
+
+
+def restore_lists(path: Path, manifest: Manifest, result: Repaired, source: Path | None) -> None:
+    """Mend the lists of a cache of version 2: from another copy, or from the journals of the dumps that wrote them."""
+    damaged = manifest.list_faults()
+    rounds = {one.round for one, _ in damaged}
+    again = {about.path: data for number in sorted(rounds) for about, data in _lists_again(path, manifest, number)}
+    for one, why in damaged:
+        candidates = [again[one.path]] if one.path in again else []
+        if source is not None:
+            with suppress(FileNotFoundError, DamagedCacheError):
+                candidates.append(read_inside(source, one.path, MAX_LIST_BYTES))
+        data = next((data for data in candidates if sha256(data).hexdigest() == one.sha256), None)
+        if data is None:
+            result.left[one.path] = f"{why}; neither another copy nor the journals below dump/ have it"
+        else:
+            durable.write_whole(path / one.path, data, tag="repair")
+            result.mended.append(one.path)
+
+
+def _lists_again(path: Path, manifest: Manifest, number: int) -> Iterator[tuple[FileList, bytes]]:
+    """The lists of a round, from what its dump noted of every file; none where that is not there any more."""
+    with suppress(DamagedCacheError):
+        planned, journals = read_planned(path, number), read_journals(path, number)
+        parts = [span.index for span in manifest.plan.rounds[number].layout.spans()]
+        if planned is not None and all(len(journals.get(part, ())) == 1 for part in parts):
+            noted = (file for part in parts for entry in journals[part] for file in entry["files"])
+            yield from make_lists(planned.plan, number, [*planned.files, *map(StoredFile.from_json, noted)])
 
 
 def _has_sha256(path: Path, relative: str, digest: str) -> bool:
@@ -231,7 +267,7 @@ def _mend_round(
         render = renderer(viewed, order)
         out.write(PROBE, make_probe(render, plan.samples.count, one.layout.num_views))
     spans = out.spans_of(number)
-    unfitted = {m for m in one.members if constants_path(m) in damaged and _first_round(plan, m) == number}
+    unfitted = {m for m in one.members if _first_round(plan, m) == number and _lost_constants(manifest, m, damaged)}
     names = unfitted.union(*map(out.members_of, spans))
     prober = Prober(viewed, order, config.batch_size)
     storages = {}
@@ -245,7 +281,8 @@ def _mend_round(
         constants = None if teacher.name in unfitted else CacheReader(path).constants(teacher.name)
         storage = storage_of(plan.member(teacher.name), teacher, constants, prober)
         if teacher.name in unfitted:
-            out.write(constants_path(teacher.name), storage.constants())
+            for relative, arrays in constants_files(teacher.name, storage.constants(), plan.format):
+                out.write(relative, arrays)
         storages[teacher] = storage
     clock = DumpProgress(out, sum(span.rows * span.views for span in spans), quiet=quiet or not spans)
     pixels = None if one.new_views else PixelCheck(CacheReader(path), order, viewed)
@@ -262,6 +299,10 @@ def _threads(path: Path, told: Any) -> int:
     if not 1 <= int(told) <= MOST_THREADS:
         raise CacheError(f"{path}: says that it was made by {told} threads", tip="--from another copy of the cache")
     return int(told)
+
+
+def _lost_constants(manifest: Manifest, member: str, damaged: Sequence[str]) -> bool:
+    return any(file.path in damaged for file in manifest.files_of("constants", member))
 
 
 def _first_round(plan: Plan, member: str) -> int:

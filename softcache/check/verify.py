@@ -12,14 +12,16 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
+
 from softcache.cache.bound_files import BoundFiles
-from softcache.cache.checksums import Damage, bad_blocks, damage_of, sha256_of
+from softcache.cache.checksums import Damage, bad_blocks, damage_of, digest_of_sums, sha256_of
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.hdf5_check import structure_faults
 from softcache.cache.manifest import Manifest, known_ids, read_manifest
 from softcache.cache.open_file import open_checked
-from softcache.cache.reader import read_samples
-from softcache.cache.schema import CRC_SUFFIX, MANIFESTS, SAMPLES
+from softcache.cache.reader import read_candidates, read_index, read_samples
+from softcache.cache.schema import CANDIDATES, CRC_SUFFIX, MANIFESTS, SAMPLES, part_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import DamagedCacheError, DriftError, LinkedCacheError, UnfinishedCacheError, first_offenders
 from softcache.files.inside import read_inside
@@ -98,12 +100,17 @@ def run(
         return Verdict(str(path), "damaged", [exc.message])
     verdict = Verdict(str(path), "whole", full=full, files=len(manifest.files), nbytes=manifest.nbytes, id=manifest.id)
     verdict.faults += _copy_faults(path)
+    for one, why in manifest.list_faults():
+        verdict.damaged.append(one.path)
+        verdict.faults.append(f"{one.path}: {why}")
     for file, found in _checked(path, manifest, full=full, quiet=quiet):
         verdict.damaged.append(file.path)
         verdict.faults += [f"{file.path}: {_told(path, manifest, one)}" for one in found]
         verdict.damage += [one for one in found if isinstance(one, Damage)]
     if full and not verdict.faults:
         verdict.faults += _sample_faults(path, manifest)
+    if full and not verdict.faults:
+        verdict.faults += _index_faults(path, manifest)
     if replay and not verdict.faults:
         # imported here: only a replay needs torch and the data set
         from softcache.check.replay import Replay
@@ -137,15 +144,38 @@ def _copy_faults(path: Path) -> Iterator[str]:
 
 def _sample_faults(path: Path, manifest: Manifest) -> Iterator[str]:
     """What the table of samples says against itself or the manifest: every id once, and the fingerprint."""
+    files, plan = BoundFiles(path, manifest.files), manifest.plan
     try:
-        table = read_samples(BoundFiles(path, manifest.files), manifest.plan)
+        table, candidates = read_samples(files, plan), read_candidates(files)
+        labelled = [next(read_index(files, plan, one.name).rounds()) for one in plan.indexes if one.labels]
     except DamagedCacheError as exc:
         yield exc.message
         return
     if table.has_duplicates():
         yield f"{SAMPLES}: a sample id stands there twice"
-    elif table.fingerprint() != manifest.plan.samples.fingerprint:
+    elif candidates and len(np.unique(candidates["ids"])) < len(candidates["ids"]):
+        yield f"{CANDIDATES}: a candidate's id stands there twice"
+    elif table.fingerprint(candidates, labelled) != plan.samples.fingerprint:
         yield f"{SAMPLES}: its samples have another fingerprint than the manifest's"
+
+
+def _index_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Indexes whose numbers do not fit one another, and parts that have other positions than their index says."""
+    files, plan = BoundFiles(path, manifest.files), manifest.plan
+    indexes = {}
+    for one in plan.indexes:
+        try:
+            indexes[one.name] = read_index(files, plan, one.name)
+        except DamagedCacheError as exc:
+            yield exc.message
+            return
+    for number, span in ((n, span) for n, one in enumerate(plan.rounds) if indexes for span in one.layout.spans()):
+        for member in plan.rounds[number].members:
+            file = manifest.part_file("member", member, span.index)
+            for name, stored in file.arrays.items() if file is not None else ():
+                index = None if name.endswith(CRC_SUFFIX) else plan.member(member).index_of(name)
+                if index is not None and stored.shape[0] != (wanted := indexes[index].in_part(span)):
+                    yield f"{part_path('member', member, span.index)}: {name!r} has {stored.shape[0]} positions, not {wanted}"
 
 
 Found = str | Damage
@@ -159,8 +189,9 @@ def _checked(
     pool = ThreadPoolExecutor(os.cpu_count())  # hashing lets other threads run
     try:
         with Meter(f"verify {path}", manifest.nbytes, unit="B", quiet=quiet or not full) as meter:
-            checked = pool.map(lambda one: _file_faults(path, one, full, stopped), manifest.files)
-            for file, found in zip(manifest.files, checked, strict=True):
+            files = manifest.known_files()
+            checked = pool.map(lambda one: _file_faults(path, one, full, stopped), files)
+            for file, found in zip(files, checked, strict=True):
                 meter.add(file.nbytes)
                 if found:
                     yield file, found
@@ -185,7 +216,9 @@ def _file_faults(path: Path, file: StoredFile, full: bool, stopped: Event) -> Se
     try:
         found = sha256_of(fd, stop=stopped.is_set) if full else file.sha256
         if found == file.sha256:
-            return []
+            if not full or file.checksums is None or digest_of_sums(fd, file) == file.checksums:
+                return []
+            return [f"its checksums have another sha256 than the manifest's {file.checksums}"]
         # the checksums say where: they need no look while the whole file's hash is right
         names = [name for name in file.arrays if not name.endswith(CRC_SUFFIX)]
         damage = [damage_of(file, name, block) for name in names for block in bad_blocks(fd, file, name)]

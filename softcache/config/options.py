@@ -104,5 +104,8 @@ class StorageOptions(MachineOptions, DataOptions):
     )
     order_seed: int = option(0, "seed of the row order", metavar="SEED")
     shard_rows: int | None = option(None, "rows per shard (default: about 64 shards)", metavar="N")
+    format: str = option(
+        "1", "version of the cache's format; 2 is provisional: its caches may have to be made again", choices=("1", "2")
+    )
     no_keys: bool = option(False, "do not store sample keys (private names); ids stay")
     allow_code: bool = option(False, ALLOW_CODE_HELP)

@@ -283,7 +283,7 @@ def choose_storages(
     storages = {}
     for teacher in teachers:
         before, wanted = known[teacher.name], asked_codec(text, num_classes, promise) if text is not None else None
-        if before is not None and (wanted is None or _same(before.codec, wanted)):
+        if before is not None and (wanted is None or _same(before.codec or {}, wanted)):
             assert out is not None
             codec = restore(before, num_classes, job.known_constants(out, teacher.name))
         else:
@@ -314,6 +314,7 @@ def storage_of(
     if constants is not None:
         codec = restore(member, teacher.num_classes, constants)
     else:
+        assert member.codec is not None
         codec = make_codec(member.codec["name"], member.codec["parameters"], teacher.num_classes)
         codec = codec.fit(prober.fitting_rows(teacher))
     promise = None if member.promise is None else Promise.from_json(member.promise)

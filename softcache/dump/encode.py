@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softcache.cache.samples import SampleTable
+from softcache.cache.schema import FORMAT_VERSION
 from softcache.cache.statistics import Divergence, MemberStatistics
 from softcache.codecs import Codec
 from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
@@ -23,6 +24,13 @@ from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, TeacherError, first_offenders
 
 MEASURED_ROWS = 32  # of each batch, on which the divergence over the grid of temperatures is measured
+
+
+def measured_rows(count: int, format: int) -> slice | list[int]:
+    """Which rows of a batch are measured: the first ones; of version 2 as many, spread evenly over it."""
+    if format == FORMAT_VERSION or count <= MEASURED_ROWS:
+        return slice(MEASURED_ROWS)
+    return [i * count // MEASURED_ROWS for i in range(MEASURED_ROWS)]
 
 
 @dataclass
@@ -117,6 +125,7 @@ def encode(
     samples: SampleTable,
     rows: np.ndarray,
     view: int,
+    format: int = FORMAT_VERSION,
 ) -> Encoded:
     """Teacher, codec and measurements, on the teacher's device; the result is on its way to the host when this returns."""
     try:
@@ -148,10 +157,11 @@ def encode(
         arrays |= {feature.names[name]: value for name, value in stored.items()}
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
-    measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels)}
+    few = measured_rows(len(rows), format)
+    measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels, few)}
     measured |= {"largest": answers(logits, multi_label=False).int(), "alike": _alike(teacher, logits)}
     measured["decided"] = _decided(logits, labels)
-    measured["kl"] = _divergences(storage, logits, coded, decoded, single=not has_several(labels))
+    measured["kl"] = _divergences(storage, logits, coded, decoded, few, single=not has_several(labels))
     if storage.promise is not None:
         measured["promised_kl"] = kl_at(codec, logits, coded, decoded, storage.promise.temperature)
     dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}
@@ -197,15 +207,20 @@ def _listed(samples: SampleTable, rows: np.ndarray, count: int) -> str:
 
 
 def _divergences(
-    storage: Storage, logits: Tensor, coded: Mapping[str, Tensor], decoded: Tensor | None, *, single: bool
+    storage: Storage,
+    logits: Tensor,
+    coded: Mapping[str, Tensor],
+    decoded: Tensor | None,
+    chosen: slice | list[int],
+    *,
+    single: bool,
 ) -> Tensor:
-    """(grid, n) KL of the first rows of the batch; (0, 0) for multi-label targets."""
+    """(grid, n) KL of some rows of the batch; (0, 0) for multi-label targets."""
     if not single:
         return logits.new_zeros(0, 0)
-    count = MEASURED_ROWS
-    few = {name: value[:count] for name, value in coded.items() if name not in ("dense", "dense_at")}
-    shown = None if decoded is None else decoded[:count]
-    return torch.stack([kl_at(storage.codec, logits[:count], few, shown, t) for t in storage.grid])
+    few = {name: value[chosen] for name, value in coded.items() if name not in ("dense", "dense_at")}
+    shown = None if decoded is None else decoded[chosen]
+    return torch.stack([kl_at(storage.codec, logits[chosen], few, shown, t) for t in storage.grid])
 
 
 def _decided(logits: Tensor, labels: np.ndarray) -> Tensor:
@@ -222,7 +237,7 @@ def _alike(teacher: Teacher, logits: Tensor) -> Tensor:
     return flat.to(torch.uint8) + 2 * teacher.is_first_again(logits).to(torch.uint8)
 
 
-def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray) -> Tensor:
+def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray, chosen: slice | list[int]) -> Tensor:
     """(4,) float64: correct, labelled, sum of entropies; and of the measured rows, those whose largest class is kept."""
     log_p = logits.log_softmax(dim=1)  # float32: a mean over many rows needs no more
     entropy = -(log_p.exp() * log_p).nansum(dim=1, dtype=torch.float64).sum()
@@ -230,8 +245,8 @@ def _sums(logits: Tensor, decoded: Tensor | None, labels: np.ndarray) -> Tensor:
     if not has_several(labels):
         truth = torch.from_numpy(labels.astype(np.int64)).to(logits.device)
         correct, labelled = (largest == truth).sum(), (truth >= 0).sum()
-        few = largest[:MEASURED_ROWS]
-        agreed = few >= 0 if decoded is None else few == decoded[:MEASURED_ROWS].argmax(dim=1)
+        few = largest[chosen]
+        agreed = few >= 0 if decoded is None else few == decoded[chosen].argmax(dim=1)
     else:
         correct = labelled = torch.zeros((), device=logits.device)
         agreed = torch.zeros(1, device=logits.device)

@@ -237,6 +237,7 @@ def write_spans(
                         writer.samples,
                         rows,
                         int(batch.views[0]),
+                        writer.plan.format,
                     )
                     for teacher, inputs in zip(teachers, batch.inputs, strict=True)
                 ]

@@ -288,7 +288,8 @@ def _cache_bytes(
     count, classes = len(transfer_set), transfer_set.num_classes
     records = {name: {**one.arrays, **_feature_arrays(storages[name])} for name, one in found.items()}
     largest = max(sum(ArraySpec("", d, s).nbytes for d, s in arrays.values()) for arrays in records.values())
-    layout = plan_layout(count, job.views, len(found), largest, shard_rows=config.shard_rows)
+    format = int(config.format)
+    layout = plan_layout(count, job.views, len(found), largest, shard_rows=config.shard_rows, format=format)
     labels = ArraySpec("labels", "|u1", (count, -(-classes // 8))) if transfer_set.multi_label else None
     samples = [
         ArraySpec("ids", "<u8", (count,)),

@@ -17,7 +17,7 @@ from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
-from softcache.cache.schema import plan_layout
+from softcache.cache.schema import FORMAT_VERSION, fit_layout, plan_layout
 from softcache.config import DumpConfig, StorageOptions
 from softcache.data.classes import check_classes
 from softcache.data.identity import sample_ids
@@ -29,7 +29,7 @@ from softcache.dump.teacher import Teacher, member_name
 from softcache.errors import ConfigError, DataError, ModelError, first_offenders
 
 # settings that a cache fixed when it was made
-OF_THE_CACHE = ("policy", "view_seed", "order", "order_seed", "no_keys", "license")
+OF_THE_CACHE = ("policy", "view_seed", "order", "order_seed", "format", "no_keys", "license")
 
 
 @dataclass(frozen=True)
@@ -193,23 +193,29 @@ def make_plan(
     Raises:
         ModelError: a member's new views would be of another kind than those that are there.
     """
-    base = job.base
+    base, format = job.base, int(config.format) if job.base is None else job.base.plan.format
     infos = [member_info(teacher, storages[teacher.name]) for teacher in teachers]
+    if format != FORMAT_VERSION:
+        infos = [replace(info, width=len(transfer_set.class_names)) for info in infos]
     first_part = sum(len(one.layout) for one in base.plan.rounds) if base else 0
+    record_bytes = max(storage.record_bytes for storage in storages.values())
     layout = plan_layout(
         len(transfer_set),
         job.views,
         len(infos),
-        max(storage.record_bytes for storage in storages.values()),
+        record_bytes,
         shard_rows=config.shard_rows,
         first_view=job.first_view,
         first_part=first_part,
+        format=format,
     )
+    if format != FORMAT_VERSION:
+        layout = fit_layout(layout, lambda span: span.rows * span.views * record_bytes)
     this = Round(layout, tuple(info.name for info in infos), job.new_views, made_with)
     if base is not None:
         if job.new_views:
             for info in infos:
-                _check_same_member(base.plan.member(info.name), info)
+                _check_same_member(base.plan.member(info.name), info, format)
         old = {member.name for member in base.plan.members}
         return replace(
             base.plan,
@@ -232,12 +238,13 @@ def make_plan(
         views=ViewInfo(job.views, 0, str(config.view_seed), job.policy.replay, job.policy.to_json()),
         members=tuple(infos),
         rounds=(this,),
+        format=format,
     )
 
 
-def _check_same_member(before: MemberInfo, now: MemberInfo) -> None:
+def _check_same_member(before: MemberInfo, now: MemberInfo, format: int) -> None:
     """The views of one member must all be of one kind, since the manifest describes them once."""
-    changed = list(differences(*(json.loads(canonical_json(info.to_json())) for info in (now, before))))
+    changed = list(differences(*(json.loads(canonical_json(info.to_json(format))) for info in (now, before))))
     if changed:
         listing = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, new, old in changed[:6])
         raise ModelError(

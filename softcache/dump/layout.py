@@ -140,6 +140,7 @@ def needs_fit(codec: Codec) -> bool:
 
 def restore(member: MemberInfo, num_classes: int, constants: Mapping[str, np.ndarray]) -> Codec:
     """A member's codec as an earlier dump fixed it."""
+    assert member.codec is not None  # dumped are logits
     return restore_codec(member.codec["name"], member.codec["parameters"], num_classes, codec_constants(constants))
 
 

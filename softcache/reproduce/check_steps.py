@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from softcache.config import DumpConfig, EvalConfig, ShrinkConfig, TrainConfig, resolve
 from softcache.data.classes import class_indices
 from softcache.data.loading import ViewedSet, item_shape
@@ -129,6 +131,9 @@ def _check_shrink(
     model = copy.deepcopy(before.model).eval()
     count = len(items) if "data" in data else 0
     samples = Samples.of(model, config.model, items[0], count, items.__getitem__, config.batch_size)
+    if "data" in data:
+        labels = data["data"].some.labels
+        samples = replace(samples, answers=torch.zeros((count, *labels.shape[1:]), dtype=torch.int64))
     for method in methods:
         with suppress(SavesNothing):  # of weights that are learned it may
             method.apply(samples)

@@ -26,7 +26,7 @@ from softcache.cache.manifest import Manifest, known_ids
 from softcache.cache.plan import Parent, Plan, Round
 from softcache.cache.provenance import told_data
 from softcache.cache.samples import SampleTable
-from softcache.cache.schema import CRC_SUFFIX, FORMAT_VERSION, ArraySpec, Span, plan_layout
+from softcache.cache.schema import CRC_SUFFIX, ArraySpec, Span, plan_layout
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.write.writer import CacheWriter, Setup, SpanWriter
 from softcache.data.identity import sample_ids
@@ -219,7 +219,6 @@ def make_plan(cache: Cache, chosen: Chosen, license: str | None, shard_rows: int
     whole = len(chosen.rows) == len(cache)
     return replace(
         parent,
-        format=FORMAT_VERSION,
         samples=replace(
             parent.samples, count=len(chosen.rows), order=parent.samples.order if whole else "selected", fingerprint=""
         ),
@@ -227,7 +226,7 @@ def make_plan(cache: Cache, chosen: Chosen, license: str | None, shard_rows: int
         members=tuple(member for member in parent.members if member.name in chosen.members),
         rounds=(Round(layout, tuple(chosen.members), True, parent.made_with),),
         license=parent.license if license is None else license,
-        parent=Parent(cache.id, {name: _measured(cache.manifest, name) for name in chosen.members}),
+        parents=(Parent(cache.id, {name: _measured(cache.manifest, name) for name in chosen.members}),),
     )
 
 
@@ -263,6 +262,7 @@ def cut_samples(table: SampleTable, rows: np.ndarray) -> SampleTable:
         digests=table.digests[rows],
         key_bytes=key_bytes,
         key_offsets=offsets,
+        mask_digests=None if table.mask_digests is None else table.mask_digests[rows],
     )
 
 

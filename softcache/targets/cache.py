@@ -25,7 +25,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.plan import MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
-from softcache.cache.schema import MANIFEST, WORK
+from softcache.cache.schema import MANIFEST, PROVISIONAL_FORMAT, WORK
 from softcache.data.drift import Drift, Render, check_drift
 from softcache.data.foreign import check_map_style, dataset_keys, item_of, label_of, replace_item
 from softcache.data.identity import pixel_digest, sample_ids
@@ -33,7 +33,7 @@ from softcache.data.join import ContentCheck, JoinBy, find_ids, join
 from softcache.data.loading import Partners
 from softcache.data.tables import item_column, with_columns
 from softcache.data.views import Policy
-from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, warn_once
+from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, note_once, warn_once
 from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 from softcache.targets.described import member_codec, member_feature
@@ -57,7 +57,7 @@ class Cache:
     def __init__(self, reader: CacheReader, *, allow_code: bool = False) -> None:
         self.reader, self.allow_code = reader, allow_code
         members = self.manifest.plan.members
-        self.codecs = {member.name: member_codec(reader, member) for member in members}
+        self.codecs = {member.name: member_codec(reader, member) for member in members if member.codec is not None}
         self.features = {m.name: {f.name: member_feature(reader, m.name, f) for f in m.features} for m in members}
 
     @property
@@ -607,6 +607,10 @@ def open(
         True
     """
     reader = CacheReader(path, id=id, mode=mode, check_blocks=check_blocks, check_files=check_files)
+    if reader.manifest.plan.format == PROVISIONAL_FORMAT and not quiet:
+        note_once(
+            f"{path}: is of format version {PROVISIONAL_FORMAT}, which is provisional: a later softcache may want it made again"
+        )
     with Meter(f"check {path}", reader.manifest.nbytes, unit="B", quiet=quiet) as meter:
         reader.files.bind_all(meter.add)
     return Cache(reader, allow_code=allow_code)

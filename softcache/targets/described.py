@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from softcache.cache.plan import FeatureInfo, MemberInfo
+from softcache.cache.plan_rules import width_of
 from softcache.cache.reader import CacheReader
 from softcache.codecs import Codec, codec_constants, restore_codec
 from softcache.codecs.features import StoredFeature
@@ -17,7 +18,8 @@ def member_codec(reader: CacheReader, member: MemberInfo) -> Codec:
     Raises:
         CacheError: its constants, its records or its data sets are not those that this version's codec has.
     """
-    num_classes = len(reader.manifest.plan.class_names)
+    assert member.codec is not None  # a member of features alone has none
+    num_classes = width_of(member, reader.manifest.plan)
     constants = codec_constants(reader.constants(member.name))
     codec = restore_codec(member.codec["name"], member.codec["parameters"], num_classes, constants)
     if codec.constants.keys() != constants.keys():

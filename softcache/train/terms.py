@@ -71,5 +71,5 @@ def stored_members(teacher: CachedTeacher) -> list[Stored]:
     cache, found = teacher.cache, []
     for name in teacher.members:
         output, statistics = cache.member(name).output, cache.manifest.statistics[name]
-        found.append(Stored(name, cache.codecs[name], output, statistics.floored, statistics.records))
+        found.append(Stored(name, cache.codecs[name], output or "", statistics.floored, statistics.records))
     return found

@@ -27,8 +27,9 @@ from softcache.students import cost, shrink
 from softcache.students.carve import carve, find_stacks, spread_blocks
 from softcache.students.channels import channel_groups, kept_without, without_effect
 from softcache.students.cost import multiply_adds
+from softcache.students.importance import filter_norms
 from softcache.students.low_rank import low_rank
-from softcache.students.prune import importances, left_of, prune_channels, prune_weights
+from softcache.students.prune import left_of, prune_channels, prune_weights
 from softcache.students.samples import Samples
 
 JOINED = WORLDS / "joined_channels.py"
@@ -144,7 +145,7 @@ def test_the_smallest_filters_go(norm: str) -> None:
     norms = weight.abs().sum(1) if norm == "l1" else weight.square().sum(1).sqrt()
     group = next(g for g in channel_groups(samples.model.net, samples.run) if g.name == "0")
     order = [unit["0", "out"][0] for unit in group.units]
-    assert torch.allclose(importances(samples.model.net, group, norm), norms[order])
+    assert torch.allclose(filter_norms(samples.model.net, group, norm), norms[order])
     record, _ = prune_channels(samples.model.net, samples, amount=0.5, importance=norm)
     assert record.kept["0"]["out"] == tuple(sorted(norms.argsort(descending=True)[:8].tolist()))
     assert record.kept["1"]["out"] == record.kept["0"]["out"]
@@ -538,7 +539,7 @@ MISTAKES = [
     ("prune:unstructured,amount=1", "amount=1: is a share, more than 0 and less than 1", "amount=0.5"),
     ("prune:unstructured,amount=half", "'half' is not a number", ""),
     ("prune:unstructured,amount=0.5,scope=all", "scope=all: is none", "scope=global or scope=layer"),
-    ("prune:structured,amount=0.5,importance=taylor", "importance=taylor: is none", "importance=l1 or importance=l2"),
+    ("prune:structured,amount=0.5,importance=taylor", "there are no samples", "soft targets or labels"),
     ("prune:structured,amount=0.01", "no channels can be left out", "lowrank"),
     ("lowrank", "lowrank wants either energy or rank", "lowrank:energy=0.95"),
     ("lowrank:energy=2", "lowrank:energy=2: is a share", "energy=0.95"),

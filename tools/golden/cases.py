@@ -42,10 +42,11 @@ def make(folder: Path, settings: dict[str, Any]) -> None:
     dump.run(DumpConfig(out=str(folder), workers=0, batch_size=16, **settings), quiet=True)
 
 
-def make_extended(folder: Path) -> None:
+def make_extended(folder: Path, format: int = 1) -> None:
     """Three rounds: a member, another view, another member."""
     policy, first = ("shift:pixels=1",), f"{PIECES}:network?name=first"
-    make(folder, {"codec": "int8", "policy": policy, "views": 1, "teacher": (first,)})
+    how = {} if format == 1 else {"format": str(format)}  # earlier versions have no such setting
+    make(folder, {"codec": "int8", "policy": policy, "views": 1, "teacher": (first,), **how})
     make(folder, {"extend": True, "views": 2, "teacher": (first,)})
     make(folder, {"extend": True, "teacher": (f"{PIECES}:network?name=second&seed=2",), "codec": "float16"})
 

@@ -3,7 +3,8 @@
 Run it once for each new format version, never again: what is there is not written anew.
 
     python tools/golden/make_caches.py
-    python tools/golden/make_caches.py --quick     # some of them, into a temporary folder
+    python tools/golden/make_caches.py --provisional   # those of the version that may still change: written anew each time
+    python tools/golden/make_caches.py --quick         # some of them, into a temporary folder
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ import numpy as np
 import torch
 
 import softcache
-from softcache.cache.schema import FORMAT_VERSION
+from softcache.cache.manifest import Manifest
+from softcache.cache.reader import CacheReader
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golden.cases import CACHES, GOLDEN, make, make_extended, make_subset
+from golden.indexed import MEMBERS, make_indexed
 
 SHOWN = 20  # records whose numbers are kept
 QUICK = ("float16", "features")
+OF_PROVISIONAL = ("float16", "topk", "lowrank", "features", "mixed")
+INDEXED = GOLDEN / "indexed"
 
 
 def expected(path: Path) -> dict[str, Any]:
@@ -65,28 +71,61 @@ def numbers(values: torch.Tensor) -> Any:
     return values.double().tolist()
 
 
-def write(version: Path, names: Sequence[str]) -> None:
+def write(version: Path, names: Sequence[str], format: int = FORMAT_VERSION) -> None:
     """These caches, one made in three rounds, and a subset, without what tells of this machine."""
     for name in names:
-        make(version / name, CACHES[name])
-    make_extended(version / "extended")
+        make(version / name, {**CACHES[name], "format": str(format)})
+    make_extended(version / "extended", format)
     make_subset(version / "float16", version / "subset", "--views", "1")
     for path in sorted(version.iterdir()):
-        (path / "README.md").unlink()
-        (path / "provenance.json").unlink()
-        shutil.rmtree(path / "dump")
+        _leave_bytes(path)
         (version / f"{path.name}.json").write_text(json.dumps(expected(path), indent=1) + "\n")
-        print(f"{path.name:<18} {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()):>9,} bytes")
+
+
+def write_indexed(path: Path) -> None:
+    """The cache of indexes, and of every one of its records the bytes."""
+    manifest = make_indexed(path)
+    _leave_bytes(path)
+    told = {"id": manifest.id, "records": records(path, manifest)}
+    path.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def records(path: Path, manifest: Manifest) -> dict[str, list[str]]:
+    """Member/data set -> of each view the bytes of all records, in hex."""
+    reader, found = CacheReader(path), {}
+    rows = np.arange(manifest.plan.samples.count)
+    for member, (_, arrays) in MEMBERS.items():
+        for name in arrays:
+            of = reader.gather if reader.index_of(member, name) is None else lambda *at: reader.slices(*at).values
+            views = range(manifest.plan.views.count)
+            found[f"{member}/{name}"] = [of(member, name, rows, np.full(len(rows), v)).tobytes().hex() for v in views]
+    return found
+
+
+def _leave_bytes(path: Path) -> None:
+    """Take away what tells of this machine."""
+    for name in ("README.md", "provenance.json"):
+        (path / name).unlink()
+    shutil.rmtree(path / "dump")
+    print(f"{path.name:<18} {sum(f.stat().st_size for f in path.rglob('*') if f.is_file()):>9,} bytes")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="some of them, into a temporary folder")
+    parser.add_argument("--provisional", action="store_true", help="those of the version that may still change, anew")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.provisional:
+        for version in (GOLDEN / f"v{PROVISIONAL_FORMAT}", INDEXED):
+            shutil.rmtree(version, ignore_errors=True)
+        write(GOLDEN / f"v{PROVISIONAL_FORMAT}", OF_PROVISIONAL, PROVISIONAL_FORMAT)
+        write_indexed(INDEXED)
+        return 0
     if arguments.quick:
         with tempfile.TemporaryDirectory(prefix="make-caches-") as folder:
             write(Path(folder) / "v", QUICK)
+            write_indexed(Path(folder) / "indexed")
         return 0
     version = GOLDEN / f"v{FORMAT_VERSION}"
     if version.exists():

@@ -28,9 +28,18 @@ class Forge:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.entry: dict[str, Any] = json.loads((root / "manifest.json").read_bytes())
+        # of version 2: list -> what it says of its files
+        self.listed: dict[str, list[dict[str, Any]]] = {
+            one["path"]: json.loads((root / one["path"]).read_bytes()) for one in self.entry.get("lists", ())
+        }
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """The entries of all files."""
+        return [file for one in self.listed.values() for file in one] if self.listed else self.entry["files"]
 
     def file(self, path: str) -> dict[str, Any]:
-        return next(file for file in self.entry["files"] if file["path"] == path)
+        return next(file for file in self.files if file["path"] == path)
 
     def array(self, path: str, name: str) -> dict[str, Any]:
         return self.file(path)["arrays"][name]
@@ -50,9 +59,9 @@ class Forge:
     def replace(self, path: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Another file in its place, honestly written."""
         old = self.file(path)
-        kind, member = old["kind"], old.get("member")
-        stored = write_shard(self.root / path, arrays, kind=kind, relative_path=path, member=member).to_json()
-        old.update({name: stored[name] for name in ("bytes", "sha256", "arrays")})
+        about = {"kind": old["kind"], "member": old.get("member"), "format": 2 if self.listed else 1}
+        stored = write_shard(self.root / path, arrays, relative_path=path, **about).to_json()
+        old.update({name: stored[name] for name in ("bytes", "sha256", "arrays", "checksums") if name in stored})
 
     def refit(self, path: str) -> None:
         """Checksums, size and sha256 to fit a file's bytes, as far as the manifest's data sets lie inside it."""
@@ -71,8 +80,24 @@ class Forge:
                 data[sums["offset"] : sums["offset"] + len(packed)] = packed
         (self.root / path).write_bytes(data)
         file.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        if self.listed:
+            file["checksums"] = self._digest_of_sums(file, bytes(data))
+
+    def _digest_of_sums(self, file: Mapping[str, Any], data: bytes) -> str:
+        hasher = hashlib.sha256()
+        for name in sorted(name for name in file["arrays"] if name.endswith("_crc32")):
+            array = file["arrays"][name]
+            hasher.update(
+                data[array["offset"] : array["offset"] + ArraySpec(name, array["dtype"], tuple(array["shape"])).nbytes]
+            )
+        return hasher.hexdigest()
 
     def save(self) -> None:
+        for one in self.entry.get("lists", ()):
+            data = dumps(self.listed[one["path"]])
+            (self.root / one["path"]).write_bytes(data)
+            size = sum(file["bytes"] for file in self.listed[one["path"]])
+            one.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), file_bytes=size)
         self.publish(dumps(self.entry))
 
     def publish(self, data: bytes) -> None:

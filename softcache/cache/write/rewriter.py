@@ -18,7 +18,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.open_file import open_checked
 from softcache.cache.plan import Plan
 from softcache.cache.samples import SampleTable
-from softcache.cache.schema import WORK, ArraySpec, Span
+from softcache.cache.schema import WORK, ArraySpec, Span, index_path
 from softcache.cache.write.shard import write_shard
 from softcache.cache.write.writer import SpanWriter, written_span
 from softcache.errors import DamagedCacheError, LockedError
@@ -44,7 +44,7 @@ class Rewriter:
 
     def __init__(self, root: Path, manifest: Manifest, damaged: Sequence[str]) -> None:
         self.root, self.path, self.tag = root, root / WORK / REPAIR, REPAIR
-        self._wanted = {file.path: file for file in manifest.files if file.path in damaged}
+        self._wanted = {file.path: file for file in manifest.known_files() if file.path in damaged}
         self._manifest = manifest
         self.plan: Plan = manifest.plan
         self.samples: SampleTable  # set by whoever writes spans
@@ -94,6 +94,8 @@ class Rewriter:
 
     def _round_of(self, file: StoredFile) -> int:
         index, rounds = self._index_of(file), self._manifest.plan.rounds
+        if file.index is not None:  # positions: named after their round
+            return next(n for n in range(len(rounds)) if file.path == index_path(file.index, n))
         for number, one in enumerate(rounds):
             if index is not None and index < one.layout.first_part + len(one.layout):
                 return number
@@ -116,6 +118,8 @@ class Rewriter:
 
     def write(self, relative: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one whole file again (samples, probe, constants)."""
+        if relative not in self._wanted:
+            return
         wanted = self._wanted[relative]
         self._put_back(
             write_shard(
@@ -124,6 +128,7 @@ class Rewriter:
                 kind=wanted.kind,
                 relative_path=relative,
                 tag=self.tag,
+                format=wanted.format,
                 member=wanted.member,
             )
         )

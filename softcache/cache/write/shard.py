@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ import numpy as np
 
 from softcache.cache.checksums import sha256_of
 from softcache.cache.file_entry import StoredArray, StoredFile
-from softcache.cache.schema import ALIGNMENT, BLOCK_BYTES, CRC_SUFFIX, FORMAT_VERSION, ArraySpec
+from softcache.cache.schema import (
+    ALIGNMENT,
+    BLOCK_BYTES,
+    CRC_SUFFIX,
+    FORMAT_VERSION,
+    MAX_SHARD_BYTES,
+    ArraySpec,
+    constants_path,
+    numbered_constants_path,
+)
 from softcache.errors import DamagedCacheError
 from softcache.files import durable
 from softcache.files.durable import OpenFile
@@ -64,18 +74,21 @@ class ShardWriter:
         arrays: the data sets; their checksums are added.
         kind: of the file, kept as its attribute: see StoredFile.
         tag: distinguishes writers that may work on the same folder.
+        format: of the cache.
 
     Raises:
         DiskSpaceError: the file system cannot hold the file.
         DumpError: another fault of the file system.
     """
 
-    def __init__(self, path: Path, arrays: Sequence[ArraySpec], *, kind: str, tag: str = "0") -> None:
-        self.path, self.kind = path, kind
+    def __init__(
+        self, path: Path, arrays: Sequence[ArraySpec], *, kind: str, tag: str = "0", format: int = FORMAT_VERSION
+    ) -> None:
+        self.path, self.kind, self._format = path, kind, format
         self.temporary = path.with_name(f"{path.name}.tmp-{tag}")
         self._file: OpenFile | None = None
         specs = [spec for array in arrays for spec in (array, array.checksums)]
-        empty = _empty_file(specs, kind)
+        empty = _empty_file(specs, kind, format)
         self._columns = {a.name: _Column(a, empty.offsets[a.name]) for a in arrays}
         self._stored = {s.name: StoredArray(empty.offsets[s.name], s.dtype, s.shape) for s in specs}
         durable.make_folder(path.parent)
@@ -123,6 +136,8 @@ class ShardWriter:
             with durable.explained("read", self.temporary):
                 nbytes = os.fstat(self._file.fd).st_size
                 digest = self._read_back(self._file.fd)
+            if self._format != FORMAT_VERSION:
+                place["checksums"] = self._digest_of_sums()
             finished, self._file = self._file, None
             durable.close(finished)
             durable.publish(self.temporary, self.path)
@@ -141,6 +156,13 @@ class ShardWriter:
                     )
         return sha256_of(fd)
 
+    def _digest_of_sums(self) -> str:
+        """sha256 of all checksums in the file, in order of their names."""
+        hasher = sha256()
+        for column in sorted(self._columns.values(), key=lambda column: column.spec.checksums.name):
+            hasher.update(np.asarray(column.checksums, dtype="<u4").tobytes())
+        return hasher.hexdigest()
+
     def discard(self) -> None:
         """Close and remove the unfinished file; nothing where it is finished."""
         file, self._file = self._file, None
@@ -157,15 +179,22 @@ class ShardWriter:
 
 def file_bytes(arrays: Sequence[ArraySpec]) -> int:
     """How long a shard of these data sets is, checksums included."""
-    return _empty_file([spec for array in arrays for spec in (array, array.checksums)], "empty").nbytes
+    return _empty_file([spec for array in arrays for spec in (array, array.checksums)], "empty", FORMAT_VERSION).nbytes
 
 
 def write_shard(
-    path: Path, arrays: Mapping[str, np.ndarray], *, kind: str, relative_path: str, tag: str = "0", **place: Any
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    kind: str,
+    relative_path: str,
+    tag: str = "0",
+    format: int = FORMAT_VERSION,
+    **place: Any,
 ) -> StoredFile:
     """Write one file at once (samples, probe, constants, dense rows): every array whole."""
     specs = [ArraySpec(name, a.dtype.newbyteorder("<").str, a.shape) for name, a in arrays.items()]
-    writer = ShardWriter(path, specs, kind=kind, tag=tag)
+    writer = ShardWriter(path, specs, kind=kind, tag=tag, format=format)
     try:
         for name, array in arrays.items():
             writer.append(name, array)
@@ -173,6 +202,42 @@ def write_shard(
     except BaseException:
         writer.discard()
         raise
+
+
+def write_plain(path: Path, data: bytes, relative_path: str, tag: str) -> StoredFile:
+    """Write a file that is not HDF5, the tokenizer's: its entry binds all of its bytes."""
+    durable.write_whole(path, data, tag=tag)
+    digest = sha256(data).hexdigest()
+    return StoredFile(relative_path, "tokenizer", len(data), digest, {}, checksums=digest)
+
+
+def constants_files(
+    member: str, constants: Mapping[str, np.ndarray], format: int
+) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
+    """(path, arrays) of the files that a member's constants lie in: of version 1 one, of version 2 none is too large."""
+    if not constants:
+        return
+    if format == FORMAT_VERSION:
+        yield constants_path(member), constants
+        return
+    pieces: list[dict[str, np.ndarray]] = [{}]
+    room = MAX_SHARD_BYTES
+    for name, array in constants.items():
+        at, rows = 0, len(array)
+        row_bytes = max(1, array.nbytes // max(1, rows))
+        while at < rows or not rows:
+            count = min(rows - at, room // row_bytes)
+            if count == 0 and rows and (pieces[-1] or room < MAX_SHARD_BYTES):
+                pieces.append({})
+                room = MAX_SHARD_BYTES
+                continue
+            count = max(count, min(1, rows))
+            pieces[-1][name] = array[at : at + count]
+            at, room = at + count, max(0, room - count * row_bytes)
+            if not rows:
+                break
+    for number, arrays in enumerate(pieces):
+        yield numbered_constants_path(member, number), arrays
 
 
 @dataclass(frozen=True)
@@ -214,11 +279,11 @@ class _Memory:
         pass
 
 
-def _empty_file(arrays: Sequence[ArraySpec], kind: str) -> _EmptyFile:
+def _empty_file(arrays: Sequence[ArraySpec], kind: str, format: int) -> _EmptyFile:
     """An empty file with every data set allocated, contiguous and aligned."""
     memory = _Memory()
     with _hdf5_file(memory) as file:
-        file.attrs.create("softcache_format", FORMAT_VERSION, dtype="<u4")
+        file.attrs.create("softcache_format", format, dtype="<u4")
         file.attrs.create("softcache_kind", np.bytes_(kind))
         offsets = {}
         for spec in arrays:

@@ -11,37 +11,45 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
+from softcache.cache.bound_files import BoundFiles
 from softcache.cache.canonical import canonical_json, differences
 from softcache.cache.checksums import sha256_of
 from softcache.cache.dump_folder import PLAN, Planned, read_journals, read_planned, work_folder
 from softcache.cache.file_entry import StoredFile
+from softcache.cache.file_lists import ListedFiles, make_lists
 from softcache.cache.manifest import Manifest, read_manifest
-from softcache.cache.manifest_rules import check_plan
 from softcache.cache.plan import Plan
+from softcache.cache.plan_rules import check_plan
+from softcache.cache.positions import PositionIndex, Positions, check_positions
+from softcache.cache.reader import read_candidates, read_constants, read_index, read_samples
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import (
+    CANDIDATES,
     CARD,
+    FORMAT_VERSION,
     MANIFEST,
     MANIFESTS,
     PROBE,
     PROVENANCE,
     SAMPLES,
+    TOKENIZER,
     WORK,
     ArraySpec,
     Span,
-    constants_path,
     dense_shard_path,
+    index_path,
     member_shard_path,
     view_shard_path,
 )
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.strict_json import JOURNALED, PLANNED, read_shape
-from softcache.cache.write.shard import ShardWriter, write_shard
+from softcache.cache.write.shard import ShardWriter, constants_files, write_plain, write_shard
 from softcache.errors import CacheError, DumpError, LockedError, PlanMismatchError, SoftcacheError
 from softcache.files import durable
 from softcache.files.durable import OpenFile
@@ -71,11 +79,22 @@ class Setup:
         samples: who the samples are.
         probe: the arrays of probe.h5; empty where the views are not images, and where a cache is extended.
         constants: member -> arrays that its codec was fitted to and of its final linear layer.
+        positions: of each index that this round writes; of version 2, as what follows.
+        candidates: the arrays of candidates.h5; empty where there are none.
+        tokenizer: tokenizer.json, where the classes are its ids.
     """
 
     samples: SampleTable
     probe: Mapping[str, np.ndarray] = field(default_factory=dict)
     constants: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    positions: Mapping[str, Positions] = field(default_factory=dict)
+    candidates: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tokenizer: bytes | None = None
+
+    def fingerprint(self, plan: Plan) -> str:
+        """Of the transfer set."""
+        labelled = [self.positions[index.name] for index in plan.indexes if index.labels]
+        return self.samples.fingerprint(self.candidates, labelled)
 
 
 def refuse_foreign_folder(path: Path) -> None:
@@ -187,11 +206,15 @@ class CacheWriter:
         found = read_planned(self.path, self._round)
         if found is None:
             setup = make_setup()
-            plan = replace(plan, samples=replace(plan.samples, fingerprint=setup.samples.fingerprint()))
+            fingerprint = self.base.plan.samples.fingerprint if self.base else setup.fingerprint(plan)
+            plan = replace(plan, samples=replace(plan.samples, fingerprint=fingerprint))
             check_plan(plan)
-            planned = Planned(plan, self.base.id if self.base else None, self._write_setup(setup))
+            self._check_positions(plan, setup)
+            planned = Planned(plan, self.base.id if self.base else None, self._write_setup(plan, setup))
             data = planned.to_bytes()
-            read_shape(data, PLANNED)  # what no reader would take is found before the first row is paid for
+            read_shape(
+                data, PLANNED[plan.format]
+            )  # what no reader would take is found before the first row is paid for
             durable.write_whole(self.work / PLAN, data, tag=self.tag)
             return planned, setup.samples
         wanted = replace(plan, samples=replace(plan.samples, fingerprint=found.plan.samples.fingerprint))
@@ -205,35 +228,53 @@ class CacheWriter:
                 tip="repeat the command it was started with to resume it, or "
                 + (f"delete {self.work} to give it up" if self.base else "choose another --out"),
             )
-        # imported here: the reader is the other side of the format, and only a resume needs it
-        from softcache.cache.bound_files import BoundFiles
-        from softcache.cache.reader import read_samples
+        return found, read_samples(BoundFiles(self.path, [*found.files, *self._base_setup()]), found.plan)
 
-        stored = [*found.files, *(self.base.files if self.base else ())]
-        return found, read_samples(BoundFiles(self.path, stored), found.plan)
+    def _check_positions(self, plan: Plan, setup: Setup) -> None:
+        """What no reader would take is found before the first row is paid for."""
+        if not plan.rounds[-1].indexes:
+            return
+        known = setup.candidates or read_candidates(BoundFiles(self.path, self._base_setup()))
+        counts = {"candidates": len(known.get("ids", ())), "classes": plan.num_classes}
+        for name in plan.rounds[-1].indexes:
+            check_positions(setup.positions[name], plan.index(name), f"index {name!r}", **counts)
 
-    def _write_setup(self, setup: Setup) -> list[StoredFile]:
-        written = []
+    def _write_setup(self, plan: Plan, setup: Setup) -> list[StoredFile]:
+        """In the order of the manifest, or of a list."""
+        written, number = [], len(plan.rounds) - 1
+        write = partial(self._write_file, plan.format)
         if self.base is None:
-            arrays = setup.samples.arrays()
-            written.append(self._write_file(SAMPLES, arrays, kind="samples"))
+            written.append(write(SAMPLES, setup.samples.arrays(), kind="samples"))
             if setup.probe:
-                written.append(self._write_file(PROBE, setup.probe, kind="probe"))
+                written.append(write(PROBE, setup.probe, kind="probe"))
+            if setup.candidates:
+                written.append(write(CANDIDATES, setup.candidates, kind="candidates"))
+            if setup.tokenizer is not None:
+                written.append(write_plain(self.path / TOKENIZER, setup.tokenizer, TOKENIZER, self.tag))
+        layout = plan.rounds[-1].layout
+        views = (layout.first_view, layout.first_view + layout.num_views)
+        for name in plan.rounds[-1].indexes:
+            positions = setup.positions[name].arrays()
+            written.append(write(index_path(name, number), positions, kind="positions", index=name, views=views))
         for member, constants in setup.constants.items():
-            if constants:
-                written.append(self._write_file(constants_path(member), constants, kind="constants", member=member))
+            for relative, arrays in constants_files(member, constants, plan.format):
+                written.append(write(relative, arrays, kind="constants", member=member))
         return written
 
-    def _write_file(self, relative: str, arrays: Mapping[str, np.ndarray], **about: Any) -> StoredFile:
-        return write_shard(self.path / relative, arrays, relative_path=relative, tag=self.tag, **about)
+    def _write_file(self, format: int, relative: str, arrays: Mapping[str, np.ndarray], **about: Any) -> StoredFile:
+        return write_shard(self.path / relative, arrays, relative_path=relative, tag=self.tag, format=format, **about)
 
     def constants(self, member: str) -> dict[str, np.ndarray]:
         """What was fitted for a member, as it lies on disk: the same for every part and every resume."""
-        from softcache.cache.bound_files import BoundFiles
-        from softcache.cache.reader import read_constants
+        return read_constants(BoundFiles(self.path, [*self._base_setup(), *self.planned.files]), member)
 
-        stored = [*(self.base.files if self.base else ()), *self.planned.files]
-        return read_constants(BoundFiles(self.path, stored), member)
+    def index(self, name: str) -> PositionIndex:
+        """An index over the views of this round and of those before it."""
+        return read_index(BoundFiles(self.path, [*self._base_setup(), *self.planned.files]), self.plan, name)
+
+    def _base_setup(self) -> list[StoredFile]:
+        """The files of the cache that is extended which belong to no part."""
+        return [] if self.base is None else list(BoundFiles(self.path, self.base.files).setup_files())
 
     def finished_spans(self) -> dict[int, dict[str, Any]]:
         """Journal entries of every span whose files are there, over all parts."""
@@ -267,7 +308,7 @@ class CacheWriter:
     def _note(self, entry: Mapping[str, Any]) -> None:
         """A span is finished: one line in the journal."""
         line = canonical_json(entry)
-        read_shape(line, JOURNALED)
+        read_shape(line, JOURNALED[self.plan.format])
         durable.append_line(self._journal, line)
         self.bytes_written += sum(file["bytes"] for file in entry["files"])
 
@@ -281,12 +322,12 @@ class CacheWriter:
         done, layout = self.finished_spans(), self.plan.rounds[-1].layout
         if any(span.index not in done for span in layout.spans()):
             return None
-        stored = [*(self.base.files if self.base else ()), *self.planned.files]
+        written = list(self.planned.files)
         for span in layout.spans():
-            stored += [StoredFile.from_json(file) for file in done[span.index]["files"]]
-        data = Manifest(self.plan, stored).to_bytes()
+            written += [StoredFile.from_json(file) for file in done[span.index]["files"]]
+        data = self._manifest_bytes(written)
         manifest = Manifest.from_bytes(data, self.path / MANIFEST)
-        self._sync_folders(stored)
+        self._sync_folders([*(self.base.files if self.base else ()), *written])
         told = self.path / PROVENANCE if self.base is None else self.work / PROVENANCE
         if not told.exists():
             durable.write_whole(told, json.dumps(dict(provenance), indent=1).encode(), tag=self.tag)
@@ -296,6 +337,21 @@ class CacheWriter:
                 durable.write_whole(self.path / CARD, card(manifest).encode("utf-8"), tag=self.tag)
                 durable.write_whole(self.path / MANIFEST, data, tag=self.tag)
         return manifest
+
+    def _manifest_bytes(self, written: Sequence[StoredFile]) -> bytes:
+        """The manifest with the files of this round; of version 2 their lists are written first."""
+        before = self.base.files if self.base else ()
+        if self.plan.format == FORMAT_VERSION:
+            return Manifest(self.plan, [*before, *written]).to_bytes()
+        lists = list(before.lists) if isinstance(before, ListedFiles) else []
+        made = make_lists(self.plan, self._round, written)
+        for about, data in made:
+            durable.write_whole(self.path / about.path, data, tag=self.tag)
+            lists.append(about)
+        files = ListedFiles(self.path, self.plan, lists)
+        for number in range(len(lists) - len(made), len(lists)):
+            files.read(number)  # what no reader would take is not published
+        return Manifest(self.plan, files).to_bytes()
 
     def _sync_folders(self, stored: Sequence[StoredFile]) -> None:
         """A process that died between making a folder and syncing its parent left that to us."""
@@ -350,8 +406,8 @@ class SpanWriter:
         durable.require_room(writer.path, planned, "the next shards need")
         try:
             if writer.plan.rounds[-1].new_views:
-                pixels = [ArraySpec("pixel_digests", "<u4", (span.views, span.rows))]
-                self._open(None, view_shard_path(span.index), "views", pixels)
+                digests = [ArraySpec(one, "<u4", (span.views, span.rows)) for one in writer.plan.views.digests]
+                self._open(None, view_shard_path(span.index), "views", digests)
             for name, specs in member_arrays.items():
                 self._open(name, member_shard_path(name, span.index), "member", specs)
         except BaseException:
@@ -359,7 +415,9 @@ class SpanWriter:
             raise
 
     def _open(self, member: str | None, relative: str, kind: str, specs: Sequence[ArraySpec]) -> None:
-        self._shards[member] = ShardWriter(self._writer.path / relative, specs, kind=kind, tag=self._writer.tag)
+        format = self._writer.plan.format
+        path = self._writer.path / relative
+        self._shards[member] = ShardWriter(path, specs, kind=kind, tag=self._writer.tag, format=format)
 
     def append(self, member: str | None, arrays: Mapping[str, Any], statistics: MemberStatistics | None = None) -> None:
         """Append records in view-major order: (n, ...) per data set. `member=None` is the table of pixel digests."""
@@ -403,6 +461,7 @@ class SpanWriter:
                         kind="dense",
                         relative_path=relative,
                         tag=self._writer.tag,
+                        format=self._writer.plan.format,
                         member=member,
                         **place,
                     )

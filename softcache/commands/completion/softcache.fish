@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -94,6 +94,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l batch-size -x -d 'samp
 complete -c softcache -n '_shtab_softcache_using plan' -l order -xka "permuted natural" -d 'rows in a seeded order, or as the data set has them (default: permuted)'
 complete -c softcache -n '_shtab_softcache_using plan' -l order-seed -x -d 'seed of the row order'
 complete -c softcache -n '_shtab_softcache_using plan' -l shard-rows -x -d 'rows per shard (default: about 64 shards)'
+complete -c softcache -n '_shtab_softcache_using plan' -l format -xka "1 2" -d 'version of the cache'"'"'s format; 2 is provisional: its caches may have to be made again (default: 1)'
 complete -c softcache -n '_shtab_softcache_using plan' -l no-keys -d 'do not store sample keys (private names); ids stay'
 complete -c softcache -n '_shtab_softcache_using plan' -l allow-code -d 'believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data'
 complete -c softcache -n '_shtab_softcache_using plan' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
@@ -128,6 +129,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l batch-size -x -d 'samp
 complete -c softcache -n '_shtab_softcache_using dump' -l order -xka "permuted natural" -d 'rows in a seeded order, or as the data set has them (default: permuted)'
 complete -c softcache -n '_shtab_softcache_using dump' -l order-seed -x -d 'seed of the row order'
 complete -c softcache -n '_shtab_softcache_using dump' -l shard-rows -x -d 'rows per shard (default: about 64 shards)'
+complete -c softcache -n '_shtab_softcache_using dump' -l format -xka "1 2" -d 'version of the cache'"'"'s format; 2 is provisional: its caches may have to be made again (default: 1)'
 complete -c softcache -n '_shtab_softcache_using dump' -l no-keys -d 'do not store sample keys (private names); ids stay'
 complete -c softcache -n '_shtab_softcache_using dump' -l allow-code -d 'believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data'
 complete -c softcache -n '_shtab_softcache_using dump' -l out -xka "(__fish_complete_directories)" -d 'folder of the cache'
@@ -242,9 +244,9 @@ complete -c softcache -n '_shtab_softcache_using eval' -l json -d 'the result fo
 complete -c softcache -n '_shtab_softcache_using eval; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'run folder, MODEL@WEIGHTS or a cache'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a shrink -d 'make a trained model smaller: carve, prune, low rank, int8; what it costs before and after'
 complete -c softcache -n '_shtab_softcache_using shrink' -s h -l help -d 'show this help message and exit'
-complete -c softcache -n '_shtab_softcache_using shrink' -l by -x -d 'carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other'
+complete -c softcache -n '_shtab_softcache_using shrink' -l by -x -d 'carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:structured,target=macs:0.5, prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other'
 complete -c softcache -n '_shtab_softcache_using shrink' -l out -xka "(__fish_complete_directories)" -d 'run folder of the smaller model'
-complete -c softcache -n '_shtab_softcache_using shrink' -l data -x -d 'samples by which lowrank and quantise choose and BatchNorm is measured anew; labels are not used'
+complete -c softcache -n '_shtab_softcache_using shrink' -l data -x -d 'samples by which a method chooses and BatchNorm is measured anew; labels matter to taylor alone'
 complete -c softcache -n '_shtab_softcache_using shrink' -l eval-data -x -d 'data set on which both models are measured'
 complete -c softcache -n '_shtab_softcache_using shrink' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
 complete -c softcache -n '_shtab_softcache_using shrink' -l policy -x -d 'deterministic view steps (default: those of the run)'
@@ -254,6 +256,8 @@ complete -c softcache -n '_shtab_softcache_using shrink' -l batch-size -x -d 'sa
 complete -c softcache -n '_shtab_softcache_using shrink' -l seed -x -d 'weights of layers that begin anew'
 complete -c softcache -n '_shtab_softcache_using shrink' -l device -x -d 'where it is measured (default: auto)'
 complete -c softcache -n '_shtab_softcache_using shrink' -l threads -x -d 'CPU threads (default: all cores this process may use)'
+complete -c softcache -n '_shtab_softcache_using shrink' -l cache -xka "(__fish_complete_directories)" -d 'soft targets of --data, by which prune:structured,importance=taylor chooses'
+complete -c softcache -n '_shtab_softcache_using shrink' -l scan -d 'how much worse it is when one layer alone loses 30, 50 and 70 % of its channels; writes nothing'
 complete -c softcache -n '_shtab_softcache_using shrink' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
 complete -c softcache -n '_shtab_softcache_using shrink' -l set -x -d 'one setting; repeat'
 complete -c softcache -n '_shtab_softcache_using shrink' -l print-config -d 'show every setting and where it came from, and stop'
