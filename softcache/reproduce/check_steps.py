@@ -120,7 +120,10 @@ def _check_shrink(
     """Its methods are known, and do to a network of random weights what they would do to a trained one."""
     if "eval_data" in data:
         _check_judged(step, data["eval_data"].some, data["eval_data"].labelled)
+    if not config.by:
+        raise ConfigError("a step that shrinks says how", tip='by = ["prune:structured,amount=0.3"]')
     methods = [shrink.Method.parse(text) for text in config.by]
+    shrink.check_order(methods)
     before = tried.get(config.model)
     views = Policy.parse(config.policy, 0) if config.policy or before is None else before.views
     if before is None:  # a model that is there already

@@ -177,7 +177,7 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
     """
     methods = [Method.parse(text) for text in config.by]
     check_used(config)
-    _check_order(methods)
+    check_order(methods)
     out = _target(config)
     opened = open_all(config, quiet=quiet)
     policy, eval_set, samples, device = opened.policy, opened.eval_set, opened.samples, opened.device
@@ -209,7 +209,7 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
     return result
 
 
-def _check_order(methods: Sequence[Method]) -> None:
+def check_order(methods: Sequence[Method]) -> None:
     for earlier, later in pairwise(methods):
         if earlier.name == INT8:
             twice = later.name == INT8
