@@ -5,6 +5,7 @@ Adding a model is a function that returns a Model and a line in MODELS.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -205,10 +206,10 @@ def build(
 
 def _path_like(text: str) -> str:
     """A tip that names what lies at a path much like this one; empty where nothing does."""
-    parent = Path(text).parent
-    paths = [str(parent / name) for name in os.listdir(parent)] if "/" in text and parent.is_dir() else []
-    tip = nearest(text, paths)
-    return "" if tip.startswith("known") else tip
+    path = Path(text)
+    beside = os.listdir(path.parent) if "/" in text and path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean '{path.parent / close[0]}'?" if close else ""
 
 
 def _builder(spec: Spec, class_names: Sequence[str]) -> Callable[..., Model]:
