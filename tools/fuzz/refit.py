@@ -74,7 +74,7 @@ def refitted(data: bytes, file: StoredFile) -> tuple[bytes, StoredFile]:
         values = [zlib.crc32(fitted[at : min(at + BLOCK_BYTES, stop)]) for at in starts]
         fitted[sums.offset : sums.offset + sums.nbytes] = np.array(values, "<u4").tobytes()
     return bytes(fitted), replace(
-        file, nbytes=len(fitted), sha256=sha256(fitted).hexdigest(), checksums=_of_sums(file, fitted)
+        file, nbytes=len(fitted), sha256=sha256(fitted).hexdigest(), checksums=_of_sums(file, bytes(fitted))
     )
 
 
