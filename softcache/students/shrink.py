@@ -20,14 +20,9 @@ from softcache.config.unused import check_used
 from softcache.data.loading import item_shape
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
-<<<<<<< HEAD
-from softcache.errors import ConfigError, ExportError, ModelError, faults_explained, nearest
-from softcache.evaluate.measure import Evaluation, evaluate, run_policy
-=======
-from softcache.errors import ConfigError, ModelError, nearest
+from softcache.errors import ConfigError, ExportError, ModelError, nearest
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.measure import evaluate
->>>>>>> main
 from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.machine import as_fresh
@@ -38,12 +33,8 @@ from softcache.report.tables import percent, size, table
 from softcache.spec import call_factory, split_list, split_lists, split_outside
 from softcache.students.carve import carve
 from softcache.students.cost import Cost, cost_of
-<<<<<<< HEAD
-from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
-from softcache.students.int8_speed import Speed, speed_of
-=======
 from softcache.students.export import text_of_copy, weights_of
->>>>>>> main
+from softcache.students.int8_speed import Speed, speed_of
 from softcache.students.low_rank import low_rank
 from softcache.students.opened import open_all
 from softcache.students.prune import prune_channels, prune_weights
@@ -192,7 +183,7 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
     """
     methods = [Method.parse(text) for text in config.by]
     check_used(config)
-    _check_order(methods)
+    check_order(methods)
     out = _target(config)
     opened = open_all(config, quiet=quiet)
     policy, eval_set, samples, device = opened.policy, opened.eval_set, opened.samples, opened.device
@@ -214,18 +205,13 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
         meter.add()
         both = [Samples.of(before, config.model, samples.example, 0, samples.item, config.batch_size), samples]
         costs = cost_of(both, config.batch_size)
-        speed, why = _speed(before, samples, threads) if quantised else (None, ())
+        speed, why = _speed(before, samples, torch.get_num_threads()) if quantised else (None, ())
         meter.add()
         measured = [_measured(one.model, eval_set, policy, config, device) for one in both]
         meter.add()
         result = Shrinking(
-<<<<<<< HEAD
             out, config.model, tuple(steps), (*notes, *why), costs[0], costs[1], config.eval_data, measured[0], measured[1],
-            config.batch_size, str(device), threads, speed,
-=======
-            out, config.model, tuple(steps), notes, costs[0], costs[1], config.eval_data, measured[0], measured[1],
-            config.batch_size, str(device), torch.get_num_threads(),
->>>>>>> main
+            config.batch_size, str(device), torch.get_num_threads(), speed,
         )  # fmt: skip
         _write(result, samples, policy, config, fingerprint(before))
     return result
@@ -244,7 +230,7 @@ def _speed(before: Model, samples: Samples, threads: int) -> tuple[Speed | None,
         return None, (f"{ROUNDED}; int8 was not timed: {exc.message}",)
 
 
-def _check_order(methods: Sequence[Method]) -> None:
+def check_order(methods: Sequence[Method]) -> None:
     for earlier, later in pairwise(methods):
         if earlier.name == INT8:
             twice = later.name == INT8
