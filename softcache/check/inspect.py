@@ -11,6 +11,7 @@ import numpy as np
 
 from softcache.cache.card import codec_text, record_bytes
 from softcache.cache.plan import IndexInfo, Plan
+from softcache.cache.plan_rules import OUTPUTS
 from softcache.cache.provenance import read_provenance
 from softcache.cache.reader import CacheReader
 from softcache.cache.schema import PROVISIONAL_FORMAT
@@ -187,13 +188,19 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
     if not 0 <= view < cache.num_views:
         raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
     row = row_of(cache, key)
-    targets = cache.gather(np.array([row]), np.array([view]))
+    members = [m.name for m in cache.manifest.plan.members if m.index is None and m.output in OUTPUTS]
+    if not members:
+        raise ConfigError(
+            f"{path}: no member gives the classes of a sample", tip="softcache.open(...).gather reads the others"
+        )
+    targets = cache.gather(np.array([row]), np.array([view]), members=members)
     samples = cache.samples
     label = samples.labels_of(np.array([row]))[0]
     labels = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
-    served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in cache.codecs.values())]
-    blocks = {member: {t: targets.log_soft_target(member, t) for t in served} for member in cache.members}
-    if len(cache.members) > 1 and all(codec.complete for codec in cache.codecs.values()):
+    codecs = [cache.codecs[member] for member in members]
+    served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in codecs)]
+    blocks = {member: {t: targets.log_soft_target(member, t) for t in served} for member in members}
+    if len(members) > 1 and all(codec.complete for codec in codecs):
         combined = {t: targets.combined(combine, temperature=t) for t in served}
         blocks[f"ensemble ({combine})"] = {
             t: log_soft_target(logits, t, multi_label=cache.multi_label) for t, logits in combined.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from softcache.cache.plan_rules import OUTPUTS
 from softcache.errors import LossError
 from softcache.losses import LossTerm, make_term
 from softcache.spec import split_term
@@ -70,6 +71,16 @@ def stored_members(teacher: CachedTeacher) -> list[Stored]:
     """How the cache has the members that are combined."""
     cache, found = teacher.cache, []
     for name in teacher.members:
-        output, statistics = cache.member(name).output, cache.manifest.statistics[name]
-        found.append(Stored(name, cache.codecs[name], output or "", statistics.floored, statistics.records))
+        info, statistics = cache.member(name), cache.manifest.statistics[name]
+        if info.index is not None or info.output not in OUTPUTS:
+            what = (
+                f"{info.output or 'features'} over the index {info.index!r}"
+                if info.index
+                else info.output or "no output"
+            )
+            raise LossError(
+                f"member {name!r} of the cache gives {what}, and no loss of this version learns from that",
+                tip="choose members that give the classes of each sample: --members",
+            )
+        found.append(Stored(name, cache.codecs[name], info.output, statistics.floored, statistics.records))
     return found
