@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from softcache.config.unused import check_used
 from softcache.data.loading import item_shape
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, ModelError, nearest
+from softcache.errors import ConfigError, ExportError, ModelError, nearest
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.measure import evaluate
 from softcache.files import durable
@@ -33,11 +34,13 @@ from softcache.spec import call_factory, split_list, split_lists, split_outside
 from softcache.students.carve import carve
 from softcache.students.cost import Cost, cost_of
 from softcache.students.export import text_of_copy, weights_of
+from softcache.students.int8_speed import Speed, speed_of
 from softcache.students.low_rank import low_rank
 from softcache.students.opened import open_all
 from softcache.students.prune import prune_channels, prune_weights
 from softcache.students.quantise import quantise_int8
 from softcache.students.samples import Samples
+from softcache.students.traced_program import PACKAGES, Batch
 from softcache.train.run_folder import LOCK, STUDENT, locked
 from softcache.version import __version__
 
@@ -55,7 +58,7 @@ KINDS = {
     "quantise": INT8,
     "quantise:int4": f"{INT8}; four bits are for the linear layers of language models, which are not quantised so far",
 }
-FLOATS = "the times are those of floats that are rounded, not of int8; softcache export RUN --to onnx measures int8"
+ROUNDED = "the times of torch are those of floats that are rounded, not of int8"
 TABLE = "shrink.json"  # what is printed, for machines
 SHRINK_KEY = "softcache_shrink"  # among the strings of the student's file: what was done, and to which weights
 CLOSE = 1e-4  # of the largest logit: what two orders of a sum may differ by
@@ -112,6 +115,7 @@ class Shrinking:
         before, after: what both cost.
         eval_data, measured_before, measured_after: how good both are, without healing; None without --eval-data.
         batch_size, device, threads: of the timing.
+        speed: of a quantised one in onnxruntime, beside the whole one; None without the extra, and of others.
     """
 
     path: Path
@@ -126,6 +130,7 @@ class Shrinking:
     batch_size: int
     device: str
     threads: int
+    speed: Speed | None = None
 
     def text(self) -> str:
         """For people."""
@@ -147,7 +152,8 @@ class Shrinking:
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         on = f"; measured on {self.eval_data}" if self.eval_data else ""
         told = f"times are medians on {self.device}, {threads}{on}"
-        return "\n".join([*said, "", table(["", "before", "after", "ratio"], rows), "", told, self._next()])
+        speed = [] if self.speed is None else ["", self.speed.text(), ""]
+        return "\n".join([*said, "", table(["", "before", "after", "ratio"], rows), "", told, *speed, self._next()])
 
     def _next(self) -> str:
         return f"{self.path}: next: softcache train --student {self.path} --cache ... --data ... --out ..."
@@ -194,19 +200,34 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
                 notes = _measure_batch_norm(samples)
             steps.append((method.text, _applied(method, samples)))
             meter.add()
-        notes += (FLOATS,) if methods[-1].name == INT8 else _measure_batch_norm(samples)
+        quantised = methods[-1].name == INT8
+        notes += () if quantised else _measure_batch_norm(samples)
         meter.add()
         both = [Samples.of(before, config.model, samples.example, 0, samples.item, config.batch_size), samples]
         costs = cost_of(both, config.batch_size)
+        speed, why = _speed(before, samples, torch.get_num_threads()) if quantised else (None, ())
         meter.add()
         measured = [_measured(one.model, eval_set, policy, config, device) for one in both]
         meter.add()
         result = Shrinking(
-            out, config.model, tuple(steps), notes, costs[0], costs[1], config.eval_data, measured[0], measured[1],
-            config.batch_size, str(device), torch.get_num_threads(),
+            out, config.model, tuple(steps), (*notes, *why), costs[0], costs[1], config.eval_data, measured[0], measured[1],
+            config.batch_size, str(device), torch.get_num_threads(), speed,
         )  # fmt: skip
         _write(result, samples, policy, config, fingerprint(before))
     return result
+
+
+def _speed(before: Model, samples: Samples, threads: int) -> tuple[Speed | None, tuple[str, ...]]:
+    """What int8 gains in onnxruntime, where that is installed and takes the network; and what is said of the table's times."""
+    if any(find_spec(package) is None for package in PACKAGES):
+        return None, (f"{ROUNDED}; with softcache[onnx] int8 is timed as well",)
+    items = [samples.item(i % samples.count) for i in range(max(4, samples.batch_size))]
+    model = samples.model
+    try:
+        batch, many = Batch.of(model, items[:3], items[:4]), model.input.collate(items[: samples.batch_size])
+        return speed_of((before, model), batch, many, samples.what, threads), (ROUNDED,)
+    except ExportError as exc:
+        return None, (f"{ROUNDED}; int8 was not timed: {exc.message}",)
 
 
 def check_order(methods: Sequence[Method]) -> None:
