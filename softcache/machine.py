@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from softcache.errors import ConfigError
 
+INT8_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
 HALF_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -101,6 +103,15 @@ def pick_workers(wanted: int | None, device: torch.device) -> int:
 
 def autocast_dtype(name: str) -> torch.dtype | None:
     return HALF_TYPES[name]
+
+
+def processor_flags() -> tuple[str, ...]:
+    """Which of the instructions that int8 is computed with the processor says that it has; none where that is not told."""
+    try:
+        told = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return ()
+    return tuple(flag for flag in INT8_FLAGS if flag in told)
 
 
 def describe_device(device: torch.device) -> str:

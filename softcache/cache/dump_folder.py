@@ -17,6 +17,7 @@ from softcache.files.durable import explained
 from softcache.files.inside import read_inside
 
 PLAN = "plan.json"
+MAX_JOURNAL_BYTES = 2**32  # a hundred thousand parts take some hundred MB
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ def _version(entry: Any) -> int:
     return found
 
 
-def _read(path: Path, file: Path) -> bytes | None:
+def _read(path: Path, file: Path, limit: int = MAX_BYTES) -> bytes | None:
     """A file below the cache in `path`; None when it is not there."""
     with explained("read", file):
         try:
-            return read_inside(path, file.relative_to(path).as_posix(), MAX_BYTES)
+            return read_inside(path, file.relative_to(path).as_posix(), limit)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -88,7 +89,7 @@ def read_journals(path: Path, round_number: int) -> dict[int, list[dict[str, Any
         return entries
     shape = JOURNALED[planned.plan.format]
     for journal in sorted(work_folder(path, round_number).glob("part-*.jsonl")):
-        for line in (_read(path, journal) or b"").split(b"\n"):
+        for line in (_read(path, journal, MAX_JOURNAL_BYTES) or b"").split(b"\n"):
             try:
                 entry = read_shape(line, shape)
             except ValueError:

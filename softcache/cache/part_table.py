@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import weakref
 import zlib
@@ -31,10 +30,19 @@ class _Part:
     file: StoredFile
     stored: StoredArray
     sums: np.ndarray
-    known: np.ndarray  # which of its blocks are known to be whole
+    known: bytearray  # a 1 for each of its blocks that is known to be whole
     fd: int = -1
     data: np.ndarray | None = None  # (bytes,) uint8
     mapped: BackToBack | None = None
+
+    def is_known(self, start: int, size: int) -> bool:
+        """Whether all blocks that have bytes of [start, start + size) are known to be whole."""
+        return self.known.find(0, start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1) < 0
+
+    def will_need(self, start: int, size: int) -> None:
+        """Let the kernel fetch these bytes while others are looked at."""
+        if self.mapped is not None:
+            self.mapped.will_need(start, start + size)
 
     def read(self, start: int, stop: int) -> Any:
         """Bytes [start, stop) of the data set."""
@@ -73,8 +81,8 @@ class PartTable:
         self.dtype, self.tail = np.dtype(first.dtype), first.shape[2 if index is None else 1 :]
         self._record_bytes = int(self.dtype.itemsize * np.prod(self.tail, dtype=np.int64))
         self._parts: OrderedDict[int, _Part] = OrderedDict()  # by number, the one that was opened first first
-        self._known: dict[int, np.ndarray] = {}
-        self._spans: dict[int, Span] = {}
+        self._known: dict[int, bytearray] = {}
+        self._places: dict[int, tuple[Span, int]] = {}  # part and view, see _place
 
     def gather(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B, ...) records of B pairs that have one each. Errors as of `slices`."""
@@ -92,54 +100,64 @@ class PartTable:
         rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
         check_range(rows, self._num_rows, "row")
         check_range(views, self._num_views, "view")
-        spans = [self._span_of(row, view) for row, view in zip(rows.tolist(), views.tolist(), strict=True)]
+        known, keys = self._places, (self._parts_of(rows, views) * self._num_views + views).tolist()
+        places = [known[key] if key in known else self._place(key) for key in keys]
+        shifts = np.array([shift for _, shift in places], np.int64)
         if self.index is None:
-            first = [
-                (view - span.view_start) * span.rows - span.row_start for span, view in zip(spans, views, strict=True)
-            ]
-            starts, counts = np.array(first, np.int64) + rows, np.ones(len(rows), np.int64)
+            starts, counts = rows + shifts, np.ones(len(rows), np.int64)
         else:
-            starts, counts = self.index.elements(rows, views, spans)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        out = np.empty((int(offsets[-1]), *self.tail), self.dtype)
-        flat, size = out.reshape(-1).view(np.uint8), self._record_bytes
-        slices = [
-            (self._part(span), start, stop, flat[at : at + stop - start])
-            for span, start, stop, at in zip(
-                spans,
-                (starts * size).tolist(),
-                ((starts + counts) * size).tolist(),
-                (offsets * size).tolist(),
-                strict=False,
-            )
-            if start < stop
-        ]
-        for part, start, stop, _ in slices:
-            if part.mapped is not None and stop - start >= mmap.PAGESIZE:
-                part.mapped.will_need(start, stop)
-        for part, start, stop, place in slices:
-            self._copy(part, start, stop, place)
+            starts, counts = self.index.ranges(rows, views)
+            starts += shifts
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        out, size = np.empty((int(offsets[-1]), *self.tail), self.dtype), self._record_bytes
+        self._read(places, (starts * size).tolist(), (counts * size).tolist(), out.reshape(-1).view(np.uint8))
         return Ragged(out, offsets)
 
-    def _span_of(self, row: int, view: int) -> Span:
-        layout = layout_of_view(self._layouts, view)
-        part = layout.part(row, view)
-        if part not in self._spans:
-            self._spans[part] = layout.span(part - layout.first_part)
-        return self._spans[part]
+    def _read(self, places: Sequence[tuple[Span, int]], starts: list[int], sizes: list[int], out: np.ndarray) -> None:
+        """Bytes [start, start + size) of each place's part, one after the other."""
+        opened = [self._part(span) if size else None for (span, _), size in zip(places, sizes, strict=True)]
+        slices = [
+            (part, start, size) for part, start, size in zip(opened, starts, sizes, strict=True) if part is not None
+        ]
+        unknown = [] if self._check_blocks == "never" else [one for one in slices if not one[0].is_known(*one[1:])]
+        for part, start, size in unknown:
+            part.will_need(start, size)
+        for part, start, size in unknown:
+            self._check(part, start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1)
+        at = 0
+        for part, start, size in slices:
+            if part.data is not None:
+                out[at : at + size] = part.data[start : start + size]
+            elif os.preadv(part.fd, [out[at : at + size].data], part.stored.offset + start) != size:
+                raise DamagedCacheError(
+                    f"{self._files.root / part.file.path}: the file became shorter while it was read"
+                )
+            at += size
 
-    def _copy(self, part: _Part, start: int, stop: int, out: np.ndarray) -> None:
-        if self._check_blocks != "never":
-            self._check(part, start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES + 1)
-        if part.data is not None:
-            out[:] = part.data[start:stop]
-        elif os.preadv(part.fd, [out.data], part.stored.offset + start) != stop - start:
-            raise DamagedCacheError(f"{self._files.root / part.file.path}: the file became shorter while it was read")
+    def _parts_of(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """(B,) the parts that hold the pairs."""
+        if len(self._layouts) == 1:
+            return self._layouts[0].parts(rows, views)
+        which = np.searchsorted([layout.first_view for layout in self._layouts], views, side="right") - 1
+        parts = np.empty(len(rows), np.int64)
+        for number in np.unique(which).tolist():
+            chosen = np.flatnonzero(which == number)
+            parts[chosen] = self._layouts[number].parts(rows[chosen], views[chosen])
+        return parts
+
+    def _place(self, place: int) -> tuple[Span, int]:
+        """The span of a part, and what is added to an offset of a view (without an index to a row) to give its element."""
+        if place not in self._places:
+            part, view = divmod(place, self._num_views)
+            layout = layout_of_view(self._layouts, view)
+            span = layout.span(part - layout.first_part)
+            plain = (view - span.view_start) * span.rows - span.row_start
+            self._places[place] = (span, plain if self.index is None else self.index.shift(span, view))
+        return self._places[place]
 
     def _check(self, part: _Part, first: int, last: int) -> None:
         """Blocks [first, last)."""
-        if part.known[first:last].all():
-            return
         for block in range(first, last):
             if not part.known[block]:
                 stop = min((block + 1) * BLOCK_BYTES, part.stored.nbytes)
@@ -169,7 +187,7 @@ class PartTable:
         fd = self._files.open(file)
         try:
             sums = read_sums(fd, file, self._name)
-            known = self._known.setdefault(span.index, np.zeros(len(sums), bool))
+            known = self._known.setdefault(span.index, bytearray(len(sums)))
             piece = Piece(stored.offset, stored.nbytes)
             if self._mode == "mmap" and fits_back_to_back([piece]):
                 mapped = BackToBack([piece], lambda _: os.dup(fd))

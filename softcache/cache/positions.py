@@ -149,13 +149,15 @@ def check_positions(
     for name in ("listed", "entries", "labels"):
         values = getattr(positions, name)
         demand(values is None or len(values) == positions.total, f"{name} are not one of each position")
-    inside = _inside(positions)
     if positions.listed is not None:
         demand(
             (positions.listed < np.repeat(lengths.reshape(-1), counts.reshape(-1).astype(np.int64))).all(),
             "positions that are listed are not there",
         )
-        demand((positions.listed[1:] > positions.listed[:-1])[inside].all(), "positions that are listed do not ascend")
+        demand(
+            (positions.listed[1:] > positions.listed[:-1])[_inside(positions)].all(),
+            "positions that are listed do not ascend",
+        )
     if positions.entries is not None:
         demand((positions.entries < candidates).all(), "entries that are no candidates")
         owner = np.repeat(np.arange(counts.size), counts.reshape(-1).astype(np.int64))
@@ -190,7 +192,6 @@ class PositionIndex:
         for layout, positions in rounds:
             m = len(positions.offsets)
             self._of_view += [(positions, view if m > 1 else 0) for view in range(layout.num_views)]
-        self._parts: dict[tuple[Span, int], int] = {}
 
     @property
     def num_views(self) -> int:
@@ -209,28 +210,23 @@ class PositionIndex:
         offsets = self._offsets(view)
         return int(offsets[span.row_stop]) - int(offsets[span.row_start])
 
-    def _shift(self, span: Span, view: int) -> int:
+    def shift(self, span: Span, view: int) -> int:
         """What is added to an offset of a view to give the element of a part."""
-        key = (span, view)
-        if key not in self._parts:
-            before = sum(self._between(v, span) for v in range(span.view_start, view))
-            self._parts[key] = before - int(self._offsets(view)[span.row_start])
-        return self._parts[key]
+        before = sum(self._between(v, span) for v in range(span.view_start, view))
+        return before - int(self._offsets(view)[span.row_start])
 
     def ranges(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(starts, counts) of B (row, view) pairs in the data sets of their round, (B,) int64 each."""
+        if len(views) and (views == views[0]).all():
+            offsets = self._offsets(int(views[0]))
+            starts = offsets[rows].astype(np.int64)
+            return starts, offsets[rows + 1].astype(np.int64) - starts
         starts, stops = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         for view in np.unique(views).tolist():
             chosen = np.flatnonzero(views == view)
             offsets = self._offsets(view)
             starts[chosen], stops[chosen] = offsets[rows[chosen]], offsets[rows[chosen] + 1]
         return starts, stops - starts
-
-    def elements(self, rows: np.ndarray, views: np.ndarray, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """(first elements, counts) of B (row, view) pairs in the parts that hold them, (B,) int64 each."""
-        starts, counts = self.ranges(rows, views)
-        shifts = [self._shift(span, view) for span, view in zip(spans, views.tolist(), strict=True)]
-        return starts + np.array(shifts, np.int64), counts
 
     def counts(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """(B,) int64: how many records each pair has."""

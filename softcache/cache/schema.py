@@ -114,6 +114,11 @@ class Layout:
         ranges = (view - self.first_view) // self.shard_views
         return self.first_part + row // self.shard_rows * self.view_ranges + ranges
 
+    def parts(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """The same of (B,) rows and views."""
+        found: np.ndarray = self.first_part + rows // self.shard_rows * self.view_ranges
+        return found + (views - self.first_view) // self.shard_views
+
     def spans(self) -> list[Span]:
         """In the order of their numbers."""
         return [self.span(index) for index in range(len(self))]

@@ -232,16 +232,21 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
     if not 0 <= view < cache.num_views:
         raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
     row = row_of(cache, key)
-    targets = cache.gather(np.array([row]), np.array([view]))
+    plain = [m.name for m in cache.manifest.plan.members if m.index is None and m.output is not None]
+    if not plain:
+        raise ConfigError(
+            f"{path}: no member has an answer of its own for a sample", tip="softcache.open(...).gather reads them"
+        )
+    targets = cache.gather(np.array([row]), np.array([view]), members=plain)
+    members = [name for name in plain if name not in targets.outputs]
     samples = cache.samples
     label = samples.labels_of(np.array([row]))[0]
     labels = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
-    classes = {name: cache.codecs[name] for name in cache.members if name not in targets.outputs}
-    served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in classes.values())]
-    blocks = {member: {t: targets.log_soft_target(member, t) for t in served} for member in classes}
-    if len(classes) > 1 and all(codec.complete for codec in classes.values()):
-        equal = dict.fromkeys(classes, 1.0)
-        combined = {t: targets.combined(combine, weights=equal, temperature=t) for t in served}
+    codecs = [cache.codecs[member] for member in members]
+    served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in codecs)]
+    blocks = {member: {t: targets.log_soft_target(member, t) for t in served} for member in members}
+    if len(members) > 1 and all(codec.complete for codec in codecs):
+        combined = {t: targets.combined(combine, weights=dict.fromkeys(members, 1.0), temperature=t) for t in served}
         blocks[f"ensemble ({combine})"] = {
             t: log_soft_target(logits, t, multi_label=cache.multi_label) for t, logits in combined.items()
         }

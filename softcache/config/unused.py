@@ -8,7 +8,7 @@ from typing import Any
 
 from softcache.config.options import StorageOptions
 from softcache.config.settings import flag_of
-from softcache.config.verbs import DumpConfig, ExportConfig, PlanConfig, TrainConfig
+from softcache.config.verbs import DumpConfig, ExportConfig, PlanConfig, ShrinkConfig, TrainConfig
 from softcache.errors import ConfigError, warn_once
 
 Met = Callable[[Any], bool]
@@ -80,6 +80,12 @@ RULES: dict[type[Any], tuple[Rule, ...]] = {
     ),
     PlanConfig: _OF_STORAGE,
     DumpConfig: _OF_STORAGE,
+    ShrinkConfig: (
+        Rule("cache", "--data", lambda c: c.data is not None),
+        Rule("cache", "--by prune:structured,importance=taylor", lambda c: any("taylor" in by for by in c.by)),
+        Rule("out", "--by without --scan", lambda c: not c.scan),
+        Rule("seed", "--by without --scan, or --cache", lambda c: not c.scan or c.cache is not None),
+    ),
     ExportConfig: (Rule("opset", "--to onnx", lambda c: c.to == "onnx"),),
 }
 
@@ -153,7 +159,7 @@ def refuse_unused(found: Sequence[Unused]) -> None:
             raise ConfigError(one.text, tip="add that, or leave it out: it would do nothing")
 
 
-def check_used(config: StorageOptions | ExportConfig) -> None:
+def check_used(config: StorageOptions | ExportConfig | ShrinkConfig) -> None:
     """Refuse what a config sets in vain, or say it where no result could differ."""
     found = unused(config)
     refuse_unused(found)

@@ -201,8 +201,8 @@ class ExportConfig(Settings):
 
 
 BY_HELP = (
-    "carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:unstructured,amount=0.5, "
-    "lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other"
+    "carve:depth=0.5, carve:width=0.5, carve:keep=NAMES, prune:structured,amount=0.3, prune:structured,target=macs:0.5, "
+    "prune:unstructured,amount=0.5, lowrank:energy=0.95, lowrank:rank=0.25, quantise:int8; repeat to do one after the other"
 )
 
 
@@ -211,11 +211,11 @@ class ShrinkConfig(Settings):
     """softcache shrink: a smaller model out of a trained one, as a run folder."""
 
     model: str = option(..., "run folder or MODEL@WEIGHTS", metavar="MODEL", positional=True)
-    by: tuple[str, ...] = option(..., BY_HELP, metavar="METHOD", repeat=True)
-    out: str = option(..., "run folder of the smaller model", metavar="DIR")
+    by: tuple[str, ...] = option((), BY_HELP, metavar="METHOD", repeat=True)
+    out: str | None = option(None, "run folder of the smaller model", metavar="DIR")
     data: str | None = option(
         None,
-        "samples by which lowrank and quantise choose and BatchNorm is measured anew; labels are not used",
+        "samples by which a method chooses and BatchNorm is measured anew; labels matter to taylor alone",
         metavar="DATA",
     )
     eval_data: str | None = option(None, "data set on which both models are measured", metavar="DATA")
@@ -229,3 +229,9 @@ class ShrinkConfig(Settings):
     seed: int = option(0, "weights of layers that begin anew", metavar="SEED")
     device: str = option("auto", "where it is measured", metavar="DEVICE")
     threads: int | None = option(None, "CPU threads (default: all cores this process may use)", metavar="N")
+    cache: str | None = option(
+        None, "soft targets of --data, by which prune:structured,importance=taylor chooses", metavar="DIR"
+    )
+    scan: bool = option(
+        False, "how much worse it is when one layer alone loses 30, 50 and 70 % of its channels; writes nothing"
+    )

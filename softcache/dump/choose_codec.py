@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from softcache.cache.plan import MemberInfo
-from softcache.codecs import Codec, Probe, make_codec
+from softcache.codecs import CODECS, Codec, Probe, make_codec
 from softcache.codecs.fidelity import binary_kl_rows, eps_of, kl_at, relative_errors, round_up_to_half
 from softcache.config import StorageOptions, flag_of
 from softcache.data.label_kind import answers
@@ -36,6 +36,7 @@ from softcache.dump.layout import (
 from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, first_offenders, nearest
+from softcache.spec import split_term
 
 DEFAULT_CODEC = "float16"
 CHECKED_SAMPLES = 64  # of the first batch, which is run twice, and once more in another composition
@@ -57,6 +58,9 @@ CANDIDATES = (
     "topk:k=10",
     "topk:k=100",
 )
+
+
+OF_NUMBERS = ("int8:group=64",)  # also compared for outputs without classes
 
 
 class Prober:
@@ -169,8 +173,11 @@ class Surveyed:
     refused: str = ""
 
 
-def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES) -> list[str]:
-    """The codecs worth comparing: none whose head would be the whole row."""
+def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES, *, has_classes: bool = True) -> list[str]:
+    """The codecs worth comparing: none whose head would be the whole row; of an output without classes none of classes."""
+    if not has_classes:
+        names = {text: split_term(text, "--codec")[0] for text in (*codecs, *OF_NUMBERS)}
+        return [text for text, name in names.items() if not CODECS[name].of_classes]
     heads = {text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk"))}
     return [text for text in codecs if text not in heads or getattr(heads[text], "k", 0) < num_classes]
 
@@ -263,7 +270,7 @@ def pick_codec(
         codecs: to pick from.
     """
     best: tuple[float, str] | None = None
-    for text in candidates(teachers[0].width, codecs):
+    for text in candidates(teachers[0].width, codecs, has_classes=teachers[0].has_classes):
         found = [survey_codec(text, teacher, prober, promise) for teacher in teachers]
         if all(keeps(one, promise) for one in found):
             size = sum(records * one.record_bytes + constants_bytes(one.constants) for one in found)

@@ -269,8 +269,8 @@ def run(
     storages = choose_storages(config, job, teachers, prober, None, codecs=codecs)
     chosen = storages[teachers[0].name].codec.text
     # as a dump would write them, so that the chosen one is not there twice
-    named = [asked_codec(t, classes, promise) for t in candidates(classes, codecs)]
-    texts = list(dict.fromkeys([*(one.text for one in named if with_classes or not one.of_classes), chosen]))
+    named = [asked_codec(t, classes, promise) for t in candidates(classes, codecs, has_classes=with_classes)]
+    texts = list(dict.fromkeys([*(one.text for one in named), chosen]))
     with Meter("plan", len(texts) + TRIALS, unit="trials", quiet=quiet) as meter:
         surveyed = {
             text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in meter.over(texts)

@@ -194,7 +194,8 @@ def make_plan(
     Raises:
         ModelError: a member's new views would be of another kind than those that are there.
     """
-    base, format = job.base, _format_of(config, job, teachers)
+    base = job.base
+    format = _format(config, base, teachers, storages)
     infos = [member_info(teacher, storages[teacher.name]) for teacher in teachers]
     if format != FORMAT_VERSION:
         infos = [replace(info, width=teacher.width) for info, teacher in zip(infos, teachers, strict=True)]
@@ -243,23 +244,32 @@ def make_plan(
     )
 
 
-def _format_of(config: StorageOptions, job: Job, teachers: Sequence[Teacher]) -> int:
-    """The version of the format that these teachers take: 2 where one of them gives no classes.
+def _format(
+    config: StorageOptions, base: Manifest | None, teachers: Sequence[Teacher], storages: Mapping[str, Storage]
+) -> int:
+    """The version that is written: the cache's own; of a new cache what was asked for, or what teachers and codecs need.
 
     Raises:
-        ModelError: the cache to be extended is of a version that has no place for them.
+        ConfigError: a codec that the version of the cache does not know.
+        ModelError: a teacher without classes, for whose answers it has no place.
     """
-    needs_more = [teacher for teacher in teachers if not teacher.has_classes]
-    if job.base is None:
-        return PROVISIONAL_FORMAT if needs_more else int(config.format)
-    found = job.base.plan.format
-    if needs_more and found == FORMAT_VERSION:
-        one = needs_more[0]
+    others = [teacher for teacher in teachers if not teacher.has_classes]
+    needed = max(PROVISIONAL_FORMAT if others else FORMAT_VERSION, *(s.codec.format for s in storages.values()))
+    if base is None:
+        return max(int(config.format), needed)
+    if others and base.plan.format == FORMAT_VERSION:
         raise ModelError(
-            f"teacher {one.name!r} gives {one.output}, and the cache is of format version {found}, which holds classes alone",
+            f"teacher {others[0].name!r} gives {others[0].output}, and the cache is of format version {FORMAT_VERSION}, which "
+            "holds classes alone",
             tip="dump it into a cache of its own (another --out), or all members again with --format 2",
         )
-    return found
+    if needed > base.plan.format:
+        named = ", ".join(sorted({s.codec.text for s in storages.values() if s.codec.format > base.plan.format}))
+        raise ConfigError(
+            f"--codec {named} is of format version {needed}, and this cache is of version {base.plan.format}",
+            tip="choose another codec, or make a new cache",
+        )
+    return base.plan.format
 
 
 def _check_same_member(before: MemberInfo, now: MemberInfo, format: int) -> None:

@@ -86,7 +86,7 @@ def evaluate(
     bias = bias or {}
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names], device=device)
     partners = joined.partners if joined is not None else None
-    teacher = None if joined is None else _teacher(joined, transfer_set, combine, weights)
+    teacher = None if joined is None else teacher_of(joined, transfer_set, combine, weights)
     viewed = ViewedSet(transfer_set, policy, [model.input.collate], partners=partners)
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
@@ -108,8 +108,11 @@ def evaluate(
     return replace(result, bias=bias)
 
 
-def _teacher(
-    joined: Joined, transfer_set: TransferSet, combine: str, weights: Mapping[str, float] | None
+def teacher_of(
+    joined: Joined,
+    transfer_set: TransferSet,
+    combine: str = "mean_logits",
+    weights: Mapping[str, float] | None = None,
 ) -> CachedTeacher:
     """The cache's members as one teacher of the data's classes."""
     classes = class_indices(_cached_names(joined), transfer_set.class_names)
@@ -270,9 +273,22 @@ def _order(
 def _joined(
     path: str, transfer_set: TransferSet, config: EvalConfig, classes_map: Mapping[str, str], *, quiet: bool
 ) -> Joined:
-    """The data under the cache's class list, joined to it."""
-    cache = _open_cache(path, config, quiet=quiet)
-    for name in parse_members(config.members) or cache.members:
+    members = tuple(parse_members(config.members) or ())
+    return join_whole(_open_cache(path, config, quiet=quiet), transfer_set, members, classes_map)
+
+
+def join_whole(
+    cache: Cache, transfer_set: TransferSet, members: Sequence[str], classes_map: Mapping[str, str]
+) -> Joined:
+    """The data under the cache's class list, joined to it.
+
+    Args:
+        members: those that are to be used; empty: all.
+
+    Raises:
+        CacheError: no such member, or one that has no whole soft target.
+    """
+    for name in members or cache.members:
         codec = None if cache.member(name).output is None else cache.codecs[name]
         if codec is not None and not codec.complete:
             raise CacheError(

@@ -2,8 +2,8 @@
 
 Weights are whole numbers of -128 to 127 times a scale of their output channel (symmetric, so that 0 stays 0). What a layer takes,
 and where it says so what it gives, is one of 256 numbers between two ends that are the same for the whole tensor, 0 among them.
-The bias stays a float. BatchNorm that follows a layer directly is folded into it: its factors go into the scales, so that the
-whole numbers are those that they were before.
+The bias is a whole number of 32 bits times both scales. BatchNorm that follows a layer directly is folded into it: its factors go
+into the scales, so that the whole numbers are those that they were before.
 
 Two forms. While a layer learns its scales follow its weights, and BatchNorm stands behind it. A fixed one has the scales as a
 buffer and no BatchNorm any more; it is what is saved, with int8 weights.
@@ -215,6 +215,7 @@ def fix(net: nn.Module, name: str, how: Quantised) -> None:
         step, _ = scale_and_zero(getattr(layer, INPUT))
         scale = torch.maximum(scale, bias.abs() / (step * BIAS)).clamp(min=LEAST)
         layer.weight.copy_((weight / scale.view(wide)).round() * scale.view(wide))
+        bias = (bias / (step * scale)).round() * (step * scale)
         if norm is not None and layer.bias is None:
             layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
         elif layer.bias is not None:

@@ -73,8 +73,8 @@ def initialise(model: Model, text: str, entries: Sequence[str] = ()) -> Initiali
     """
     source, saved = _read_source(model, text)
     state = unpacked(source.tensors)
-    if model.shrunk is not None and (saved is None or saved.shrunk is None):
-        state = model.shrunk.of_whole(state)
+    if model.shrunk is not None:
+        state = model.shrunk.of_whole(state, None if saved is None else saved.shrunk)
     layer_map, left = parse_layer_map(entries), set()
     if saved is not None:
         if isinstance(model.input, TextInput) and saved.vocabulary not in (None, model.input.vocabulary):

@@ -98,16 +98,30 @@ class Shrunk:
             {**self.quantised, **later.quantised},
         )
 
-    def of_whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a whole network, with the channels that are left; those of another size are as they were."""
+    def of_whole(self, state: Mapping[str, Tensor], before: Shrunk | None = None) -> dict[str, Tensor]:
+        """The tensors of a whole network, with the channels that are left; those of another size are as they were.
+
+        Args:
+            before: what was left out of the network of these tensors. Where it has all of the channels, they are taken by what
+                they were in the whole one, and else its own are left as they are.
+        """
         left = dict(state)
         for name, sides in self.kept.items():
+            known = {} if before is None else before.kept.get(name, {})
             for tensor in left.keys() & {f"{name}.{one}" for one in TENSORS}:
                 for axis, side in enumerate(("out", "in")):
-                    channels = sides.get(side, ())
-                    if channels and left[tensor].ndim > axis and channels[-1] < left[tensor].shape[axis]:
-                        left[tensor] = left[tensor].index_select(axis, torch.tensor(channels))
+                    places = _places(sides.get(side, ()), known.get(side))
+                    if places and left[tensor].ndim > axis and places[-1] < left[tensor].shape[axis]:
+                        left[tensor] = left[tensor].index_select(axis, torch.tensor(places))
         return left
+
+
+def _places(channels: Channels, known: Channels | None) -> Channels:
+    """Where channels stand among those that are there (None: all of them); nowhere, where some are not."""
+    if known is None:
+        return channels
+    place = {channel: i for i, channel in enumerate(known)}
+    return tuple(place[channel] for channel in channels) if place.keys() >= set(channels) else ()
 
 
 def _sides(told: Any) -> dict[str, Channels]:

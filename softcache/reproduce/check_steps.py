@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from softcache.config import DumpConfig, EvalConfig, ShrinkConfig, TrainConfig, resolve
 from softcache.data.classes import class_indices
 from softcache.data.loading import ViewedSet, item_shape
@@ -118,19 +120,27 @@ def _check_shrink(
     """Its methods are known, and do to a network of random weights what they would do to a trained one."""
     if "eval_data" in data:
         _check_judged(step, data["eval_data"].some, data["eval_data"].labelled)
+    if not config.by:
+        raise ConfigError("a step that shrinks says how", tip='by = ["prune:structured,amount=0.3"]')
     methods = [shrink.Method.parse(text) for text in config.by]
+    shrink.check_order(methods)
     before = tried.get(config.model)
     views = Policy.parse(config.policy, 0) if config.policy or before is None else before.views
     if before is None:  # a model that is there already
         return
     shown = data.get("data", data.get("eval_data"))
-    item = before.item if shown is None else ViewedSet(shown.some, views.for_evaluation(), ()).render(0, 0)
+    viewed = None if shown is None else ViewedSet(shown.some, views.for_evaluation(), ())
+    items = [before.item] if viewed is None else [viewed.render(i, 0) for i in range(len(viewed.transfer_set))]
     model = copy.deepcopy(before.model).eval()
-    samples = Samples.of(model, config.model, item, 0, lambda _i: item, 2)
+    count = len(items) if "data" in data else 0
+    samples = Samples.of(model, config.model, items[0], count, items.__getitem__, config.batch_size)
+    if "data" in data:
+        labels = data["data"].some.labels
+        samples = replace(samples, answers=torch.zeros((count, *labels.shape[1:]), dtype=torch.int64))
     for method in methods:
         with suppress(SavesNothing):  # of weights that are learned it may
             method.apply(samples)
-    _keep(step, Tried(model, item, views), bench, tried)
+    _keep(step, Tried(model, items[0], views), bench, tried)
 
 
 def _keep(step: Step, made: Tried, bench: Bench, tried: dict[str, Tried]) -> None:

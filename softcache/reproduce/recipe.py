@@ -79,7 +79,7 @@ NOT_OF_A_STEP: dict[str, dict[str, str]] = {
         "extend": "each dump is a cache of its own",
         "list_modules": "it lists and dumps nothing",
     },
-    "shrink": {"out": _FOLDER},
+    "shrink": {"out": _FOLDER, "scan": "it writes nothing"},
     "eval": {},
 }
 

@@ -10,10 +10,11 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from torch import Tensor
 from softcache.cache.card import card
 from softcache.cache.dump_folder import read_planned
 from softcache.cache.manifest import Manifest, known_ids
-from softcache.cache.plan import Parent, Plan, Round
+from softcache.cache.plan import CLASS_OUTPUTS, Parent, Plan, Round
+from softcache.cache.plan_rules import width_of
+from softcache.cache.positions import Positions
 from softcache.cache.provenance import told_data
 from softcache.cache.samples import SampleTable
-from softcache.cache.schema import CRC_SUFFIX, ArraySpec, Span, plan_layout
-from softcache.cache.statistics import Divergence, MemberStatistics
+from softcache.cache.schema import ArraySpec, Span
+from softcache.cache.statistics import MemberStatistics
 from softcache.cache.write.writer import CacheWriter, Setup, SpanWriter
 from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
@@ -35,6 +38,7 @@ from softcache.data.selection import of_classes, read_keys
 from softcache.errors import CacheError, ConfigError, DataError, DumpError, first_offenders, nearest
 from softcache.files.durable import require_room
 from softcache.report.progress import Meter
+from softcache.share.cut_index import array_specs, cut_indexes, indexes_of, layout_of
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 from softcache.targets.cache import open as open_cache
@@ -106,24 +110,33 @@ def run(
     _refuse_same_folder(path, out)
     cache = open_cache(path, id=id or _begun_with(path, out), quiet=quiet)
     chosen = choose(cache, choice)
-    plan = make_plan(cache, chosen, license, shard_rows)
-    widest = max((codec.num_classes for codec in cache.codecs.values()), default=1)
-    batch = max(1, min(batch_rows, batch_logits // widest))
+    cut = cut_indexes(cache, chosen.members, chosen.rows, chosen.first_view, chosen.views)
+    plan = make_plan(cache, chosen, license, shard_rows, cut)
+    layout = plan.rounds[0].layout
+    batch = max(1, min(batch_rows, batch_logits // _numbers_a_row(cache, chosen, cut)))
     setup = Setup(
         cut_samples(cache.samples, chosen.rows),
         cut_probe(cache.reader.probe(), chosen),
         {name: cache.reader.constants(name) for name in chosen.members},
+        cut,
+        cache.reader.candidates() if any(index.kind == "candidates" for index in plan.indexes) else {},
+        cache.reader.tokenizer(),
     )
+    indexes = indexes_of(cache, cut, layout)
+
+    def specs_of(span: Span) -> dict[str, list[ArraySpec]]:
+        return {name: array_specs(cache, name, span, indexes) for name in chosen.members}
+
     with CacheWriter(out, plan, lambda: setup) as writer, _one_thread():
         spans = writer.my_spans()
         finished = len(plan.rounds[0].layout) - len(spans)
         if finished and spans and not quiet:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         total = sum(span.rows * span.views for span in spans)
-        require_room(out, sum(_span_bytes(span, cache, chosen) for span in spans), "the shards need")
+        require_room(out, sum(_span_bytes(span, specs_of(span)) for span in spans), "the shards need")
         with Meter(f"subset {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
-                _write_span(writer, span, cache, chosen, batch, meter)
+                _write_span(writer, span, specs_of(span), cache, chosen, batch, meter)
         manifest = writer.commit(card, _provenance(path, choice, started, total))
     if manifest is None:
         raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
@@ -207,16 +220,16 @@ def _listed(table: SampleTable, path: Path) -> np.ndarray:
     return listed
 
 
-def make_plan(cache: Cache, chosen: Chosen, license: str | None, shard_rows: int | None = None) -> Plan:
+def make_plan(
+    cache: Cache,
+    chosen: Chosen,
+    license: str | None,
+    shard_rows: int | None = None,
+    cut: Mapping[str, Positions] = MappingProxyType({}),
+) -> Plan:
     """The child's plan: the parent's, cut, in one round. The writer adds the samples' fingerprint."""
     parent = cache.manifest.plan
-    layout = plan_layout(
-        len(chosen.rows),
-        chosen.views,
-        len(chosen.members),
-        max(sum(spec.nbytes for spec in _array_specs(cache, name, 1, 1)) for name in chosen.members),
-        shard_rows=shard_rows,
-    )
+    layout = layout_of(cache, chosen.members, len(chosen.rows), chosen.views, cut, shard_rows)
     whole = len(chosen.rows) == len(cache)
     return replace(
         parent,
@@ -225,7 +238,8 @@ def make_plan(cache: Cache, chosen: Chosen, license: str | None, shard_rows: int
         ),
         views=replace(parent.views, count=chosen.views, first=parent.views.first + chosen.first_view),
         members=tuple(member for member in parent.members if member.name in chosen.members),
-        rounds=(Round(layout, tuple(chosen.members), True, parent.made_with),),
+        rounds=(Round(layout, tuple(chosen.members), True, parent.made_with, tuple(cut)),),
+        indexes=tuple(index for index in parent.indexes if index.name in cut),
         license=parent.license if license is None else license,
         parents=(Parent(cache.id, {name: _measured(cache.manifest, name) for name in chosen.members}),),
     )
@@ -237,14 +251,14 @@ def _measured(manifest: Manifest, member: str) -> MemberStatistics:
     return own if own.measured or before is None else before.statistics.get(member, own)
 
 
-def _array_specs(cache: Cache, member: str, views: int, rows: int) -> list[ArraySpec]:
-    """A member's data sets in a part of this many views and rows."""
-    first = next(cache.manifest.files_of("member", member))
-    return [
-        ArraySpec(name, stored.dtype, (views, rows, *stored.shape[2:]))
-        for name, stored in first.arrays.items()
-        if not name.endswith(CRC_SUFFIX)
-    ]
+def _numbers_a_row(cache: Cache, chosen: Chosen, cut: Mapping[str, Positions]) -> int:
+    """How many decoded numbers a row of one view has, of the largest member and in the mean."""
+    plan, most = cache.manifest.plan, 1
+    for name in chosen.members:
+        member = plan.member(name)
+        records = 1.0 if member.index is None else cut[member.index].total / cut[member.index].lengths.size
+        most = max(most, round(width_of(member, plan) * records))
+    return most
 
 
 def cut_samples(table: SampleTable, rows: np.ndarray) -> SampleTable:
@@ -285,21 +299,29 @@ def cut_probe(probe: dict[str, np.ndarray], chosen: Chosen) -> dict[str, np.ndar
     }
 
 
-def _span_bytes(span: Span, cache: Cache, chosen: Chosen) -> int:
-    """Of a part's data, pixel digests included."""
-    specs = [spec for name in chosen.members for spec in _array_specs(cache, name, span.views, span.rows)]
-    return sum(spec.nbytes + spec.checksums.nbytes for spec in specs) + 4 * span.views * span.rows
+def _span_bytes(span: Span, specs: Mapping[str, Sequence[ArraySpec]]) -> int:
+    """Of a part's data, digests of its views included."""
+    arrays = (spec for of_member in specs.values() for spec in of_member)
+    return sum(spec.nbytes + spec.checksums.nbytes for spec in arrays) + 4 * span.views * span.rows
 
 
-def _write_span(writer: CacheWriter, span: Span, cache: Cache, chosen: Chosen, batch: int, meter: Meter) -> None:
+def _write_span(
+    writer: CacheWriter,
+    span: Span,
+    specs: Mapping[str, Sequence[ArraySpec]],
+    cache: Cache,
+    chosen: Chosen,
+    batch: int,
+    meter: Meter,
+) -> None:
     """Every record of a part, in the parent's own order of rows."""
-    specs = {name: _array_specs(cache, name, span.views, span.rows) for name in chosen.members}
     with writer.span(span, specs) as out:
         for view in range(span.view_start, span.view_stop):
             for start in range(span.row_start, span.row_stop, batch):
                 rows = chosen.rows[start : min(start + batch, span.row_stop)]
                 views = np.full(len(rows), chosen.first_view + view)
-                out.append(None, {"pixel_digests": cache.reader.gather(None, "pixel_digests", rows, views)})
+                digests = cache.manifest.plan.views.digests
+                out.append(None, {name: cache.reader.gather(None, name, rows, views) for name in digests})
                 for name in chosen.members:
                     _copy(out, name, cache, rows, views)
                 meter.add(len(rows))
@@ -310,7 +332,7 @@ def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: n
     targets = cache.gather(rows, views, members=[member])
     coded = targets.arrays[member]
     stored = {
-        name: coded[name].numpy() if name in coded else cache.reader.gather(member, name, rows, views)
+        name: coded[name].numpy() if name in coded else cache.stored(member, name, rows, views)
         for name in cache.reader.array_kinds(member)
     }
     statistics = _statistics(cache, member, targets, stored)
@@ -324,30 +346,38 @@ def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: n
 
 def _statistics(cache: Cache, member: str, targets: Targets, stored: dict[str, np.ndarray]) -> MemberStatistics:
     """What the stored records tell of themselves. How far they are from what the teacher gave, they do not know."""
-    samples, rows = cache.samples, targets.rows
-    kept = MemberStatistics(
-        records=len(rows),
-        max_eps=float(stored["eps"].max()) if "eps" in stored else 0.0,
+    info = cache.member(member)
+    measured = MemberStatistics(
+        records=len(targets.rows) if info.index is None else int(targets.at(member).offsets[-1]),
+        max_eps=float(stored["eps"].max(initial=0.0)) if "eps" in stored else 0.0,
         dense=len(targets.arrays[member].get("dense", ())),
         feature_errors={
-            feature.name: float(stored[f"feature{number}_error"].max())
-            for number, feature in enumerate(cache.member(member).features)
+            feature.name: float(stored[f"feature{number}_error"].max(initial=0.0))
+            for number, feature in enumerate(info.features)
         },
     )
-    if member in targets.outputs:  # no class, whose right ones could be counted
-        return kept if targets.outputs[member] is None else replace(kept, error=Divergence())
-    codec = cache.codecs[member]
-    labels = np.full(len(rows), -1) if samples.multi_label else samples.labels_of(rows)
+    if info.output not in CLASS_OUTPUTS or not measured.records:
+        return measured
+    codec, labels = cache.codecs[member], _labels(cache, targets, member)
     if codec.complete:
         largest = targets.logits(member).argmax(dim=1)
     else:
         largest = codec.head(targets.arrays[member])[0][:, 0]
     return replace(
-        kept,
+        measured,
         labelled=int((labels >= 0).sum()),
         correct=int((largest.numpy() == labels).sum()),
         entropy_sum=float(_entropies(targets.log_probs(member, 1.0)).sum()),
     )
+
+
+def _labels(cache: Cache, targets: Targets, member: str) -> np.ndarray:
+    """The one class of each record of a member, or -1: of the sample, or of the position."""
+    if cache.member(member).index is None:
+        samples, rows = cache.samples, targets.rows
+        return np.full(len(rows), -1) if samples.multi_label else samples.labels_of(rows)
+    at = targets.at(member)
+    return np.full(len(at.numbers), -1) if at.labels is None else at.labels
 
 
 def _entropies(log_probs: Tensor) -> np.ndarray:

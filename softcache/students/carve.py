@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError, ModelError, first_offenders
 from softcache.models.shrunk import BATCH_NORMS, Factored, Shrunk, is_below, is_plain, shrink_by
 from softcache.students.channels import Group
-from softcache.students.prune import leave_channels
+from softcache.students.prune import Cut, free_groups, leave_channels
 from softcache.students.samples import Samples
 
 
@@ -52,7 +52,8 @@ def carve(
                 f"carve:{name}={share:g}: is the share that stays, more than 0 and less than 1", tip=f"carve:{name}=0.5"
             )
     if width is not None:
-        return leave_channels(net, samples, 1 - width, _spread_channels, (), f"carve:width={width:g}")
+        what = f"carve:width={width:g}"
+        return leave_channels(net, samples, free_groups(net, samples, (), what), Cut(1 - width, _spread_channels), what)
     stacks = find_stacks(net, samples)
     if not stacks:
         raise ModelError(

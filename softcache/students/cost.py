@@ -41,8 +41,8 @@ class Cost:
 
 def cost_of(models: Sequence[Samples], batch_size: int) -> list[Cost]:
     """Of each model; their times are taken in turns, so that whatever else the machine does meets all of them."""
-    ones = _in_turns([lambda s=s: s.run(1) for s in models])  # type: ignore[misc]
-    many = _in_turns([lambda s=s: s.run(batch_size) for s in models])  # type: ignore[misc]
+    ones = in_turns([lambda s=s: s.run(1) for s in models])  # type: ignore[misc]
+    many = in_turns([lambda s=s: s.run(batch_size) for s in models])  # type: ignore[misc]
     return [_cost(samples, *seconds) for samples, *seconds in zip(models, ones, many, strict=True)]
 
 
@@ -80,7 +80,7 @@ def multiply_adds(samples: Samples) -> int:
     return counter.get_total_flops() // 2
 
 
-def _in_turns(runs: Sequence[Callable[[], object]]) -> list[float]:
+def in_turns(runs: Sequence[Callable[[], object]]) -> list[float]:
     """The median seconds of each."""
     for run in runs:
         run()

@@ -66,6 +66,8 @@ from softcache.models.model import OTHER_OUTPUTS
 from softcache.report.progress import track
 from softcache.report.tables import percent, size, table
 from softcache.spec import parse_spec
+from softcache.students.int8_forms import LEAST_OPSET, for_onnx, for_torch, in_floats, is_quantised
+from softcache.students.int8_speed import Speed, speed_of
 from softcache.students.traced_program import (
     PACKAGES,
     Batch,
@@ -86,6 +88,9 @@ from softcache.version import __version__
 SUFFIXES = {"safetensors": ".safetensors", "program": ".pt2", "onnx": ".onnx"}
 ABSOLUTE, RELATIVE = 1e-3, 1e-3  # |difference| of a logit at most this much, and this share of it
 EXPORT_KEY = "softcache_export"
+# of int8 in another program, whose sums are rounded otherwise: share of samples with the same answer, and of right ones
+LEAST_AGREEMENT, MOST_LOST = 0.995, 0.001
+TIMED = 64  # samples of the batch that is timed
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Exported:
         changed: how many are another one; all of them near-ties within the bound.
         max_difference: largest |difference| of a logit.
         opset: version of ONNX's operators; None for other formats.
+        speed: of int8 as ONNX beside floats; None of others.
     """
 
     path: Path
@@ -115,6 +121,7 @@ class Exported:
     changed: int
     max_difference: float
     opset: int | None = None
+    speed: Speed | None = None
 
     def text(self) -> str:
         """For people."""
@@ -127,6 +134,9 @@ class Exported:
         )
         kept = "largest |" if self.output.name in OTHER_OUTPUTS else kept
         what = "number" if self.output.name in OTHER_OUTPUTS else "logit"
+        allowed = f"allowed {ABSOLUTE:g} + {RELATIVE:g} |{what}|"
+        if self.speed is not None:
+            allowed = f"at least {percent(LEAST_AGREEMENT)} have to be the same"
         return "\n".join(
             [
                 f"{self.path}: {self.format}{opset}, {size(self.nbytes)}; verified on {self.data}",
@@ -135,13 +145,15 @@ class Exported:
                 "",
                 table(["", "model", "exported"], rows),
                 "",
-                f"{kept}difference| {self.max_difference:.3g}, allowed {ABSOLUTE:g} + {RELATIVE:g} |{what}|",
+                f"{kept}difference| {self.max_difference:.3g}, {allowed}",
+                *(["", self.speed.text()] if self.speed is not None else []),
             ]
         )
 
     def to_json(self) -> dict[str, Any]:
         facts = asdict(self)
-        return {**facts, "path": str(self.path), "allowed": {"absolute": ABSOLUTE, "relative": RELATIVE}}
+        allowed = {"absolute": ABSOLUTE, "relative": RELATIVE} if self.speed is None else {"agreement": LEAST_AGREEMENT}
+        return {**facts, "path": str(self.path), "allowed": allowed}
 
 
 @as_fresh()
@@ -189,6 +201,12 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     metadata = _metadata(model, model_text, config.to, batch.facts, output)
 
     opset: int | None = None
+    int8 = config.to == "onnx" and is_quantised(model)
+    if int8 and config.opset is not None and config.opset < LEAST_OPSET:
+        raise ConfigError(
+            f"--opset {config.opset}: int8 weights have a scale for each channel, which ONNX knows since version {LEAST_OPSET}",
+            tip=f"--opset {LEAST_OPSET} or higher, or leave it out",
+        )
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     require_room(out.parent, weights, "the exported weights need")
     # a folder that cannot be written is found out before the work
@@ -198,7 +216,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
             fresh = load_model(text_of_copy(model_text, aside), **about, device=str(device)).eval()  # type: ignore[arg-type]
             exported: Forward = lambda inputs: fresh(to_device(inputs, device))  # noqa: E731
         else:
-            program = trace(model, batch, model_text)
+            program = trace(_for(config.to, model), batch, model_text)
             if config.to == "program":
                 write_program(program, metadata, aside)
                 exported = open_program(aside, device)
@@ -214,10 +232,25 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
             batch_size=config.batch_size,
             workers=pick_workers(config.workers, device),
             where=str(out),
+            rounded=int8,
             quiet=quiet,
         )
+        speed = _speed(model, batch, viewed, model_text, threads) if int8 else None
         nbytes = aside.stat().st_size
-    return Exported(out, config.to, nbytes, data, batch.facts, output, *found, opset=opset)
+    return Exported(out, config.to, nbytes, data, batch.facts, output, *found, opset=opset, speed=speed)
+
+
+def _for(to: str, model: Model) -> Model:
+    """The model in the form whose graph is written."""
+    if not is_quantised(model):
+        return model
+    return for_onnx(model) if to == "onnx" else for_torch(model)
+
+
+def _speed(model: Model, batch: Batch, viewed: ViewedSet, model_text: str, threads: int) -> Speed:
+    """Of a quantised model, beside the same weights in floats."""
+    many = model.input.collate([viewed.render(i, 0) for i in _spread(len(viewed.transfer_set), TIMED)])
+    return speed_of((in_floats(model), model), batch, many, model_text, threads)
 
 
 def _meaning(model: Model) -> str:
@@ -258,9 +291,13 @@ def _compare(
     batch_size: int,
     workers: int,
     where: str,
+    rounded: bool,
     quiet: bool,
 ) -> tuple[Evaluation, Evaluation, float, int, float]:
     """Model and file over every sample: two evaluations, agreement, how many answers changed, the largest difference.
+
+    Args:
+        rounded: the file computes with int8: its answers are compared instead of its logits.
 
     The first batch is one sample, so that the file is seen to take batches of other sizes than it was traced with.
 
@@ -294,7 +331,8 @@ def _compare(
                     ) from None
                 seconds[place] += time.monotonic() - started
             reference, found = outputs
-            difference = _differences(reference, found, [transfer_set.keys[i] for i in batch.index], where)
+            keys = [transfer_set.keys[i] for i in batch.index]
+            difference = _differences(reference, found, keys, where, bounded=not rounded)
             largest = max(largest, float(difference.max()))
             if not model.has_classes:
                 for own, one in zip(rows, outputs, strict=True):
@@ -310,12 +348,26 @@ def _compare(
         both = (Evaluation(count, transfer_set.labelled, t, numbers=n) for t, n in zip(seconds, told, strict=True))
         return (*both, 1.0, 0, largest)  # type: ignore[return-value]
     names = transfer_set.class_names
-    evaluations = (s.result(count, t, 1.0, names) for s, t in zip((before, after), seconds, strict=True))
+    evaluations = [s.result(count, t, 1.0, names) for s, t in zip((before, after), seconds, strict=True)]
     asked = count * (len(names) if several else 1)
+    if rounded:
+        _check_answers(evaluations[0], evaluations[1], changed, asked, where)
     return (*evaluations, 1 - changed / asked, changed, largest)  # type: ignore[return-value]
 
 
-def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: str) -> Tensor:
+def _check_answers(before: Evaluation, after: Evaluation, changed: int, asked: int, where: str) -> None:
+    """Raise ExportError for int8 that answers otherwise than the model more often than rounding does; of few, one may."""
+    right, kept = before.top1 or 0.0, after.top1 or 0.0  # of several labels neither is counted
+    if changed > max(1, (1 - LEAST_AGREEMENT) * asked) or abs(right - kept) * asked > max(1.001, MOST_LOST * asked):
+        raise ExportError(
+            f"{where}: int8 answers otherwise than the model for {changed:,} of {asked:,}, with a top-1 of {percent(kept)} "
+            f"where the model has {percent(right)}; allowed are {percent(1 - LEAST_AGREEMENT)} of them, and a top-1 that "
+            f"differs by {percent(MOST_LOST)}",
+            tip="try a newer onnxruntime; nothing was written",
+        )
+
+
+def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: str, *, bounded: bool) -> Tensor:
     """(B, C) float64 |found - reference|; ExportError where it is over the bound."""
     if reference.shape != found.shape:
         raise ExportError(
@@ -324,6 +376,8 @@ def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: s
         )
     reference, found = reference.double(), found.double()
     difference = torch.where(reference == found, 0.0, (found - reference).abs())  # equal infinities do not differ
+    if not bounded and bool(difference.isfinite().all()):
+        return difference
     over = ~(difference <= ABSOLUTE + RELATIVE * reference.abs())  # so that NaN is over it
     if over.any():
         row, column = over.nonzero()[0].tolist()

@@ -26,6 +26,7 @@ class Samples:
         count, item: of the data, how many there are to look at, and each of them.
         batch_size: so many at once.
         classifier: the layer that gives the logits, before anything was changed; None where there is none.
+        answers: (count,) class of each sample, -1 = none, or (count, C) of 1, 0 and -1; None where nobody knows any.
     """
 
     model: Model
@@ -35,6 +36,7 @@ class Samples:
     item: Callable[[int], Any]
     batch_size: int
     classifier: nn.Module | None
+    answers: Tensor | None = None
 
     @classmethod
     def of(
@@ -60,10 +62,17 @@ class Samples:
 
     def batches(self) -> Iterator[Any]:
         """The data, collated and on the model's device; of a batch of one sample BatchNorm could learn nothing."""
+        for inputs, _ in self.answered_batches():
+            yield inputs
+
+    def answered_batches(self) -> Iterator[tuple[Any, Tensor | None]]:
+        """Likewise, each with its answers."""
         for begin in range(0, self.count, self.batch_size):
-            items = [self.item(i) for i in range(begin, min(begin + self.batch_size, self.count))]
-            if len(items) > 1 or self.count == 1:
-                yield to_device(self.model.input.collate(items), _device(self.model))
+            end = min(begin + self.batch_size, self.count)
+            if end - begin > 1 or self.count == 1:
+                inputs = self.model.input.collate([self.item(i) for i in range(begin, end)])
+                answers = None if self.answers is None else self.answers[begin:end].to(_device(self.model))
+                yield to_device(inputs, _device(self.model)), answers
 
     def run_all(self) -> None:
         """The network over the data, in eval mode without gradients."""

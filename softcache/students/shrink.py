@@ -8,36 +8,39 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from softcache.config import ShrinkConfig
-from softcache.data.classes import read_classes_map
-from softcache.data.loading import ViewedSet, item_shape, spread_items
-from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.config.unused import check_used
+from softcache.data.loading import item_shape
+from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
-from softcache.errors import ConfigError, ModelError, faults_explained, nearest
-from softcache.evaluate.measure import Evaluation, evaluate, run_policy
+from softcache.errors import ConfigError, ExportError, ModelError, nearest
+from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.measure import evaluate
 from softcache.files import durable
 from softcache.files.durable import require_room
-from softcache.machine import as_fresh, pick_device, pick_threads
-from softcache.models import Model, Shrunk, fingerprint, load_model, read_metadata, read_saved, save_student
-from softcache.models.item_range import check_scale
+from softcache.machine import as_fresh
+from softcache.models import Model, Shrunk, fingerprint, load_model, read_metadata, save_student
 from softcache.models.masks import refuse_unknown
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
 from softcache.spec import call_factory, split_list, split_lists, split_outside
 from softcache.students.carve import carve
 from softcache.students.cost import Cost, cost_of
-from softcache.students.export import of_its_classes, refuse_untrained, text_of_copy, weights_of
+from softcache.students.export import text_of_copy, weights_of
+from softcache.students.int8_speed import Speed, speed_of
 from softcache.students.low_rank import low_rank
+from softcache.students.opened import open_all
 from softcache.students.prune import prune_channels, prune_weights
 from softcache.students.quantise import quantise_int8
 from softcache.students.samples import Samples
+from softcache.students.traced_program import PACKAGES, Batch
 from softcache.train.run_folder import LOCK, STUDENT, locked
 from softcache.version import __version__
 
@@ -55,10 +58,9 @@ KINDS = {
     "quantise": INT8,
     "quantise:int4": f"{INT8}; four bits are for the linear layers of language models, which are not quantised so far",
 }
-FLOATS = "the times are those of floats that are rounded, not of int8; softcache export RUN --to onnx measures int8"
+ROUNDED = "the times of torch are those of floats that are rounded, not of int8"
 TABLE = "shrink.json"  # what is printed, for machines
 SHRINK_KEY = "softcache_shrink"  # among the strings of the student's file: what was done, and to which weights
-LOOKED_AT = 2048  # samples of --data, spread over the set
 CLOSE = 1e-4  # of the largest logit: what two orders of a sum may differ by
 
 
@@ -113,6 +115,7 @@ class Shrinking:
         before, after: what both cost.
         eval_data, measured_before, measured_after: how good both are, without healing; None without --eval-data.
         batch_size, device, threads: of the timing.
+        speed: of a quantised one in onnxruntime, beside the whole one; None without the extra, and of others.
     """
 
     path: Path
@@ -127,6 +130,7 @@ class Shrinking:
     batch_size: int
     device: str
     threads: int
+    speed: Speed | None = None
 
     def text(self) -> str:
         """For people."""
@@ -148,7 +152,8 @@ class Shrinking:
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         on = f"; measured on {self.eval_data}" if self.eval_data else ""
         told = f"times are medians on {self.device}, {threads}{on}"
-        return "\n".join([*said, "", table(["", "before", "after", "ratio"], rows), "", told, self._next()])
+        speed = [] if self.speed is None else ["", self.speed.text(), ""]
+        return "\n".join([*said, "", table(["", "before", "after", "ratio"], rows), "", told, *speed, self._next()])
 
     def _next(self) -> str:
         return f"{self.path}: next: softcache train --student {self.path} --cache ... --data ... --out ..."
@@ -177,15 +182,11 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
         SoftcacheError: other children, for what cannot be opened.
     """
     methods = [Method.parse(text) for text in config.by]
-    _check_order(methods)
+    check_used(config)
+    check_order(methods)
     out = _target(config)
-    refuse_untrained(config.model)
-    device, threads = pick_device(config.device), pick_threads(config.threads)
-    torch.set_num_threads(threads)
-    torch.manual_seed(config.seed)
-    policy = Policy.parse(config.policy, 0) if config.policy else run_policy(config.model).for_evaluation()
-    data, eval_set = (_opened(text, config) for text in (config.data, config.eval_data))
-    samples = _samples(config, data, eval_set, policy, device)
+    opened = open_all(config, quiet=quiet)
+    policy, eval_set, samples, device = opened.policy, opened.eval_set, opened.samples, opened.device
     before = copy.deepcopy(samples.model)
     require_room(out, sum(tensor.nbytes for tensor in before.state_dict().values()), "the smaller model may need")
     with locked(out), Meter(f"shrink {config.model}", len(methods) + 3, unit="steps", quiet=quiet) as meter:
@@ -199,22 +200,37 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
                 notes = _measure_batch_norm(samples)
             steps.append((method.text, _applied(method, samples)))
             meter.add()
-        notes += (FLOATS,) if methods[-1].name == INT8 else _measure_batch_norm(samples)
+        quantised = methods[-1].name == INT8
+        notes += () if quantised else _measure_batch_norm(samples)
         meter.add()
         both = [Samples.of(before, config.model, samples.example, 0, samples.item, config.batch_size), samples]
         costs = cost_of(both, config.batch_size)
+        speed, why = _speed(before, samples, torch.get_num_threads()) if quantised else (None, ())
         meter.add()
         measured = [_measured(one.model, eval_set, policy, config, device) for one in both]
         meter.add()
         result = Shrinking(
-            out, config.model, tuple(steps), notes, costs[0], costs[1], config.eval_data, measured[0], measured[1],
-            config.batch_size, str(device), threads,
+            out, config.model, tuple(steps), (*notes, *why), costs[0], costs[1], config.eval_data, measured[0], measured[1],
+            config.batch_size, str(device), torch.get_num_threads(), speed,
         )  # fmt: skip
         _write(result, samples, policy, config, fingerprint(before))
     return result
 
 
-def _check_order(methods: Sequence[Method]) -> None:
+def _speed(before: Model, samples: Samples, threads: int) -> tuple[Speed | None, tuple[str, ...]]:
+    """What int8 gains in onnxruntime, where that is installed and takes the network; and what is said of the table's times."""
+    if any(find_spec(package) is None for package in PACKAGES):
+        return None, (f"{ROUNDED}; with softcache[onnx] int8 is timed as well",)
+    items = [samples.item(i % samples.count) for i in range(max(4, samples.batch_size))]
+    model = samples.model
+    try:
+        batch, many = Batch.of(model, items[:3], items[:4]), model.input.collate(items[: samples.batch_size])
+        return speed_of((before, model), batch, many, samples.what, threads), (ROUNDED,)
+    except ExportError as exc:
+        return None, (f"{ROUNDED}; int8 was not timed: {exc.message}",)
+
+
+def check_order(methods: Sequence[Method]) -> None:
     for earlier, later in pairwise(methods):
         if earlier.name == INT8:
             twice = later.name == INT8
@@ -252,9 +268,13 @@ def _measured(
 
 
 def _target(config: ShrinkConfig) -> Path:
-    out = Path(config.out)
-    if config.batch_size < 1:
-        raise ConfigError(f"--batch-size {config.batch_size}: must be at least 1")
+    for name, value in (("--by METHOD", config.by), ("--out DIR", config.out)):
+        if not value:
+            raise ConfigError(
+                f"{name.split()[0]} is missing",
+                tip=f"{name}; or --scan, which only tells what each layer can do without",
+            )
+    out = Path(config.out or "")
     if os.path.lexists(out) and not out.is_dir():
         raise ConfigError(f"{out}: is a file", tip="choose another --out")
     if out.is_dir():
@@ -275,74 +295,6 @@ def _is_left(name: str) -> bool:
     return (
         name in (LOCK, TABLE) or name.startswith(f"{TABLE}.tmp") or (name[:1] == "." and name.endswith(f".{STUDENT}"))
     )
-
-
-def _opened(text: str | None, config: ShrinkConfig) -> TransferSet | None:
-    if text is None:
-        return None
-    transfer_set = open_transfer_set(text, download=config.download)
-    return of_its_classes(transfer_set, config.model, read_classes_map(config.classes_map))
-
-
-def _samples(
-    config: ShrinkConfig,
-    data: TransferSet | None,
-    eval_set: TransferSet | None,
-    policy: Policy,
-    device: torch.device,
-) -> Samples:
-    """The model, and what it is run on: --data, else an item of --eval-data, else what its file says of one."""
-    shown = data if data is not None else eval_set
-    if shown is not None:
-        viewed = ViewedSet(shown, policy, ())
-        items = spread_items(viewed)
-        example, num_classes, class_names = items[0], shown.num_classes, shown.class_names
-    else:
-        items = []
-        example, num_classes, class_names = _made_up(config.model)
-    with faults_explained(ModelError, f"building the model {config.model!r}"):
-        model = load_model(
-            config.model,
-            num_classes=num_classes,
-            class_names=class_names,
-            input_shape=item_shape(example),
-            allow_code=config.allow_code,
-            device=str(device),
-        ).eval()
-    model.check_trained(repr(config.model))
-    if model.graft is not None:
-        raise ModelError(
-            f"{config.model}: answers by its teacher's classifier behind a projector, and is not made smaller",
-            tip="make the student smaller first, and then train it with simkd",
-        )
-    if model.shrunk is not None and model.shrunk.quantised:
-        raise ModelError(
-            f"{config.model}: is quantised already, and of int8 weights nothing more can be cut",
-            tip="shrink the model that it was made of, with quantise:int8 as the last --by",
-        )
-    if items:
-        check_scale(model, config.model, items)
-    places = np.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).astype(np.int64) if data is not None else ()
-    render = ViewedSet(data, policy, ()).render if data is not None else (lambda _i, _view: example)
-    with faults_explained(ModelError, f"the model {config.model!r} on a sample"):
-        return Samples.of(
-            model, config.model, example, len(places), lambda i: render(int(places[i]), 0), config.batch_size
-        )
-
-
-def _made_up(model_text: str) -> tuple[Any, int, tuple[str, ...]]:
-    """An item of the shape that a run's file tells, and its classes."""
-    weights = weights_of(model_text)
-    saved = read_saved(weights) if os.path.exists(weights) else None
-    if saved is None or (saved.input_shape is None and saved.input["kind"] not in ("text", "tokenizer")):
-        raise ConfigError(
-            f"{model_text}: says nothing of the items that it takes", tip="--data DATA: some samples to run it on"
-        )
-    if saved.input_shape is None:
-        return "a text of some words", saved.num_classes, saved.class_names
-    pixels = np.random.default_rng(0).integers(0, 256, saved.input_shape, dtype=np.uint8)
-    is_tensor = len(saved.input_shape) == 3 and saved.input_shape[0] < saved.input_shape[-1]
-    return (torch.from_numpy(pixels) if is_tensor else pixels), saved.num_classes, saved.class_names
 
 
 # ----------------------------------------------------------------------------------------------------------- what comes out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from softcache.data.label_kind import link_of, log_soft_target
 from softcache.data.philox import Draws, step_key
 from softcache.errors import CacheError, nearest
 from softcache.targets.ensemble import COMBINE_RULES, combine
+from softcache.targets.positions import BatchPositions
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Targets:
         outputs: member -> what it gave, of those that gave no classes: "embedding", "values"; None of features alone.
         samples: the cache's sample table, read only when labels or ids are asked for.
         features: (member, feature) -> how it is decoded; its stored values are among the member's arrays.
+        positions: index -> the positions of the batch.
+        index_of: member, and (member, feature) -> the index of its records, where they are of positions: their stored values are
+            then flat, (P, ...) for the P positions of the batch.
     """
 
     rows: np.ndarray
@@ -39,6 +43,8 @@ class Targets:
     codecs: Mapping[str, Codec]
     features: Mapping[tuple[str, str], StoredFeature] = field(default_factory=dict)
     outputs: Mapping[str, str | None] = field(default_factory=dict)
+    positions: Mapping[str, BatchPositions] = field(default_factory=dict)
+    index_of: Mapping[str | tuple[str, str], str] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Targets:
         """The same targets with the stored values on another device, where they are then decoded.
@@ -74,6 +80,8 @@ class Targets:
 
     def logits(self, member: str | None = None) -> Tensor:
         """(B, C) float32 logits of one member (default: the only one), before softmax, on the targets' device.
+
+        Of a member whose records are of positions (P, C).
 
         Raises:
             CacheError: no such member, several and none named, one that gave no classes, or a codec that keeps some of them only.
@@ -137,6 +145,34 @@ class Targets:
             tip=f"ask for what it has: {how.get(gave, 'logits(member)')}",
         )
 
+    def at(self, member: str, feature: str | None = None) -> BatchPositions:
+        """The positions that a member's records are of, or those of one of its features.
+
+        Raises:
+            CacheError: it has one record for each sample.
+        """
+        index = self.index_of.get(member if feature is None else (member, feature))
+        if index is None:
+            what = f"member {member!r}" if feature is None else f"feature {feature!r} of member {member!r}"
+            raise CacheError(
+                f"{what} has one record for each sample, and no positions", tip="use logits() and feature()"
+            )
+        return self.positions[index]
+
+    def flat(self, member: str, feature: str | None = None) -> Tensor:
+        """(P, ...) float32 decoded values of all positions of the batch, sample after sample: `at(member).offsets` cuts them.
+
+        Args:
+            feature: one of its features instead of its logits, embedding or values.
+        """
+        self.at(member, feature)
+        return self.output(member) if feature is None else self.feature(feature, member)
+
+    def padded(self, member: str, feature: str | None = None, *, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The same as (B, L, ...) values, `fill` where a sample has no position, and a (B, L) bool mask of those that it has."""
+        positions, values = self.at(member, feature), self.flat(member, feature)
+        return positions.pad(values, fill), positions.mask(values.device)
+
     def feature(self, name: str, member: str | None = None) -> Tensor:
         """(B, ...) float32 feature as a loss sees it: reduced as its name says.
 
@@ -171,13 +207,38 @@ class Targets:
         """The targets of rows [first, last) of this batch: last - first of them."""
         arrays = {}
         for member, stored in self.arrays.items():
-            own = {name: value[first:last] for name, value in stored.items() if name not in ("dense", "dense_at")}
+            of_feature = {
+                name: self._ends(feature, first, last)
+                for feature in self.features
+                for name in self._names(feature, member)
+            }
+            start, stop = self._ends(member, first, last)
+            own = {}
+            for name, value in stored.items():
+                if name not in ("dense", "dense_at"):
+                    begin, end = of_feature.get(name, (start, stop))
+                    own[name] = value[begin:end]
             if "dense" in stored:
-                inside = (stored["dense_at"] >= first) & (stored["dense_at"] < last)
+                inside = (stored["dense_at"] >= start) & (stored["dense_at"] < stop)
                 if bool(inside.any()):
-                    own |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - first}
+                    own |= {"dense": stored["dense"][inside], "dense_at": stored["dense_at"][inside] - start}
             arrays[member] = own
-        return replace(self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays)
+        positions = {name: one.between(first, last) for name, one in self.positions.items()}
+        return replace(
+            self, rows=self.rows[first:last], views=self.views[first:last], arrays=arrays, positions=positions
+        )
+
+    def _ends(self, key: str | tuple[str, str], first: int, last: int) -> tuple[int, int]:
+        """Where the values of samples [first, last) lie in those of a member, or of a (member, feature)."""
+        index = self.index_of.get(key)
+        if index is None:
+            return first, last
+        offsets = self.positions[index].offsets
+        return int(offsets[first]), int(offsets[last])
+
+    def _names(self, feature: tuple[str, str], member: str) -> Sequence[str]:
+        """The data sets of a feature, if it is this member's."""
+        return list(self.features[feature].arrays()) if feature[0] == member else []
 
     def head(self, member: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """What a codec that keeps k classes has of a member: of topk.
@@ -255,10 +316,11 @@ class Targets:
                 f"members combine over classes, and these have none: {', '.join(others)}",
                 tip="learn from each by itself (member=NAME), or choose members with classes: weights={...}, --members",
             )
+        self._refuse_several_indexes(chosen)
         logits = [self.logits(member) for member in chosen]
         if len(logits) == 1 and rule in COMBINE_RULES and rule != "vote":  # the mean of one, at its level
             return logits[0]
-        draws = self._draws(draw_seed) if rule == "draw" else None
+        draws = self._draws(draw_seed, self.index_of.get(chosen[0])) if rule == "draw" else None
         return combine(
             logits,
             rule,
@@ -268,10 +330,19 @@ class Targets:
             draws=draws,
         )
 
-    def _draws(self, seed: int) -> Tensor:
-        """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone."""
+    def _refuse_several_indexes(self, members: Sequence[str]) -> None:
+        found = {self.index_of.get(member) for member in members}
+        if len(found) > 1:
+            named = ", ".join(f"{member}: {self.index_of.get(member) or 'none'}" for member in members)
+            raise CacheError(
+                f"members over several indexes cannot be combined ({named}): their records are of other positions",
+                tip="choose members over one index",
+            )
+
+    def _draws(self, seed: int, index: str | None) -> Tensor:
+        """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone; (P,) where records are of positions."""
         key = step_key("member", 0)
         pairs = zip(self.sample_ids.tolist(), self.views.tolist(), strict=True)
-        return torch.tensor(
-            [Draws(seed, key, sample, view).uniform() for sample, view in pairs], dtype=torch.float64, device="cpu"
-        )
+        drawn = [Draws(seed, key, sample, view).uniform() for sample, view in pairs]
+        draws = torch.tensor(drawn, dtype=torch.float64, device="cpu")
+        return draws if index is None else draws.repeat_interleave(torch.from_numpy(self.positions[index].counts))

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from softcache.cache.card import codec_text
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
-from softcache.cache.plan import CLASS_OUTPUTS, MemberInfo
+from softcache.cache.plan import CLASS_OUTPUTS, FeatureInfo, MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import MANIFEST, PROVISIONAL_FORMAT, WORK
@@ -38,6 +39,7 @@ from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 from softcache.targets.described import member_codec, member_feature
 from softcache.targets.forms import JoinedForm, as_dict, as_pair
+from softcache.targets.positions import BatchPositions
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
 
@@ -83,7 +85,7 @@ class Cache:
     @property
     def num_classes(self) -> int:
         """C."""
-        return len(self.manifest.plan.class_names)
+        return self.manifest.plan.num_classes
 
     @property
     def num_views(self) -> int:
@@ -152,10 +154,8 @@ class Cache:
             (torch.Size([3, 10]), torch.float32, True)
         """
         names = self.members if members is None else members
-        arrays = {}
-        for member in names:
-            self.member(member)  # an unknown one is refused
-            arrays[member] = self._gather(member, rows, views)
+        rows, views = np.asarray(rows), np.asarray(views)
+        arrays = {member: self._gather(member, rows, views) for member in names}
         codecs = {name: self.codecs[name] for name in names if name in self.codecs}
         outputs = {name: self.member(name).output for name in names}
         others = {name: output for name, output in outputs.items() if output not in CLASS_OUTPUTS}
@@ -169,8 +169,41 @@ class Cache:
                 )
         for (member, _), cached in found.items():
             for name in cached.arrays():
-                arrays[member][name] = torch.from_numpy(self.reader.gather(member, name, rows, views))
-        return Targets(rows, views, self.samples, arrays, codecs, found, others)
+                arrays[member][name] = torch.from_numpy(self.stored(member, name, rows, views))
+        if not self.manifest.plan.indexes:
+            return Targets(rows, views, self.samples, arrays, codecs, found, others)
+        index_of: dict[str | tuple[str, str], str] = {}
+        index_of |= {name: index for name in names if (index := self.member(name).index) is not None}
+        index_of |= {key: index for key in found if (index := self._feature_info(*key).index) is not None}
+        positions = {name: self.positions(name, rows, views) for name in dict.fromkeys(index_of.values())}
+        return Targets(rows, views, self.samples, arrays, codecs, found, others, positions, index_of)
+
+    def positions(self, index: str, rows: np.ndarray, views: np.ndarray) -> BatchPositions:
+        """What an index says of B (row, view) pairs: how many positions each has, which ones, their labels.
+
+        Raises:
+            CacheError: there is no such index.
+        """
+        found, plan = self.reader.index(index), self.manifest.plan
+        rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
+        numbers, kind = found.positions(rows, views), plan.index(index)
+        return BatchPositions(
+            index,
+            numbers.offsets,
+            numbers.values,
+            found.labels(rows, views).values if kind.labels else None,
+            found.entries(rows, views).values if kind.kind == "candidates" else None,
+            found.shapes(rows, views) if kind.kind == "grid" else None,
+        )
+
+    def _feature_info(self, member: str, feature: str) -> FeatureInfo:
+        return next(info for info in self.member(member).features if info.name == feature)
+
+    def stored(self, member: str, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """The stored values of one data set of a member: (B, ...) records of B pairs, or (P, ...) of all their positions."""
+        if self.reader.index_of(member, name) is None:
+            return self.reader.gather(member, name, rows, views)
+        return self.reader.slices(member, name, rows, views).values
 
     def head(self, member: str) -> tuple[Tensor, Tensor | None] | None:
         """As `classifier`, by its old name: for one version more."""
@@ -205,29 +238,33 @@ class Cache:
 
     def _gather(self, member: str, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
         """What decoding takes of one member; the bounds are read only when asked for."""
-        if member not in self.codecs:  # of features alone
+        info = self.member(member)
+        if info.codec is None:
             return {}
         codec = self.codecs[member]
-        found = {name: self.reader.gather(member, name, rows, views) for name in codec.arrays}
+        found = {name: self.stored(member, name, rows, views) for name in codec.arrays}
         for field in codec.fields:
             if field.name == "dense":
                 raw = found["records"][:, field.offset : field.offset + 4]
                 numbers = np.ascontiguousarray(raw).view("<u4")[:, 0]
                 at = np.flatnonzero(numbers)
                 if at.size:
+                    if info.index is not None:
+                        counts = self.reader.index(info.index).counts(rows, views)
+                        rows, views = np.repeat(rows, counts), np.repeat(views, counts)
                     found["dense"] = self.reader.dense(member, rows[at], views[at], numbers[at])
                     found["dense_at"] = at
         return {name: torch.from_numpy(value) for name, value in found.items()}
 
     def eps(self, member: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(B,) float32 bound on |stored - given| over the logits of each record; CacheError where its codec has none."""
-        if member not in self.codecs:
-            raise CacheError(
-                f"member {member!r} holds features alone: it has no bound", tip="its features have errors of their own"
-            )
-        if not self.codecs[member].bounded:
-            raise CacheError(f"codec {self.codecs[member].name!r} of member {member!r} has no bound on single logits")
-        return self.reader.gather(member, "eps", rows, views).astype(np.float32)
+        """(B,) float32 bound on |stored - given| over the logits of each record; CacheError where its codec has none.
+
+        Of a member whose records are of positions (P,).
+        """
+        if self.member(member).codec is None or not self.codecs[member].bounded:
+            codec = codec_text(self.member(member).codec)
+            raise CacheError(f"codec {codec!r} of member {member!r} has no bound on single logits")
+        return self.stored(member, "eps", np.asarray(rows), np.asarray(views)).astype(np.float32)
 
     def join(
         self,

@@ -70,6 +70,12 @@ def stored_members(teacher: CachedTeacher) -> list[Stored]:
     """How the cache has the members that are combined."""
     cache, found = teacher.cache, []
     for name in teacher.members:
-        output, statistics = cache.member(name).output, cache.manifest.statistics[name]
-        found.append(Stored(name, cache.codecs.get(name), output or "", statistics.floored, statistics.records))
+        info, statistics = cache.member(name), cache.manifest.statistics[name]
+        if info.index is not None:
+            raise LossError(
+                f"member {name!r} of the cache gives {info.output or 'features'} over the index {info.index!r}, and no loss of "
+                "this version learns from that",
+                tip="choose members that have one answer for each sample: --members",
+            )
+        found.append(Stored(name, cache.codecs.get(name), info.output or "", statistics.floored, statistics.records))
     return found

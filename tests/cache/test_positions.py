@@ -55,7 +55,8 @@ def test_an_index_says_what_the_lists_say(seed: int) -> None:
     assert [found[i].tolist() for i in range(len(found))] == [list(lists[view][row]) for row, view in pairs]
     spans = {span.index: span for span in layout.spans()}
     of_pair = [spans[layout.part(row, view)] for row, view in pairs]
-    starts, counts = index.elements(*at, of_pair)
+    starts, counts = index.ranges(*at)
+    starts += [index.shift(span, view) for span, (_, view) in zip(of_pair, pairs, strict=True)]
     for (row, view), span, start, count in zip(pairs, of_pair, starts.tolist(), counts.tolist(), strict=True):
         order = listed_order(lists, span)
         assert order[start : start + count] == [(view, row, position) for position in lists[view][row]]

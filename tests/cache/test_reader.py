@@ -399,12 +399,12 @@ DAMAGE = {
     "a later format": (
         lambda p: change_manifest(p, lambda m: m.update(format=7)),
         CacheError,
-        r"written in format version 7; this softcache reads version 1[\s\S]*install a newer softcache",
+        r"written in format version 7; this softcache reads versions 1 and 2[\s\S]*install a newer softcache",
     ),
     "an earlier format": (
         lambda p: change_manifest(p, lambda m: m.update(format=0)),
         CacheError,
-        r"written in format version 0, before the format was frozen; this softcache reads version 1[\s\S]*dump again",
+        r"written in format version 0, before the format was frozen; this softcache reads versions 1 and 2[\s\S]*dump again",
     ),
 }
 

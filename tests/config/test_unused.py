@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from softcache.config import DataOptions, DumpConfig, ExportConfig, MachineOptions, PlanConfig, TrainConfig
+from softcache.config import (
+    DataOptions,
+    DumpConfig,
+    ExportConfig,
+    MachineOptions,
+    PlanConfig,
+    ShrinkConfig,
+    TrainConfig,
+)
 from softcache.config.unused import RULES, check_used, unused
 from softcache.errors import ConfigError
 from softcache.train.refuse import check
@@ -18,8 +26,10 @@ NEEDED: dict[type[Any], dict[str, Any]] = {
     TrainConfig: {"data": "d", "student": "m", "out": "nowhere"},
     PlanConfig: {"data": "d", "teacher": ("t",)},
     DumpConfig: {"data": "d", "teacher": ("t",), "out": "nowhere"},
+    ShrinkConfig: {"model": "m"},
     ExportConfig: {"to": "program"},
 }
+TAYLOR = "prune:structured,amount=0.5,importance=taylor"
 # (config, the setting in vain, what makes it count, said and not refused)
 ROWS: list[tuple[type[Any], dict[str, Any], dict[str, Any], bool]] = [
     (TrainConfig, {"members": ("a",)}, {"cache": "c"}, False),
@@ -55,6 +65,10 @@ ROWS: list[tuple[type[Any], dict[str, Any], dict[str, Any], bool]] = [
             (kind, {"order_seed": 1, "order": "natural"}, {"order": "permuted"}, True),
         )
     ),
+    (ShrinkConfig, {"cache": "c", "by": (TAYLOR,)}, {"data": "d"}, False),
+    (ShrinkConfig, {"cache": "c", "data": "d"}, {"by": (TAYLOR,)}, False),
+    (ShrinkConfig, {"out": "o", "scan": True}, {"scan": False}, False),
+    (ShrinkConfig, {"seed": 3, "scan": True}, {"scan": False}, False),
     (ExportConfig, {"opset": 18}, {"to": "onnx"}, False),
 ]
 
@@ -163,6 +177,21 @@ USED: dict[type[Any], set[str]] = {
     ExportConfig: {
         *("to", "out", "data", "classes_map", "policy", "download", "allow_code", "batch_size", "device", "threads"),
         "workers",
+    },
+    ShrinkConfig: {
+        *(
+            "model",
+            "by",
+            "data",
+            "eval_data",
+            "classes_map",
+            "policy",
+            "download",
+            "allow_code",
+            "batch_size",
+            "device",
+        ),
+        *("threads", "scan"),
     },
 }
 

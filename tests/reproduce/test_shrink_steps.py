@@ -234,6 +234,9 @@ MISTAKES = [
     (('column = "healed"\nbeside = "dense"', 'beside = "dense"\nseeds = false'), "is done once, 'dense' once for each"),
     (('label = "half"', 'label = "half"\nbeside = "dense"'), "beside is of a step that trains"),
     (('by = ["carve:width=0.5"]', 'by = ["carve:width=0.5"], out = "x"'), "shrink cannot set out"),
+    (('by = ["carve:width=0.5"]', 'by = ["carve:width=0.5"], scan = true'), "shrink cannot set scan"),
+    (('by = ["carve:width=0.5"]', "by = []"), "a step that shrinks says how"),
+    (("carve:width=0.5", 'quantise:int8", "carve:width=0.5'), "of int8 weights nothing more can be cut"),
     (('by = ["carve:width=0.5"]', 'by = ["carve:width=0.5"], seed = 3'), "seed = 3 would win over --seeds"),
     (('by = ["carve:width=0.5"]', 'by = ["carve:width=0.5"], eval_data = "tset"'), "tset"),
 ]  # fmt: skip

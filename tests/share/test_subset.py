@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,8 @@ from softcache.errors import (
 )
 from softcache.share import subset
 from softcache.share.subset import Choice
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 CODECS = (
     "float32",
@@ -669,3 +673,46 @@ def test_provenance_keeps_the_data_set(plain: softcache.Cache, pieces: str, tmp_
     shutil.copytree(tmp_path / "child", tmp_path / "bare", ignore=shutil.ignore_patterns("provenance.json", "dump"))
     cut(softcache.open(tmp_path / "bare"), tmp_path / "grandchild")
     assert json.loads((tmp_path / "grandchild" / "provenance.json").read_text())["command"]["data"] is None
+
+
+# --- of version 2: whatever has an index
+
+
+@pytest.mark.parametrize(
+    ("views", "members", "indexes"),
+    [
+        (
+            "1-2",
+            ("tagger", "segmenter", "ranker", "embedder", "layers", "strided"),
+            ["words", "cells", "list", "coarse"],
+        ),
+        ("0", ("strided",), ["words", "coarse"]),  # labels of words are part of who the samples are
+    ],
+)
+def test_a_subset_of_a_cache_of_indexes(
+    tmp_path: Path, views: str, members: tuple[str, ...], indexes: list[str]
+) -> None:
+    indexed = importlib.import_module("golden.indexed")
+    parent = Path(__file__).parents[1] / "golden" / "indexed"
+    keys, first = [f"toy/{row:04d}" for row in (2, 3, 8, 9, 11, 19)], int(views[0])
+    (tmp_path / "keys.txt").write_text("\n".join(keys))
+    choice = Choice(views=views, members=members, samples=tmp_path / "keys.txt")
+    manifest = subset.run(parent, tmp_path / "child", choice, quiet=True, batch_rows=2)
+    assert verify.run(tmp_path / "child", full=True, quiet=True).faults == []
+    child = CacheReader(tmp_path / "child")
+    assert [index.name for index in manifest.plan.indexes] == indexes
+    assert bool(child.candidates()) == ("list" in indexes)
+    rows = np.arange(len(keys))
+    for view in range(manifest.plan.views.count):
+        for member in members:
+            for name in indexed.MEMBERS[member][1]:
+                at = (rows, np.full(len(rows), view))
+                plain = indexed.index_of(member, name) is None
+                found = child.gather(member, name, *at) if plain else child.slices(member, name, *at).values
+                wanted = indexed.records_of(member, name, [int(key[-4:]) for key in keys], first + view)
+                assert found.tobytes() == wanted.tobytes(), (member, name, view)
+    labels = child.index("words").labels(rows, np.zeros_like(rows)).values.tolist()
+    assert labels == [label for key in keys for label in indexed.labels_of(int(key[-4:]))]
+    counted = {name: s.records for name, s in manifest.statistics.items()}
+    of_strided = [(int(key[-4:]), first + view) for key in keys for view in range(manifest.plan.views.count)]
+    assert counted["strided"] == sum(len(indexed.listed_of("coarse", *place)) for place in of_strided)

@@ -22,12 +22,14 @@ from softcache.errors import ConfigError, ModelError, SoftcacheError
 from softcache.files import durable
 from softcache.models import Model, Projector, Shrunk, graft, initialise, load_model, save_student
 from softcache.models.shrunk import BATCH_NORMS, shrink_by
+from softcache.models.weights import reshrink
 from softcache.students import cost, shrink
 from softcache.students.carve import carve, find_stacks, spread_blocks
 from softcache.students.channels import channel_groups, kept_without, without_effect
 from softcache.students.cost import multiply_adds
+from softcache.students.importance import filter_norms
 from softcache.students.low_rank import low_rank
-from softcache.students.prune import importances, left_of, prune_channels, prune_weights
+from softcache.students.prune import left_of, prune_channels, prune_weights
 from softcache.students.samples import Samples
 
 JOINED = WORLDS / "joined_channels.py"
@@ -143,7 +145,7 @@ def test_the_smallest_filters_go(norm: str) -> None:
     norms = weight.abs().sum(1) if norm == "l1" else weight.square().sum(1).sqrt()
     group = next(g for g in channel_groups(samples.model.net, samples.run) if g.name == "0")
     order = [unit["0", "out"][0] for unit in group.units]
-    assert torch.allclose(importances(samples.model.net, group, norm), norms[order])
+    assert torch.allclose(filter_norms(samples.model.net, group, norm), norms[order])
     record, _ = prune_channels(samples.model.net, samples, amount=0.5, importance=norm)
     assert record.kept["0"]["out"] == tuple(sorted(norms.argsort(descending=True)[:8].tolist()))
     assert record.kept["1"]["out"] == record.kept["0"]["out"]
@@ -452,6 +454,33 @@ def test_a_smaller_student_begins_with_its_own_channels_of_another_network(run: 
     assert all(torch.equal(wanted[name], tensor) for name, tensor in model.net.state_dict().items())
 
 
+@pytest.mark.parametrize("first", ["carve:depth=0.5", "carve:width=0.7", "prune:structured,amount=0.4"])
+def test_a_smaller_student_begins_with_its_own_channels_of_a_smaller_network(run: Path, first: str) -> None:
+    """Whatever was left out of the other one before: the channels are those of the whole network that both come from."""
+    source, student = (load_model(str(run), num_classes=4) for _ in range(2))
+    net, samples = source.net, samples_of(source)
+    source.shrunk, _ = shrink.Method.parse(first).apply(samples)
+    save_student(source, run / "first.safetensors", metadata={})
+    later, _ = carve(net, samples, width=0.6)
+    reshrink(student, source.shrunk.then(later), "the student", most=10**9)
+    for parameter in student.parameters():
+        parameter.data.zero_()
+    done = initialise(student, str(run / "first.safetensors"))
+    assert done.taken == done.numbers and not done.left
+    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in student.net.state_dict().items())
+
+
+def test_where_a_smaller_network_has_other_channels_its_own_are_taken_if_they_fit(run: Path) -> None:
+    """Two of the same widths: the other one as it is, or nothing would fit together."""
+    even, large = (load_model(str(run), num_classes=4) for _ in range(2))
+    even.shrunk, _ = carve(even.net, samples_of(even), width=0.5)
+    large.shrunk, _ = prune_channels(large.net, samples_of(large), amount=0.5)
+    assert even.shrunk != large.shrunk
+    save_student(large, run / "large.safetensors", metadata={})
+    assert not initialise(even, str(run / "large.safetensors")).left
+    assert all(torch.equal(even.net.state_dict()[name], tensor) for name, tensor in large.net.state_dict().items())
+
+
 def test_zeros_that_nothing_holds_are_told_before_training(
     run: Path, tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -510,7 +539,7 @@ MISTAKES = [
     ("prune:unstructured,amount=1", "amount=1: is a share, more than 0 and less than 1", "amount=0.5"),
     ("prune:unstructured,amount=half", "'half' is not a number", ""),
     ("prune:unstructured,amount=0.5,scope=all", "scope=all: is none", "scope=global or scope=layer"),
-    ("prune:structured,amount=0.5,importance=taylor", "importance=taylor: is none", "importance=l1 or importance=l2"),
+    ("prune:structured,amount=0.5,importance=taylor", "there are no samples", "soft targets or labels"),
     ("prune:structured,amount=0.01", "no channels can be left out", "lowrank"),
     ("lowrank", "lowrank wants either energy or rank", "lowrank:energy=0.95"),
     ("lowrank:energy=2", "lowrank:energy=2: is a share", "energy=0.95"),

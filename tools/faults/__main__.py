@@ -9,6 +9,7 @@
     python tools/faults many                      8 dumpers and 16 readers on one folder
     python tools/faults term --count 50           SIGTERM of `softcache train`, on one process and two, with workers and without
     python tools/faults --quick                   a few trials of each; `kill --quick`: of one
+    python tools/faults kill --format 2           of version 2 (prefixes and errno too): indexes, lists, embeddings
 
 The writer is small, torch-free and deterministic: two members, views, dense rows, constants, a probe, two parts, and an
 extension by one view. After whatever happened a reader must meet the old cache, the new one, or "unfinished"; nothing that
@@ -34,11 +35,13 @@ from faults.fulldisk import fill_up, fulldisk
 from faults.kill import kill, kill_full_command
 from faults.prefixes import prefixes
 from faults.report import Report
+from faults.small_dump import use
 from faults.strace import may_trace, record_of, strace
 from faults.term import term
 from faults.watched import Call, one_of_each
 
 COMMANDS = ("kill", "prefixes", "strace", "errno", "fulldisk", "many", "term")
+OF_BOTH = ("kill", "prefixes", "errno")  # versions of the format
 MEMORY = Path("/dev/shm")  # an fsync costs nothing there
 
 
@@ -77,6 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument("--quick", action="store_true", help="a few trials")
         sub.add_argument("--json", action="store_true", help="the counts for machines")
         sub.add_argument("--seed", type=int, default=0)
+    for name in OF_BOTH:
+        subs[name].add_argument("--format", type=int, choices=(1, 2), default=1)
     subs["kill"].add_argument("--count", type=int, default=1000)
     subs["kill"].add_argument("--full-command", type=int, metavar="N", help="kill `softcache dump` N times instead")
     subs["fulldisk"].add_argument("--steps", type=int, default=60)
@@ -94,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace, root: Path) -> Report:
     quick = arguments.quick
+    use(getattr(arguments, "format", 1))
     if arguments.command == "kill" and arguments.full_command:
         return kill_full_command(root, 1 if quick else arguments.full_command, arguments.seed)
     if arguments.command == "kill":

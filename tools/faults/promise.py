@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from faults.report import demand
-from faults.small_dump import ROWS, codes_at, logits_at, write_cache, write_part
+from faults.small_dump import FORMAT, ROWS, codes_at, logits_at, write_cache, write_part
 from faults.watched import Call, Recorder, layer
+from golden import indexed
 from softcache.cache.dump_folder import read_journals
 from softcache.cache.manifest import read_manifest
 from softcache.cache.reader import CacheReader
@@ -75,6 +76,8 @@ def judge(path: Path, expected: Expected) -> str:
         demand(not (path / "dump").exists(), "a dump under way is not recognised")
         return "nothing"
     demand(manifest.id in expected.ids, f"the id is {manifest.id}")
+    for one in getattr(manifest.files, "lists", ()):
+        demand(hashlib.sha256(found.get(one.path, b"")).hexdigest() == one.sha256, f"{one.path} is not whole")
     for file in manifest.files:
         data = found.get(file.path, b"")
         demand(
@@ -88,6 +91,8 @@ def read_everything(path: Path, id: str | None = None) -> int:
     """Every record of the cache through the reader; Broken if one is not the one that was written. Returns the views."""
     reader = CacheReader(path, id=id, check_blocks="always")
     views = reader.manifest.plan.views.count
+    if FORMAT["version"] == 2:
+        return _read_indexed(reader)
     at = np.repeat(np.arange(ROWS), views), np.tile(np.arange(views), ROWS)
     demand(np.array_equal(reader.gather("plain", "logits", *at), logits_at(*at)), "other logits")
     demand(np.array_equal(reader.gather(None, "pixel_digests", *at), at[0] * 3 + at[1]), "other pixel digests")
@@ -99,6 +104,20 @@ def read_everything(path: Path, id: str | None = None) -> int:
     demand(np.array_equal(dense, logits_at(*at)[kept].astype("<f2")) and len(kept) == 7 * views, "other dense rows")
     demand(len(reader.samples) == ROWS, "other samples")
     return views
+
+
+def _read_indexed(reader: CacheReader) -> int:
+    """The same of version 2."""
+    plan, rows = reader.manifest.plan, np.arange(indexed.ROWS)
+    for member in (member.name for member in plan.members):
+        for name in indexed.MEMBERS[member][1]:
+            for view in range(plan.views.count):
+                at, plain = (rows, np.full(len(rows), view)), indexed.index_of(member, name) is None
+                found = reader.gather(member, name, *at) if plain else reader.slices(member, name, *at).values
+                wanted = indexed.records_of(member, name, rows.tolist(), view)
+                demand(found.tobytes() == wanted.tobytes(), f"other records of {member}")
+    demand(len(reader.samples) == indexed.ROWS, "other samples")
+    return plan.views.count
 
 
 def resume(path: Path, expected: Expected) -> None:

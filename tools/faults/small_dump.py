@@ -1,4 +1,4 @@
-"""A small dump, torch-free and deterministic: two parts, and an extension by one view."""
+"""A small dump, torch-free and deterministic: two parts, and an extension by one view; of version 2 by a member and its index."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from faults.report import demand
+from golden import indexed
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.samples import build_table
@@ -22,6 +23,14 @@ from softcache.cache.write.writer import CacheWriter, Part, Setup
 ROWS, CLASSES = 600, ("ant", "bee", "cat", "dog")
 FIRST = Layout(num_rows=ROWS, num_views=2, shard_rows=512, shard_views=2)
 SECOND = Layout(num_rows=ROWS, num_views=1, shard_rows=512, shard_views=1, first_view=2, first_part=len(FIRST))
+
+
+FORMAT = {"version": 1}  # which of the two; see `use`
+
+
+def use(version: int) -> None:
+    """Dump caches of this version from here on."""
+    FORMAT["version"] = version
 
 
 def logits_at(rows: np.ndarray, views: np.ndarray) -> np.ndarray:
@@ -109,7 +118,9 @@ def _batches(span: Span) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def write_part(path: Path, part: Part, *, extend: bool = False, pause_s: float = 0.0) -> Manifest | None:
-    """One process's share of the dump, or of its extension by a view."""
+    """One process's share of the dump, or of its extension."""
+    if FORMAT["version"] == 2:
+        return indexed.write_round(path, 1 + extend, part, at_row=lambda: time.sleep(pause_s))
     base = read_manifest(path) if extend else None
     if base is not None and len(base.plan.rounds) == 2:
         return base

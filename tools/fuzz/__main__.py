@@ -6,6 +6,7 @@ grows. A file goes through the HDF5 library only in the structural check's child
 
 python tools/fuzz --mutants 100000 --seed 0
 python tools/fuzz --flips 10000 --truncations 1000      single damages instead: is each of them found?
+python tools/fuzz --format 2 ...                        of a cache of version 2: indexes, lists, members without classes
 python tools/fuzz --quick                               a few of each
 """
 
@@ -21,8 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fuzz.damages import damages
-from fuzz.mutants import HANG_S, Fuzz, resident_bytes
-from hostile.honest import make_honest
+from fuzz.mutants import HANG_S, Fuzz, make_honest_of, resident_bytes
 
 
 def main() -> int:
@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=0)
     parser.add_argument("--truncations", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", type=int, choices=(1, 2), default=1, help="version of the cache")
     parser.add_argument(
         "--findings", type=Path, default=Path("fuzz-findings"), help="folder for mutants that did wrong"
     )
@@ -46,18 +47,18 @@ def main() -> int:
     bad = 0
     try:
         if args.mutants:
-            bad += mutants_report(folder, args.mutants, args.seed, args.findings)
+            bad += mutants_report(folder, args.mutants, args.seed, args.findings, args.format)
         if args.flips or args.truncations:
-            make_honest(folder / "damaged")
+            make_honest_of(folder / "damaged", args.format)
             bad += damages_report(damages(folder / "damaged", args.flips, args.truncations, args.seed))
     finally:
         shutil.rmtree(folder)
     return 1 if bad else 0
 
 
-def mutants_report(folder: Path, mutants: int, seed: int, findings: Path) -> int:
+def mutants_report(folder: Path, mutants: int, seed: int, findings: Path, format: int) -> int:
     started = time.monotonic()
-    fuzz = Fuzz(folder, seed, findings)
+    fuzz = Fuzz(folder, seed, findings, format)
     fuzz.run(mutants)
     growth = (resident_bytes() - fuzz.memory_before) / 2**20
     tally = fuzz.tally

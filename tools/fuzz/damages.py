@@ -19,7 +19,9 @@ from softcache.errors import SoftcacheError
 def damages(root: Path, flips: int, truncations: int, seed: int) -> dict[str, int]:
     """Flip bits and cut files one at a time; what was found, and what was not."""
     honest = read_everything(root)
-    files = [*read_manifest(root).files, None]  # None: the manifest
+    manifest = read_manifest(root)
+    # None: the manifest; of version 2 its lists too
+    files = [*manifest.files, None, *(one.path for one in getattr(manifest.files, "lists", ()))]
     draw, counts = random.Random(seed), Counter[str]()
     real = verify.structure_faults
     # it comes after the hashes and can only find more: left out, so that a run takes milliseconds
@@ -27,12 +29,14 @@ def damages(root: Path, flips: int, truncations: int, seed: int) -> dict[str, in
     try:
         for number in range(flips + truncations):
             file = draw.choice(files)
-            path = root / (file.path if file else "manifest.json")
+            path = root / (file if isinstance(file, str) else file.path if file else "manifest.json")
             data = path.read_bytes()
             if number < flips:
                 changed = bytearray(data)
                 places: Sequence[int] = range(len(data))
-                if file and number % 2:  # most of such small files is padding: half of the flips go to the data sets
+                if (
+                    file and not isinstance(file, str) and number % 2
+                ):  # most of such small files is padding: half of the flips go to the data sets
                     places = draw.choice(
                         [range(a.offset, a.offset + a.nbytes) for a in file.arrays.values() if a.nbytes]
                     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +21,8 @@ import numpy as np
 import softcache
 from fuzz.mutations import mutate_bytes, mutate_json
 from fuzz.refit import guarded_parts, refitted, with_fitting_metadata
-from hostile.forge import dumps
+from golden.indexed import make_indexed
+from hostile.forge import dumps, relisted
 from hostile.honest import make_honest
 from hostile.judge import read_stored, same
 from softcache.cache.file_entry import StoredFile
@@ -50,16 +53,19 @@ class Fuzz:
         findings: where mutants are written that did what must not happen.
     """
 
-    def __init__(self, folder: Path, seed: int, findings: Path) -> None:
-        self.root, self.seed, self.kept = folder / "cache", seed, findings
+    def __init__(self, folder: Path, seed: int, findings: Path, format: int = 1) -> None:
+        self.root, self.seed, self.kept, self.format = folder / "cache", seed, findings, format
         self.batch_root = folder / "batch"
         self.batch_root.mkdir(parents=True)
-        make_honest(self.root)
+        make_honest_of(self.root, format)
         self.manifest_bytes = (self.root / "manifest.json").read_bytes()
         self.entry = json.loads(self.manifest_bytes)
         self.manifest = read_manifest(self.root)
         self.honest = read_stored(CacheReader(self.root))
         self.files = {file.path: (self.root / file.path).read_bytes() for file in self.manifest.files}
+        self.lists = {
+            one.path: (self.root / one.path).read_bytes() for one in getattr(self.manifest.files, "lists", ())
+        }
         self.guarded = {f.path: guarded_parts(self.files[f.path], f) for f in self.manifest.files}
         self.places = {f.path: self._places(f) for f in self.manifest.files}
         self.batch: list[tuple[str, StoredFile]] = []
@@ -76,7 +82,9 @@ class Fuzz:
     def run(self, mutants: int) -> None:
         for number in range(mutants):
             draw = random.Random(f"{self.seed}/{number}")
-            if number % 2:
+            if number % 4 == 3 and self.lists:
+                self._list_mutant(number, draw)
+            elif number % 2:
                 self._manifest_mutant(number, draw)
             else:
                 self._file_mutant(number, draw)
@@ -136,6 +144,29 @@ class Fuzz:
         if fitted != self.manifest_bytes:
             self._try(f"manifest recomputed {name}", fitted, lambda: self._open_recomputed(fitted))
 
+    def _list_mutant(self, number: int, draw: random.Random) -> None:
+        """A list of version 2: as it is, and with a manifest that names it as it is now."""
+        relative = draw.choice(list(self.lists))
+        honest = self.lists[relative]
+        if draw.random() < 0.7:
+            data = dumps(mutate_json(json.loads(honest), draw))
+        else:
+            data = mutate_bytes(honest, draw, range(len(honest)))
+        if data == honest:
+            return
+        (self.root / relative).write_bytes(data)
+        try:
+            self._try(f"list as it is #{number}", data, lambda: self._read(CacheReader(self.root)))
+            entry = json.loads(self.manifest_bytes)
+            about = next(one for one in entry["lists"] if one["path"] == relative)
+            about.update(bytes=len(data), sha256=sha256(data).hexdigest())
+            with suppress(Exception):  # what fits as well as it can
+                about.update(files=len(json.loads(data)), file_bytes=sum(file["bytes"] for file in json.loads(data)))
+            fitted = dumps(entry)
+            self._try(f"list recomputed #{number}", data, lambda: self._open_recomputed(fitted))
+        finally:
+            (self.root / relative).write_bytes(honest)
+
     def _open_as_it_is(self, data: bytes) -> str:
         Manifest.from_bytes(data, self.root / "manifest.json")
         (self.root / "manifest.json").write_bytes(data)  # it parses: now with the folder that its id must be in
@@ -147,7 +178,7 @@ class Fuzz:
     def _open_recomputed(self, data: bytes) -> str:
         Manifest.from_bytes(data, self.root / "manifest.json")
         with self._published(data):
-            cache = softcache.open(self.root)
+            cache = softcache.open(self.root, quiet=True)
             outcome = self._read(cache.reader)
             decode(cache, cache.members)
         return "the same numbers" if outcome == "the same numbers" else "another description of the same bytes"
@@ -186,9 +217,15 @@ class Fuzz:
         return "the same numbers" if same(part_of(reader, file), part_of_honest(self.honest, file)) else "OTHER NUMBERS"
 
     def _open_file(self, file: StoredFile, entry: StoredFile) -> str:
-        changed = replace(self.manifest, files=[entry if f is file else f for f in self.manifest.files])
-        with self._published(changed.to_bytes()):
-            cache = softcache.open(self.root)
+        if self.lists:
+            changed, lists = relisted(self.manifest, {entry.path: entry})
+        else:
+            changed, lists = (
+                replace(self.manifest, files=[entry if f is file else f for f in self.manifest.files]),
+                {},
+            )
+        with self._published(changed.to_bytes()), put_in_place(self.root, lists):
+            cache = softcache.open(self.root, quiet=True)
             found = same(part_of(cache.reader, file), part_of_honest(self.honest, file))
             decode(cache, [file.member] if file.member else cache.members[:1])
         return "the same numbers" if found else "the numbers that were put there"
@@ -212,6 +249,27 @@ class Fuzz:
         self.batch.clear()
         shutil.rmtree(self.batch_root)
         self.batch_root.mkdir()
+
+
+def make_honest_of(path: Path, format: int) -> None:
+    """The honest cache of a version."""
+    if format == 1:
+        make_honest(path)
+    else:
+        make_indexed(path, shard_rows=32)
+
+
+@contextmanager
+def put_in_place(root: Path, files: Mapping[str, bytes]) -> Iterator[None]:
+    """Other bytes in these files; those of before at the end."""
+    before = {name: (root / name).read_bytes() for name in files}
+    try:
+        for name, data in files.items():
+            (root / name).write_bytes(data)
+        yield
+    finally:
+        for name, data in before.items():
+            (root / name).write_bytes(data)
 
 
 class Published:
@@ -240,19 +298,32 @@ def part_of(reader: CacheReader, file: StoredFile) -> dict[str, np.ndarray]:
         return {f"probe/{name}": value for name, value in reader.probe().items()}
     if file.kind == "constants" and file.member:
         return {f"{file.member}/{name}": value for name, value in reader.constants(file.member).items()}
+    if file.kind == "positions" and file.index:
+        rounds = enumerate(reader.index(file.index).rounds())
+        return {f"{file.index}-{n}/{name}": value for n, one in rounds for name, value in one.arrays().items()}
+    if file.kind == "candidates":
+        return {f"candidates/{name}": value for name, value in reader.candidates().items()}
     if file.kind == "dense":
         MappedFile(reader.files, next(f for f in reader.manifest.files if f.path == file.path)).arrays()
         return {}
     views, rows = (part.reshape(-1) for part in np.mgrid[: plan.views.count, : plan.samples.count])
-    names = ["pixel_digests"] if file.member is None else reader.array_kinds(file.member)
-    return {f"{file.member}/{name}": reader.gather(file.member, name, rows, views) for name in names}
+    if file.member is None:
+        return {f"None/{name}": reader.gather(None, name, rows, views) for name in plan.views.digests}
+    found = {}
+    for name in reader.array_kinds(file.member):
+        plain = reader.index_of(file.member, name) is None
+        at = (file.member, name, rows, views)
+        found[f"{file.member}/{name}"] = reader.gather(*at) if plain else reader.slices(*at).values
+    return found
 
 
 def part_of_honest(honest: dict[str, np.ndarray], file: StoredFile) -> dict[str, np.ndarray]:
     if file.kind == "dense":
         return {}
-    if file.kind in ("samples", "probe"):
+    if file.kind in ("samples", "probe", "candidates"):
         return {name: value for name, value in honest.items() if name.startswith(f"{file.kind}/")}
+    if file.kind == "positions":
+        return {name: value for name, value in honest.items() if re.match(rf"{file.index}-\d+/", name)}
     constants = file.kind == "constants"
     return {
         name: value
@@ -267,7 +338,8 @@ def decode(cache: softcache.Cache, members: Sequence[str]) -> None:
     features = sorted({name for member in members for name in cache.features[member]})
     targets = cache.gather(rows, views, members=members, features=features)
     for member in members:
-        targets.logits(member)
+        if member in cache.codecs:
+            targets.logits(member)
         for name in cache.features[member]:
             targets.feature(name, member)
 

@@ -73,4 +73,14 @@ def refitted(data: bytes, file: StoredFile) -> tuple[bytes, StoredFile]:
         stop = array.offset + array.nbytes
         values = [zlib.crc32(fitted[at : min(at + BLOCK_BYTES, stop)]) for at in starts]
         fitted[sums.offset : sums.offset + sums.nbytes] = np.array(values, "<u4").tobytes()
-    return bytes(fitted), replace(file, nbytes=len(fitted), sha256=sha256(fitted).hexdigest())
+    return bytes(fitted), replace(
+        file, nbytes=len(fitted), sha256=sha256(fitted).hexdigest(), checksums=_of_sums(file, bytes(fitted))
+    )
+
+
+def _of_sums(file: StoredFile, data: bytes) -> str | None:
+    """The sha256 of the checksums that lie in a file of version 2, as far as they do."""
+    if file.checksums is None:
+        return None
+    sums = [file.arrays[name] for name in sorted(file.arrays) if name.endswith("_crc32")]
+    return sha256(b"".join(bytes(data[one.offset : one.offset + one.nbytes]) for one in sums)).hexdigest()

@@ -235,10 +235,10 @@ def _append(out: Any, member: str, rows: Sequence[int], view: int) -> None:
     out.append(member, arrays, MemberStatistics(records=count))
 
 
-def make_indexed(path: Path, *, parts: int = 1, rounds: int = 3) -> Manifest:
+def make_indexed(path: Path, *, parts: int = 1, rounds: int = 3, shard_rows: int = 8) -> Manifest:
     """The whole cache, each round shared by so many processes, one after the other."""
     for number in range(1, rounds + 1):
         for index in range(1, parts + 1):
-            made = write_round(path, number, Part(index, parts))
+            made = write_round(path, number, Part(index, parts), shard_rows=shard_rows)
     assert made is not None
     return made

@@ -6,12 +6,15 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from softcache.cache.file_entry import StoredFile
+from softcache.cache.file_lists import ListedFiles
+from softcache.cache.manifest import Manifest
 from softcache.cache.schema import BLOCK_BYTES, ArraySpec
 from softcache.cache.write.shard import write_shard
 
@@ -106,6 +109,19 @@ class Forge:
             old.unlink()
         (self.root / "manifest.json").write_bytes(data)
         (self.root / "manifests" / f"{hashlib.sha256(data).hexdigest()}.json").write_bytes(data)
+
+
+def relisted(manifest: Manifest, changed: Mapping[str, StoredFile]) -> tuple[Manifest, dict[str, bytes]]:
+    """A manifest of version 2 with other entries for some paths, and the bytes of all its lists."""
+    files, lists, data = manifest.files, [], {}
+    assert isinstance(files, ListedFiles)
+    for number, one in enumerate(files.lists):
+        piece = [changed.get(file.path, file) for file in files.read(number)]
+        data[one.path] = dumps([file.to_json() for file in piece])
+        size = sum(file.nbytes for file in piece)
+        digest = hashlib.sha256(data[one.path]).hexdigest()
+        lists.append(replace(one, nbytes=len(data[one.path]), sha256=digest, file_bytes=size))
+    return replace(manifest, files=ListedFiles(files.root, files.plan, lists)), data
 
 
 Gate = Literal["open", "verify"]

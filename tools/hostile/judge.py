@@ -26,10 +26,17 @@ def read_stored(reader: CacheReader) -> dict[str, np.ndarray]:
     found = {f"samples/{name}": value for name, value in samples.arrays().items()}
     found |= {f"probe/{name}": value for name, value in reader.probe().items()}
     for member in [None, *(m.name for m in plan.members)]:
-        for name in ["pixel_digests"] if member is None else reader.array_kinds(member):
-            found[f"{member}/{name}"] = reader.gather(member, name, rows, views)
+        for name in plan.views.digests if member is None else reader.array_kinds(member):
+            if reader.index_of(member, name) is None:
+                found[f"{member}/{name}"] = reader.gather(member, name, rows, views)
+            elif member is not None:
+                found[f"{member}/{name}"] = reader.slices(member, name, rows, views).values
         if member is not None:
             found |= {f"{member}/{name}": value for name, value in reader.constants(member).items()}
+    found |= {f"candidates/{name}": value for name, value in reader.candidates().items()}
+    for index in plan.indexes:
+        for number, positions in enumerate(reader.index(index.name).rounds()):
+            found |= {f"{index.name}-{number}/{name}": value for name, value in positions.arrays().items()}
     return found
 
 
@@ -40,7 +47,8 @@ def read_decoded(cache: softcache.Cache) -> dict[str, np.ndarray]:
     targets = cache.gather(rows, views, features=features)
     found = {"labels": targets.labels.numpy(), "keys": np.array([cache.samples.key(row) for row in range(len(cache))])}
     for member in cache.members:
-        found[f"{member}/logits"] = targets.logits(member).numpy()
+        if member in cache.codecs:
+            found[f"{member}/logits"] = targets.logits(member).numpy()
         found |= {f"{member}/{name}": targets.feature(name, member).numpy() for name in cache.features[member]}
         cache.classifier(member)
     return found

@@ -299,9 +299,9 @@ _shtab_softcache_reproduce_defaults_added=0
 
 _shtab_softcache_shrink_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "*--by[carve\:depth\=0.5, carve\:width\=0.5, carve\:keep\=NAMES, prune\:structured,amount\=0.3, prune\:unstructured,amount\=0.5, lowrank\:energy\=0.95, lowrank\:rank\=0.25, quantise\:int8\; repeat to do one after the other]:METHOD:"
+  "*--by[carve\:depth\=0.5, carve\:width\=0.5, carve\:keep\=NAMES, prune\:structured,amount\=0.3, prune\:structured,target\=macs\:0.5, prune\:unstructured,amount\=0.5, lowrank\:energy\=0.95, lowrank\:rank\=0.25, quantise\:int8\; repeat to do one after the other]:METHOD:"
   "--out[run folder of the smaller model]:DIR:_files -/"
-  "--data[samples by which lowrank and quantise choose and BatchNorm is measured anew\; labels are not used]:DATA:"
+  "--data[samples by which a method chooses and BatchNorm is measured anew\; labels matter to taylor alone]:DATA:"
   "--eval-data[data set on which both models are measured]:DATA:"
   "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
   "*--policy[deterministic view steps (default\: those of the run)]:STEP:"
@@ -311,6 +311,8 @@ _shtab_softcache_shrink_options=(
   "--seed[weights of layers that begin anew]:SEED:"
   "--device[where it is measured (default\: auto)]:DEVICE:"
   "--threads[CPU threads (default\: all cores this process may use)]:N:"
+  "--cache[soft targets of --data, by which prune\:structured,importance\=taylor chooses]:DIR:_files -/"
+  "--scan[how much worse it is when one layer alone loses 30, 50 and 70 \% of its channels\; writes nothing]"
   "--config[settings from a TOML file]:FILE:_files"
   "*--set[one setting\; repeat]:KEY=VALUE:"
   "--print-config[show every setting and where it came from, and stop]"
