@@ -218,7 +218,7 @@ LOSSES: dict[str, Loss] = {
     "crd": Loss(Crd, "Tian, Krishnan, Isola 2020", over="batch", features=(*VECTORS, "map")),
     "srrl": Loss(srrl, "Yang et al. 2021", features=(*LAYER_VECTORS, "map"), widths=True, adapter="linear"),
     # values
-    "mse": Loss(mse, "Bucilua, Caruana, Niculescu-Mizil 2006", features=(OUTPUT,), widths=True),
+    "mse": Loss(mse, "Bucilua et al. 2006", features=(OUTPUT,), widths=True),
     "huber": Loss(huber, "Huber 1964", features=(OUTPUT,), widths=True),
     # maps, or what is kept of them
     "fitnet": Loss(hint, "Romero et al. 2015", features=("map",), layers="middle", widths=True, adapter="linear"),

@@ -21,7 +21,7 @@ def mse(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
 
-    Source: as in Bucilua, Caruana, Niculescu-Mizil, "Model Compression" (2006), section 2, of a regression.
+    Source: as in Bucilua et al., "Model Compression" (2006), section 2, of a regression.
     """
     student, teacher = aligned(student_features, teacher_features, "(B, K) of one shape")
     return F.mse_loss(student, teacher)

@@ -97,7 +97,7 @@ def _check_classes(term: LossTerm, members: Sequence[Stored]) -> None:
     others = [
         f"{member.name!r} gave {member.output or 'features alone'}" for member in members if not member.has_classes
     ]
-    if len(others) < len(members):
+    if not others or len(others) < len(members):
         return
     on_output = (
         "mse or huber" if any(member.output == "values" for member in members) else "cosine, hint or relational_kl"

@@ -178,12 +178,12 @@ def test_a_promise_picks_the_smallest_codec_that_keeps_it_and_plan_foresees_its_
 ) -> None:
     settings = {"data": f"{WORLD}:images?count=600", "teacher": (f"{EMBEDDER}&width=64",), "threads": 1, "workers": 0}
     cache = quick_dump(**settings, codec=None, max_relative_error=0.02)
-    assert cache.codecs["embedder"].name == "int8"
+    assert cache.codecs["embedder"].text == "int8:group=64"
     assert dict(cache.member("embedder").promise or {}) == {"max_relative_error": "0.02"}
     found = forecast.run(
         PlanConfig(**settings, max_relative_error=0.02), quiet=True, trial_rows=(256, 256), trial_seconds=0.1
     )
-    assert found.chosen == "int8"
+    assert found.chosen == "int8:group=64"
     assert found.choice.nbytes == pytest.approx(cache.manifest.nbytes, rel=0.02)
     assert "relative error" in found.text() and "KL" not in found.text()
 
