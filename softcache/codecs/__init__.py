@@ -58,7 +58,7 @@ def make_codec(name: str, parameters: Mapping[str, str], num_classes: int) -> Co
         raise ConfigError(f"unknown codec {name!r}", tip=nearest(name, CODECS))
     kind = CODECS[name]
     hints = inspect.get_annotations(kind.__init__, eval_str=True)
-    known = list(kind(num_classes).parameters)
+    known = kind.parameter_names()
     values = {}
     for key, text in parameters.items():
         if key not in known:

@@ -69,12 +69,20 @@ class Codec(ABC):
 
     num_classes: int
 
+    @classmethod
+    def parameter_names(cls) -> list[str]:
+        """What can be chosen."""
+        return [f.name for f in fields(cls) if f.init and f.repr and f.name != "num_classes"]
+
     @property
     def parameters(self) -> dict[str, str]:
         """What was chosen, as the manifest keeps it; `make_codec` reads it back."""
-        return {
-            f.name: str(getattr(self, f.name)) for f in fields(self) if f.init and f.repr and f.name != "num_classes"
-        }
+        return {name: str(getattr(self, name)) for name in self.parameter_names()}
+
+    @property
+    def format(self) -> int:
+        """The first version of the format that knows these records."""
+        return 1
 
     @property
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""`int8`: all classes in one byte each, with a scale of the row's own."""
+"""`int8`: all classes in one byte each, with a scale of the row's own, or of each group of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softcache.codecs.codec import Codec
 from softcache.codecs.records import Field, lay_out, read_field, write_fields
+from softcache.errors import CodecRangeError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,41 @@ class Int8Codec(Codec):
     a step, the mean KL(p_T || p'_T) is about mean(step**2) / (24 T**2).
     Decoding is one product and one sum, each rounded once: the same on every device.
     A row whose range is beyond float32 gets an error beyond float16, which is refused where eps is made.
+
+    With `group` each group of so many classes has a step and a lowest of its own, in float16: 4 bytes a group, and a class far
+    from the others spoils its group alone. Codes are made with what is stored.
+
+    Attributes:
+        group: classes a group; 0: the whole row is one, with a scale in float32.
     """
 
     name: ClassVar[str] = "int8"
 
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group < 0:
+            raise ConfigError(f"codec int8: group={self.group}: must be at least 1, or 0 for one scale a row")
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {"group": str(self.group)} if self.group else {}
+
+    @property
+    def format(self) -> int:
+        return 2 if self.group else 1
+
     @property
     def fields(self) -> tuple[Field, ...]:
-        return lay_out([("lowest", "<f4", ()), ("step", "<f4", ()), ("codes", "|u1", (self.num_classes,))])
+        codes = ("codes", "|u1", (self.num_classes,))
+        if self.group:
+            groups = -(-self.num_classes // self.group)
+            return lay_out([("lowest", "<f2", (groups,)), ("step", "<f2", (groups,)), codes])
+        return lay_out([("lowest", "<f4", ()), ("step", "<f4", ()), codes])
 
     def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
+        if self.group:
+            return {"records": write_fields(self.fields, grouped(logits, self.group))}
         lowest, highest = logits.amin(dim=1), logits.amax(dim=1)
         step = step_of(lowest, highest, 255)
         codes = codes_of(logits, lowest, step, 255)
@@ -37,7 +64,45 @@ class Int8Codec(Codec):
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
         lowest, step, codes = (read_field(arrays["records"], field) for field in self.fields)
+        if self.group:
+            own = torch.arange(self.num_classes, device=codes.device) // self.group
+            return codes.float().mul_(step.float()[:, own]).add_(lowest.float()[:, own])
         return from_codes(codes, lowest, step)
+
+
+def grouped(values: Tensor, group: int) -> dict[str, Tensor]:
+    """`lowest` and `step`, (B, G) float16, and (B, W) `codes` of values in groups of their own; the last may be shorter.
+
+    Raises:
+        CodecRangeError: a group that float16 cannot hold.
+    """
+    count, width = values.shape
+    groups = -(-width // group)
+    filled = torch.cat([values, values[:, -1:].expand(count, groups * group - width)], dim=1)
+    cells = filled.reshape(count, groups, group)
+    smallest, largest = cells.amin(dim=2), cells.amax(dim=2)
+    lowest = -round_up(-smallest)  # not above the smallest
+    step = round_up((largest - lowest.float()) / 255)
+    # on a GPU looking here would stall the teacher: there `eps` comes out infinite, and the dump refuses that
+    if not values.is_cuda and not bool((lowest.isfinite() & step.isfinite()).all()):
+        raise CodecRangeError(
+            f"float16 holds the scales of groups up to 65504, found {values.abs().amax().item():.6g}",
+            tip="use int8 without groups (group=0), whose scales are float32",
+        )
+    divisor = torch.where(step > 0, step.float(), 1)
+    codes = (cells - lowest.float()[:, :, None]).div_(divisor[:, :, None]).round_().clamp_(0, 255)
+    return {"lowest": lowest, "step": step, "codes": codes.reshape(count, -1)[:, :width]}
+
+
+def round_up(values: Tensor) -> Tensor:
+    """float32 -> the smallest float16 that is not below it."""
+    half = values.half()
+    bits = half.view(torch.int16)
+    # one float16 up: towards zero where it is negative; from -0 to the smallest there is
+    next_up = torch.where(half == 0, torch.ones_like(bits), torch.where(half < 0, bits - 1, bits + 1)).view(
+        torch.float16
+    )
+    return torch.where(half.float() < values, next_up, half)
 
 
 def step_of(lowest: Tensor, highest: Tensor, levels: int) -> Tensor:

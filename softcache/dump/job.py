@@ -193,7 +193,8 @@ def make_plan(
     Raises:
         ModelError: a member's new views would be of another kind than those that are there.
     """
-    base, format = job.base, int(config.format) if job.base is None else job.base.plan.format
+    base = job.base
+    format = _format(config, base, storages)
     infos = [member_info(teacher, storages[teacher.name]) for teacher in teachers]
     if format != FORMAT_VERSION:
         infos = [replace(info, width=len(transfer_set.class_names)) for info in infos]
@@ -240,6 +241,24 @@ def make_plan(
         rounds=(this,),
         format=format,
     )
+
+
+def _format(config: StorageOptions, base: Manifest | None, storages: Mapping[str, Storage]) -> int:
+    """The version that is written: the cache's own; of a new cache what was asked for, or what the codecs need.
+
+    Raises:
+        ConfigError: a codec that the version of the cache does not know.
+    """
+    needed = max(storage.codec.format for storage in storages.values())
+    if base is None:
+        return max(int(config.format), needed)
+    if needed > base.plan.format:
+        named = ", ".join(sorted({s.codec.text for s in storages.values() if s.codec.format > base.plan.format}))
+        raise ConfigError(
+            f"--codec {named} is of format version {needed}, and this cache is of version {base.plan.format}",
+            tip="choose another codec, or make a new cache",
+        )
+    return base.plan.format
 
 
 def _check_same_member(before: MemberInfo, now: MemberInfo, format: int) -> None:

@@ -22,6 +22,12 @@ def member_codec(reader: CacheReader, member: MemberInfo) -> Codec:
     num_classes = width_of(member, reader.manifest.plan)
     constants = codec_constants(reader.constants(member.name))
     codec = restore_codec(member.codec["name"], member.codec["parameters"], num_classes, constants)
+    if codec.format > reader.manifest.plan.format:
+        raise CacheError(
+            f"{reader.path}: member {member.name!r} is stored as {codec.text}, which format version "
+            f"{reader.manifest.plan.format} does not have",
+            tip="the cache was not written by softcache, or was changed; copy it again",
+        )
     if codec.constants.keys() != constants.keys():
         raise CacheError(
             f"{reader.path}: member {member.name!r} has the constants {sorted(constants)}, codec {codec.text} takes "

@@ -481,3 +481,9 @@ def test_a_lock_that_cannot_be_signed_is_released(tool: Any, tmp_path: Path, mon
     sign(held)
     release_lock(held)
     assert tool.write_part(tmp_path / "cache", Part()) is not None
+
+
+@pytest.mark.slow
+def test_killed_while_a_cache_of_version_2_is_written(quick: Path) -> None:
+    counts = command(quick, "kill", "--count", "8", "--format", "2")
+    assert counts["kills"] >= 8 and counts["trials"] == counts["as promised"]

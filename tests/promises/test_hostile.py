@@ -383,3 +383,53 @@ def test_damages_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeyp
     monkeypatch.setattr(checksums.BlockChecks, "check", lambda *_: None)
     counts = damaging.damages(tmp_path / "cache", 30, 0, seed=3)
     assert any("SILENTLY" in name for name in counts)
+
+
+# ------------------------------------------------------------------------------------------------------------- version 2
+
+hostile_2 = importlib.import_module("hostile.version_2")
+
+
+@pytest.fixture(scope="module")
+def honest_2(tmp_path_factory: pytest.TempPathFactory) -> Honest:
+    root = tmp_path_factory.mktemp("hostile") / "honest-2"
+    hostile_2.make_honest_2(root)
+    return Honest(root, judge.read_everything(root))
+
+
+def test_the_honest_cache_of_version_2_is_whole(honest_2: Honest) -> None:
+    assert verify.run(honest_2.root, full=True, quiet=True).faults == []
+    assert judge.same(honest_2.numbers, judge.read_everything(honest_2.root))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hostile_2.CASES_2)
+def test_a_hostile_cache_of_version_2_is_refused(name: str, honest_2: Honest, tmp_path: Path) -> None:
+    case = hostile_2.CASES_2[name]
+    how = {"verifying": case.gate == "verify"}
+    (outcome,) = judge.try_case(case, honest_2.root, honest_2.numbers, tmp_path, **how)
+    assert outcome.fault == "", outcome
+
+
+def test_the_cases_would_show_an_open_gate(honest_2: Honest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lists, of indexes, and of the checksums that bind a file."""
+    monkeypatch.setattr("softcache.cache.file_lists.check_listed", lambda *_: None)
+    monkeypatch.setattr("softcache.cache.reader.check_positions", lambda *_, **__: None)
+    monkeypatch.setattr("softcache.cache.bound_files.BoundFiles._is_known", lambda *_: True)
+    names = (
+        "list/statistics of no records",
+        "arrays/words: a label that is no class",
+        "file/a part in another one's place",
+    )
+    for name in names:
+        case = hostile_2.CASES_2[f"v2/{name}"]
+        (outcome,) = judge.try_case(case, honest_2.root, honest_2.numbers, tmp_path, verifying=False)
+        assert outcome.fault == "reading accepts it", outcome
+
+
+@pytest.mark.slow
+def test_mutants_of_version_2(tmp_path: Path) -> None:
+    fuzz = fuzzing.Fuzz(tmp_path / "fuzz", 5, tmp_path / "findings", 2)
+    fuzz.run(40)
+    assert bad_counts(fuzz) == {}
+    assert {name.partition(":")[0] for name in fuzz.tally.counts} >= {"list as it is", "list recomputed"}

@@ -244,12 +244,13 @@ def test_data_without_labels_need_a_cache(world: World) -> None:
 def test_a_scan_tells_what_is_right_without_some_channels_of_a_layer(world: World, tmp_path: Path) -> None:
     """As when what a layer gives is set to zero in the smallest of its channels."""
     before = sorted(tmp_path.iterdir())
-    result = scan.scan(settings(world, data=None, eval_data=world.spec("toy")), quiet=True)
+    world.train(world.path / "loud", "ce", cache=None, student=world.spec("teacher"), lr=1e-3)
+    named = f"{world.spec('teacher')}@{world.path / 'loud'}"
+    result = scan.scan(settings(world, model=named, data=None, eval_data=world.spec("toy")), quiet=True)
     assert [layer.layers for layer in result.layers] == [("early.0",), ("late.0",)]
-    assert [layer.channels for layer in result.layers] == [6, 12] and sorted(tmp_path.iterdir()) == before
-    model = load_model(
-        settings(world).model, num_classes=5, class_names=("ant", "bee", "cat", "dog", "eel"), input_shape=(8, 8)
-    ).eval()
+    assert [layer.channels for layer in result.layers] == [8, 16] and sorted(tmp_path.iterdir()) == before
+    assert len({right for layer in result.layers for right in layer.right}) > 1
+    model = load_model(named, num_classes=5, class_names=("ant", "bee", "cat", "dog", "eel"), input_shape=(8, 8)).eval()
     opened = open_all(settings(world), quiet=True)
     inputs = model.input.collate([opened.samples.item(i) for i in range(301)])
     labels = opened.samples.answers

@@ -97,6 +97,13 @@ BUGS = (
         "tests/train",
     ),
     Bug(
+        "momentum brings weights back that were set to zero",
+        "train/flow.py",
+        "    if masks is not None:\n        masks.apply()\n",
+        "",
+        "tests/train/test_pruning.py",
+    ),
+    Bug(
         "int8 divides a row's range by one step too many",
         "codecs/int8.py",
         "    return (highest / 2 - lowest / 2) / (levels / 2)\n",

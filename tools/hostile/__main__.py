@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from softcache.check import verify
@@ -35,8 +35,10 @@ from hostile import texts as texts_of
 from hostile import world as world_of
 from hostile.corpus import CASES
 from hostile.flips import flipped
+from hostile.forge import Case
 from hostile.honest import make_honest
 from hostile.judge import Outcome, read_everything, try_case
+from hostile.version_2 import CASES_2, make_honest_2
 
 
 def main() -> int:
@@ -55,7 +57,8 @@ def main() -> int:
 def caches(args: argparse.Namespace) -> int:
     """Caches that fit."""
     folder = args.keep or Path(tempfile.mkdtemp(prefix="softcache-hostile-"))
-    names = [name for name in CASES if fnmatch.fnmatch(name, args.only)][:: 12 if args.quick else 1]
+    cases = {**CASES, **CASES_2}
+    names = [name for name in cases if fnmatch.fnmatch(name, args.only)][:: 12 if args.quick else 1]
     try:
         outcomes = tried(folder, names, at_most=2 if args.quick else 10**6, show_all=args.all)
     finally:
@@ -110,14 +113,25 @@ PARTS: dict[str, Callable[[argparse.Namespace], int]] = {"caches": caches, "runs
 
 def tried(folder: Path, names: Sequence[str], *, at_most: int, show_all: bool) -> list[Outcome]:
     """Make the honest cache and these cases of it, and print what became of them."""
-    make_honest(folder / "honest")
-    honest = read_everything(folder / "honest")
-    verdict = verify.run(folder / "honest", full=True, quiet=True)
+    outcomes: list[Outcome] = []
+    worlds = [(CASES, folder / "honest", make_honest), (CASES_2, folder / "honest-2", make_honest_2)]
+    for cases, root, make in worlds:
+        if set(names) & cases.keys():
+            make(root)
+            outcomes += _of_world(cases, root, folder, names, at_most=at_most, show_all=show_all)
+    return outcomes
+
+
+def _of_world(
+    cases: Mapping[str, Case], root: Path, folder: Path, names: Sequence[str], *, at_most: int, show_all: bool
+) -> list[Outcome]:
+    """These of the cases that are made from one honest cache."""
+    honest, verdict = read_everything(root), verify.run(root, full=True, quiet=True)
     print(f"honest cache: {verdict.text()}")
     assert verdict.state == "whole"
     outcomes: list[Outcome] = []
-    for name in names:
-        found = list(try_case(CASES[name], folder / "honest", honest, folder, at_most=at_most))
+    for name in (name for name in names if name in cases):
+        found = list(try_case(cases[name], root, honest, folder, at_most=at_most))
         outcomes += found
         for outcome in found if show_all or len(found) == 1 else [o for o in found if o.fault]:
             print(line(outcome))
