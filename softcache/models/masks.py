@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError, nearest
 from softcache.models.shrunk import is_below
 
+# of a convolution or a linear layer, and those of torch's attention, which are linear layers without a module of their own
+WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 
 def prunable(net: nn.Module, keep: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The weights that may become zero, by their names: of convolutions and linear layers, of whatever library.
+    """The weights that may become zero, by their names: of convolutions, linear layers and attention, of whatever library.
 
     Biases and normalisation are none, nor is an embedding, whose weight is a table; one that two modules share is there once.
 
@@ -26,11 +29,12 @@ def prunable(net: nn.Module, keep: Sequence[str] = ()) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, module in net.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight.ndim < 2 or isinstance(module, nn.Embedding) or is_below(name, keep):
+        if isinstance(module, nn.Embedding) or is_below(name, keep):
             continue
-        if not any(weight is other for other in found.values()):
-            found[f"{name}.weight" if name else "weight"] = weight
+        for own in WEIGHTS:
+            weight = module._parameters.get(own)
+            if weight is not None and weight.ndim > 1 and not any(weight is other for other in found.values()):
+                found[f"{name}.{own}" if name else own] = weight
     return found
 
 

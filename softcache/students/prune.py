@@ -27,7 +27,7 @@ CLOSE = 1e-3  # of the largest logit: what rounding may change
 def prune_weights(
     net: nn.Module, *, amount: float, scope: str = "global", keep: tuple[str, ...] = ()
 ) -> tuple[Shrunk, str]:
-    """Set the smallest weights of convolutions and linear layers to zero; biases stay. The tensors keep their shapes.
+    """Set the smallest weights of convolutions, linear layers and attention to zero; the tensors keep their shapes.
 
     The choice is that of torch.nn.utils.prune: `l1_unstructured` in each layer, `global_unstructured` by L1 over all.
 

@@ -32,6 +32,13 @@ def test_convolutions_and_linear_layers_may_lose_weights_a_shared_one_once() -> 
     assert list(prunable(nn.Linear(2, 2))) == ["weight"]
 
 
+def test_projections_of_attention_are_linear_layers() -> None:
+    assert list(prunable(nn.MultiheadAttention(4, 2))) == ["in_proj_weight", "out_proj.weight"]
+    other = nn.MultiheadAttention(4, 2, kdim=3, vdim=3)
+    assert list(prunable(other)) == ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    assert list(prunable(nn.Sequential(other), ("0",))) == []
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_smallest_go_of_equal_ones_the_first_and_what_is_held_before_all(seed: int) -> None:
     draw = np.random.default_rng(seed)
