@@ -113,6 +113,9 @@ class TrainConfig(MachineOptions, DataOptions):
         "set weights to zero while it learns: 'unstructured:amount=linear(0, 0.8, until=15)'; held: leave those that are zero",
         metavar="HOW",
     )
+    quantise: str | None = option(
+        None, "int8: learn as the int8 student that is saved, weights and activations rounded", metavar="int8"
+    )
     stage: tuple[str, ...] = option(
         (),
         "one stage of several, with what differs in it: 'epochs=5 lr=0.01 freeze=* loss=hint loss=ce:weight=0.1'; repeat",

@@ -98,9 +98,9 @@ def scale_and_zero(ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(module: nn.Module, name: str, values: Tensor) -> Tensor:
-    """An activation as one of the 256 numbers between the ends in the buffer `name`, which it may move in training."""
+    """An activation as one of the 256 numbers between the ends in the buffer `name`, which it moves while it observes."""
     ends: Any = getattr(module, name)
-    if module.training and getattr(module, OBSERVED, None) is not None and module.observes:
+    if getattr(module, OBSERVED, None) is not None and module.observes:
         _observe(module, ends, values.detach())
     scale, zero = scale_and_zero(ends)
     return torch.fake_quantize_per_tensor_affine(values.float(), scale, zero, 0, STEPS)
@@ -191,7 +191,7 @@ def _hold(module: Any, ends: str) -> None:
     where = next((tensor.device for tensor in module.parameters()), None)
     module.register_buffer(ends, torch.zeros(2, device=where))
     module.register_buffer(OBSERVED, torch.zeros(2, dtype=torch.int64, device=where))
-    module.observes = True
+    module.observes = False
 
 
 def _round_given(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -226,6 +226,9 @@ def fix(net: nn.Module, name: str, how: Quantised) -> None:
         layer.register_buffer(OUTPUT, None)
     layer.register_buffer(SCALE, scale)
     layer.register_buffer(OBSERVED, None)
+    for ends in (getattr(layer, INPUT), getattr(layer, OUTPUT)):
+        if ends is not None and ends[0] == ends[1]:  # of what was never seen, or never anything but 0
+            ends.copy_(torch.tensor([0.0, 1.0]))
 
 
 def loosen(net: nn.Module) -> int:

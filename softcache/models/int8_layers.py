@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from softcache.features.taps import eval_mode
 from softcache.models.data_flow import Flow, flow_of
-from softcache.models.fake_quantise import KINDS, NORMS, Quantised, fix, learn
+from softcache.models.fake_quantise import KINDS, NORMS, OBSERVED, Quantised, fix, learn
 from softcache.models.shrunk import is_below, put
 
 CLOSE = 1e-3  # of the largest logit: what a folded BatchNorm may change in floats
@@ -95,6 +95,13 @@ def begin_int8(net: nn.Module, plan: Plan) -> None:
     """Let a network's layers learn as quantised ones, in place; nothing was observed yet."""
     for name, how in plan.items():
         learn(net, name, how)
+
+
+def observe(net: nn.Module, *, on: bool) -> None:
+    """Let the ends of activations follow what their modules are given from now on, or stay."""
+    for module in net.modules():
+        if getattr(module, OBSERVED, None) is not None:
+            module.observes = on  # type: ignore[assignment]
 
 
 def fix_int8(net: nn.Module, plan: Plan) -> None:

@@ -59,8 +59,10 @@ class Cache:
     def __init__(self, reader: CacheReader, *, allow_code: bool = False) -> None:
         self.reader, self.allow_code = reader, allow_code
         members = self.manifest.plan.members
+        self._has_indexes = bool(self.manifest.plan.indexes)
         self.codecs = {member.name: member_codec(reader, member) for member in members if member.codec is not None}
         self.features = {m.name: {f.name: member_feature(reader, m.name, f) for f in m.features} for m in members}
+        self._others = {m.name: m.output for m in members if m.output not in CLASS_OUTPUTS}
 
     @property
     def manifest(self) -> Manifest:
@@ -154,11 +156,13 @@ class Cache:
             (torch.Size([3, 10]), torch.float32, True)
         """
         names = self.members if members is None else members
-        rows, views = np.asarray(rows), np.asarray(views)
         arrays = {member: self._gather(member, rows, views) for member in names}
-        codecs = {name: self.codecs[name] for name in names if name in self.codecs}
-        outputs = {name: self.member(name).output for name in names}
-        others = {name: output for name, output in outputs.items() if output not in CLASS_OUTPUTS}
+        codecs = self.codecs
+        if members is not None:
+            codecs = {name: codecs[name] for name in names if name in codecs}
+        others = self._others
+        if others and members is not None:
+            others = {name: others[name] for name in names if name in others}
         found = {(m, f): self.features[m][f] for m in names for f in features if f in self.features[m]}
         for feature in features:
             if not any(feature == name for _, name in found):
@@ -168,9 +172,10 @@ class Cache:
                     tip=nearest(feature, known) if known else "dump again with --features",
                 )
         for (member, _), cached in found.items():
+            read = self.stored if self._has_indexes else self.reader.gather
             for name in cached.arrays():
-                arrays[member][name] = torch.from_numpy(self.stored(member, name, rows, views))
-        if not self.manifest.plan.indexes:
+                arrays[member][name] = torch.from_numpy(read(member, name, rows, views))
+        if not self._has_indexes:
             return Targets(rows, views, self.samples, arrays, codecs, found, others)
         index_of: dict[str | tuple[str, str], str] = {}
         index_of |= {name: index for name in names if (index := self.member(name).index) is not None}
@@ -238,19 +243,20 @@ class Cache:
 
     def _gather(self, member: str, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
         """What decoding takes of one member; the bounds are read only when asked for."""
-        info = self.member(member)
-        if info.codec is None:
+        codec = self.codecs.get(member)
+        if codec is None:
+            self.member(member)  # refuses one that is not there; this one keeps features alone
             return {}
-        codec = self.codecs[member]
-        found = {name: self.stored(member, name, rows, views) for name in codec.arrays}
+        read = self.stored if self._has_indexes else self.reader.gather
+        found = {name: read(member, name, rows, views) for name in codec.arrays}
         for field in codec.fields:
             if field.name == "dense":
                 raw = found["records"][:, field.offset : field.offset + 4]
                 numbers = np.ascontiguousarray(raw).view("<u4")[:, 0]
                 at = np.flatnonzero(numbers)
                 if at.size:
-                    if info.index is not None:
-                        counts = self.reader.index(info.index).counts(rows, views)
+                    if (index := self.member(member).index) is not None:
+                        counts = self.reader.index(index).counts(rows, views)
                         rows, views = np.repeat(rows, counts), np.repeat(views, counts)
                     found["dense"] = self.reader.dense(member, rows[at], views[at], numbers[at])
                     found["dense_at"] = at

@@ -137,6 +137,8 @@ def stages_to_do(session: Session) -> Iterator[LiveStage]:
     prepared, progress = session.prepared, session.progress
     config, model, device = prepared.config, prepared.model, prepared.device
     for number, (stage, objective) in enumerate(zip(prepared.stages, prepared.objectives, strict=True)):
+        if prepared.quantising is not None:
+            prepared.quantising.begin(number, prepared.both)
         if number < progress.stage:
             continue
         learned = freeze_for(stage, model, objective, prepared.fixed)
@@ -159,6 +161,8 @@ def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str
     steps, every, started = prepared.steps, prepared.config.checkpoint_every, time.monotonic()
     train_mode(prepared.model.net)
     prepared.term_modules.train()
+    if prepared.quantising is not None:
+        prepared.quantising.observe(prepared.model, live.number)
     with stop.opened(prepared.ranks.size == 1):
         for loaded, moment, number in epoch_batches(session, live):
             with stop.held():
@@ -175,6 +179,8 @@ def one_epoch(session: Session, live: LiveStage, *, step: Callable[..., dict[str
                     save_progress(prepared.out, live.trained, progress, prepared.ranks)
             if look or prepared.device.type == "cpu":
                 stop.together()
+    if prepared.quantising is not None:
+        prepared.quantising.rest(prepared.model)
     end_epoch(session, live, started)
 
 
@@ -224,7 +230,8 @@ def end_epoch(session: Session, live: LiveStage, started: float) -> None:
     if ranks.first:
         write_metrics(prepared.out, metrics)  # before the checkpoint: a run killed in between does this epoch again
         if config.keep == "best" and best_epoch(metrics) == len(metrics) - 1:
-            save_student(prepared.kept, prepared.out / BEST, metadata=prepared.material.metadata(prepared.model.input))
+            student = prepared.saved(live.number)
+            save_student(student, prepared.out / BEST, metadata=prepared.material.metadata(prepared.model.input))
         if session.board is not None:
             session.board.note(row)
     save_progress(prepared.out, live.trained, progress, ranks)
@@ -234,6 +241,9 @@ def finish(session: Session) -> TrainResult:
     """Save the student that is kept, evaluated as it is saved."""
     prepared, eval_set = session.prepared, session.prepared.material.eval_set
     kept = kept_student(prepared.out, session.progress.metrics, prepared.config.keep)
+    if prepared.quantising is not None:
+        prepared.quantising.fix(prepared.kept)
+        session.evaluation = None  # of what learned, and not of what is saved
     if best := kept.path is not None:
         load_weights(prepared.kept, kept.path)
     if prepared.ranks.first:

@@ -28,6 +28,7 @@ def epoch_row(prepared: Prepared, live: LiveStage, progress: Progress, moment: M
     row["view"] = views_of(seen, prepared.material.cache, prepared.config)[0]
     row |= live.objective.scalars(moment)
     row |= {} if prepared.masks is None else {"sparsity": prepared.masks.sparsity}
+    row |= {} if prepared.quantising is None else {"int8": int(live.number >= prepared.quantising.first)}
     sums = {name: ranks.total(value).item() for name, value in progress.sums.items()}
     return row | {name: value / ranks.size / prepared.steps for name, value in sums.items()}
 
@@ -44,10 +45,11 @@ def score_of(row: Mapping[str, Any]) -> float | None:
 def best_epoch(metrics: Sequence[Mapping[str, Any]]) -> int | None:
     """Which of the epochs that were evaluated was the best, of equal ones the first; None where none was evaluated.
 
-    Of a student that loses weights on the way, only epochs in which it had lost as many as ever are compared.
+    Of a student that loses weights on the way, only epochs in which it had lost as many as ever are compared; of one that becomes
+    int8, only those in which it was.
     """
     scores = {
-        place: (row.get("sparsity", 0.0), score)
+        place: (row.get("int8", 0), row.get("sparsity", 0.0), score)
         for place, row in enumerate(metrics)
         if (score := score_of(row)) is not None
     }

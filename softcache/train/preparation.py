@@ -21,6 +21,7 @@ from softcache.train.learner import Learner, tapped
 from softcache.train.objective import Given, Objective, build_objectives
 from softcache.train.optimizer import freeze_for
 from softcache.train.outlook import outlook, reach_of, single_samples
+from softcache.train.quantising import Quantising
 from softcache.train.ranks import ALONE, Ranks
 from softcache.train.refuse import check_last_batch, lone_sample_explained, smallest_piece
 from softcache.train.session import Prepared
@@ -42,6 +43,7 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     sizes = Sizes.of(material.transfer_set, config.seed)
     objectives, student = build_objectives(stages, model, sample, material.teacher, sizes, ranks)
     fixed = [name for name, parameter in model.net.named_parameters() if not parameter.requires_grad]
+    quantising = Quantising.of(stages, model, config.student, sample)
     if config.sync_bn:
         model.net = nn.SyncBatchNorm.convert_sync_batchnorm(model.net)
     model.to(device)
@@ -53,7 +55,7 @@ def prepare(config: TrainConfig, ranks: Ranks = ALONE, *, quiet: bool = True) ->
     masks = Masks(model.net, averaged and averaged.net) if any(stage.pruning for stage in stages) else None
     return Prepared(
         config, stages, device, ranks, quiet, material, model, initialised, sample, student, objectives,
-        modules.to(device), fixed, average, masks,
+        modules.to(device), fixed, average, masks, quantising,
     )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def rehearse(prepared: Prepared) -> tuple[str, ...]:
             if least == 1:
                 with lone_sample_explained(config, prepared.count, ranks):
                     learner.rehearse_in_training(*_given(prepared, objective, lone), first)
-    return outlook(prepared, reaches)
+    return (*outlook(prepared, reaches), *(prepared.quantising.told if prepared.quantising is not None else ()))
 
 
 def _given(prepared: Prepared, objective: Objective, few: LoadedBatch) -> tuple[Any, Given]:

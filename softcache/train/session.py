@@ -27,6 +27,7 @@ from softcache.train.batches import Material, views_of, visits
 from softcache.train.checkpoint import Progress, Trained, random_states, restore_random_states
 from softcache.train.objective import Objective
 from softcache.train.pairs import Student
+from softcache.train.quantising import Quantising
 from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
 from softcache.train.stop import Asked, Stop
@@ -47,6 +48,7 @@ class Prepared:
         fixed: parameters of the student that are frozen for good.
         average: of the student's weights; None without --ema.
         masks: of the student's weights that are held at zero; None where no stage has any.
+        quantising: how the student's layers become int8; None where they stay floats.
     """
 
     config: TrainConfig
@@ -64,6 +66,7 @@ class Prepared:
     fixed: list[str]
     average: AveragedModel | None
     masks: Masks | None
+    quantising: Quantising | None
 
     @property
     def out(self) -> Path:
@@ -73,6 +76,15 @@ class Prepared:
     def kept(self) -> Model:
         """The student whose weights are evaluated and saved."""
         return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+
+    @property
+    def both(self) -> list[Model]:
+        """The student that learns, and its average, if there is one."""
+        return [self.model] if self.average is None else [self.model, self.kept]
+
+    def saved(self, stage: int) -> Model:
+        """The kept student as it is saved after an epoch of a stage."""
+        return self.kept if self.quantising is None else self.quantising.fixed(self.kept, stage)
 
     @cached_property
     def count(self) -> int:

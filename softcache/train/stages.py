@@ -17,6 +17,7 @@ from softcache.train.terms import parse_terms
 
 SETTINGS = (
     "epochs", "loss", "lr", "schedule", "optimizer", "momentum", "nesterov", "weight_decay", "freeze", "patience", "prune",
+    "quantise",
 )  # fmt: skip
 
 
@@ -96,6 +97,8 @@ def _check(config: TrainConfig, where: str) -> None:
     for name in ("weight_decay", "momentum"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ConfigError(f"{prefix}{name.replace('_', '-')} {getattr(config, name)}: must be at least 0")
+    if config.quantise not in (None, "int8"):
+        raise ConfigError(f"{prefix}quantise {config.quantise}: only int8 can be learned", tip=f"{prefix}quantise int8")
     if config.patience is not None and config.patience < 1:
         raise ConfigError(f"{prefix}patience {config.patience}: must be at least 1")
     if config.optimizer == "sgd" and config.nesterov and not config.momentum:

@@ -18,10 +18,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import QuickDump
+from conftest import WORLDS, QuickDump
 
 import softcache
-from softcache import cli, train
+from softcache import cli, dump, train
 from softcache.cache import file_lists
 from softcache.cache.canonical import canonical_json
 from softcache.cache.manifest import Manifest, read_manifest
@@ -32,7 +32,7 @@ from softcache.cache.statistics import MemberStatistics
 from softcache.cache.write.writer import CacheWriter, Part
 from softcache.check import inspect, repair, verify
 from softcache.check.repair import Means
-from softcache.config import TrainConfig
+from softcache.config import DumpConfig, TrainConfig
 from softcache.dump.encode import measured_rows
 from softcache.errors import CacheError, DamagedCacheError, LockedError
 
@@ -492,6 +492,21 @@ def test_a_class_cache_of_version_2_gives_the_same(quick_dump: QuickDump, tmp_pa
     one, two = ((tmp_path / f"run-{name}" / "metrics.jsonl").read_text() for name in ("plain", "other"))
     clock = re.compile(r'"(seconds|[a-z_]*_per_s|wait[a-z_]*)": [0-9.e+-]+')
     assert clock.sub("", one) == clock.sub("", two)
+
+
+@pytest.mark.slow
+def test_a_dump_in_parts_has_the_id_of_one_process(quick_dump: QuickDump, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data": f"{WORLDS / 'toy.py'}:images?count=600", "format": "2", "shard_rows": 256}
+    whole = quick_dump(out="whole", **settings)
+    for part in ("2/2", "1/2"):
+        dump.run(
+            DumpConfig(
+                **settings, teacher=(f"{WORLDS / 'toy.py'}:exact",), out=str(tmp_path / "parts"), codec="float32", part=part,
+                threads=1, workers=0,
+            ),
+            quiet=True,
+        )  # fmt: skip
+    assert named_bytes(tmp_path / "parts") == named_bytes(whole.reader.path)
 
 
 def test_without_the_flag_a_cache_is_of_version_1(quick_dump: QuickDump) -> None:

@@ -33,7 +33,7 @@ from softcache.models.fake_quantise import (
     unpacked,
     whole_weights,
 )
-from softcache.models.int8_layers import begin_int8, fix_int8, plan_int8
+from softcache.models.int8_layers import begin_int8, fix_int8, observe, plan_int8
 from softcache.models.seal import digest
 from softcache.models.weights import student_bytes
 
@@ -51,6 +51,15 @@ def run_of(model: Model, size: int = 8) -> Callable[[], Tensor]:
     return run
 
 
+def observing(net: nn.Module, *batches: Tensor) -> None:
+    """Run it while its ends follow what they see."""
+    observe(net, on=True)
+    with torch.no_grad():
+        for one in batches:
+            net(one)
+    observe(net, on=False)
+
+
 def learning(spec: str = SPEC) -> Model:
     """A model with BatchNorm of its own whose layers learn as quantised ones, and have seen a batch."""
     torch.manual_seed(0)
@@ -62,13 +71,7 @@ def learning(spec: str = SPEC) -> Model:
             module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
     plan, _ = plan_int8(model.net, run_of(model))
     begin_int8(model.net, plan)
-    for module in model.modules():
-        module.train(not isinstance(module, nn.BatchNorm2d))
-        module.training |= hasattr(module, OUTPUT)
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0
-    with torch.no_grad():
-        model(torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8))
+    observing(model.eval(), torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8))
     model.shrunk = Shrunk(quantised=plan)
     return model.eval()
 
@@ -111,7 +114,7 @@ def test_a_layer_computes_what_whole_numbers_give(layer: Any) -> None:
     shape = (2, 6) if isinstance(layer, nn.Linear) else (2, layer.in_channels, 7, 7)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     begin_int8(net, {"0": Quantised()})
-    net.train()(values)
+    observing(net, values)
     fix_int8(net, {"0": Quantised()})
     found = net.eval()(values)
     quantised: Any = net[0]
@@ -140,7 +143,7 @@ def test_weights_of_zero_stay_zero() -> None:
         layer.weight[:, ::3] = 0.0
     net = nn.Sequential(layer)
     begin_int8(net, {"0": Quantised()})
-    net.train()(torch.randn(4, 64))
+    observing(net, torch.randn(4, 64))
     fix_int8(net, {"0": Quantised()})
     assert (whole_weights(net[0])[:, ::3] == 0).all() and (net[0].weight[:, ::3] == 0).all()  # type: ignore[index]
 
@@ -153,7 +156,7 @@ def test_a_bias_far_larger_than_its_weights_still_fits_int32() -> None:
         layer.bias[1] = 5.0
     net = nn.Sequential(layer)
     begin_int8(net, {"0": Quantised()})
-    net.train()(torch.randn(8, 4))
+    observing(net, torch.randn(8, 4))
     fix_int8(net, {"0": Quantised()})
     step, _ = scale_and_zero(net[0].input_range)  # type: ignore[arg-type]
     assert (net[0].bias.abs() / (step * net[0].weight_scale) < 2**31).all()  # type: ignore[operator,union-attr]
@@ -166,7 +169,6 @@ def test_gradients_go_straight_through_and_stop_where_values_are_cut_off() -> No
         net[0].weight.copy_(torch.tensor([[0.5, -1.0]]))
     begin_int8(net, {"0": Quantised()})
     net[0].input_range.copy_(torch.tensor([-1.0, 1.0]))  # type: ignore[operator,union-attr]
-    net[0].observes = False
     values = torch.tensor([[0.3, 7.0]], requires_grad=True)
     net.train()(values).sum().backward()
     assert torch.allclose(net[0].weight.grad, torch.tensor([[0.3, 1.0]]), atol=0.01)  # type: ignore[arg-type]
@@ -179,17 +181,20 @@ def test_ends_are_set_by_the_first_batch_and_moved_a_little_by_later_ones() -> N
     layer: Any = net[0]
     ends = []
     for high in (4.0, 8.0, 8.0):
-        net.train()(torch.tensor([[-1.0], [high]]))
+        observing(net, torch.tensor([[-1.0], [high]]))
         ends.append(layer.input_range.tolist())
     assert ends == [[-1, 4], [-1, 6], [-1, pytest.approx(6 + 2 / 3)]]
-    for still in (lambda: net.eval(), lambda: setattr(net.train()[0], "observes", False)):  # type: ignore[index]
-        still()
-        net(torch.tensor([[-100.0], [100.0]]))
-        assert layer.input_range.tolist() == ends[-1]
-    layer.observes = True
-    for _ in range(300):
-        net.train()(torch.tensor([[0.0], [8.0]]))
+    net.train()(torch.tensor([[-100.0], [100.0]]))
+    assert layer.input_range.tolist() == ends[-1]  # nothing is observed
+    observing(net, *[torch.tensor([[0.0], [8.0]])] * 300)
     assert layer.input_range.tolist() == [pytest.approx(0, abs=0.05), pytest.approx(8, abs=0.05)]
+
+
+def test_a_layer_that_saw_nothing_can_be_saved() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    begin_int8(net, {"0": Quantised(output=True)})
+    fix_int8(net, {"0": Quantised(output=True)})
+    assert net[0].input_range.tolist() == net[0].output_range.tolist() == [0.0, 1.0]  # type: ignore[operator,union-attr]
 
 
 # ---- which layers, and BatchNorm ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from softcache.errors import ConfigError, ExportError
 from softcache.machine import INT8_FLAGS, processor_flags
 from softcache.models import Model, Shrunk, load_model, save_student
 from softcache.models.fake_quantise import quantised_layers, whole_weights
-from softcache.models.int8_layers import begin_int8, fix_int8, plan_int8
+from softcache.models.int8_layers import begin_int8, fix_int8, observe, plan_int8
 from softcache.students import cost, export, shrink
 from softcache.students.int8_forms import for_torch, in_floats, is_quantised
 from softcache.students.int8_speed import Speed
@@ -36,13 +36,10 @@ def int8(spec: str = "softcache:resnet8?in_channels=1") -> Model:
     model.train()(pixels)
     plan, _ = plan_int8(model.net, lambda: model(pixels[:1]))
     begin_int8(model.net, plan)
-    model.eval()
-    for module in model.modules():
-        module.training = hasattr(module, "observes")
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0
+    observe(model.eval().net, on=True)
     with torch.no_grad():
         model(pixels)
+    observe(model.net, on=False)
     fix_int8(model.net, plan)
     model.shrunk = Shrunk(quantised=plan)
     return model.eval()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -268,6 +269,26 @@ def test_the_best_epoch_is_one_of_those_with_most_zeros_and_none_is_stale_before
     ]
     assert best_epoch(rows) == 3 and best_epoch(rows[:2]) == 1
     assert [is_stale(rows[:n], 1, 0) for n in range(1, 6)] == [False, False, False, False, True]
+
+
+def test_a_student_that_is_pruned_and_then_quantised_has_the_zeros_of_its_masks(world: World, tmp_path: Path) -> None:
+    """Of its average; and healed as an int8 student it keeps them."""
+    stages = ("prune='unstructured:amount=0.6'", "epochs=2 quantise=int8 lr=0.01")
+    result = world.train(tmp_path / "run", "ce", cache=None, stage=stages, ema=0.5)
+    student = f"{world.spec('net')}@{tmp_path / 'run'}"
+    world.train(tmp_path / "healed", "ce", cache=None, student=student, prune="held", epochs=2)
+    before, after = weights_of(tmp_path / "run"), weights_of(tmp_path / "healed")
+    names = [f"{name}.weight" for name in LAYERS]
+    zeros = {name: before[name] == 0 for name in names}
+    assert (
+        sum(int(zero.sum()) for zero in zeros.values())
+        >= round(0.6 * 762)
+        == round(result.metrics[-1]["sparsity"] * 762)
+    )
+    assert all(
+        before[name].dtype == after[name].dtype == np.int8 and not after[name][zeros[name]].any() for name in names
+    )
+    assert any((before[name] != after[name]).any() for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_world import Arrays, Outcome, World, arrays, joined, relative, trained, weights_of
 from training import at_each_save, run_with
 
@@ -364,6 +365,35 @@ def test_both_ranks_set_the_same_weights_to_zero(world: World, pair: Group, tmp_
     for one, two in zip(first, second, strict=True):
         assert all(np.array_equal(one[name], two[name]) for name in one)
     assert sum(int((~array).sum()) for array in first[-1].values() if array.dtype == bool) == round(0.75 * 762)
+
+
+def ends_of(config: TrainConfig) -> list[Arrays]:
+    """The ends of all activations after each step."""
+    found = []
+
+    def step(prepared: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        values = one_step(prepared, *rest)
+        found.append(
+            arrays({name: t for name, t in prepared.model.net.state_dict().items() if name.endswith("_range")})
+        )
+        return values
+
+    run_with(config, step=step)
+    return found
+
+
+def test_the_ends_of_activations_are_those_of_the_whole_batch_on_both_ranks(
+    world: World, pair: Group, tmp_path: Path
+) -> None:
+    given = {"quantise": "int8", "eval_data": world.spec("toy"), "epochs": 2, "lr": 0.01}
+    first, second = pair(ends_of, world.config(tmp_path / "both", "kd", **given))
+    alone = ends_of(world.config(tmp_path / "alone", "kd", **given))
+    assert len(first) == len(alone) == 2 * STEPS
+    for one, two, wanted in zip(first, second, alone, strict=True):
+        assert all(np.array_equal(one[name], two[name]) for name in wanted)
+        assert all(np.allclose(one[name], wanted[name], rtol=0.02, atol=0.02) for name in wanted)
+    weights = [load_file(tmp_path / run / "student.safetensors") for run in ("both", "alone")]
+    assert weights[0].keys() == weights[1].keys()
 
 
 def outcome_of(config: TrainConfig) -> list[dict[str, Any]]:

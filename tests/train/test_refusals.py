@@ -329,8 +329,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     # ---- stages and frozen parts
     "an unknown setting of a stage": (
-        "--stage 'epochs=1 loss=ce temperature=4'",
-        "--stage 1: 'temperature' is no setting of a stage",
+        "--stage 'epochs=1 loss=ce banana=4'",
+        "--stage 1: 'banana' is no setting of a stage",
         "known: epochs",
     ),
     "a setting of the whole run in a stage": (

@@ -175,7 +175,7 @@ ALTERNATELY = "prune='unstructured:rate=0.1,every=2steps'"
 EVERYTHING += ["--stage", f"freeze=layers.1 lr=0.05 schedule='warmup(4steps, linear)' {ALTERNATELY}"]
 GROWING = "prune='unstructured:amount=linear(0.1, 0.6),scope=layer'"
 FADING = "loss='kd:temperature=linear(8, 2),weight=cosine(1, 0.5)' loss=crd:negatives=8,width=8,layer=0"
-EVERYTHING += ["--stage", f"optimizer=adamw {FADING} loss=hint:layer=0,weight=0.1 loss=ctkd {GROWING}"]
+EVERYTHING += ["--stage", f"optimizer=adamw {FADING} loss=hint:layer=0,weight=0.1 loss=ctkd {GROWING} quantise=int8"]
 SAVES = 12
 
 

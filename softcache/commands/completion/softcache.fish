@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -192,6 +192,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l weight-decay -x -d 'L
 complete -c softcache -n '_shtab_softcache_using train' -l schedule -x -d 'of the learning rate, as a factor: constant, linear, cosine, step(at=150/180/210), warmup(5, cosine), ... (default: cosine)'
 complete -c softcache -n '_shtab_softcache_using train' -l freeze -x -d 'parameters of the student that stay as they are: layer1,layer2.0.*,* by name or pattern'
 complete -c softcache -n '_shtab_softcache_using train' -l prune -x -d 'set weights to zero while it learns: '"'"'unstructured:amount=linear(0, 0.8, until=15)'"'"'; held: leave those that are zero'
+complete -c softcache -n '_shtab_softcache_using train' -l quantise -x -d 'int8: learn as the int8 student that is saved, weights and activations rounded'
 complete -c softcache -n '_shtab_softcache_using train' -l stage -x -d 'one stage of several, with what differs in it: '"'"'epochs=5 lr=0.01 freeze=* loss=hint loss=ce:weight=0.1'"'"'; repeat'
 complete -c softcache -n '_shtab_softcache_using train' -l clip-norm -x -d 'scale a larger gradient down to this length'
 complete -c softcache -n '_shtab_softcache_using train' -l accumulate -x -d 'compute a batch in this many pieces, one after the other (default: 1)'

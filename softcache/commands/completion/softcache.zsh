@@ -395,6 +395,7 @@ _shtab_softcache_train_options=(
   "--schedule[of the learning rate, as a factor\: constant, linear, cosine, step(at\=150\/180\/210), warmup(5, cosine), ... (default\: cosine)]:SCHEDULE:"
   "*--freeze[parameters of the student that stay as they are\: layer1,layer2.0.\*,\* by name or pattern]:NAMES:"
   "--prune[set weights to zero while it learns\: \'unstructured\:amount\=linear(0, 0.8, until\=15)\'\; held\: leave those that are zero]:HOW:"
+  "--quantise[int8\: learn as the int8 student that is saved, weights and activations rounded]:int8:"
   "*--stage[one stage of several, with what differs in it\: \'epochs\=5 lr\=0.01 freeze\=\* loss\=hint loss\=ce\:weight\=0.1\'\; repeat]:SETTINGS:"
   "--clip-norm[scale a larger gradient down to this length]:NORM:"
   "--accumulate[compute a batch in this many pieces, one after the other (default\: 1)]:N:"
