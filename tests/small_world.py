@@ -26,6 +26,7 @@ CACHES: dict[str, dict[str, Any]] = {
     },
     "four": {"policy": ("shift:pixels=1",), "views": 4},
     "mixed": {"policy": ("mixup:alpha=1",)},
+    "embedding": {"teacher": "teacher?output=embedding"},
 }
 
 
@@ -43,14 +44,15 @@ class World:
         """One of CACHES, of float32 logits."""
         out = self.path / name
         if not out.exists():
+            settings = {"teacher": "teacher", **CACHES[name]}
             made = DumpConfig(
                 data=self.spec("toy"),
-                teacher=(self.spec("teacher"),),
+                teacher=(self.spec(settings.pop("teacher")),),
                 out=str(out),
                 codec="float32",
                 threads=1,
                 device="cpu",
-                **CACHES[name],
+                **settings,
             )
             dump.run(made, quiet=True)
         return str(out)

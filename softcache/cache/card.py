@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from softcache.cache.manifest import Manifest
-from softcache.cache.plan import MemberInfo, Plan
+from softcache.cache.plan import CLASS_OUTPUTS, MemberInfo, Plan
 from softcache.cache.schema import CRC_SUFFIX, FORMAT_VERSION
 from softcache.cache.statistics import MemberStatistics
 
@@ -45,6 +45,7 @@ STEPS = {
     "mixup": "blended with another sample",
     "cutmix": "a box of another sample pasted in",
 }
+LOSS_OF_OTHERS = {"embedding": "cosine", "values": "mse", "features": "hint"}
 OUTPUTS = {
     "logits": "logits",
     "log_probs": "log-probabilities",
@@ -149,15 +150,27 @@ def _what_it_is(manifest: Manifest) -> str:
     role = "teacher" if len(plan.members) == 1 else "teachers"
     seen = "once" if views.count == 1 else f"{views.count:,} times, each time under another augmentation"
     inner = ", and what some of their inner layers computed" if any(m.features for m in plan.members) else ""
+    at_any = " and at any temperature" if any(m.output in CLASS_OUTPUTS for m in plan.members) else ""
     size = f"{manifest.nbytes / 1e6:,.1f} MB in {len(manifest.files)} files"
     about = [["id", f"`{manifest.id}`"], ["size", size], ["format version", str(plan.format)]]
     return f"""# Soft targets for {_code(_without_folders(samples.source))}
 
-This folder is a *softcache* cache: the answers of {teachers} (the {role}) to {samples.count:,} samples, each seen {seen}; raw
-scores of all classes (logits){inner}. A smaller model (the student) can be trained to imitate these answers (knowledge
-distillation), as often as wanted and at any temperature, without having or running the {role}.
+This folder is a *softcache* cache: the answers of {teachers} (the {role}) to {samples.count:,} samples, each seen {seen}; \
+{_gives(plan)}{inner}. A smaller model (the student) can be trained to imitate these answers (knowledge
+distillation), as often as wanted{at_any}, without having or running the {role}.
 
 {_table(["", ""], about)}"""
+
+
+def _gives(plan: Plan) -> str:
+    """What the answers are, in words."""
+    kinds = {"of classes" if member.output in CLASS_OUTPUTS else member.output for member in plan.members}
+    words = {
+        "of classes": "raw\nscores of all classes (logits)",
+        "embedding": "vectors (embeddings)",
+        "values": "named numbers (scores, measures)",
+    }
+    return ", ".join(text for kind, text in words.items() if kind in kinds) or "features alone"
 
 
 def _licence(license: str | None) -> str:
@@ -175,19 +188,55 @@ def _teachers(manifest: Manifest, left_out: Mapping[str, str]) -> str:
     header = ["member", "model", "gives", "codec", "a logit is off by at most"]
     header += [f"KL at T={' / '.join(SHOWN_TEMPERATURES)}, mean", "largest class kept", "bytes a record"]
     header += ["top-1 on labelled samples", "mean entropy"]
-    rows = [_teacher_row(manifest, member) for member in manifest.plan.members]
+    of_classes = [member for member in manifest.plan.members if member.output in CLASS_OUTPUTS]
+    rows = [_teacher_row(manifest, member) for member in of_classes]
+    others = [_other_row(manifest, member) for member in manifest.plan.members if member.output not in CLASS_OUTPUTS]
     details = [_teacher_details(manifest, member, left_out.get(member.name)) for member in manifest.plan.members]
+    if not rows:
+        return f"## Teachers\n\n{_others(others)}\n\n{_listed(details)}\n\n{OTHERS_TOLD}"
+    beside = f"\n\n{_others(others)}" if others else ""
+    told = f"\n\n{OTHERS_TOLD}" if others else ""
     return f"""## Teachers
 
-{_table(header, rows)}
+{_table(header, rows)}{beside}
 
-{_listed(details)}
+{_listed(details)}{told}
 
 *A logit is off by at most*: the largest difference between a stored logit and the one the teacher gave, over all records.
 *KL*: how far the stored soft target is from the teacher's own, in nats; 0 is no difference. *Largest class kept*: how often the
 stored answer has the same first class as the teacher's. *Bytes a record*: of one sample in one view, with its error bound and
 features. *Top-1* and *entropy* are over all records here, that is over the samples as the views show them: not a test accuracy,
 since a teacher may have been trained on these very samples."""
+
+
+OTHERS_TOLD = """*A number is off by at most*: the largest difference between a stored number and the one the teacher gave, over
+all records. *Relative error*: |stored - given| / |given| of a record, lengths as vectors, over the records that were measured."""
+
+
+def _others(rows: Sequence[Sequence[str]]) -> str:
+    header = ["member", "model", "gives", "numbers", "codec", "a number is off by at most"]
+    return _table([*header, "relative error, mean / worst", "bytes a record"], rows)
+
+
+def _other_row(manifest: Manifest, member: MemberInfo) -> list[str]:
+    """Of a member without classes."""
+    own, (measured, _) = manifest.statistics[member.name], _measured(manifest, member.name)
+    gives = OUTPUTS[member.output]
+    if member.value_names:
+        gives += f": {', '.join(map(_escaped, member.value_names[:SHOWN_CLASSES]))}"
+    error = measured.error
+    return [
+        member.name,
+        _code(_without_folders(member.model)),
+        gives,
+        f"{member.width or 0:,}",
+        _escaped(codec_text(member.codec)),
+        "none" if member.codec is None else f"{own.max_eps:.3g}",
+        "not measured"
+        if error is None or not measured.measured
+        else f"{error.sum / measured.measured:.2g} / {error.worst:.2g}",
+        f"{record_bytes(manifest, member.name):,.1f}",
+    ]
 
 
 def _measured(manifest: Manifest, member: str) -> tuple[MemberStatistics, str]:
@@ -198,9 +247,10 @@ def _measured(manifest: Manifest, member: str) -> tuple[MemberStatistics, str]:
         found, where = own, "here"
     else:
         found, where = before, "in the cache that this one was taken out of"
+    what = "KL" if manifest.plan.member(member).output in CLASS_OUTPUTS else "the relative error"
     if not found.measured:
-        return found, "KL was not measured"
-    return found, f"KL was measured on {found.measured:,} of {found.records:,} records {where}"
+        return found, f"{what} was not measured"
+    return found, f"{what} was measured on {found.measured:,} of {found.records:,} records {where}"
 
 
 def _teacher_row(manifest: Manifest, member: MemberInfo) -> list[str]:
@@ -231,13 +281,18 @@ def _right(manifest: Manifest, own: MemberStatistics) -> str:
 def _teacher_details(manifest: Manifest, member: MemberInfo, left_out: str | None) -> str:
     own, codec = manifest.statistics[member.name], member.codec
     how = "features alone" if codec is None else CODECS.get(codec["name"], _escaped(codec["name"]))
+    if member.output not in CLASS_OUTPUTS:
+        how = how.replace("every logit", "every number").replace("logits", "numbers")
     said = [f"**{member.name}** is stored as {how}"]
     if own.dense:
         said.append(f"{own.dense:,} of {own.records:,} records are kept in 16 bits")
-    said.append(_measured(manifest, member.name)[1])
+    if codec is not None:
+        said.append(_measured(manifest, member.name)[1])
     if member.promise is not None:
-        at, most = member.promise["at_temperature"], member.promise["max_kl"]
-        said.append(f"promised and checked of every record while it was written: KL at T={at} is at most {most} nats")
+        said.append(f"promised and checked of every record while it was written: {_promised(member.promise)}")
+    if member.input:
+        did = ", ".join(f"{_escaped(name)} {_escaped(value)}" for name, value in sorted(member.input.items()))
+        said.append(f"of its own beside the network: {did}")
     said.append(f"computed in {_escaped(member.compute_dtype)}")
     if member.class_order is not None:
         said.append("its classes were put into the order below")
@@ -246,12 +301,20 @@ def _teacher_details(manifest: Manifest, member: MemberInfo, left_out: str | Non
     return "; ".join(said) + f". Fingerprint of its weights: {_code(member.fingerprint)}"
 
 
+def _promised(promise: Mapping[str, str]) -> str:
+    if "max_relative_error" in promise:
+        return f"its relative error is at most {promise['max_relative_error']}"
+    return f"KL at T={promise['at_temperature']} is at most {promise['max_kl']} nats"
+
+
 def _transfer_set(manifest: Manifest) -> str:
     plan, samples = manifest.plan, manifest.plan.samples
-    s = manifest.statistics[plan.members[0].name]
-    labelled = s.labelled // plan.views.count
+    of_classes = [member.name for member in plan.members if member.output in CLASS_OUTPUTS]
+    labelled = manifest.statistics[of_classes[0]].labelled // plan.views.count if of_classes else 0
     if samples.multi_label:
         labels = "several classes per sample"
+    elif not of_classes and plan.class_names:
+        labels = "as the transfer set had them; no answer here is of a class"
     elif not labelled:
         labels = "none: the samples are unlabelled"
     else:
@@ -267,7 +330,11 @@ The samples themselves are not in here: bring your own copy of them.
         _listed(
             [
                 f"Source, as the teachers were given it: {_code(_without_folders(samples.source))}, {samples.count:,} samples",
-                f"Classes, in the order of the logits ({len(plan.class_names):,}): {', '.join(names)}"
+                (
+                    f"Classes, in the order of the logits ({len(plan.class_names):,}): {', '.join(names)}"
+                    if names
+                    else "Classes: none"
+                )
                 + (f", and {more:,} more (`class_names` in `manifest.json`)" if more else ""),
                 f"Labels: {labels}",
                 "Names of the samples: "
@@ -370,6 +437,7 @@ def _how_to_use(plan: Plan) -> str:
     names = [member.name for member in plan.members]
     partial = any(codec_text(member.codec).startswith("topk") for member in plan.members)
     loss = "bce" if plan.samples.multi_label else "kd_lower_bound:temperature=4" if partial else "kd:temperature=4"
+    loss = LOSS_OF_OTHERS.get(plan.members[0].output or "features", loss)
     return f"""## How to use it
 
 In one command, or in a training loop of your own, with a map-style data set that knows the names of its samples:
@@ -388,7 +456,14 @@ def _loop(plan: Plan, *, partial: bool) -> str:
     """A training loop; `partial`: the codec keeps some classes only, so that there are no rows of logits."""
     mixed = bool(plan.views.steps) and plan.views.steps[-1]["name"] in ("mixup", "cutmix")
     batch = "(images, labels), records" + (", partners, shares" if mixed else "")
-    if partial:
+    first = plan.members[0]
+    if first.output not in CLASS_OUTPUTS:
+        function = LOSS_OF_OTHERS[first.output or "features"]
+        feature = first.features[0].name if first.features else ""
+        what = f'feature("{feature}", "{first.name}")' if first.output is None else f'{first.output}("{first.name}")'
+        read = f', features=["{feature}"]' if first.output is None else ""
+        asked, loss = f"answers = joined.gather(records{read}).{what}", f"{function}(student(images), answers)"
+    elif partial:
         asked = f'log_probs = joined.gather(records).log_probs("{plan.members[0].name}", 4.0)'
         loss = '16 * kl_div(log_softmax(student(images) / 4, 1), log_probs, reduction="batchmean", log_target=True)'
     else:
@@ -407,5 +482,5 @@ def _limits() -> str:
 
 - A target belongs to one sample in one view. A student that is shown other crops or colours, or other samples of the same
   names, learns answers to something else; softcache compares names, contents and pixels, another program should too.
-- The scores stand in the order of the classes above. A data set that numbers its classes otherwise needs them put in order.
+- Scores of classes stand in the order of the classes above. A data set that numbers them otherwise needs them put in order.
 - Labels are the transfer set's, copied and not checked. The teachers' mistakes and biases are in their answers."""

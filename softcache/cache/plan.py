@@ -10,6 +10,8 @@ from softcache.cache.schema import FORMAT_VERSION, Layout
 from softcache.cache.statistics import MemberStatistics
 
 PIXEL_DIGESTS, TOKEN_DIGESTS = "pixel_digests", "token_digests"
+CLASS_OUTPUTS = ("logits", "log_probs", "probs")
+OTHER_OUTPUTS = ("embedding", "values")  # of version 2
 
 
 @dataclass(frozen=True)

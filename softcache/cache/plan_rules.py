@@ -6,14 +6,20 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from softcache.cache.plan import PIXEL_DIGESTS, TOKEN_DIGESTS, MemberInfo, Plan, Round
+from softcache.cache.plan import (
+    CLASS_OUTPUTS,
+    OTHER_OUTPUTS,
+    PIXEL_DIGESTS,
+    TOKEN_DIGESTS,
+    MemberInfo,
+    Plan,
+    Round,
+)
 from softcache.cache.schema import FORMAT_VERSION, MEMBER_NAME, ROW_UNIT, Layout
 
 DTYPES = {"|u1", "<u4", "<u8", "<i4", "<f2", "<f4"}
 DIGEST_KINDS, ORDERS, REPLAYS = {"file", "item"}, {"permuted", "natural", "selected"}, {"derived", "seeded"}
 ORDERS_2 = ORDERS | {"merged"}
-OUTPUTS = {"logits", "log_probs", "probs"}
-OTHER_OUTPUTS = {"embedding", "values"}  # of version 2
 INDEX_KINDS = {"tokens", "words", "grid", "frames", "candidates"}
 DIGESTS = {PIXEL_DIGESTS, TOKEN_DIGESTS}
 MAX_AXES, MAX_FEATURE = 8, 2**26  # of one record of a layer's output; a Gram matrix has the square of its channels
@@ -95,7 +101,7 @@ def _check_member(member: MemberInfo, plan: Plan) -> None:
     where = f"member {member.name[:80]!r}"
     demand(MEMBER_NAME.fullmatch(member.name) is not None, f"{where}: is no name of a member")
     if plan.format == FORMAT_VERSION:
-        demand(member.output in OUTPUTS, f"{where}: output {member.output!r}")
+        demand(member.output in CLASS_OUTPUTS, f"{where}: output {member.output!r}")
     else:
         _check_output(member, plan, where)
     if member.class_order is not None:
@@ -117,7 +123,7 @@ def _check_output(member: MemberInfo, plan: Plan, where: str) -> None:
     if member.output is None:
         alone = member.codec is None and width == 0 and member.index is None and promise == {}
         demand(alone and len(member.features) > 0, f"{where}: neither records nor features alone")
-    elif member.output in OUTPUTS:
+    elif member.output in CLASS_OUTPUTS:
         demand(0 < width == plan.num_classes, f"{where}: {width} numbers of {plan.num_classes} classes")
     else:
         demand(
@@ -127,7 +133,7 @@ def _check_output(member: MemberInfo, plan: Plan, where: str) -> None:
     wanted = width if member.output == "values" else 0
     demand(len(names) == len(set(names)) == wanted, f"{where}: {len(names)} value_names, should be {wanted}")
     kinds: tuple[set[str], ...] = (
-        ({"max_kl", "at_temperature"}, set()) if member.output in OUTPUTS else ({"max_relative_error"}, set())
+        ({"max_kl", "at_temperature"}, set()) if member.output in CLASS_OUTPUTS else ({"max_relative_error"}, set())
     )
     demand(set(promise) in kinds, f"{where}: promises {sorted(promise)}")
 

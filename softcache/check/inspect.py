@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from softcache.cache.card import codec_text, record_bytes
-from softcache.cache.plan import IndexInfo, Plan
-from softcache.cache.plan_rules import OUTPUTS
+from softcache.cache.plan import CLASS_OUTPUTS, IndexInfo, Plan
 from softcache.cache.provenance import read_provenance
 from softcache.cache.reader import CacheReader
 from softcache.cache.schema import PROVISIONAL_FORMAT
@@ -46,10 +45,17 @@ def describe(path: Path) -> dict[str, Any]:
                 "agreement": s.agreement,
                 "kl": {t: {"mean": s.mean_kl(t), "worst": d.worst} for t, d in s.kl.items()},
                 "feature_errors": dict(s.feature_errors),
+                **({} if s.error is None else {"error": _error_of(s)}),
             }
             for name, s in manifest.statistics.items()
         },
     }
+
+
+def _error_of(s: MemberStatistics) -> dict[str, float]:
+    """Relative error of the records that were measured."""
+    assert s.error is not None
+    return {"mean": s.error.sum / max(1, s.measured), "worst": s.error.worst}
 
 
 def report(path: Path) -> str:
@@ -61,7 +67,7 @@ def report(path: Path) -> str:
         ("id", manifest.id),
         ("format", f"version {plan.format}" + (" (provisional)" if plan.format == PROVISIONAL_FORMAT else "")),
         ("transfer set", f"{plan.samples.source}, {plan.samples.count:,} samples"),
-        ("classes", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"),
+        ("classes", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "none"),
         ("views", f"{plan.views.count} of {cache.policy}, root seed {plan.views.root_seed}"),
         ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
         *_rounds(plan),
@@ -74,15 +80,17 @@ def report(path: Path) -> str:
         facts.append(("made", f"{made['finished']} on {made['host']}"))
     members = []
     for member in plan.members:
+        if member.output not in CLASS_OUTPUTS:
+            continue
         s = manifest.statistics[member.name]
         members.append(
             [
                 member.name,
                 member.model,
-                member.output or "features",
+                member.output,
                 codec_text(member.codec),
                 f"{record_bytes(manifest, member.name):.1f}",
-                f"{s.max_eps:.3g}" if member.name in cache.codecs and cache.codecs[member.name].bounded else "none",
+                f"{s.max_eps:.3g}" if cache.codecs[member.name].bounded else "none",
                 *(_divergence(s, t) for t in SHOWN_DIVERGENCES),
                 percent(s.accuracy),
                 "-" if cache.multi_label else f"{s.entropy:.4f}",  # it is of a softmax
@@ -93,7 +101,9 @@ def report(path: Path) -> str:
     header = ["member", "model", "output", "codec", "bytes a record", "max eps", *divergences]
     header += ["top-1", "entropy (nats)", "weights"]
     width = max(len(name) for name, _ in facts)
-    lines = [*(f"{name:<{width}}  {value}" for name, value in facts), "", table(header, members)]
+    lines = [f"{name:<{width}}  {value}" for name, value in facts]
+    lines += ["", table(header, members)] if members else []
+    lines += _others(cache)
     for name, s in manifest.statistics.items():
         if s.dense:
             lines.append(f"  {s.dense:,} of {s.records:,} records of {name} are kept dense, counted in")
@@ -106,6 +116,25 @@ def report(path: Path) -> str:
     if features:
         lines += ["", table(["member", "feature", "stored as", "dtype", "output", "worst L2 error"], features)]
     return "\n".join(lines)
+
+
+def _others(cache: Cache) -> list[str]:
+    """A table of the members without classes."""
+    rows = []
+    for member in cache.manifest.plan.members:
+        s, codec = cache.manifest.statistics[member.name], cache.codecs.get(member.name)
+        if member.output in CLASS_OUTPUTS:
+            continue
+        error = None if s.error is None or not s.measured else _error_of(s)
+        gave = f"values {', '.join(member.value_names)}" if member.value_names else member.output or "features alone"
+        shown = "-" if error is None else f"{error['mean']:.2g} / {error['worst']:.2g}"
+        size_of = f"{record_bytes(cache.manifest, member.name):.1f}"
+        did = ", ".join(f"{name} {value}" for name, value in sorted(member.input.items())) or "-"
+        eps = "-" if codec is None else f"{s.max_eps:.3g}"
+        rows.append([member.name, member.model, gave, member.width, codec_text(member.codec), size_of, eps, shown, did])
+        rows[-1].append(member.fingerprint[:12])
+    header = ["member", "model", "output", "numbers", "codec", "bytes a record", "max eps"]
+    return ["", table([*header, "relative error, mean / worst", "of its own", "weights"], rows)] if rows else []
 
 
 def _rounds(plan: Plan) -> list[tuple[str, str]]:
@@ -145,6 +174,7 @@ class SoftTarget:
         labels: indices of its classes; several where the data is multi-label, none where it is unlabelled.
         blocks: title (a member, or the ensemble) -> temperature -> (C,) float64 probabilities; of several labels each that of
             yes, so that they do not add up to 1.
+        outputs: member without classes -> the names of its values (none of an embedding), and (W,) float32 numbers.
     """
 
     key: str
@@ -154,6 +184,7 @@ class SoftTarget:
     labels: Sequence[int]
     class_names: Sequence[str]
     blocks: Mapping[str, Mapping[float, np.ndarray]]
+    outputs: Mapping[str, tuple[Sequence[str], np.ndarray]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -161,8 +192,13 @@ class SoftTarget:
             title: {f"{t:g}": probabilities.tolist() for t, probabilities in by_temperature.items()}
             for title, by_temperature in self.blocks.items()
         }
+        others = {
+            name: {"names": list(names), "numbers": found.tolist()} for name, (names, found) in self.outputs.items()
+        }
         about = {"key": self.key, "id": self.id, "row": self.row, "view": self.view, "labels": list(self.labels)}
-        return {**about, "classes": list(self.class_names), "probabilities": blocks}
+        return {**about, "classes": list(self.class_names), "probabilities": blocks} | (
+            {"outputs": others} if others else {}
+        )
 
     def text(self) -> str:
         """As bars, one block per member, then the ensemble's."""
@@ -179,6 +215,14 @@ class SoftTarget:
                 lines.append(f"{mark} {names[i]:<{width}}  " + " ".join(cells).rstrip())
             if len(names) > SHOWN_CLASSES:
                 lines.append(f"  ... {len(names) - SHOWN_CLASSES} more classes")
+        for title, (names, found) in self.outputs.items():
+            lines += ["", title]
+            if names:
+                lines += [f"  {name}  {value:.6g}" for name, value in zip(names, found.tolist(), strict=True)]
+            else:
+                first = ", ".join(f"{value:.4g}" for value in found[:SHOWN_CLASSES].tolist())
+                more = ", ..." if len(found) > SHOWN_CLASSES else ""
+                lines.append(f"  {len(found):,} numbers of length {np.linalg.norm(found):.4g}: {first}{more}")
         return "\n".join(lines)
 
 
@@ -188,12 +232,13 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
     if not 0 <= view < cache.num_views:
         raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
     row = row_of(cache, key)
-    members = [m.name for m in cache.manifest.plan.members if m.index is None and m.output in OUTPUTS]
-    if not members:
+    plain = [m.name for m in cache.manifest.plan.members if m.index is None and m.output is not None]
+    if not plain:
         raise ConfigError(
-            f"{path}: no member gives the classes of a sample", tip="softcache.open(...).gather reads the others"
+            f"{path}: no member has an answer of its own for a sample", tip="softcache.open(...).gather reads them"
         )
-    targets = cache.gather(np.array([row]), np.array([view]), members=members)
+    targets = cache.gather(np.array([row]), np.array([view]), members=plain)
+    members = [name for name in plain if name not in targets.outputs]
     samples = cache.samples
     label = samples.labels_of(np.array([row]))[0]
     labels = [int(i) for i in np.flatnonzero(label)] if samples.multi_label else [int(label)] * (int(label) >= 0)
@@ -201,7 +246,7 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
     served = [t for t in TEMPERATURES if all(codec.serves(t) for codec in codecs)]
     blocks = {member: {t: targets.log_soft_target(member, t) for t in served} for member in members}
     if len(members) > 1 and all(codec.complete for codec in codecs):
-        combined = {t: targets.combined(combine, temperature=t) for t in served}
+        combined = {t: targets.combined(combine, weights=dict.fromkeys(members, 1.0), temperature=t) for t in served}
         blocks[f"ensemble ({combine})"] = {
             t: log_soft_target(logits, t, multi_label=cache.multi_label) for t, logits in combined.items()
         }
@@ -215,6 +260,11 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
         {
             title: {t: log_probs[0].double().exp().numpy() for t, log_probs in found.items()}
             for title, found in blocks.items()
+        },
+        {
+            name: (list(cache.member(name).value_names), targets.output(name)[0].numpy())
+            for name, output in targets.outputs.items()
+            if output is not None
         },
     )
 

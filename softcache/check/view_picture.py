@@ -106,13 +106,16 @@ def shown_views(replay: Replay, key: str, most: int) -> list[ShownView]:
 
 
 def _answers(cache: Cache, targets: Targets, view: int) -> list[str]:
-    """The largest classes of the mean over members, at T=1."""
-    served = all(codec.serves(1.0) for codec in cache.codecs.values())
+    """The largest classes of the mean over the members that have some, at T=1; none where none has."""
+    members = [member for member in cache.members if member not in targets.outputs]
+    if not members:
+        return []
+    served = all(cache.codecs[member].serves(1.0) for member in members)
     probabilities = sum(
-        targets.log_soft_target(member, 1.0 if served else 2.0)[view].double().exp() for member in cache.members
+        targets.log_soft_target(member, 1.0 if served else 2.0)[view].double().exp() for member in members
     )
     assert isinstance(probabilities, Tensor)
-    best = (probabilities / len(cache.members)).topk(min(SHOWN_CLASSES, cache.num_classes))
+    best = (probabilities / len(members)).topk(min(SHOWN_CLASSES, cache.num_classes))
     pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return [f"{100 * share:5.1f} % {cache.class_names[place]}" for share, place in pairs]
 

@@ -56,6 +56,7 @@ class Codec(ABC):
         complete: every class is stored, so that `decode` gives whole rows of logits.
         bounded: every record gets an `eps`, the bound on |stored - given| over its logits.
         temperatures: the lowest and highest temperature it can serve; None = any.
+        of_classes: it relies on what softmax makes of a row, so that it holds no output without classes.
         needs_classifier: it stores the input of the teacher's final linear layer, and `encode` wants it.
         num_classes: C.
     """
@@ -65,6 +66,7 @@ class Codec(ABC):
     complete: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     temperatures: ClassVar[tuple[float, float] | None] = None
+    of_classes: ClassVar[bool] = False
     needs_classifier: ClassVar[bool] = False
 
     num_classes: int

@@ -35,6 +35,13 @@ def eps_of(codec: Codec, given: Tensor, arrays: Mapping[str, Tensor], decoded: T
     return bound if rounding is None else bound + rounding
 
 
+def relative_errors(given: Tensor, decoded: Tensor) -> Tensor:
+    """(B,) float64 |decoded - given| / |given| of each row, in L2 norm; 0 where both are zero."""
+    values = given.double()
+    distance = (decoded.double() - values).norm(dim=1)
+    return torch.where(distance == 0, 0.0, distance / values.norm(dim=1))
+
+
 def kl_rows(given: Tensor, decoded: Tensor, temperature: float) -> Tensor:
     """(B,) KL(softmax(given / T) || softmax(decoded / T)) in nats, float64 inside; never negative.
 

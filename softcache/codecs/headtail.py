@@ -33,6 +33,7 @@ class HeadTailCodec(Codec):
     """
 
     name: ClassVar[str] = "headtail"
+    of_classes: ClassVar[bool] = True
 
     k: int = 8
     bits: int = 8

@@ -104,6 +104,7 @@ class LowRankCodec(Codec):
     """
 
     name: ClassVar[str] = "lowrank"
+    of_classes: ClassVar[bool] = True
 
     max_kl: float = 1e-4
     at_temperature: float = 4.0

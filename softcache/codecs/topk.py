@@ -37,6 +37,7 @@ class TopkCodec(Codec):
     """
 
     name: ClassVar[str] = "topk"
+    of_classes: ClassVar[bool] = True
     keeps_level: ClassVar[bool] = False
     complete: ClassVar[bool] = False
     bounded: ClassVar[bool] = False

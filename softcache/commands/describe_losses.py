@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from softcache.errors import LossError, nearest
-from softcache.losses import CLASSIFIER, INPUTS, LOSSES, Loss
+from softcache.losses import CLASSIFIER, INPUTS, LOSSES, OUTPUT, Loss
 from softcache.report.tables import table
 
 WIDTH = 130  # of a terminal, at most
@@ -196,6 +196,8 @@ def _kept(one: Entry) -> str:
 def _stored(loss: Loss) -> str:
     if not loss.has_features:
         return ""
+    if loss.features == (OUTPUT,):
+        return "output"
     what = "vector" if loss.layers == CLASSIFIER else f"{loss.features[0]}, {loss.layers.replace('_', ' ')}"
     return what + (", classifier" if _takes_classifier(loss) else "")
 
@@ -219,6 +221,8 @@ def _needs(loss: Loss) -> str:
 
 def _where(loss: Loss) -> str:
     """Which layer of the teacher, by default."""
+    if loss.features == (OUTPUT,):
+        return "the output, values or an embedding,"
     return (
         "the map that the classifier averages, or the input of the final linear layer"
         if loss.graft

@@ -84,6 +84,11 @@ class StorageOptions(MachineOptions, DataOptions):
         None, "promise: KL(teacher || stored) of every record at most this, in nats; picks a codec", metavar="NATS"
     )
     at_temperature: float = option(4.0, "temperature of the promise", metavar="T")
+    max_relative_error: float | None = option(
+        None,
+        "promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec",
+        metavar="SHARE",
+    )
     features: tuple[str, ...] = option(
         (), "also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool", metavar="F,F"
     )

@@ -33,9 +33,11 @@ def described(transfer_set: TransferSet) -> str:
         f"of {transfer_set.labels.size:,} answers not known" if transfer_set.multi_label else "samples without a label"
     )
     rest = f"; {missing:,} {what}" if missing else ""
+    if not names:
+        return f"no classes; {len(transfer_set):,} samples"
     if len(names) <= SHOWN:
         listed = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
-        return f"{len(names)} classes: {listed or 'none'}{rest}"
+        return f"{len(names)} classes: {listed}{rest}"
     order = np.argsort(counts, kind="stable")
     few, many = (", ".join(f"{names[i]} {counts[i]:,}" for i in these) for these in (order[:3], order[:-4:-1]))
     empty = int((counts == 0).sum())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
+from softcache.data.label_column import NUMBERS, LabelColumn, read_labels, read_lists, read_several, read_values
 from softcache.data.sources import Source, StringTable, image_array, numbered
 from softcache.data.tables import Table, indices_of, is_frame, is_missing, names_of, refuse_missing, value_name
 from softcache.errors import ConfigError, DataError, JoinError, first_offenders
@@ -77,8 +77,18 @@ def source_of_columns(
         values = [one.column(place) for one, place in zip(columns, several, strict=True)]
         found = [[_label_name(value) for value in row] for row in zip(*values, strict=True)]
         column = LabelColumn(name, found, texts, range(len(rows)), False, "row")
+        if classes == NUMBERS:
+            return _of_numbers(reader, keys, column)
         return Source(reader, keys, *read_several(column, several, classes, empty))
+    if classes == NUMBERS and table.label is not None:
+        found_labels = [_label_name(value) for value in table.column(table.label)]
+        return _of_numbers(reader, keys, LabelColumn(name, found_labels, texts, range(len(rows)), False, "row"))
     return Source(reader, keys, *_labels(table, name, texts, classes, empty))
+
+
+def _of_numbers(reader: ColumnsReader, keys: StringTable, column: LabelColumn) -> Source:
+    """Labels that are numbers and no classes."""
+    return Source(reader, keys, np.full(len(column.found), -1, np.int32), (), read_values(column))
 
 
 def _labels(

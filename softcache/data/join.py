@@ -261,15 +261,16 @@ def join(
     Raises:
         JoinError: and its children, each naming the first offenders.
     """
-    check_classes(dataset, class_names, classes_map=classes_map)
+    if class_names:
+        check_classes(dataset, class_names, classes_map=classes_map)
     if by == "content":
         rows = _rows_by_content(table, dataset, digest_kind)
     else:
         names = _names(table, dataset, keys)
         rows = join_rows(table, sample_ids(names), lambda i: names[i])
-    kept, watch = dataset_labels(dataset, class_names), False
+    kept, watch = dataset_labels(dataset, class_names) if class_names else None, False
     places = np.arange(len(rows))
-    if kept is None:
+    if kept is None and class_names:
         places = np.array(_places(len(rows), "spread"))
         kept = read_labels(dataset, places.tolist(), class_names)
         watch = kept is not None and kept.ndim == 1 and labels == "cache" and not changes_labels(dataset)

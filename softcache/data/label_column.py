@@ -15,6 +15,7 @@ from softcache.data.label_kind import yes_or_no
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 
 FOUND = ("*",)  # classes=*: the labels found, whatever they look like
+NUMBERS = ("none",)  # classes=none: the labels are numbers that are no classes
 NOT_A_NUMBER = ("nan", "na", "n/a", "null")
 MANY = 200  # so many labels, nearly all of them different, are no classes
 HEADER_LABEL = re.compile(
@@ -125,6 +126,29 @@ def read_several(
     return yes_or_no(np.array([[known[value] for value in row] for row in column.found], float), column.path), classes
 
 
+def read_values(column: LabelColumn) -> np.ndarray:
+    """(N, K) float64 numbers of one column, or of several; NaN where a cell is empty.
+
+    Args:
+        column: its `found` has one value a row, or K of them.
+
+    Raises:
+        DataError: what is no finite number.
+    """
+    rows = [row if isinstance(row, list | tuple) else [row] for row in column.found]
+    values = np.full((len(rows), len(rows[0])), np.nan)
+    for place, row in enumerate(rows):
+        for k, value in enumerate(row):
+            if value != "":
+                if not _is_number(str(value)) or not np.isfinite(float(value)):
+                    raise DataError(
+                        f"{column.line(column.found[place])}: {value!r} is no number",
+                        tip="classes=none takes labels as numbers that are no classes; leave it out where they are classes",
+                    )
+                values[place, k] = float(value)
+    return values
+
+
 def read_lists(column: LabelColumn, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N, C) bool labels of a column of lists of class names, and the class names: those found, sorted, or `classes`.
 
@@ -211,6 +235,7 @@ def _refuse_no_classes(column: LabelColumn, labels: Sequence[str]) -> None:
     """Numbers with fractions, NaN among numbers, and labels nearly all of which differ."""
     kinds, count = Counter(labels), len(labels)
     where, tip = f"{column.path}: the label column", "name another column with label=; classes=* takes it as it is"
+    scores = "; classes=none takes numbers that are no classes (scores, measures)"
     numbers = [name for name in kinds if _is_number(name)]
     if blanks := sorted(_blanks(labels) - {""}):
         raise DataError(
@@ -220,7 +245,7 @@ def _refuse_no_classes(column: LabelColumn, labels: Sequence[str]) -> None:
     shown = first_offenders(map(repr, kinds), len(kinds), limit=3)
     if len(numbers) == len(kinds) and any(not float(name).is_integer() for name in kinds):
         if len(kinds) > 50 or (count >= 20 and len(kinds) >= 0.9 * count):
-            raise DataError(f"{where} holds {len(kinds)} different numbers with fractions: {shown}", tip=tip)
+            raise DataError(f"{where} holds {len(kinds)} different numbers with fractions: {shown}", tip=tip + scores)
         return
     words = sum(len(name.split()) for name in kinds) / max(1, len(kinds))
     if len(kinds) >= 0.9 * count and (count >= MANY or (count >= 20 and words >= 4)):

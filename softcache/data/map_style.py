@@ -29,6 +29,7 @@ from softcache.errors import (
     faults_explained,
     first_offenders,
     nearest,
+    note_once,
     warn_once,
 )
 from softcache.spec import Spec, call_factory, load_factory, load_user_file
@@ -92,7 +93,7 @@ def from_factory(spec: Spec) -> Source:
     if not spec.scheme.endswith(".py"):
         return source
     reader = UserFileReader(str(Path(spec.scheme).resolve()), source.reader)
-    return Source(reader, source.keys, source.labels, source.class_names)
+    return Source(reader, source.keys, source.labels, source.class_names, source.values)
 
 
 def _columns(factory: Callable[..., Any], spec: Spec) -> dict[str, str]:
@@ -136,13 +137,58 @@ def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str
     if is_table(dataset):
         _tell_unused(dataset, name)
     keys = _keys(dataset, name, prefix)
-    labels = _label_array(_labels(dataset, name), keys, name)
+    found = _labels(dataset, name)
+    values = _values(dataset, found, name)
+    labels = _label_array(np.full(len(keys), -1) if values is found else found, keys, name)
     class_names = _class_names(dataset, labels, name)
     _check_classes(labels, class_names, keys, name)
     reader: Reader = (
         dataset if hasattr(dataset, "read") and hasattr(dataset, "digest_kind") else MapStyleReader(dataset, name)
     )
-    return Source(reader, keys, labels, class_names)
+    return Source(reader, keys, labels, class_names, _as_values(values, keys, name))
+
+
+def _values(dataset: Any, labels: Any, name: str) -> Any:
+    """Numbers of each sample that are no classes: an attribute `values`, or labels most of which have fractions; else None."""
+    own = getattr(dataset, "values", None)
+    if own is not None and not callable(own) and hasattr(own, "__len__") and len(own) == len(dataset):
+        return own
+    if dataset_classes(dataset) is not None or isinstance(getattr(dataset, "num_classes", None), int):
+        return None
+    try:
+        array = np.asarray(labels)
+    except ValueError:
+        return None
+    if array.dtype.kind != "f" or array.ndim not in (1, 2):
+        return None
+    known = array[np.isfinite(array)]
+    if array.ndim == 2 and known.size and known.min() >= 0 and known.max() <= 1:
+        return None  # rows of probabilities, or of yes and no with a mistake in them
+    if 2 * int((known != np.round(known)).sum()) <= known.size or not known.size:
+        return None
+    note_once(
+        f"{name}: its labels are numbers with fractions: they are taken as values, and the samples have no classes"
+    )
+    return labels
+
+
+def _as_values(found: Any, keys: Sequence[str], name: str) -> np.ndarray | None:
+    """(N, K) float64; DataError for infinite numbers and what is none."""
+    if found is None:
+        return None
+    try:
+        values = np.asarray(found, np.float64).reshape(len(keys), -1)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{name}: its values are no numbers", tip="give each sample one number, or a row of K"
+        ) from None
+    odd = np.flatnonzero(np.isinf(values).any(axis=1))
+    if odd.size:
+        named = first_offenders((keys[int(i)] for i in odd), odd.size)
+        raise DataError(
+            f"{name}: the values of {odd.size} samples are infinite: {named}", tip="mend them; NaN is not known"
+        )
+    return values
 
 
 def _tell_unused(dataset: Any, name: str) -> None:

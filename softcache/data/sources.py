@@ -52,12 +52,14 @@ class Source:
         keys: N keys.
         labels: (N,) int32 with -1 = none; or (N, C) bool, int8 with -1 = unknown where some are.
         class_names: C names.
+        values: (N, K) float64 numbers of each sample that are no classes, NaN = not known; None where there are none.
     """
 
     reader: Reader
     keys: StringTable
     labels: np.ndarray
     class_names: tuple[str, ...]
+    values: np.ndarray | None = None
 
 
 class StringTable(Sequence[str]):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from softcache.data.hf_datasets import hf_dataset, is_columns_file
-from softcache.data.label_column import LabelColumn, read_labels, read_lists, read_several
+from softcache.data.label_column import NUMBERS, LabelColumn, read_labels, read_lists, read_several, read_values
 from softcache.data.sources import PACKINGS, Source, StringTable, numbered
 from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, names_of, only, value_name
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
@@ -64,6 +64,7 @@ def tsv(
             that are asked for; else it does not, and is refused where it looks as if it did.
         classes: the class list. Empty: the labels found, sorted; by number where all are whole numbers; what is no class
             label is refused. "*": the labels found, whatever they look like. In a column of whole numbers -1 means no label.
+            "none": the labels are numbers that are no classes (scores, measures), which `eval` compares values with.
         empty: what an empty label means: that the sample is "unlabelled", or a "class" of its own. Empty: it is refused.
     """
     file = TextFile(path)
@@ -122,6 +123,8 @@ def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str,
     if not columns.label:
         return Source(reader, keys, np.full(len(rows), -1, np.int32), classes)
     column = LabelColumn(file.shown, picked.labels, _Texts(reader), lines, columns.may_be_header)
+    if classes == NUMBERS:
+        return Source(reader, keys, np.full(len(rows), -1, np.int32), (), read_values(column))
     if len(columns.label) > 1:
         names = [
             columns.names[place] if isinstance(place, int) and columns.names else str(place) for place in columns.label

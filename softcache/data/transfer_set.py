@@ -57,6 +57,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         keys: N stable keys.
         labels: (N,) int32 class indices, -1 = none; or (N, C) bool, int8 of 1, 0 and -1 = unknown where some are.
         class_names: C names, whole even in a selection.
+        values: (N, K) float64 numbers of each sample that are no classes (a score, a measure); None where there are none.
         whole: the set that this one was selected from; itself where it was not.
     """
 
@@ -65,6 +66,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         self.keys: StringTable = source.keys
         self.labels = source.labels
         self.class_names = source.class_names
+        self.values = source.values
         self._reader = source.reader
         self._rows = np.arange(len(source.keys))  # where the reader finds each sample
         self._whole: TransferSet | None = None
@@ -117,7 +119,8 @@ class TransferSet(Dataset[tuple[Any, Any]]):
     def select(self, indices: np.ndarray) -> TransferSet:
         """The samples at these positions, in this order: same keys, same class list."""
         taken = np.arange(len(self))[indices]
-        source = Source(self._reader, self.keys.take(taken), self.labels[taken], self.class_names)
+        values = None if self.values is None else self.values[taken]
+        source = Source(self._reader, self.keys.take(taken), self.labels[taken], self.class_names, values)
         chosen = TransferSet(self.name, source)
         chosen._rows = self._rows[taken]
         chosen._whole = self.whole
@@ -156,7 +159,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         return changed
 
     def _relabelled(self, labels: np.ndarray, class_names: Sequence[str]) -> TransferSet:
-        changed = TransferSet(self.name, Source(self._reader, self.keys, labels, tuple(class_names)))
+        changed = TransferSet(self.name, Source(self._reader, self.keys, labels, tuple(class_names), self.values))
         changed._rows = self._rows
         return changed
 
@@ -212,12 +215,16 @@ def under_classes(
 ) -> TransferSet:
     """The set under its owner's class list: as it is, or with the classes that it lacks, which then have no samples.
 
+    An owner without classes takes any.
+
     Args:
         classes_map: data's class -> owner's class, for those that are called otherwise.
 
     Raises:
         ClassMismatchError: it has other classes, or in another order.
     """
+    if not class_names:  # the owner gives no classes: whose the labels are says nothing about it
+        return transfer_set
     called = [(classes_map or {}).get(name, name) for name in transfer_set.class_names]
     places = None if transfer_set.multi_label else places_in(called, class_names)
     if places is not None:

@@ -80,13 +80,14 @@ def _check_alike(teacher: Teacher, together: Tensor, apart: Tensor) -> None:
             f"teacher {teacher.name!r} gave {len(apart)} rows for {len(together)} samples",
             tip="one row of logits per sample, in their order",
         )
-    if teacher.output != "logits":  # logarithms of the smallest probabilities are all rounding
+    if teacher.has_classes and teacher.output != "logits":  # logarithms of the smallest probabilities are all rounding
         together, apart = ((v.sigmoid() if teacher.multi_label else v.exp()) for v in (together, apart))
     known = (together.isfinite() & apart.isfinite()).all(dim=1)
     together, apart = together[known], apart[known]
     if not len(together):
         return
-    scale = max(1.0, float(together.abs().amax()))
+    largest = float(together.abs().amax())
+    scale = max(1.0, largest) if teacher.has_classes else largest  # an embedding may be small throughout
     differences = (together - apart).abs().amax(dim=1)
     others = int((differences > _tolerance(teacher) * scale).sum())
     if others > FEW_ROWS * len(together):

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from softcache.cache.plan import MemberInfo
-from softcache.codecs import Codec, Probe, make_codec
-from softcache.codecs.fidelity import binary_kl_rows, eps_of, kl_at, round_up_to_half
+from softcache.codecs import CODECS, Codec, Probe, make_codec
+from softcache.codecs.fidelity import binary_kl_rows, eps_of, kl_at, relative_errors, round_up_to_half
 from softcache.config import StorageOptions, flag_of
 from softcache.data.label_kind import answers
 from softcache.data.loading import ViewedSet
@@ -21,17 +21,22 @@ from softcache.dump.features_for import features_for
 from softcache.dump.job import Job
 from softcache.dump.layout import (
     Arrays,
+    ErrorPromise,
     Promise,
     Storage,
     asked_codec,
     constants_bytes,
+    error_promise_of,
     needs_fit,
+    promise_from,
     promise_of,
     restore,
     stored_features,
 )
+from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
-from softcache.errors import CodecFitError, CodecRangeError, ConfigError, TeacherError, first_offenders, nearest
+from softcache.errors import CodecFitError, CodecRangeError, ConfigError, first_offenders, nearest
+from softcache.spec import split_term
 
 DEFAULT_CODEC = "float16"
 CHECKED_SAMPLES = 64  # of the first batch, which is run twice, and once more in another composition
@@ -53,6 +58,9 @@ CANDIDATES = (
     "topk:k=10",
     "topk:k=100",
 )
+
+
+OF_NUMBERS = ("int8:group=64",)  # also compared for outputs without classes
 
 
 class Prober:
@@ -93,12 +101,12 @@ class Prober:
 
     def fitting_rows(self, teacher: Teacher) -> Probe:
         """What a codec is fitted on."""
-        return self._run(teacher, 0, _at_most(self._fitted_rows, teacher.num_classes))
+        return self._run(teacher, 0, _at_most(self._fitted_rows, teacher.width))
 
     def measuring_rows(self, teacher: Teacher) -> Probe:
         """Rows behind those of the fit, where there are enough; else the same."""
-        count = _at_most(self._measured_rows, teacher.num_classes)
-        start = min(_at_most(self._fitted_rows, teacher.num_classes), max(0, len(self._order) - count))
+        count = _at_most(self._measured_rows, teacher.width)
+        start = min(_at_most(self._fitted_rows, teacher.width), max(0, len(self._order) - count))
         return self._run(teacher, start, count)
 
     def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
@@ -126,11 +134,8 @@ class Prober:
         if bad:
             keys = self._viewed.transfer_set.keys
             named = first_offenders((keys[int(self._order[begin + i])] for i in bad), len(bad))
-            raise TeacherError(
-                f"teacher {teacher.name!r} gave logits that are not finite for {len(bad)} samples of this batch: {named}",
-                tip="look at these samples, and mend them or leave them out (--without FILE); under autocast fp16 try "
-                "--autocast bf16 or none",
-            )
+            named = f"{len(bad)} samples of this batch: {named}"
+            raise not_finite(teacher.name, named, has_classes=teacher.has_classes)
 
 
 def _at_most(rows: int, num_classes: int) -> int:
@@ -149,6 +154,7 @@ class Surveyed:
         seconds: to encode and check one record.
         mean_kl, worst_kl: temperature -> nats; a temperature that the codec does not serve is left out.
         agreement: share of records whose largest class is kept.
+        mean_error, worst_error: relative L2 error of a record of an output without classes.
         dense: share of records that are kept dense.
         refused: why it cannot be used; the rest is then empty.
     """
@@ -162,21 +168,26 @@ class Surveyed:
     worst_kl: Mapping[float, float] = field(default_factory=dict)
     agreement: float = 0.0
     dense: float = 0.0
+    mean_error: float = 0.0
+    worst_error: float = 0.0
     refused: str = ""
 
 
-def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES) -> list[str]:
-    """The codecs worth comparing: none whose head would be the whole row."""
+def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES, *, has_classes: bool = True) -> list[str]:
+    """The codecs worth comparing: none whose head would be the whole row; of an output without classes none of classes."""
+    if not has_classes:
+        names = {text: split_term(text, "--codec")[0] for text in (*codecs, *OF_NUMBERS)}
+        return [text for text, name in names.items() if not CODECS[name].of_classes]
     heads = {text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk"))}
     return [text for text in codecs if text not in heads or getattr(heads[text], "k", 0) < num_classes]
 
 
-def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise | None) -> Surveyed:
+def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise | ErrorPromise | None) -> Surveyed:
     """Fit a codec on some rows of a teacher and measure it on others."""
-    num_classes = teacher.num_classes
+    num_classes = teacher.width
     try:
         codec = asked_codec(text, num_classes, promise)
-        _check_labels(codec, teacher)
+        _check_kind(codec, teacher)
         codec = codec.fit(prober.fitting_rows(teacher)) if needs_fit(codec) else codec
         given = prober.measuring_rows(teacher)
         begin = time.perf_counter()
@@ -190,7 +201,20 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     except (CodecFitError, CodecRangeError, ConfigError) as exc:
         return Surveyed(text, refused=exc.message)
     dense = len(coded["dense_at"]) / len(given.logits) if "dense_at" in coded else 0.0
-    grid = Storage(codec, promise=promise if promise and codec.serves(promise.temperature) else None).grid
+    if not teacher.has_classes:
+        assert decoded is not None
+        errors, storage = relative_errors(given.logits, decoded), Storage(codec)
+        return Surveyed(
+            text,
+            storage.arrays(),
+            _kinds(storage.constants()),
+            storage.record_bytes,
+            seconds,
+            mean_error=float(errors.mean()),
+            worst_error=float(errors.max()),
+        )
+    served = isinstance(promise, Promise) and codec.serves(promise.temperature)
+    grid = Storage(codec, promise=promise if served else None).grid
     several = teacher.multi_label
     if several and decoded is not None:
         kl = {t: binary_kl_rows(given.logits, decoded, t) for t in grid}
@@ -202,7 +226,7 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     return Surveyed(
         text,
         storage.arrays(),
-        {name: (array.dtype.newbyteorder("<").str, array.shape) for name, array in storage.constants().items()},
+        _kinds(storage.constants()),
         storage.record_bytes + dense * 2 * num_classes,
         seconds,
         {t: float(rows.mean()) for t, rows in kl.items()},
@@ -212,8 +236,17 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     )
 
 
-def _check_labels(codec: Codec, teacher: Teacher) -> None:
-    """ConfigError for a codec that keeps some classes, where each is a yes-or-no question of its own."""
+def _kinds(constants: Mapping[str, np.ndarray]) -> Arrays:
+    return {name: (array.dtype.newbyteorder("<").str, array.shape) for name, array in constants.items()}
+
+
+def _check_kind(codec: Codec, teacher: Teacher) -> None:
+    """ConfigError for a codec of classes where there are none, and one that keeps some where each is a question of its own."""
+    if codec.of_classes and not teacher.has_classes:
+        raise ConfigError(
+            f"--codec {codec.text} is of logits, and teacher {teacher.name!r} gives {teacher.output}",
+            tip="choose float16, float32 or int8",
+        )
     if teacher.multi_label and not codec.complete:
         raise ConfigError(
             f"--codec {codec.text} keeps the largest classes and the rest of a softmax; this set has several labels per sample, "
@@ -225,7 +258,7 @@ def _check_labels(codec: Codec, teacher: Teacher) -> None:
 def pick_codec(
     teachers: Sequence[Teacher],
     prober: Prober,
-    promise: Promise,
+    promise: Promise | ErrorPromise,
     records: int,
     *,
     codecs: Sequence[str] = CANDIDATES,
@@ -237,18 +270,21 @@ def pick_codec(
         codecs: to pick from.
     """
     best: tuple[float, str] | None = None
-    for text in candidates(teachers[0].num_classes, codecs):
+    for text in candidates(teachers[0].width, codecs, has_classes=teachers[0].has_classes):
         found = [survey_codec(text, teacher, prober, promise) for teacher in teachers]
         if all(keeps(one, promise) for one in found):
             size = sum(records * one.record_bytes + constants_bytes(one.constants) for one in found)
             best = min(best, (size, text)) if best is not None else (size, text)
     if best is None:
-        raise CodecFitError(f"no codec keeps {promise} on these teachers", tip="raise --max-kl, or use --codec float32")
+        flag = "--max-kl" if isinstance(promise, Promise) else "--max-relative-error"
+        raise CodecFitError(f"no codec keeps {promise} on these teachers", tip=f"raise {flag}, or use --codec float32")
     return best[1]
 
 
-def keeps(found: Surveyed, promise: Promise) -> bool:
+def keeps(found: Surveyed, promise: Promise | ErrorPromise) -> bool:
     """Whether a surveyed codec may be picked for a promise; one that keeps failing rows dense needs no headroom."""
+    if isinstance(promise, ErrorPromise):
+        return not found.refused and found.worst_error * HEADROOM <= promise.max_relative_error
     if found.refused or found.codec.startswith("topk") or promise.temperature not in found.worst_kl:
         return False
     headroom = 1.0 if found.codec.startswith("lowrank") else HEADROOM
@@ -268,27 +304,24 @@ def choose_storages(
 
     The teachers' taps are set to what their storage needs.
     """
-    num_classes = teachers[0].num_classes
     known = {teacher.name: job.known_member(teacher.name) for teacher in teachers}
     if job.base is not None and job.new_views:
-        for name in ("codec", "max_kl", "features", "for_"):
+        for name in ("codec", "max_kl", "max_relative_error", "features", "for_"):
             if getattr(config, name) not in (None, ()):
                 raise ConfigError(f"{flag_of(name)} cannot be given with more views: the cache's members keep theirs")
         return {t.name: _as_before(job, t, prober, out) for t in teachers}
-    promise = promise_of(config, multi_label=teachers[0].multi_label)
-    text = config.codec
-    if text is None and not all(known.values()):
-        records = len(job.order) * job.views
-        text = pick_codec(teachers, prober, promise, records, codecs=codecs) if promise is not None else DEFAULT_CODEC
+    promises = promises_of(config, teachers)
+    texts_of = _codecs_of(config, job, teachers, prober, promises, codecs)
     storages = {}
     for teacher in teachers:
-        before, wanted = known[teacher.name], asked_codec(text, num_classes, promise) if text is not None else None
+        promise, text = promises[teacher.has_classes], texts_of.get(teacher.has_classes)
+        before, wanted = known[teacher.name], asked_codec(text, teacher.width, promise) if text is not None else None
         if before is not None and (wanted is None or _same(before.codec or {}, wanted)):
             assert out is not None
-            codec = restore(before, num_classes, job.known_constants(out, teacher.name))
+            codec = restore(before, teacher.width, job.known_constants(out, teacher.name))
         else:
             assert wanted is not None
-            _check_labels(wanted, teacher)
+            _check_kind(wanted, teacher)
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
         texts = _asked_of(config.features, teacher, known)
@@ -297,6 +330,49 @@ def choose_storages(
         texts += [text for text in needed if text not in named]
         storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober)
     return storages
+
+
+Promises = Mapping[bool, Promise | ErrorPromise | None]  # of members with classes, and of those without
+
+
+def promises_of(config: StorageOptions, teachers: Sequence[Teacher]) -> Promises:
+    """What is promised of members with classes, and of those without; ConfigError for a promise of members that are not there."""
+    kinds = {teacher.has_classes for teacher in teachers}
+    for flag, given, kind in (
+        ("--max-kl", config.max_kl, True),
+        ("--max-relative-error", config.max_relative_error, False),
+    ):
+        if given is not None and kind not in kinds:
+            gives = sorted({teacher.output for teacher in teachers})
+            other = "--max-relative-error" if kind else "--max-kl"
+            raise ConfigError(f"{flag} promises nothing of {', '.join(gives)}", tip=f"of these {other} does")
+    several = any(teacher.multi_label for teacher in teachers)
+    with_classes = promise_of(config, multi_label=several) if True in kinds else None
+    return {True: with_classes, False: error_promise_of(config)}
+
+
+def _codecs_of(
+    config: StorageOptions,
+    job: Job,
+    teachers: Sequence[Teacher],
+    prober: Prober,
+    promises: Promises,
+    codecs: Sequence[str],
+) -> dict[bool, str]:
+    """The codec of members with classes, and of those without, as --codec says or as a promise picks it.
+
+    Nothing is said of a kind whose members all have their codecs.
+    """
+    found = {}
+    for kind in dict.fromkeys(teacher.has_classes for teacher in teachers):
+        own, promise = [teacher for teacher in teachers if teacher.has_classes == kind], promises[kind]
+        if config.codec is not None:
+            found[kind] = config.codec
+        elif not all(job.known_member(teacher.name) for teacher in own):
+            records = len(job.order) * job.views
+            picked = None if promise is None else pick_codec(own, prober, promise, records, codecs=codecs)
+            found[kind] = picked or DEFAULT_CODEC
+    return found
 
 
 def _as_before(job: Job, teacher: Teacher, prober: Prober, out: Path | None) -> Storage:
@@ -312,18 +388,23 @@ def storage_of(
 ) -> Storage:
     """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None."""
     if constants is not None:
-        codec = restore(member, teacher.num_classes, constants)
+        codec = restore(member, teacher.width, constants)
     else:
         assert member.codec is not None
-        codec = make_codec(member.codec["name"], member.codec["parameters"], teacher.num_classes)
+        codec = make_codec(member.codec["name"], member.codec["parameters"], teacher.width)
         codec = codec.fit(prober.fitting_rows(teacher))
-    promise = None if member.promise is None else Promise.from_json(member.promise)
+    promise = promise_from(member.promise)
     dtype = member.features[0].dtype if member.features else "float16"
     return _tapped(teacher, codec, [feature.name for feature in member.features], dtype, promise, prober)
 
 
 def _tapped(
-    teacher: Teacher, codec: Codec, texts: Sequence[str], dtype: str, promise: Promise | None, prober: Prober
+    teacher: Teacher,
+    codec: Codec,
+    texts: Sequence[str],
+    dtype: str,
+    promise: Promise | ErrorPromise | None,
+    prober: Prober,
 ) -> Storage:
     """The storage, with the teacher's taps set to what it needs."""
     batch = prober.first_batch(teacher)
@@ -331,7 +412,8 @@ def _tapped(
     classifier = teacher.find_classifier(batch) if features or codec.needs_classifier else None
     teacher.features = tuple(feature.spec for feature in features)
     teacher.classifier = classifier if codec.needs_classifier else None
-    return Storage(codec, features, promise, _classifier_arrays(teacher, classifier) if features else {})
+    beside = _classifier_arrays(teacher, classifier) if features and teacher.has_classes else {}
+    return Storage(codec, features, promise, beside, teacher.has_classes)
 
 
 def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> list[str]:
@@ -346,8 +428,8 @@ def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> l
     return asked
 
 
-def _check_served(codec: Codec, promise: Promise | None) -> None:
-    if promise is not None and not codec.serves(promise.temperature):
+def _check_served(codec: Codec, promise: Promise | ErrorPromise | None) -> None:
+    if isinstance(promise, Promise) and not codec.serves(promise.temperature):
         lowest, highest = codec.temperatures or (0.0, 0.0)
         raise ConfigError(
             f"--at-temperature {promise.temperature:g}: codec {codec.name!r} serves temperatures from {lowest:g} to "

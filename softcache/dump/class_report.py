@@ -114,11 +114,12 @@ class ClassReport:
 
     def __init__(self, transfer_set: TransferSet, teachers: Sequence[Teacher], view: int) -> None:
         self.transfer_set, self.view = transfer_set, view
-        self.answers = {one.name: Answers(one, transfer_set.num_classes) for one in teachers}
+        self.answers = {one.name: Answers(one, transfer_set.num_classes) for one in teachers if one.has_classes}
+        self.others = [one for one in teachers if not one.has_classes]
 
     def add(self, done: Encoded) -> None:
         """A batch that was written, of one teacher; counted at the report's view alone, since views of a sample are no others."""
-        if done.view == self.view:
+        if done.view == self.view and done.member in self.answers:
             measured = {name: done.measured[name].numpy() for name in ("largest", "alike", "decided")}
             labels, ids = done.samples.labels[done.rows], done.samples.ids[done.rows]
             self.answers[done.member].add(measured, labels, ids)
@@ -131,12 +132,20 @@ class ClassReport:
         return [text for text in of_labels if text is not None] + found
 
     def text(self) -> str:
-        return "\n".join(answers.text() for answers in self.answers.values() if answers.rows)
+        lines = [answers.text() for answers in self.answers.values() if answers.rows]
+        return "\n".join([*lines, *(_other_text(one) for one in self.others)])
 
     def facts(self, warnings: Sequence[str]) -> dict[str, Any]:
         """What provenance.json keeps."""
         members = {name: answers.facts() for name, answers in self.answers.items()}
         return {"members": members, "warnings": list(warnings)}
+
+
+def _other_text(teacher: Teacher) -> str:
+    """What a teacher without classes gives."""
+    if teacher.output == "values":
+        return f"teacher {teacher.name}: values {', '.join(teacher.value_names)}"
+    return f"teacher {teacher.name}: embeddings of {teacher.width:,} numbers"
 
 
 def best_order(counts: np.ndarray) -> np.ndarray:

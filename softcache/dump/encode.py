@@ -17,9 +17,10 @@ from softcache.cache.samples import SampleTable
 from softcache.cache.schema import FORMAT_VERSION
 from softcache.cache.statistics import Divergence, MemberStatistics
 from softcache.codecs import Codec
-from softcache.codecs.fidelity import eps_of, kl_at, round_up_to_half
+from softcache.codecs.fidelity import eps_of, kl_at, relative_errors, round_up_to_half
 from softcache.data.label_kind import answers, has_several, is_known, is_yes
-from softcache.dump.layout import Storage
+from softcache.dump.layout import Promise, Storage
+from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, TeacherError, first_offenders
 
@@ -62,15 +63,11 @@ class Encoded:
     def _check(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> None:
         codec, promise = self.storage.codec, self.storage.promise
         if not measured["finite"].all():
-            raise TeacherError(
-                f"teacher {self.member!r} gave logits that are not finite for "
-                + self._named(~measured["finite"].astype(bool)),
-                tip="look at these samples, and mend them or leave them out (--without FILE); under autocast fp16 try "
-                "--autocast bf16 or none",
-            )
+            named = self._named(~measured["finite"].astype(bool))
+            raise not_finite(self.member, named, has_classes=self.storage.has_classes)
         if "eps" in host and not np.isfinite(host["eps"]).all():
             raise CodecRangeError(
-                f"codec {codec.name!r} cannot hold the logits of teacher {self.member!r}, they are too large, for "
+                f"codec {codec.name!r} cannot hold the {self._what} of teacher {self.member!r}, they are too large, for "
                 + self._named(~np.isfinite(host["eps"])),
                 tip="use --codec float32",
             )
@@ -83,20 +80,30 @@ class Encoded:
                     tip="look at these samples; --feature-dtype float16 holds up to 65504",
                 )
         if promise is not None:
-            broken = measured["promised_kl"] > promise.max_kl
+            limit = promise.max_kl if isinstance(promise, Promise) else promise.max_relative_error
+            broken = measured["promised"] > limit
             if broken.any():
-                worst = float(measured["promised_kl"].max())
+                worst, what = float(measured["promised"].max()), "KL" if self.storage.has_classes else "it is"
                 raise CodecFitError(
-                    f"codec {codec.name!r} does not keep {promise}: KL {worst:.3g} for " + self._named(broken),
-                    tip="use --codec lowrank, which keeps such rows dense, or headtail or float16; finished shards stay, but "
-                    "another codec needs another --out",
+                    f"codec {codec.name!r} does not keep {promise}: {what} {worst:.3g} for " + self._named(broken),
+                    tip=(
+                        "use --codec lowrank, which keeps such rows dense, or headtail or float16"
+                        if self.storage.has_classes
+                        else "use --codec float16 or float32"
+                    )
+                    + "; finished shards stay, but another codec needs another --out",
                 )
+
+    @property
+    def _what(self) -> str:
+        return "logits" if self.storage.has_classes else "numbers"
 
     def _named(self, where: np.ndarray) -> str:
         return _named(where, self.samples, self.rows)
 
     def _statistics(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> MemberStatistics:
         correct, labelled, entropy, agreed = measured["sums"].tolist()
+        error = measured.get("error")
         kl = measured["kl"]  # (grid, measured rows); empty for multi-label targets
         return MemberStatistics(
             records=len(self.rows),
@@ -106,7 +113,7 @@ class Encoded:
             max_eps=float(host["eps"].max(initial=0.0)) if "eps" in host else 0.0,
             floored=self.floored,
             dense=len(self.dense["dense_at"]) if self.dense else 0,
-            measured=kl.shape[1],
+            measured=kl.shape[1] if error is None else len(error),
             agreed=int(agreed),
             kl={
                 f"{t:g}": Divergence(float(r.sum()), float(r.max())) for t, r in zip(self.storage.grid, kl, strict=True)
@@ -114,6 +121,7 @@ class Encoded:
             if kl.size
             else {},
             feature_errors={f.name: float(host[f.error_name].max()) for f in self.storage.features},
+            error=None if error is None else Divergence(float(error.sum()), float(error.max(initial=0.0))),
         )
 
 
@@ -158,12 +166,12 @@ def encode(
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
     few = measured_rows(len(rows), format)
-    measured = {"finite": finite.to(torch.uint8), "sums": _sums(logits, decoded, labels, few)}
-    measured |= {"largest": answers(logits, multi_label=False).int(), "alike": _alike(teacher, logits)}
-    measured["decided"] = _decided(logits, labels)
-    measured["kl"] = _divergences(storage, logits, coded, decoded, few, single=not has_several(labels))
-    if storage.promise is not None:
-        measured["promised_kl"] = kl_at(codec, logits, coded, decoded, storage.promise.temperature)
+    measured = {"finite": finite.to(torch.uint8)}
+    if storage.has_classes:
+        measured |= _of_classes(teacher, storage, logits, coded, decoded, labels, few)
+    else:
+        assert decoded is not None  # codecs that keep some classes hold no such output
+        measured |= _of_numbers(storage, logits, decoded, few)
     dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}
     ready = None
     if logits.is_cuda:
@@ -171,6 +179,34 @@ def encode(
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(logits.device))
     return Encoded(teacher.name, storage, arrays, dense, measured, output.floored, samples, rows, view, ready)
+
+
+def _of_classes(
+    teacher: Teacher,
+    storage: Storage,
+    logits: Tensor,
+    coded: Mapping[str, Tensor],
+    decoded: Tensor | None,
+    labels: np.ndarray,
+    few: slice | list[int],
+) -> dict[str, Tensor]:
+    """What is measured of logits."""
+    measured = {"sums": _sums(logits, decoded, labels, few)}
+    measured |= {"largest": answers(logits, multi_label=False).int(), "alike": _alike(teacher, logits)}
+    measured["decided"] = _decided(logits, labels)
+    measured["kl"] = _divergences(storage, logits, coded, decoded, few, single=not has_several(labels))
+    if isinstance(storage.promise, Promise):
+        measured["promised"] = kl_at(storage.codec, logits, coded, decoded, storage.promise.temperature)
+    return measured
+
+
+def _of_numbers(storage: Storage, given: Tensor, decoded: Tensor, few: slice | list[int]) -> dict[str, Tensor]:
+    """What is measured of an output without classes: no class, and the relative error."""
+    nothing = given.new_zeros(4, dtype=torch.float64)
+    measured = {"sums": nothing, "kl": given.new_zeros(0, 0), "error": relative_errors(given[few], decoded[few])}
+    if storage.promise is not None:
+        measured["promised"] = relative_errors(given, decoded)
+    return measured
 
 
 def _encoded(

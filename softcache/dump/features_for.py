@@ -9,7 +9,7 @@ from typing import Any
 from softcache.codecs import Codec
 from softcache.dump.teacher import Teacher
 from softcache.errors import LossError, nearest
-from softcache.losses import CLASSIFIER, LOSSES, Loss, middle
+from softcache.losses import CLASSIFIER, LOSSES, OUTPUT, Loss, middle
 
 
 def features_for(losses: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
@@ -57,6 +57,18 @@ def check_names(names: Sequence[str]) -> None:
 def _check(name: str, teacher: Teacher, codec: Codec) -> None:
     """Raise LossError for a loss that no feature could serve."""
     loss = LOSSES[name]
+    if not teacher.has_classes and (
+        loss.graft or loss.needs("teacher_logits", "head_ids", "classifier_weight", "classifier_bias")
+    ):
+        raise LossError(
+            f"--for {name}: it is on classes, and teacher {teacher.name!r} gives {teacher.output}",
+            tip="leave it out: what the teacher gives is stored as it is",
+        )
+    if teacher.has_classes and loss.features == (OUTPUT,):
+        raise LossError(
+            f"--for {name}: it is of teachers that give an embedding or values, and {teacher.name!r} gives {teacher.output}",
+            tip="leave it out, or say what the teacher gives: output=values",
+        )
     if loss.needs("teacher_logits") and not codec.complete:
         raise LossError(
             f"--for {name}: it needs the logits of every class, codec {codec.name!r} keeps some",
@@ -76,6 +88,8 @@ def _check(name: str, teacher: Teacher, codec: Codec) -> None:
 
 def _features(name: str, ends: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
     loss = LOSSES[name]
+    if not teacher.has_classes and OUTPUT in loss.features:
+        return []  # the output is the member's record
     on_classifier = loss.graft or loss.needs("classifier_weight", "classifier_bias")
     if on_classifier and teacher.find_classifier(batch) is None:
         raise LossError(

@@ -152,6 +152,9 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     lost = left_out_of(teachers, prober)
     if not quiet:
         print(sizes(plan, storages), printable(described(transfer_set)), sep="\n", file=sys.stderr)
+        if job.base is None and plan.format != int(config.format):
+            others = ", ".join(teacher.output for teacher in teachers if not teacher.has_classes)
+            print(f"written as format version {plan.format}, which is provisional: {others}", file=sys.stderr)
         for name, one in lost.items():
             print(f"teacher {name!r}: {one.text()}", file=sys.stderr)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from softcache.cache.schema import ArraySpec, Layout, plan_layout
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, ArraySpec, Layout, fit_layout, plan_layout
 from softcache.cache.write.shard import file_bytes
 from softcache.codecs.fidelity import GRID
 from softcache.config import DumpConfig, PlanConfig
@@ -32,22 +32,23 @@ from softcache.dump.choose_codec import (
     Surveyed,
     candidates,
     choose_storages,
+    promises_of,
     survey_codec,
 )
 from softcache.dump.job import Job, new_job
 from softcache.dump.layout import (
     Arrays,
+    ErrorPromise,
     Promise,
     Storage,
     asked_codec,
     constants_bytes,
     feature_arrays,
-    promise_of,
     record_bytes,
 )
 from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
-from softcache.errors import CodecFitError
+from softcache.errors import CodecFitError, ConfigError
 from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
@@ -93,6 +94,16 @@ class Choice:
         values = [one.worst_kl.get(temperature) for one in self.found.values()]
         return None if self.refused or None in values else max(v for v in values if v is not None)
 
+    @property
+    def worst_error(self) -> float:
+        """The worst relative error of a record of any member without classes."""
+        return max(one.worst_error for one in self.found.values())
+
+    @property
+    def mean_error(self) -> float:
+        """The largest mean of a member."""
+        return max(one.mean_error for one in self.found.values())
+
     def mean(self, temperature: float) -> float | None:
         """The largest mean KL of a member."""
         values = [one.mean_kl.get(temperature) for one in self.found.values()]
@@ -110,6 +121,7 @@ class Forecast:
         promise: what --max-kl asks for.
         features: member -> feature -> bytes of a record.
         multi_label: the samples have several labels: KL is the binary one, mean over the labels of a record.
+        outputs: what the members gave that gave no classes; a plan is of members with classes, or of others.
     """
 
     samples: int
@@ -118,9 +130,10 @@ class Forecast:
     classes: int
     choices: Sequence[Choice]
     chosen: str
-    promise: Promise | None
+    promise: Promise | ErrorPromise | None
     features: Mapping[str, Mapping[str, int]]
     multi_label: bool = False
+    outputs: Sequence[str] = ()
 
     @property
     def choice(self) -> Choice:
@@ -128,7 +141,10 @@ class Forecast:
 
     def text(self) -> str:
         """The table for people."""
-        grid = [*GRID, *([self.promise.temperature] if self.promise and self.promise.temperature not in GRID else [])]
+        if self.outputs:
+            return self._text_of_numbers()
+        asked = {self.promise.temperature} if isinstance(self.promise, Promise) else set()
+        grid = [*GRID, *(asked - set(GRID))]
         header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", *(f"KL T={t:g}" for t in grid)]
         header.append("decisions kept" if self.multi_label else "top-1 kept")
         rows = [self._row(one, grid) for one in self.choices if not one.refused]
@@ -147,16 +163,46 @@ class Forecast:
         if refused:
             lines += ["", "not for this teacher:", *refused]
         lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
-        if self.promise is not None:
+        if isinstance(self.promise, Promise):
             worst = chosen.worst(self.promise.temperature)
             shown = "dense where it fails" if chosen.codec.startswith("lowrank") else f"worst {worst:.2g}"
             lines[-1] += f"; {self.promise}: {shown}, checked again on every record while dumping"
         return "\n".join(lines)
 
-    def _row(self, one: Choice, grid: Sequence[float]) -> list[str]:
+    def _text_of_numbers(self) -> str:
+        """Of members without classes."""
+        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", "relative error"]
+        rows = [
+            [*self._cells(one), f"{one.mean_error:.1e} / {one.worst_error:.1e}"]
+            for one in self.choices
+            if not one.refused
+        ]
+        chosen = self.choice
+        lines = [
+            f"{self.samples:,} samples x {self.views} views x {self.members} members, {', '.join(self.outputs)}; "
+            "relative error of a record, mean / worst",
+            "",
+            table(header, rows),
+        ]
+        for member, kept in self.features.items():
+            lines += [
+                f"  feature {name} of {member}: {nbytes:,} bytes a record, counted in" for name, nbytes in kept.items()
+            ]
+        lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
+        if self.promise is not None:
+            lines[-1] += (
+                f"; {self.promise}: worst {chosen.worst_error:.2g}, checked again on every record while dumping"
+            )
+        return "\n".join(lines)
+
+    def _cells(self, one: Choice) -> list[str]:
+        """What every kind of output has."""
         largest = max(found.record_bytes for found in one.found.values())
         cells = [">" if one.codec == self.chosen else "", one.codec, f"{largest:,.1f}", size(one.nbytes)]
-        cells += [_duration(one.seconds), f"{one.nbytes / 1e6 / max(1e-9, one.seconds):.1f}"]
+        return [*cells, _duration(one.seconds), f"{one.nbytes / 1e6 / max(1e-9, one.seconds):.1f}"]
+
+    def _row(self, one: Choice, grid: Sequence[float]) -> list[str]:
+        cells = self._cells(one)
         for t in grid:
             mean, worst = one.mean(t), one.worst(t)
             cells.append("-" if mean is None or worst is None else f"{mean:.1e} / {worst:.1e}")
@@ -180,6 +226,7 @@ class Forecast:
                     "record_bytes": max(found.record_bytes for found in one.found.values()),
                     "agreement": min(found.agreement for found in one.found.values()),
                     "kl": {f"{t:g}": {"mean": one.mean(t), "worst": one.worst(t)} for t in GRID},
+                    **({"error": {"mean": one.mean_error, "worst": one.worst_error}} if self.outputs else {}),
                 }
                 for one in self.choices
             },
@@ -216,12 +263,14 @@ def run(
     middle = time.monotonic()
     transfer_set, job, viewed, prober, teachers = _open(config, measured_rows)
     once = max(0.0, 2 * middle - begin - time.monotonic())  # what a process loads the first time, as a dump's will
-    promise = promise_of(config, multi_label=transfer_set.multi_label)
+    _refuse_both(teachers)
+    with_classes, classes = teachers[0].has_classes, teachers[0].width
+    promise = promises_of(config, teachers)[with_classes]
     storages = choose_storages(config, job, teachers, prober, None, codecs=codecs)
     chosen = storages[teachers[0].name].codec.text
     # as a dump would write them, so that the chosen one is not there twice
-    classes = transfer_set.num_classes
-    texts = list(dict.fromkeys([*(asked_codec(t, classes, promise).text for t in candidates(classes, codecs)), chosen]))
+    named = [asked_codec(t, classes, promise) for t in candidates(classes, codecs, has_classes=with_classes)]
+    texts = list(dict.fromkeys([*(one.text for one in named), chosen]))
     with Meter("plan", len(texts) + TRIALS, unit="trials", quiet=quiet) as meter:
         surveyed = {
             text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in meter.over(texts)
@@ -233,7 +282,8 @@ def run(
             tried = "float32"
             rates = _rates(config, transfer_set, job, tried, trial_rows, trial_seconds, meter)
     rates, probe_bytes = replace(rates, fixed=rates.fixed + once), _probe_bytes(viewed, job)
-    classifiers = {t.name: _classifier_arrays(t, prober) if storages[t.name].features else {} for t in teachers}
+    beside = {t.name for t in teachers if storages[t.name].features and t.has_classes}
+    classifiers = {t.name: _classifier_arrays(t, prober) if t.name in beside else {} for t in teachers}
     features = {
         name: {f.name: record_bytes(feature_arrays(f)) for f in s.features}
         for name, s in storages.items()
@@ -263,7 +313,17 @@ def run(
         promise,
         features,
         transfer_set.multi_label,
+        tuple(dict.fromkeys(teacher.output for teacher in teachers if not with_classes)),
     )
+
+
+def _refuse_both(teachers: Sequence[Teacher]) -> None:
+    """Codecs are compared by the divergence of classes, or by the error of other numbers."""
+    if len({teacher.has_classes for teacher in teachers}) > 1:
+        raise ConfigError(
+            "plan compares codecs for members with classes, or for members without, and here are both",
+            tip="plan them one after the other: sizes add up",
+        )
 
 
 def _open(config: PlanConfig, measured_rows: int) -> tuple[TransferSet, Job, ViewedSet, Prober, list[Teacher]]:
@@ -288,8 +348,11 @@ def _cache_bytes(
     count, classes = len(transfer_set), transfer_set.num_classes
     records = {name: {**one.arrays, **_feature_arrays(storages[name])} for name, one in found.items()}
     largest = max(sum(ArraySpec("", d, s).nbytes for d, s in arrays.values()) for arrays in records.values())
-    format = int(config.format)
+    others = any(not storage.has_classes for storage in storages.values())
+    format = PROVISIONAL_FORMAT if others else int(config.format)
     layout = plan_layout(count, job.views, len(found), largest, shard_rows=config.shard_rows, format=format)
+    if format != FORMAT_VERSION:
+        layout = fit_layout(layout, lambda span: span.rows * span.views * largest)
     labels = ArraySpec("labels", "|u1", (count, -(-classes // 8))) if transfer_set.multi_label else None
     samples = [
         ArraySpec("ids", "<u8", (count,)),

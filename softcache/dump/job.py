@@ -17,7 +17,7 @@ from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
-from softcache.cache.schema import FORMAT_VERSION, fit_layout, plan_layout
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, fit_layout, plan_layout
 from softcache.config import DumpConfig, StorageOptions
 from softcache.data.classes import check_classes
 from softcache.data.identity import sample_ids
@@ -114,7 +114,8 @@ def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
         )
     if wanted is not None and wanted > there and not policy.is_random:
         raise ConfigError(f"--views {wanted}, but every view of this cache's policy is the same ({policy})")
-    check_classes(transfer_set, base.plan.class_names)
+    if base.plan.class_names:
+        check_classes(transfer_set, base.plan.class_names)
     order = order_of(CacheReader(out).samples, transfer_set)
     more = wanted is not None and wanted > there
     first, views = (there, wanted - there) if more and wanted is not None else (0, there)
@@ -194,10 +195,10 @@ def make_plan(
         ModelError: a member's new views would be of another kind than those that are there.
     """
     base = job.base
-    format = _format(config, base, storages)
+    format = _format(config, base, teachers, storages)
     infos = [member_info(teacher, storages[teacher.name]) for teacher in teachers]
     if format != FORMAT_VERSION:
-        infos = [replace(info, width=len(transfer_set.class_names)) for info in infos]
+        infos = [replace(info, width=teacher.width) for info, teacher in zip(infos, teachers, strict=True)]
     first_part = sum(len(one.layout) for one in base.plan.rounds) if base else 0
     record_bytes = max(storage.record_bytes for storage in storages.values())
     layout = plan_layout(
@@ -243,15 +244,25 @@ def make_plan(
     )
 
 
-def _format(config: StorageOptions, base: Manifest | None, storages: Mapping[str, Storage]) -> int:
-    """The version that is written: the cache's own; of a new cache what was asked for, or what the codecs need.
+def _format(
+    config: StorageOptions, base: Manifest | None, teachers: Sequence[Teacher], storages: Mapping[str, Storage]
+) -> int:
+    """The version that is written: the cache's own; of a new cache what was asked for, or what teachers and codecs need.
 
     Raises:
         ConfigError: a codec that the version of the cache does not know.
+        ModelError: a teacher without classes, for whose answers it has no place.
     """
-    needed = max(storage.codec.format for storage in storages.values())
+    others = [teacher for teacher in teachers if not teacher.has_classes]
+    needed = max(PROVISIONAL_FORMAT if others else FORMAT_VERSION, *(s.codec.format for s in storages.values()))
     if base is None:
         return max(int(config.format), needed)
+    if others and base.plan.format == FORMAT_VERSION:
+        raise ModelError(
+            f"teacher {others[0].name!r} gives {others[0].output}, and the cache is of format version {FORMAT_VERSION}, which "
+            "holds classes alone",
+            tip="dump it into a cache of its own (another --out), or all members again with --format 2",
+        )
     if needed > base.plan.format:
         named = ", ".join(sorted({s.codec.text for s in storages.values() if s.codec.format > base.plan.format}))
         raise ConfigError(

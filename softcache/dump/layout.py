@@ -41,6 +41,30 @@ class Promise:
         return cls(float(entry["max_kl"]), float(entry["at_temperature"]))
 
 
+@dataclass(frozen=True)
+class ErrorPromise:
+    """|stored - given| / |given| of every record of an output without classes is at most `max_relative_error`, in L2 norm."""
+
+    max_relative_error: float
+
+    def __str__(self) -> str:
+        return f"relative error <= {self.max_relative_error:g}"
+
+    def to_json(self) -> dict[str, str]:
+        return {"max_relative_error": repr(self.max_relative_error)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, str]) -> ErrorPromise:
+        return cls(float(entry["max_relative_error"]))
+
+
+def promise_from(entry: Mapping[str, str] | None) -> Promise | ErrorPromise | None:
+    """What a manifest says was promised of a member."""
+    if entry is None:
+        return None
+    return ErrorPromise.from_json(entry) if "max_relative_error" in entry else Promise.from_json(entry)
+
+
 Arrays = dict[str, tuple[str, tuple[int, ...]]]  # data set -> (NumPy dtype string, shape of one record)
 
 
@@ -65,12 +89,14 @@ class Storage:
 
     Attributes:
         classifier: weight and bias of the teacher's final linear layer, kept beside features.
+        has_classes: what is stored are logits, of which a divergence between soft targets can be told.
     """
 
     codec: Codec
     features: Sequence[StoredFeature] = ()
-    promise: Promise | None = None
+    promise: Promise | ErrorPromise | None = None
     classifier: Mapping[str, np.ndarray] = field(default_factory=dict)
+    has_classes: bool = True
 
     def arrays(self) -> Arrays:
         """Data set -> (dtype, shape of one record): the codec's, the bound of each record, and the features'."""
@@ -83,8 +109,11 @@ class Storage:
 
     @property
     def grid(self) -> tuple[float, ...]:
-        """The temperatures at which fidelity is measured: the codec's, and the promise's."""
-        return tuple(sorted({*grid_of(self.codec), *([self.promise.temperature] if self.promise else [])}))
+        """The temperatures at which fidelity is measured: the codec's, and the promise's; none of what has no classes."""
+        if not self.has_classes:
+            return ()
+        asked = {self.promise.temperature} if isinstance(self.promise, Promise) else set()
+        return tuple(sorted({*grid_of(self.codec), *asked}))
 
     def array_specs(self, span: Span) -> list[ArraySpec]:
         """The data sets of one part."""
@@ -109,8 +138,17 @@ class Storage:
         return replace(self, codec=self.codec.with_constants(codec_constants(constants)))
 
 
+def error_promise_of(config: StorageOptions) -> ErrorPromise | None:
+    """What --max-relative-error promises of outputs without classes; ConfigError for one that cannot be kept."""
+    if config.max_relative_error is None:
+        return None
+    if not 0 < config.max_relative_error < inf:
+        raise ConfigError(f"--max-relative-error {config.max_relative_error:g}: must be a number > 0")
+    return ErrorPromise(float(config.max_relative_error))
+
+
 def promise_of(config: StorageOptions, *, multi_label: bool) -> Promise | None:
-    """The promise that the flags make; ConfigError for one that cannot be kept or checked."""
+    """The promise that the flags make of logits; ConfigError for one that cannot be kept or checked."""
     if config.max_kl is None:
         return None
     if not (0 < config.max_kl < inf and 0 < config.at_temperature < inf):
@@ -125,10 +163,10 @@ def promise_of(config: StorageOptions, *, multi_label: bool) -> Promise | None:
     return Promise(float(config.max_kl), float(config.at_temperature))  # a NumPy number writes itself otherwise
 
 
-def asked_codec(text: str, num_classes: int, promise: Promise | None) -> Codec:
+def asked_codec(text: str, num_classes: int, promise: Promise | ErrorPromise | None) -> Codec:
     """The codec that `name:key=value,...` names, not fitted; lowrank takes the promise as its own."""
     name, parameters = split_term(text, "--codec")
-    if name == "lowrank" and promise is not None:
+    if name == "lowrank" and isinstance(promise, Promise):
         parameters = {"max_kl": str(promise.max_kl), "at_temperature": str(promise.temperature), **parameters}
     return make_codec(name, parameters, num_classes)
 
@@ -172,6 +210,8 @@ def member_info(teacher: Teacher, storage: Storage) -> MemberInfo:
         },
         features=tuple(_feature_info(feature) for feature in storage.features),
         promise=None if storage.promise is None else storage.promise.to_json(),
+        value_names=teacher.value_names,
+        input=teacher.told_input,
     )
 
 

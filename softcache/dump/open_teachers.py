@@ -11,20 +11,26 @@ import torch
 from torch import nn
 
 from softcache.config import StorageOptions
-from softcache.data.classes import match_classes, read_classes_map
+from softcache.data.classes import Match, match_classes, read_classes_map
 from softcache.data.transfer_set import TransferSet
 from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.choose_codec import Prober
 from softcache.dump.teacher import Teacher, member_name
-from softcache.errors import ConfigError, ModelError, faults_explained, warn_once
+from softcache.errors import ConfigError, DataError, ModelError, faults_explained, warn_once
+from softcache.features.taps import classifier_of
 from softcache.machine import autocast_dtype
 from softcache.models import Model, build, load_model, own_classes, path_alone
 from softcache.models import split_weights as split_model
+from softcache.models.class_names import gives_classes
 from softcache.models.estimators import callee_of
 from softcache.models.inputs import is_text
 from softcache.models.item_range import check_scale
 from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
-from softcache.spec import Spec, parse_spec
+from softcache.models.model import CLASS_OUTPUTS, OTHER_OUTPUTS
+from softcache.spec import Spec, parse_spec, split_list
+
+OF_TEACHERS = ("name", "output", "decides")  # parameters of a spec that are no model's
+NO_MATCH = Match(None, None, "not at all: its outputs are no classes")
 
 
 def open_teachers(
@@ -54,10 +60,11 @@ def open_teachers(
             autocast=autocast_dtype(config.autocast),
             allow_code=config.allow_code,
             classes_map=classes_map,
+            items=prober.first_items,
         )
         if not teacher.has_weights:
             raise ModelError(
-                f"teacher {text!r} has no weights: its logits would be random numbers",
+                f"teacher {text!r} has no weights: what it gives would be random numbers",
                 tip=f"write {text}@WEIGHTS, or name a run folder",
             )
         if isinstance(teacher.network, Model):
@@ -104,14 +111,17 @@ def open_teacher(
     autocast: torch.dtype | None,
     allow_code: bool = False,
     classes_map: Mapping[str, str] | None = None,
+    items: Callable[[], Sequence[Any]] = tuple,
 ) -> Teacher:
     """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
 
-    The parameters `name=` (of the member), `output=` (logits, log_probs, probs) and `decides=own` (its own `predict` may
-    decide otherwise than its largest column) belong to the teacher, the rest to the model.
+    The parameters `name=` (of the member), `output=` (logits, log_probs, probs; embedding, values), `names=` (of its values),
+    `head=none` (an embedding: what its final linear layer takes) and `decides=own` (its own `predict` may decide otherwise than
+    its largest column) belong to the teacher, the rest to the model.
 
     Args:
         taken: member names that are in use already.
+        items: some samples, by which a final linear layer is found.
         allow_code: call the factory that a run folder names.
         classes_map: data's class -> teacher's class.
 
@@ -120,10 +130,14 @@ def open_teacher(
     """
     head, weights = (text, "") if os.path.exists(text) else split_model(text)
     spec = Spec(text, "", text) if os.path.exists(text) else parse_spec(head)
-    bare = spec.without("name", "output", "decides")
+    headless = _is_headless(spec, text)
+    # of a factory of the user `head` and `names` may be parameters of its own
+    own_words = [*(["head"] if headless else []), *(["names"] if spec.value("output") == "values" else [])]
+    bare = spec.without(*OF_TEACHERS, *own_words)
     decides = spec.value("decides") or None
     if decides not in (None, "own"):
         raise ConfigError(f"{text!r}: decides={decides}", tip="decides=own, or leave it out")
+    said_output = "embedding" if headless else spec.value("output")
     run = path_alone(bare.text)  # a run folder, or its student.safetensors
     is_run = run is not None
     chosen_name = spec.value("name")
@@ -133,7 +147,9 @@ def open_teacher(
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
     own = own_classes(model_text, num_classes)
     more = own if own is not None and len(own) > num_classes else None  # of which the data's are chosen
-    if more is not None:
+    if not gives_classes(text):
+        shape |= {"num_classes": len(own or ()) or max(1, num_classes), "class_names": own or tuple(class_names)}
+    elif more is not None:
         match_classes(what, more, class_names, classes_map)  # refused before it is built, or fetched
         shape |= {"num_classes": len(more), "class_names": more}
     made: Any = None
@@ -149,7 +165,15 @@ def open_teacher(
             model = load_model(model_text, **shape, allow_code=allow_code)
         declared, output, portable = model.declared_classes or more, model.output, model.spec
         network, collate, decide = model, model.input.collate, None
+        if headless:
+            with faults_explained(ModelError, f"the teacher {text!r}"):
+                _take_head_off(model, text, items())
+            portable = parse_spec(model.spec).having(head="none").portable()
         model.check_trained(f"teacher {text!r}")
+    elif headless:
+        raise ConfigError(
+            f"{text!r}: head=none is of torch modules", tip="leave it out: output=embedding says what it gives"
+        )
     elif weights:
         raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
     else:
@@ -157,7 +181,10 @@ def open_teacher(
         network, collate, output, declared = callee.run, callee.collate, callee.output, callee.classes
         decide = callee.decide if decides is None else None
         portable = (bare if decides is None else bare.having(decides="own")).portable()
-    output = spec.value("output", output)
+    output = said_output or output
+    if output not in OTHER_OUTPUTS and not num_classes:
+        raise _no_classes(text)
+    told_input = dict(getattr(network, "told_input", {})) | ({"head": "none"} if headless else {})
     teacher = Teacher(
         name,
         portable,
@@ -166,13 +193,60 @@ def open_teacher(
         output=output,
         num_classes=num_classes,
         multi_label=multi_label,
-        match=match_classes(what, declared, class_names, classes_map),
+        match=match_classes(what, declared, class_names, classes_map) if output in CLASS_OUTPUTS else NO_MATCH,
         decide=decide,
         device=device,
         autocast=autocast,
+        value_names=_value_names(spec, text, output, getattr(network, "value_names", ())),
+        told_input=told_input,
     )
     teacher.wanted_name, teacher.is_named = wanted_name, bool(chosen_name)
     teacher.has_weights = bool(
         is_run or bare.is_factory or weights or bare.scheme == "hf" or "weights" in bare.parameters
     )
     return teacher
+
+
+def _is_headless(spec: Spec, text: str) -> bool:
+    """Whether `head=none` asks for what the final linear layer takes; ConfigError for what does not go with it."""
+    if spec.value("head") != "none":
+        return False
+    output = spec.value("output", "embedding")
+    if output != "embedding":
+        raise ConfigError(
+            f"{text!r}: head=none gives an embedding, and output={output} is asked for", tip="leave one of them out"
+        )
+    return True
+
+
+def _take_head_off(model: Model, text: str, items: Sequence[Any]) -> None:
+    """Let the network end with the input of its final linear layer."""
+    batch = model.input.prepare(model.input.collate(list(items)[:2]))
+    final = classifier_of(model.net, batch)
+    name = next((name for name, module in model.net.named_modules() if module is final and final is not None), "")
+    if not name:
+        raise ModelError(
+            f"{text!r}: head=none, and it does not end with an nn.Linear that gives its output",
+            tip="let a factory of yours return the module that gives the embedding, and say output=embedding",
+        )
+    holder, _, last = name.rpartition(".")
+    setattr(model.net.get_submodule(holder), last, nn.Identity())
+    model.output, model.untrained = "embedding", tuple(one for one in model.untrained if not one.startswith(f"{name}."))
+
+
+def _value_names(spec: Spec, text: str, output: str, own: Sequence[str]) -> tuple[str, ...]:
+    """Of the output `values`: those of `names=`, else the network's own; none of another output."""
+    if output != "values":
+        return ()
+    said = split_list(spec.parameters.get("names", ""))
+    if len(set(said)) < len(said):
+        raise ConfigError(f"{text!r}: names= has a name twice", tip="give each value a name of its own")
+    return said or tuple(own)
+
+
+def _no_classes(text: str) -> DataError:
+    return DataError(
+        f"the data has no classes, and teacher {text!r} gives some",
+        tip="say how many it has, or their names, in its order: classes=10, or classes=cat,dog,...; a teacher that gives an "
+        "embedding or scores says so: output=embedding, output=values, head=none",
+    )

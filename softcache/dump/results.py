@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softcache.errors import first_offenders, is_users_file
+from softcache.errors import TeacherError, first_offenders, is_users_file
 
 
 def numbers(raw: Any) -> Tensor | None:
@@ -24,6 +24,16 @@ def numbers(raw: Any) -> Tensor | None:
         return torch.as_tensor(np.asarray(raw))
     except (TypeError, ValueError, RuntimeError):  # ragged, or no numbers
         return None
+
+
+def not_finite(name: str, samples: str, *, has_classes: bool) -> TeacherError:
+    """For numbers that no cache holds; `samples` says of which."""
+    gave = "gave logits that are not finite for" if has_classes else "gave numbers that are not finite for"
+    return TeacherError(
+        f"teacher {name!r} {gave} {samples}",
+        tip="look at these samples, and mend them or leave them out (--without FILE); under autocast fp16 try "
+        "--autocast bf16 or none",
+    )
 
 
 def described(raw: Any) -> str:

@@ -17,6 +17,7 @@ from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, first_offenders
 from softcache.files.durable import write_whole
 from softcache.models import own_classes
+from softcache.models.class_names import gives_classes
 from softcache.report.progress import Meter
 
 
@@ -32,14 +33,19 @@ def open_samples(config: StorageOptions) -> tuple[TransferSet, np.ndarray]:
 
 
 def _with_classes(transfer_set: TransferSet, teachers: Sequence[str]) -> TransferSet:
-    """The set under the classes of the first teacher that names its own, where itself has neither classes nor labels."""
-    if transfer_set.num_classes or not teachers:
+    """The set under the classes of the first teacher that names its own, where itself has neither classes nor labels.
+
+    Where no teacher gives classes it needs none.
+    """
+    of_classes = list(filter(gives_classes, teachers))
+    if transfer_set.num_classes or not of_classes:
         return transfer_set
-    for names in filter(None, map(own_classes, teachers)):
+    for names in filter(None, map(own_classes, of_classes)):
         return transfer_set.under(names, [])
     raise DataError(
         f"{transfer_set.name}: has no classes, and no teacher names any",
-        tip="say how many the teacher has, or their names, in its order: classes=10, or classes=cat,dog,...",
+        tip="say how many the teacher has, or their names, in its order: classes=10, or classes=cat,dog,...; one that gives an "
+        "embedding or scores says so in its spec: output=embedding, output=values, head=none",
     )
 
 

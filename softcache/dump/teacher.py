@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ from softcache.features.taps import (
     map_ends,
 )
 from softcache.models import Model
+from softcache.models.model import CLASS_OUTPUTS, OTHER_OUTPUTS, OUTPUTS
 
-OUTPUTS = ("logits", "log_probs", "probs")
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # counts, as of votes
 ASKED_ROWS = 512  # of the first batches, on which an object's own `predict` is asked
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
@@ -47,7 +48,7 @@ HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, 
 
 @dataclass
 class TeacherOutput:
-    """One batch of logits, (B, C) float32 in the cache's class order.
+    """One batch of logits, (B, C) float32 in the cache's class order; or of an output without classes, as it was given.
 
     Attributes:
         rounding: (B,) bound on what the last layer's own dtype may have cost, 0 for float32.
@@ -73,7 +74,9 @@ class Teacher:
         wanted_name: the same before a number was added to tell it from others; `is_named` where the user chose it.
         model_spec: portable spec string.
         collate: items -> batch, for the loader's workers.
-        output: what the teacher gives: "logits", "log_probs" or "probs".
+        output: what the teacher gives: "logits", "log_probs" or "probs"; "embedding" or "values".
+        value_names: of the output "values"; empty until the first batch where nobody named them.
+        told_input: what it alone does to its inputs and outputs, for the manifest.
         fingerprint: sha256 of weights and preprocessing; None until the first batch for a teacher without weights.
         match: which of its outputs belongs to which class.
         class_order: permutation that brings its outputs into the cache's order; None when they stand so already, and where
@@ -101,9 +104,13 @@ class Teacher:
         decide: Callable[[Any], np.ndarray | None] | None = None,
         device: str = "cpu",
         autocast: torch.dtype | None = None,
+        value_names: Sequence[str] = (),
+        told_input: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if output not in OUTPUTS:
             raise ConfigError(f"teacher {name!r}: unknown output {output!r}", tip=nearest(output, OUTPUTS))
+        self.value_names, self.told_input = tuple(value_names), dict(told_input)
+        self._width: int | None = None  # of an output without classes, once it was seen
         self.name, self.model_spec, self.network, self.collate = name, model_spec, network, collate
         self.wanted_name, self.is_named = name, False
         self.output, self.num_classes, self.multi_label = output, num_classes, multi_label
@@ -142,6 +149,9 @@ class Teacher:
         raw = self._as_rows(raw)
         self.compute_dtype = str(raw.dtype).removeprefix("torch.")
         relative = HALF_ROUNDING.get(raw.dtype, 0.0)
+        if not self.has_classes:
+            given = raw.float()
+            return TeacherOutput(given, relative * given.abs().amax(dim=1), 0, classifier_input, features)
         if relative and self.output != "logits":
             raise TeacherError(
                 f"teacher {self.name!r} gave {self.output} in {self.compute_dtype}: small probabilities are lost in it",
@@ -162,10 +172,41 @@ class Teacher:
         return TeacherOutput(logits, rounding, floored, classifier_input, features, whole)
 
     @property
+    def has_classes(self) -> bool:
+        """Whether each of its outputs is of a class."""
+        return self.output in CLASS_OUTPUTS
+
+    @property
+    def width(self) -> int:
+        """How many numbers it gives of a sample: C; of an output without classes known after the first batch."""
+        if self.has_classes:
+            return self.num_classes
+        assert self._width is not None, "its first batch tells how wide it is"
+        return self._width
+
+    @property
     def _taken(self) -> str:
         """What its fingerprint says of columns that were chosen, or that a map declares."""
         match = self.match
         return f" columns {list(match.columns)}" if match.columns and (match.declared or match.is_choice) else ""
+
+    def _check_width(self, raw: Tensor) -> None:
+        """TeacherError unless an output without classes is a row for each sample, as wide as ever and as its names say."""
+        wanted = self._width or (len(self.value_names) or None)
+        if raw.ndim != 2 or raw.shape[1] == 0 or wanted not in (None, raw.shape[1]):
+            named = f" ({', '.join(self.value_names)})" if self.value_names else ""
+            numbers = f"{wanted:,}{named}" if wanted else "D"
+            raise TeacherError(
+                f"teacher {self.name!r} gave a result of shape {tuple(raw.shape)}; output={self.output} takes (batch, {numbers})"
+                + place_of(self.function),
+                tip="name as many values as it gives: names=a,b"
+                if self.output == "values"
+                else "reduce it to one vector a sample: an average over positions (pooling=mean), or the input of its last layer "
+                "(head=none)",
+            )
+        self._width = raw.shape[1]
+        if self.output == "values" and not self.value_names:
+            self.value_names = ("value",) if self._width == 1 else tuple(f"value{i}" for i in range(self._width))
 
     def _check_shape(self, raw: Tensor) -> None:
         outputs = self.match.outputs
@@ -242,16 +283,26 @@ class Teacher:
         rows = raw if isinstance(raw, Tensor) else numbers(raw)
         if rows is None or rows.layout != torch.strided or not (rows.is_floating_point() or rows.dtype in WHOLE):
             raise TeacherError(
-                f"teacher {self.name!r} gave {described(raw)}, not logits (batch, {self.num_classes}){place_of(self.function)}",
+                f"teacher {self.name!r} gave {described(raw)}, not {self._wanted}{place_of(self.function)}",
                 tip=f"wrap it: file.py:factory may return a function or module that gives {likely_meant(raw)} alone",
             )
-        self._check_shape(rows)
+        if self.has_classes:
+            self._check_shape(rows)
+        else:
+            rows = rows[:, None] if self.output == "values" and rows.ndim == 1 else rows
+            self._check_width(rows)
         if rows.dtype.itemsize < 2 and rows.is_floating_point():
             raise TeacherError(
                 f"teacher {self.name!r} gave {str(rows.dtype).removeprefix('torch.')}, of whose rounding nothing is known",
                 tip="let it return float32, or float16 or bfloat16",
             )
         return rows.to(self.device)
+
+    @property
+    def _wanted(self) -> str:
+        return (
+            f"logits (batch, {self.num_classes})" if self.has_classes else f"one tensor (batch, D), its {self.output}"
+        )
 
     @property
     def function(self) -> Any:
@@ -301,7 +352,7 @@ class Teacher:
 
     def find_classifier(self, batch: Any) -> nn.Linear | None:
         """The linear layer whose output is the logits; None where there is none, or where it gives no logits."""
-        if not isinstance(self.network, nn.Module) or self.output != "logits":
+        if not isinstance(self.network, nn.Module) or self.output not in ("logits", *OTHER_OUTPUTS):
             return None
         return classifier_of(self.network, to_device(batch, self.device))
 

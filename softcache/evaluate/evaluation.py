@@ -8,6 +8,21 @@ from typing import Any
 
 from softcache.report.tables import percent, table
 
+OTHER_NUMBERS = {
+    "cosine": "cosine to the teacher",
+    "recall_at_10": "teacher's 10 nearest found (recall@10)",
+    "spearman": "Spearman",
+    "nearest_neighbour": "nearest neighbour right (recall@1)",
+    "class_recall_at_5": "own class among 5 nearest (recall@5)",
+    "linear_probe": "linear probe",
+    "r2": "R squared",
+    "mean_error": "mean absolute error",
+    "r2_teacher": "R squared to the teacher",
+    "spearman_teacher": "Spearman to the teacher",
+    "mean_error_teacher": "mean absolute error to the teacher",
+}
+SHARES = ("recall_at_10", "nearest_neighbour", "class_recall_at_5", "linear_probe")  # of samples
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -32,6 +47,7 @@ class Evaluation:
         bias: class -> what was added to its logits.
         class_errors: class -> (errors, of how many with this label); of several labels: label -> (errors, of how many known).
         yes_errors: several labels alone: label -> (those that are yes and were told no, of how many that are yes).
+        numbers: of a model whose outputs are no classes, by the names in OTHER_NUMBERS.
     """
 
     samples: int
@@ -50,6 +66,7 @@ class Evaluation:
     decisions: int | None = None
     wrong_samples: int | None = None
     yes_errors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def counted(self) -> int:
@@ -67,6 +84,8 @@ class Evaluation:
 
     def columns(self) -> dict[str, Any]:
         """What a run's row of metrics has of it."""
+        if self.numbers:
+            return {f"eval_{name}": value for name, value in self.numbers.items()}
         found = {"eval_top1": self.top1, "eval_nll": self.nll, "eval_errors": self.errors}
         return found | ({"eval_wrong_samples": self.wrong_samples} if self.multi_label else {})
 
@@ -92,6 +111,11 @@ class Evaluation:
             (
                 f"KL to the cache at T={self.temperature:g}",
                 None if self.kl is None else f"{self.kl:.5f} nats{each}",
+            ),
+            *(
+                (text, percent(self.numbers[name]) if name in SHARES else f"{self.numbers[name]:.4f}")
+                for name, text in OTHER_NUMBERS.items()
+                if name in self.numbers
             ),
             ("bias", ", ".join(f"{name} {value:+g}" for name, value in self.bias.items()) or None),
             ("seconds", f"{self.seconds:.1f}"),

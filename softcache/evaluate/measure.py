@@ -22,6 +22,7 @@ from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError, ModelError, faults_explained, note_once
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.outputs import Beside, evaluate_member, evaluate_outputs, has_classes, member_of
 from softcache.evaluate.sums import Sums
 from softcache.machine import as_fresh, autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import (
@@ -72,6 +73,12 @@ def evaluate(
         bias: class -> what to add to its logits first.
         order: the model's output for each class; None: in the data's order.
     """
+    if not model.has_classes:
+        beside = None if joined is None else Beside(joined, member_of(joined.cache, weights, model.output))
+        return evaluate_outputs(
+            model, transfer_set, policy, device=device, batch_size=batch_size, workers=workers, autocast=autocast,
+            beside=beside, progress=progress,
+        )  # fmt: skip
     started, was_training = time.monotonic(), model.training
     model.eval()
     count = len(transfer_set)
@@ -197,6 +204,8 @@ def run(model_text: str, config: EvalConfig, *, quiet: bool = False) -> Evaluati
         policy = run_policy(model_text).for_evaluation()
     transfer_set = _with_classes_of(model_text, transfer_set, classes_map, compared=joined is not None)
     model = _load(model_text, transfer_set, policy, joined.partners if joined else None, config)
+    if (config.bias or config.fit_bias) and not model.has_classes:
+        raise ConfigError(f"--bias is of classes, and the model gives {model.output}", tip="leave it out")
     bias = parse_bias(config.bias, transfer_set.class_names)
     if config.fit_bias:
         bias |= _fitted_bias(model_text, model, transfer_set, policy, bias, config)
@@ -280,10 +289,10 @@ def join_whole(
         CacheError: no such member, or one that has no whole soft target.
     """
     for name in members or cache.members:
-        cache.member(name)  # an unknown one is refused here
-        if not cache.codecs[name].complete:
+        codec = None if cache.member(name).output is None else cache.codecs[name]
+        if codec is not None and not codec.complete:
             raise CacheError(
-                f"member {name!r} is stored by codec {cache.codecs[name].name!r}, which keeps some classes only: it has no whole "
+                f"member {name!r} is stored by codec {codec.name!r}, which keeps some classes only: it has no whole "
                 "soft target to measure",
                 tip="take other members (--members), or dump with --codec headtail or int8, which keep every class",
             )
@@ -314,12 +323,17 @@ def _run_cache(
         raise ConfigError("--bias is of models; votes have no logits", tip="leave it out, or name a model")
     joined = _joined(path, transfer_set, config, classes_map, quiet=quiet)
     transfer_set = joined.dataset
+    weights = parse_members(config.members)
+    if not has_classes(joined.cache, weights):
+        if config.bias:
+            raise ConfigError("--bias is of classes, and the cache holds none", tip="leave it out")
+        return evaluate_member(Beside(joined, member_of(joined.cache, weights)), transfer_set)
     bias = parse_bias(config.bias, transfer_set.class_names)
     return evaluate_cache(
         joined,
         transfer_set,
         combine=config.combine,
-        weights=parse_members(config.members),
+        weights=weights,
         batch_size=config.batch_size,
         bias=bias,
         progress=not quiet,

@@ -25,16 +25,18 @@ from softcache.losses.features import Vid, ab, at, cosine, fsp, fsp_average, hin
 from softcache.losses.labelled import ce, dkd, mixed_ce, shifted_kd, tf_virtual, wsld
 from softcache.losses.logits import bce, hard, jsd, kd, kd_lower_bound, mse_logits, reverse_kl, soft_ce
 from softcache.losses.many_classes import chunked_kd
-from softcache.losses.relations import cc, pkt, rkd_angle, rkd_distance, sp
+from softcache.losses.regression import huber, mse
+from softcache.losses.relations import cc, pkt, relational_kl, rkd_angle, rkd_distance, sp
 from softcache.losses.review_kd import ReviewKd
 from softcache.losses.schedules import Moment, Schedule
 from softcache.spec import convert
 
 __all__ = [
-    "CLASSIFIER", "INPUTS", "LOSSES", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at",
+    "CLASSIFIER", "INPUTS", "LOSSES", "OUTPUT", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at",
     "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp", "fsp_average",
-    "hard", "hint", "ickd", "jsd", "kd", "kd_lower_bound", "make_term", "mixed_ce", "mse_logits", "nst", "pkt",
-    "reverse_kl", "rkd_angle", "rkd_distance", "shifted_kd", "simkd", "soft_ce", "sp", "srrl", "tf_virtual", "wsld",
+    "hard", "hint", "huber", "ickd", "jsd", "kd", "kd_lower_bound", "make_term", "mixed_ce", "mse", "mse_logits", "nst", "pkt",
+    "relational_kl", "reverse_kl", "rkd_angle", "rkd_distance", "shifted_kd", "simkd", "soft_ce", "sp", "srrl", "tf_virtual",
+    "wsld",
 ]  # fmt: skip
 
 INPUTS = {
@@ -57,7 +59,9 @@ INPUTS = {
     "step": "number of the optimiser step",
 }
 CLASSIFIER = "head"  # in place of a layer: the input of the final linear layer; settings and saved runs write it so
-VECTORS = (CLASSIFIER, "pool", "flatten", "cls", "mean_tokens")
+OUTPUT = "output"  # in place of a layer: what an embedding network gives, or one of values, and the member's record
+LAYER_VECTORS = (CLASSIFIER, "pool", "flatten", "cls", "mean_tokens")
+VECTORS = (*LAYER_VECTORS, OUTPUT)
 CLASS_WEIGHTS = "class_weights"  # a setting that is a tensor: terms hold what it is made of, "balanced" or a file
 PLACEMENT = ("member", "layer", "student", "adapter")  # settings of every loss on features
 
@@ -86,7 +90,7 @@ class Loss:
         multi_label: it is meant for several labels per sample too, though it takes labels or logits: each for itself.
         needs_positive: it divides by the teacher's probabilities, so that none may be zero.
         features: reductions of the teacher's layer that serve it, first the cheapest that gives the authors' own loss; "head"
-            is the input of its final linear.
+            is the input of its final linear, and "output" its own output where that is an embedding, or values.
         reduction: of the student's layer, where it is not that of the teacher's.
         layers: which layers by default: "head", the "last" map, the "middle" one, or all "map_ends".
         least_maps: how many of the teacher's maps it takes at the least: 2 where it relates them to one another.
@@ -210,13 +214,17 @@ LOSSES: dict[str, Loss] = {
     "rkd_angle": Loss(rkd_angle, "Park et al. 2019", over="batch", features=(*VECTORS, "map")),
     "pkt": Loss(pkt, "Passalis, Tefas 2018", over="batch", features=(*VECTORS, "map")),
     "cc": Loss(cc, "Peng et al. 2019", over="batch", features=(*VECTORS, "map"), adapter="linear"),
+    "relational_kl": Loss(relational_kl, "Fang et al. 2021", over="batch", features=(*VECTORS, "map")),
     "crd": Loss(Crd, "Tian, Krishnan, Isola 2020", over="batch", features=(*VECTORS, "map")),
-    "srrl": Loss(srrl, "Yang et al. 2021", features=(*VECTORS, "map"), widths=True, adapter="linear"),
+    "srrl": Loss(srrl, "Yang et al. 2021", features=(*LAYER_VECTORS, "map"), widths=True, adapter="linear"),
+    # values
+    "mse": Loss(mse, "Bucilua et al. 2006", features=(OUTPUT,), widths=True),
+    "huber": Loss(huber, "Huber 1964", features=(OUTPUT,), widths=True),
     # maps, or what is kept of them
     "fitnet": Loss(hint, "Romero et al. 2015", features=("map",), layers="middle", widths=True, adapter="linear"),
     "at": Loss(at, "Zagoruyko, Komodakis 2017", features=("attention", "map"), layers="map_ends"),
     "sp": Loss(
-        sp, "Tung, Mori 2019", over="batch", features=("flatten", "map", "pool", "cls", "mean_tokens", CLASSIFIER),
+        sp, "Tung, Mori 2019", over="batch", features=("flatten", "map", "pool", "cls", "mean_tokens", CLASSIFIER, OUTPUT),
         layers="last",
     ),
     "nst": Loss(nst, "Huang, Wang 2017", features=("spatial_gram", "map"), layers="map_ends"),
@@ -231,7 +239,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "ickd": Loss(ickd, "Liu et al. 2021", features=("gram", "map"), layers="last", widths=True, adapter="linear"),
     "reviewkd": Loss(ReviewKd, "Chen et al. 2021", features=("map",), layers="map_ends"),
-    "simkd": Loss(simkd, "Chen et al. 2022", features=("map", *VECTORS), layers="last", graft=True),
+    "simkd": Loss(simkd, "Chen et al. 2022", features=("map", *LAYER_VECTORS), layers="last", graft=True),
 }  # fmt: skip
 
 

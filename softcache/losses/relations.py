@@ -122,6 +122,42 @@ def _neighbours(rows: Tensor) -> Tensor:
     return similarities / similarities.sum(dim=1, keepdim=True)  # (B, B)
 
 
+def relational_kl(student_features: Tensor, teacher_features: Tensor, temperature: float = 0.1) -> Tensor:
+    """KL between the batches' similarities as softmax distributions: of each sample over all others, cosines divided by T.
+
+    Args:
+        student_features: (B, ...), any float dtype; half types are computed in float32.
+        teacher_features: (B, ...), another width allowed.
+        temperature: > 0, of the cosines, which lie in [-1, 1]: small ones look at the nearest neighbours.
+
+    Returns:
+        Scalar >= 0, in nats, averaged over the batch; zero when all cosines are equal. A sample is not compared with itself. No
+        T**2. A zero vector has cosine 0 with everything. The paper's form has a queue of earlier embeddings of the teacher in the
+        place of the batch's other samples, a temperature of its own for each of the two, and the cross-entropy, which has the
+        same gradient.
+
+    Raises:
+        ValueError: the batch sizes differ, or temperature is not positive.
+
+    Source: Fang et al., "SEED: Self-supervised Distillation for Visual Representation" (2021), section 3.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    student, teacher = _rows(student_features, teacher_features)
+    if len(student) < 2:
+        return _no_relations(student)
+    log_q, log_p = (_log_similarities(rows, temperature) for rows in (student, teacher))
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum() / len(student)
+
+
+def _log_similarities(rows: Tensor, temperature: float) -> Tensor:
+    """(B, B - 1) log-softmax of each row's cosines with all others."""
+    directions, count = unit(rows), len(rows)
+    cosines = inner_products(directions, directions) / temperature
+    others = ~torch.eye(count, dtype=torch.bool, device=rows.device)
+    return F.log_softmax(cosines[others].reshape(count, count - 1), dim=1)
+
+
 def cc(student_features: Tensor, teacher_features: Tensor, gamma: float = 0.4) -> Tensor:
     """Mean squared difference of the batches' correlations: a Gaussian kernel of unit vectors, as its Taylor sum of order 2.
 

@@ -28,7 +28,7 @@ from softcache.models.initialise import Initialised, initialise
 from softcache.models.inputs import AnyInput, ImageInput, Input, TextInput, VectorInput, restore_input
 from softcache.models.mlp import mlp
 from softcache.models.mobilenet import mobilenetv2
-from softcache.models.model import Model, final_linear
+from softcache.models.model import OTHER_OUTPUTS, Model, final_linear
 from softcache.models.projector import Graft, Projector
 from softcache.models.resnet import X4, cifar_resnet
 from softcache.models.saved_metadata import check_spec, load_json
@@ -164,9 +164,14 @@ def load_model(
     saved = read_saved(weights) if weights else None
     if saved is not None and saved.vocabulary is not None:
         vocabulary = saved.vocabulary  # the ids of its embedding
+    other = saved if saved is not None and saved.output in OTHER_OUTPUTS else None
+    if other is not None:
+        data |= {"num_classes": other.num_classes, "class_names": ()}
     model = _build_model(spec, vocabulary=vocabulary, **data)
     if weights:
         load_weights(model, weights)
+    if other is not None:
+        model.output, model.value_names = other.output, other.value_names
     return model.to(device)
 
 
@@ -276,7 +281,8 @@ def _load_run(
     spec = parse_spec(saved.spec)
     if saved.transformer is None:
         check_spec(spec, text, allow_code=allow_code)
-    if saved.num_classes != num_classes:
+    has_classes = saved.output not in OTHER_OUTPUTS
+    if has_classes and saved.num_classes != num_classes:
         raise ModelError(
             f"{text} was trained on {saved.num_classes} classes, the data has {num_classes}",
             tip="use the data the run was trained for",
@@ -287,8 +293,8 @@ def _load_run(
             tip=f"say where it is: path/to/{saved.spec}@{text}",
         )
     data: dict[str, Any] = {
-        "num_classes": num_classes,
-        "class_names": class_names or saved.class_names,
+        "num_classes": saved.num_classes,
+        "class_names": (class_names or saved.class_names) if has_classes else (),
         "input_shape": saved.input_shape if saved.input_shape is not None else input_shape,
         "vocabulary": saved.vocabulary,
     }
@@ -300,6 +306,8 @@ def _load_run(
     except (TypeError, ValueError, ConfigError) as exc:
         raise ModelError(f"{path}: its preprocessing cannot be understood: {exc}", tip="copy it again") from None
     load_weights(model, text)
+    if not has_classes:
+        model.output, model.value_names = saved.output, saved.value_names
     return model
 
 

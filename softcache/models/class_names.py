@@ -12,7 +12,7 @@ from softcache.models.checkpoints import read_state
 from softcache.models.from_timm import imagenet_classes, names_timm_weights, timm_classes, timm_model
 from softcache.models.from_torchvision import torchvision_classes, torchvision_model, torchvision_weights
 from softcache.models.from_transformers import transformer_classes
-from softcache.models.model import final_linear
+from softcache.models.model import OTHER_OUTPUTS, final_linear
 from softcache.models.weights import (
     names_torchvision_weights,
     path_alone,
@@ -58,11 +58,27 @@ def own_classes(text: str, num_classes: int = 0) -> tuple[str, ...] | None:
     return _saved(weights) or _by_outputs(spec, weights, num_classes)
 
 
+def gives_classes(text: str) -> bool:
+    """Whether a teacher's text says nothing else: of `output=embedding`, `output=values`, `head=none` and `pooling=` it does.
+
+    A run folder whose student gives none says it itself.
+    """
+    if (path := path_alone(text)) is not None:
+        saved = read_saved(path)
+        return saved is None or saved.output not in OTHER_OUTPUTS
+    spec = parse_spec(split_weights(text)[0])
+    if spec.value("output") in OTHER_OUTPUTS or spec.value("head") == "none":
+        return False
+    if spec.scheme == "hf" and "pooling" in spec.parameters:
+        return False
+    return spec.value("output") != "" or not (not spec.scheme and os.path.exists(spec.name)) or gives_classes(spec.name)
+
+
 def _by_outputs(spec: Spec, weights: str, num_classes: int) -> tuple[str, ...] | None:
     """What the outputs of a file's tensors are called, where the data has another number of classes."""
     if spec.scheme not in ("torchvision", "timm"):
         return None
-    bare = spec.without("weights", "num_classes", "name", "output", "decides")
+    bare = spec.without("weights", "num_classes", "name", "output", "decides", "names", "head")
     builder = torchvision_model(spec.name) if spec.scheme == "torchvision" else timm_model(spec.name)
     with torch.device("meta"):
         net: nn.Module = call_factory(builder, bare.parameters, bare.text, num_classes=2, input_shape=None).net

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class TokenizerInput:
         max_tokens: longer texts are cut, the special tokens counted in; None where nothing limits them.
         pad_id, pad_type_id: token id and type of padding.
         pad_side, cut_side: "right" or "left".
+        prompt: stands before each text.
     """
 
     definition: str = field(repr=False)
@@ -62,6 +63,7 @@ class TokenizerInput:
     pad_type_id: int = 0
     pad_side: str = "right"
     cut_side: str = "right"
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         special = self._tokenizer.num_special_tokens_to_add(False)
@@ -89,7 +91,7 @@ class TokenizerInput:
         """(B, L) int64 each, L as short as the longest text allows."""
         check_texts(items)
         # one by one: a batch would start threads, which do not survive the fork of the next worker
-        rows = [self._tokenizer.encode(*_texts(item)) for item in items]
+        rows = [self._tokenizer.encode(*self._texts(item)) for item in items]
         length = max(1, *map(len, rows))
         for row in rows:
             row.pad(length, direction=self.pad_side, pad_id=self.pad_id, pad_type_id=self.pad_type_id)
@@ -112,8 +114,13 @@ class TokenizerInput:
     def count(self, item: Any) -> tuple[int, int]:
         """How many tokens a text or a pair has, special ones included, and how many of those that are read are unknown."""
         tokenizer, unknown = self._whole
-        read = self._tokenizer.encode(*_texts(item)).ids
-        return len(tokenizer.encode(*_texts(item)).ids), 0 if unknown is None else read.count(unknown)
+        read = self._tokenizer.encode(*self._texts(item)).ids
+        return len(tokenizer.encode(*self._texts(item)).ids), 0 if unknown is None else read.count(unknown)
+
+    def _texts(self, item: Any) -> tuple[str, ...]:
+        """What the tokenizer is given: a text, or both of a pair."""
+        texts = (item,) if isinstance(item, str) else tuple(item)
+        return tuple(self.prompt + text for text in texts) if self.prompt else texts
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as they are."""
@@ -121,13 +128,14 @@ class TokenizerInput:
 
     def describe(self) -> dict[str, Any]:
         """The definition as its sha256: it may have megabytes."""
-        facts = {**asdict(self), "definition": _digest(self.definition), "takes": list(self.takes)}
+        facts = {**_facts(self), "definition": _digest(self.definition), "takes": list(self.takes)}
         return {"kind": "tokenizer", **facts}
 
 
-def _texts(item: Any) -> tuple[str, ...]:
-    """What a tokenizer is given: a text, or both of a pair."""
-    return (item,) if isinstance(item, str) else tuple(item)
+def _facts(taken: TokenizerInput) -> dict[str, Any]:
+    """Its attributes; without the prompt where there is none, as before there was one."""
+    facts = asdict(taken)
+    return facts if taken.prompt else {name: value for name, value in facts.items() if name != "prompt"}
 
 
 def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[..., Model]:
@@ -144,8 +152,16 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
     require_extra("transformers", "text", f"the model 'hf:{name}'")
     place = _Place.of(name)
 
-    def build(num_classes: int, max_tokens: int | None = None) -> Model:
-        """`max_tokens`: longer texts are cut; by default to what the tokenizer and the network take.
+    def build(
+        num_classes: int,
+        max_tokens: int | None = None,
+        pooling: Literal["", "cls", "mean"] = "",
+        prompt: str = "",
+    ) -> Model:
+        """`max_tokens`: longer texts are cut; by default to what the tokenizer and the network take. `prompt` stands before each.
+
+        pooling: the network without a classifier, whose output is an embedding: of the first token ("cls"), or the mean over
+        those that are no padding.
 
         A network whose weights have no classifier gets a new one, see `Model.untrained`. Classes are those of the
         weights, by the names that their configuration gives them; where it gives none, or the data's classes are called
@@ -157,9 +173,12 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
         config = place.config()
         labels = _labels(config)
         tokenizer = place.tokenizer()
+        if pooling:
+            with place.explained("tokenizer"):
+                return _encoder(place, config, tokenizer, max_tokens, pooling, prompt)
         net, untrained = place.network(config, num_classes)
         with place.explained("tokenizer"):
-            taken = _input(tokenizer, net, place.text, max_tokens)
+            taken = _input(tokenizer, net, place.text, max_tokens, prompt)
         model = _model(net, taken)
         model.untrained = untrained
         numbered = set(labels) != set(class_names) and list(class_names) == [str(i) for i in range(num_classes)]
@@ -182,11 +201,11 @@ def _unnamed(labels: tuple[str, ...]) -> bool:
 
 def describe_transformer(model: Model) -> dict[str, Any] | None:
     """JSON-able: what `rebuild_transformer` needs of one of these models; None for any other."""
-    if not isinstance(model.input, TokenizerInput):
-        return None
+    if not isinstance(model.input, TokenizerInput) or isinstance(model.net, PooledEncoder):
+        return None  # pooled encoders are teachers
     return {
         "config": _settings(model.net.config),
-        "input": {**asdict(model.input), "definition": json.loads(model.input.definition)},
+        "input": {**_facts(model.input), "definition": json.loads(model.input.definition)},
     }
 
 
@@ -379,6 +398,56 @@ class _Place:
             raise ModelError(reason, tip=tip) from exc
 
 
+class PooledEncoder(nn.Module):
+    """An encoder with what its tokens give reduced to one vector: of the first, or the mean of all but padding."""
+
+    output = "embedding"
+
+    def __init__(self, encoder: nn.Module, pooling: str) -> None:
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        tokens: Tensor = self.encoder(**batch).last_hidden_state  # (B, L, D)
+        if self.pooling == "cls":
+            return tokens[:, 0]
+        mask = batch["attention_mask"][:, :, None].to(tokens.dtype)
+        return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def _encoder(place: _Place, config: Any, tokenizer: Any, max_tokens: int | None, pooling: str, prompt: str) -> Model:
+    """The network without a classifier, and one vector of what its tokens give."""
+    from transformers import AutoModel
+
+    if pooling == "cls" and tokenizer.padding_side == "left":
+        raise ConfigError(
+            f"{place.text}: pooling=cls takes the first token, and its tokenizer puts the padding there",
+            tip="pooling=mean",
+        )
+    with place.explained("weights"), _hushed():
+        net, report = AutoModel.from_pretrained(
+            place.name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **place._how
+        )
+    lost = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+    if lost or report["mismatched_keys"]:
+        raise ModelError(
+            f"{place.text}: the weights are of another network than its config.json says"
+            + (f"; they hold no {first_offenders(lost, len(lost))}" if lost else ""),
+            tip="save model and configuration again, together: model.save_pretrained(FOLDER)",
+        )
+    if hasattr(net, "pooler"):
+        net.pooler = None  # of the first token alone, often random, and not asked here
+    taken = _input(tokenizer, net, place.text, max_tokens, prompt)
+    if "attention_mask" not in taken.takes:
+        raise ModelError(f"{place.text}: its tokenizer gives no attention mask", tip=OWN_COLLATE)
+    model = Model(PooledEncoder(net, pooling), taken)
+    model.spec = f"hf:{type(net).__name__}?config={_digest(_canonical(_settings(net.config)))[:12]}&pooling={pooling}"
+    model.told_input = {"pooling": pooling} | ({"prompt": prompt} if prompt else {})
+    if taken.max_tokens is not None:
+        model.told_input["max_tokens"] = str(taken.max_tokens)
+    return model
+
+
 def _model(net: Any, taken: TokenizerInput) -> Model:
     """The network itself, so that modules and tensors have transformers' names; hooks fit it to `Model`."""
     net.register_forward_pre_hook(_by_name, with_kwargs=True)
@@ -399,7 +468,7 @@ def _logits_only(_net: nn.Module, _args: Any, output: Any) -> Tensor:
     return logits
 
 
-def _input(tokenizer: Any, net: Any, where: str, max_tokens: int | None) -> TokenizerInput:
+def _input(tokenizer: Any, net: Any, where: str, max_tokens: int | None, prompt: str = "") -> TokenizerInput:
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
@@ -418,9 +487,10 @@ def _input(tokenizer: Any, net: Any, where: str, max_tokens: int | None) -> Toke
         pad_type_id=tokenizer.pad_token_type_id,
         pad_side=tokenizer.padding_side,
         cut_side=tokenizer.truncation_side,
+        prompt=prompt,
     )
     cut = {} if taken.max_tokens is None else {"truncation": True, "max_length": taken.max_tokens}
-    theirs = tokenizer(PROBE, padding=True, return_tensors="pt", **cut)
+    theirs = tokenizer([prompt + text for text in PROBE], padding=True, return_tensors="pt", **cut)
     if any(not torch.equal(tensor, theirs[name]) for name, tensor in taken.collate(PROBE).items()):
         raise ModelError(
             f"{where}: its tokenizer, {type(tokenizer).__name__}, does more than a tokenizer.json can say",

@@ -11,7 +11,9 @@ from softcache.models.inputs import Input
 from softcache.models.projector import Graft
 from softcache.models.shrunk import Shrunk
 
-OUTPUTS = ("logits", "log_probs", "probs")
+CLASS_OUTPUTS = ("logits", "log_probs", "probs")
+OTHER_OUTPUTS = ("embedding", "values")  # numbers that are no classes
+OUTPUTS = (*CLASS_OUTPUTS, *OTHER_OUTPUTS)
 
 
 class Model(nn.Module):
@@ -30,7 +32,9 @@ class Model(nn.Module):
         untrained: tensors that are random though it was built with weights, since these do not hold them; for a student
             to learn, and no teacher.
         weights_told: what was chosen of the file of its weights, or left out; empty where there was no choice.
-        output: "logits", unless the network declares `output = "log_probs"` or "probs".
+        output: "logits", unless the network declares `output = "log_probs"`, "probs", "embedding" or "values".
+        value_names: of the output "values".
+        told_input: what it alone does to its inputs, and to the outputs behind it: pooling, prompt, truncation.
     """
 
     def __init__(self, net: nn.Module, input: Input) -> None:
@@ -48,12 +52,21 @@ class Model(nn.Module):
         self.weights_told = ""
         declared = getattr(net, "output", "logits")
         self.output: str = declared if isinstance(declared, str) else "logits"  # a layer may be called `output`
+        self.value_names: tuple[str, ...] = ()
+        self.told_input: dict[str, str] = {}
         if self.output not in OUTPUTS:
             raise ModelError(f"the module declares output={self.output!r}", tip=f"use one of {', '.join(OUTPUTS)}")
 
     @property
+    def has_classes(self) -> bool:
+        """Whether each of its outputs is of a class."""
+        return self.output in CLASS_OUTPUTS
+
+    @property
     def declared_classes(self) -> tuple[str, ...] | None:
-        """Those of the weights, or those that the network itself names; None where neither does."""
+        """Those of the weights, or those that the network itself names; None where neither does, or its outputs are none."""
+        if not self.has_classes:
+            return None
         return self.class_names or getattr(self.net, "class_names", None)
 
     def check_trained(self, what: str) -> None:

@@ -26,7 +26,7 @@ from softcache.models.from_torchvision import torchvision_weights
 from softcache.models.from_transformers import describe_transformer
 from softcache.models.graft import regraft
 from softcache.models.inputs import ImageInput, TextInput
-from softcache.models.model import Model, final_linear
+from softcache.models.model import OTHER_OUTPUTS, Model, final_linear
 from softcache.models.projector import Graft
 from softcache.models.saved_metadata import load_json
 from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, INT8, check_digest, check_format, digest
@@ -56,6 +56,8 @@ class SavedModel:
         graft: what was built into the network after the spec; None for most.
         transformer: configuration and tokenizer of one of transformers' models, else None.
         shrunk: what was left out of the network that the spec names; None for most.
+        output: "logits" of most; "embedding" or "values", of `num_classes` numbers.
+        value_names: of the output "values".
     """
 
     spec: str
@@ -67,6 +69,8 @@ class SavedModel:
     graft: Graft | None = None
     transformer: Mapping[str, Any] | None = None
     shrunk: Shrunk | None = None
+    output: str = "logits"
+    value_names: tuple[str, ...] = ()
 
 
 def save_student(model: Model, path: Path, *, metadata: Mapping[str, str]) -> None:
@@ -98,13 +102,14 @@ def describe_model(model: Model) -> dict[str, Any]:
     return {
         "spec": (spec.without("weights") if spec.scheme in ("torchvision", "timm") else spec).portable(),
         "num_classes": model.num_classes,
-        "class_names": model.data_class_names or model.class_names or (),
+        "class_names": (model.data_class_names or model.class_names or ()) if model.has_classes else (),
         "input_shape": model.input_shape,
         "input": model.input.describe(),
         "vocabulary": model.input.vocabulary if isinstance(model.input, TextInput) else None,
         **({"graft": model.graft.to_json()} if model.graft is not None else {}),
         **({"transformer": transformer} if transformer is not None else {}),
         **({"shrunk": model.shrunk.to_json()} if model.shrunk is not None else {}),
+        **({} if model.has_classes else {"output": model.output, "value_names": model.value_names}),
     }
 
 
@@ -195,7 +200,11 @@ def _saved_model(about: Any) -> SavedModel:
         graft=None if graft is None else Graft(**_of_type(graft, dict)),
         transformer=about.get("transformer"),
         shrunk=None if about.get("shrunk") is None else Shrunk.from_json(about["shrunk"]),
+        output=_of_type(about.get("output", "logits"), str),
+        value_names=_all_of_type(about.get("value_names", []), str),
     )
+    if saved.output not in ("logits", *OTHER_OUTPUTS):
+        raise ValueError(f"an output {saved.output[:40]!r}")
     if len(saved.spec) > MAX_SPEC or len(saved.input_shape or ()) > 8:
         raise ValueError("a spec or a shape that is too long")
     _of_type(saved.input["kind"], str)

@@ -24,8 +24,8 @@ from torch import Tensor
 from softcache.cache.card import card
 from softcache.cache.dump_folder import read_planned
 from softcache.cache.manifest import Manifest, known_ids
-from softcache.cache.plan import Parent, Plan, Round
-from softcache.cache.plan_rules import OUTPUTS, width_of
+from softcache.cache.plan import CLASS_OUTPUTS, Parent, Plan, Round
+from softcache.cache.plan_rules import width_of
 from softcache.cache.positions import Positions
 from softcache.cache.provenance import told_data
 from softcache.cache.samples import SampleTable
@@ -356,7 +356,7 @@ def _statistics(cache: Cache, member: str, targets: Targets, stored: dict[str, n
             for number, feature in enumerate(info.features)
         },
     )
-    if info.output not in OUTPUTS or not measured.records:
+    if info.output not in CLASS_OUTPUTS or not measured.records:
         return measured
     codec, labels = cache.codecs[member], _labels(cache, targets, member)
     if codec.complete:

@@ -42,6 +42,7 @@ from softcache.errors import (
 )
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.measure import run_policy
+from softcache.evaluate.outputs import numbers_of
 from softcache.evaluate.sums import Sums
 from softcache.files import durable
 from softcache.files.durable import require_room
@@ -61,6 +62,7 @@ from softcache.models import (
     split_weights,
 )
 from softcache.models.item_range import check_scale
+from softcache.models.model import OTHER_OUTPUTS
 from softcache.report.progress import track
 from softcache.report.tables import percent, size, table
 from softcache.spec import parse_spec
@@ -126,7 +128,13 @@ class Exported:
         after, several = dict(self.after.rows()), self.after.multi_label
         opset = "" if self.opset is None else f" (opset {self.opset})"
         rows = [(name, value, after[name]) for name, value in self.before.rows()]
-        allowed = f"allowed {ABSOLUTE:g} + {RELATIVE:g} |logit|"
+        kept = (
+            f"the same {'answer' if several else 'top-1'} for {percent(self.agreement)} of the "
+            f"{'yes-or-no decisions' if several else 'samples'} ({self.changed} changed); largest |logit "
+        )
+        kept = "largest |" if self.output.name in OTHER_OUTPUTS else kept
+        what = "number" if self.output.name in OTHER_OUTPUTS else "logit"
+        allowed = f"allowed {ABSOLUTE:g} + {RELATIVE:g} |{what}|"
         if self.speed is not None:
             allowed = f"at least {percent(LEAST_AGREEMENT)} have to be the same"
         return "\n".join(
@@ -137,9 +145,7 @@ class Exported:
                 "",
                 table(["", "model", "exported"], rows),
                 "",
-                f"the same {'answer' if several else 'top-1'} for {percent(self.agreement)} of the "
-                f"{'yes-or-no decisions' if several else 'samples'} ({self.changed} changed); largest |logit "
-                f"difference| {self.max_difference:.3g}, {allowed}",
+                f"{kept}difference| {self.max_difference:.3g}, {allowed}",
                 *(["", self.speed.text()] if self.speed is not None else []),
             ]
         )
@@ -191,7 +197,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     with torch.no_grad():
         with faults_explained(ModelError, f"the model {model_text!r}"):
             logits = model(batch.example)
-    output = TensorFact(model.output, dtype_name(logits.dtype), ("batch", *logits.shape[1:]), "one number per class")
+    output = TensorFact(model.output, dtype_name(logits.dtype), ("batch", *logits.shape[1:]), _meaning(model))
     metadata = _metadata(model, model_text, config.to, batch.facts, output)
 
     opset: int | None = None
@@ -247,6 +253,13 @@ def _speed(model: Model, batch: Batch, viewed: ViewedSet, model_text: str, threa
     return speed_of((in_floats(model), model), batch, many, model_text, threads)
 
 
+def _meaning(model: Model) -> str:
+    """What the numbers of its output are."""
+    if model.has_classes:
+        return "one number per class"
+    return f"one number per value: {', '.join(model.value_names)}" if model.value_names else f"its {model.output}"
+
+
 def _metadata(
     model: Model, model_text: str, format: str, inputs: Sequence[TensorFact], output: TensorFact
 ) -> dict[str, str]:
@@ -296,6 +309,7 @@ def _compare(
     before, after = (Sums(transfer_set.num_classes, multi_label=several) for _ in range(2))
     seconds = [0.0, 0.0]
     changed, largest = 0, 0.0
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])  # of a model whose outputs are no classes
     viewed = ViewedSet(transfer_set, policy, [model.input.collate])
     pairs = chain(batches(order[:1], 0, 1), batches(order[1:], 0, batch_size))
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=False)
@@ -319,12 +333,20 @@ def _compare(
             reference, found = outputs
             keys = [transfer_set.keys[i] for i in batch.index]
             difference = _differences(reference, found, keys, where, bounded=not rounded)
+            largest = max(largest, float(difference.max()))
+            if not model.has_classes:
+                for own, one in zip(rows, outputs, strict=True):
+                    own.append(one)
+                continue
             labels = torch.from_numpy(transfer_set.labels[batch.index])
             before.add_labels(reference, labels)
             after.add_labels(found, labels)
-            largest = max(largest, float(difference.max()))
             said = (answers(logits, multi_label=several) for logits in (reference, found))
             changed += int(torch.ne(*said).sum())
+    if not model.has_classes:
+        told = [numbers_of(model.output, torch.cat(own), transfer_set, None) for own in rows]
+        both = (Evaluation(count, transfer_set.labelled, t, numbers=n) for t, n in zip(seconds, told, strict=True))
+        return (*both, 1.0, 0, largest)  # type: ignore[return-value]
     names = transfer_set.class_names
     evaluations = [s.result(count, t, 1.0, names) for s, t in zip((before, after), seconds, strict=True)]
     asked = count * (len(names) if several else 1)
@@ -360,7 +382,7 @@ def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: s
     if over.any():
         row, column = over.nonzero()[0].tolist()
         raise ExportError(
-            f"{where}: class {column} of sample {keys[row]} is {found[row, column]:.6g} where the model gives "
+            f"{where}: output {column} of sample {keys[row]} is {found[row, column]:.6g} where the model gives "
             f"{reference[row, column]:.6g}; allowed is a difference of {ABSOLUTE:g} + {RELATIVE:g} |logit|",
             tip="does the network depend on something else than its input? nothing was written",
         )

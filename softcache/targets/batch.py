@@ -27,7 +27,8 @@ class Targets:
     Attributes:
         rows, views: (B,) int64 place of each record in the cache.
         arrays: member -> data set -> (B, ...) stored values.
-        codecs: member -> codec.
+        codecs: member -> codec; none of a member of features alone.
+        outputs: member -> what it gave, of those that gave no classes: "embedding", "values"; None of features alone.
         samples: the cache's sample table, read only when labels or ids are asked for.
         features: (member, feature) -> how it is decoded; its stored values are among the member's arrays.
         positions: index -> the positions of the batch.
@@ -41,6 +42,7 @@ class Targets:
     arrays: Mapping[str, Mapping[str, Tensor]]
     codecs: Mapping[str, Codec]
     features: Mapping[tuple[str, str], StoredFeature] = field(default_factory=dict)
+    outputs: Mapping[str, str | None] = field(default_factory=dict)
     positions: Mapping[str, BatchPositions] = field(default_factory=dict)
     index_of: Mapping[str | tuple[str, str], str] = field(default_factory=dict)
 
@@ -79,28 +81,69 @@ class Targets:
     def logits(self, member: str | None = None) -> Tensor:
         """(B, C) float32 logits of one member (default: the only one), before softmax, on the targets' device.
 
-        Of a member whose records are of positions (P, C), of one without classes its embedding or values.
+        Of a member whose records are of positions (P, C).
 
         Raises:
-            CacheError: no such member, several and none named, or a codec that keeps some classes only.
+            CacheError: no such member, several and none named, one that gave no classes, or a codec that keeps some of them only.
 
         Example:
             >>> targets = joined.gather([joined[i][1] for i in range(4)])
             >>> targets.logits().shape, targets.logits("teacher").dtype
             (torch.Size([4, 10]), torch.float32)
         """
+        member = self._one(member, "logits(member), or combine them: combined(rule)")
+        if member in self.outputs:
+            raise self._other_output(member, "logits of classes")
+        return self.codecs[member].decode(self.arrays[member])
+
+    def embedding(self, member: str | None = None) -> Tensor:
+        """(B, D) float32 embedding of one member (default: the only one), as it gave it, on the targets' device.
+
+        Raises:
+            CacheError: no such member, several and none named, or one that gave something else.
+        """
+        return self._output(member, "embedding")
+
+    def values(self, member: str | None = None) -> Tensor:
+        """(B, K) float32 values of one member (default: the only one), in the order of `Cache.member(name).value_names`.
+
+        Raises:
+            CacheError: no such member, several and none named, or one that gave something else.
+        """
+        return self._output(member, "values")
+
+    def output(self, member: str) -> Tensor:
+        """(B, W) float32 of one member: its logits, its embedding or its values; CacheError of a member of features alone."""
+        member = self._one(member, "output(member)")
+        if member not in self.codecs:
+            raise self._other_output(member, "an output")
+        return self.codecs[member].decode(self.arrays[member])
+
+    def _output(self, member: str | None, kind: str) -> Tensor:
+        member = self._one(member, f"{kind}(member)")
+        if self.outputs.get(member, "logits") != kind:
+            raise self._other_output(member, f"an {kind}" if kind == "embedding" else kind)
+        return self.codecs[member].decode(self.arrays[member])
+
+    def _one(self, member: str | None, how: str) -> str:
+        """The member that is meant."""
         if member is None:
             if len(self.arrays) > 1:
                 raise CacheError(
-                    f"this cache has {len(self.arrays)} members: {', '.join(self.arrays)}",
-                    tip="name one: logits(member), or combine them: combined(rule)",
+                    f"this cache has {len(self.arrays)} members: {', '.join(self.arrays)}", tip=f"name one: {how}"
                 )
             member = next(iter(self.arrays))
         if member not in self.arrays:
             raise CacheError(f"no member {member!r}", tip=nearest(member, self.arrays))
-        if member not in self.codecs:
-            raise CacheError(f"member {member!r} keeps features alone", tip="use feature(name)")
-        return self.codecs[member].decode(self.arrays[member])
+        return member
+
+    def _other_output(self, member: str, wanted: str) -> CacheError:
+        gave = self.outputs.get(member, "logits")
+        how = {"embedding": "embedding(member)", "values": "values(member)", None: "feature(name, member)"}
+        return CacheError(
+            f"member {member!r} holds no {wanted.removeprefix('an ')}: it gave {gave or 'features alone'}",
+            tip=f"ask for what it has: {how.get(gave, 'logits(member)')}",
+        )
 
     def at(self, member: str, feature: str | None = None) -> BatchPositions:
         """The positions that a member's records are of, or those of one of its features.
@@ -123,7 +166,7 @@ class Targets:
             feature: one of its features instead of its logits, embedding or values.
         """
         self.at(member, feature)
-        return self.logits(member) if feature is None else self.feature(feature, member)
+        return self.output(member) if feature is None else self.feature(feature, member)
 
     def padded(self, member: str, feature: str | None = None, *, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         """The same as (B, L, ...) values, `fill` where a sample has no position, and a (B, L) bool mask of those that it has."""
@@ -254,7 +297,7 @@ class Targets:
 
         Raises:
             LossError: an unknown rule, a temperature that is not positive, or weights that are not numbers >= 0 with a sum > 0.
-            CacheError: a member that was not gathered, or one whose codec keeps some classes only.
+            CacheError: a member that was not gathered, one that gave no classes, or one whose codec keeps some of them only.
 
         Example:
             >>> ensemble = softcache.open("caches/ensemble")
@@ -265,6 +308,14 @@ class Targets:
             True
         """
         chosen = self.members if weights is None else tuple(weights)
+        others = [
+            f"{member!r} ({self.outputs[member] or 'features alone'})" for member in chosen if member in self.outputs
+        ]
+        if others:
+            raise CacheError(
+                f"members combine over classes, and these have none: {', '.join(others)}",
+                tip="learn from each by itself (member=NAME), or choose members with classes: weights={...}, --members",
+            )
         self._refuse_several_indexes(chosen)
         logits = [self.logits(member) for member in chosen]
         if len(logits) == 1 and rule in COMBINE_RULES and rule != "vote":  # the mean of one, at its level

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from softcache.cache.card import codec_text
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
-from softcache.cache.plan import FeatureInfo, MemberInfo
+from softcache.cache.plan import CLASS_OUTPUTS, FeatureInfo, MemberInfo
 from softcache.cache.reader import CacheReader, ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import MANIFEST, PROVISIONAL_FORMAT, WORK
@@ -51,7 +51,7 @@ class Cache:
 
     Attributes:
         reader: the stored arrays, undecoded.
-        codecs: member -> its codec.
+        codecs: member -> its codec; none of a member of features alone.
         features: member -> feature (`layer:reduction`) -> how it is stored.
         allow_code: whether transforms that the cache names may be called.
     """
@@ -62,6 +62,7 @@ class Cache:
         self._has_indexes = bool(self.manifest.plan.indexes)
         self.codecs = {member.name: member_codec(reader, member) for member in members if member.codec is not None}
         self.features = {m.name: {f.name: member_feature(reader, m.name, f) for f in m.features} for m in members}
+        self._others = {m.name: m.output for m in members if m.output not in CLASS_OUTPUTS}
 
     @property
     def manifest(self) -> Manifest:
@@ -75,7 +76,7 @@ class Cache:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """C names, in the order of the logits' columns."""
+        """C names, in the order of the logits' columns; none where no member has an output of classes."""
         return tuple(self.manifest.plan.class_names)
 
     @property
@@ -159,6 +160,9 @@ class Cache:
         codecs = self.codecs
         if members is not None:
             codecs = {name: codecs[name] for name in names if name in codecs}
+        others = self._others
+        if others and members is not None:
+            others = {name: others[name] for name in names if name in others}
         found = {(m, f): self.features[m][f] for m in names for f in features if f in self.features[m]}
         for feature in features:
             if not any(feature == name for _, name in found):
@@ -172,12 +176,12 @@ class Cache:
             for name in cached.arrays():
                 arrays[member][name] = torch.from_numpy(read(member, name, rows, views))
         if not self._has_indexes:
-            return Targets(rows, views, self.samples, arrays, codecs, found)
+            return Targets(rows, views, self.samples, arrays, codecs, found, others)
         index_of: dict[str | tuple[str, str], str] = {}
         index_of |= {name: index for name in names if (index := self.member(name).index) is not None}
         index_of |= {key: index for key in found if (index := self._feature_info(*key).index) is not None}
         positions = {name: self.positions(name, rows, views) for name in dict.fromkeys(index_of.values())}
-        return Targets(rows, views, self.samples, arrays, codecs, found, positions, index_of)
+        return Targets(rows, views, self.samples, arrays, codecs, found, others, positions, index_of)
 
     def positions(self, index: str, rows: np.ndarray, views: np.ndarray) -> BatchPositions:
         """What an index says of B (row, view) pairs: how many positions each has, which ones, their labels.
@@ -221,14 +225,16 @@ class Cache:
             CacheError: no such member, or what is stored is no layer of its classes.
         """
         stored = self.reader.constants(member)
-        of_codec = self.member(member).codec is not None and self.codecs[member].needs_classifier
-        for prefix in ("head_", "codec_") if of_codec else ("head_",):
+        codec = self.codecs.get(member)
+        if codec is None:
+            return None
+        for prefix in ("head_", "codec_") if codec.needs_classifier else ("head_",):
             if f"{prefix}weight" in stored:
                 bias = stored.get(f"{prefix}bias")
                 shapes = [array.shape[:1] for array in (stored[f"{prefix}weight"], bias) if array is not None]
-                if stored[f"{prefix}weight"].ndim != 2 or set(shapes) != {(self.num_classes,)}:
+                if stored[f"{prefix}weight"].ndim != 2 or set(shapes) != {(codec.num_classes,)}:
                     raise CacheError(
-                        f"{self.reader.path}: the stored layer of member {member!r} is not one of its classes"
+                        f"{self.reader.path}: the stored layer of member {member!r} is not one of its outputs"
                     )
                 return torch.tensor(stored[f"{prefix}weight"], device="cpu"), None if bias is None else torch.tensor(
                     bias, device="cpu"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from softcache.cache.plan import CLASS_OUTPUTS
 from softcache.errors import LossError
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
@@ -34,14 +35,22 @@ class CachedTeacher:
     def members(self) -> tuple[str, ...]:
         return self.cache.members if self.weights is None else tuple(self.weights)
 
+    @property
+    def class_members(self) -> tuple[str, ...]:
+        """Those that gave classes, which combine; the others are learned from each by itself."""
+        return tuple(member for member in self.members if self.cache.member(member).output in CLASS_OUTPUTS)
+
     def logits(self, targets: Targets, temperature: float, link: str | None = None) -> Tensor:
-        """(B, C) of the combined members; of the student's classes only, where it has not all.
+        """(B, C) of the combined members with classes; of the student's classes only, where it has not all.
 
         Args:
             link: None: that of the cache's labels.
         """
+        chosen, weights = self.class_members, self.weights
+        if len(chosen) < len(self.members):
+            weights = {member: (self.weights or {}).get(member, 1.0) for member in chosen}
         combined = targets.combined(
-            self.combine, weights=self.weights, temperature=temperature, link=link, draw_seed=self.draw_seed
+            self.combine, weights=weights, temperature=temperature, link=link, draw_seed=self.draw_seed
         )
         return combined if self.classes is None else combined[:, list(self.classes)]
 
@@ -51,14 +60,15 @@ class CachedTeacher:
         Raises:
             LossError: several members, or one whose layer is not in the cache.
         """
-        if len(self.members) != 1:
+        if len(self.class_members) != 1:
             raise LossError(
                 "a loss on the teacher's classifier takes one teacher", tip="choose one with --members NAME"
             )
-        layer = self.cache.classifier(self.members[0])
+        (member,) = self.class_members
+        layer = self.cache.classifier(member)
         if layer is None:
             raise LossError(
-                f"the cache does not keep the final linear layer of member {self.members[0]!r}",
+                f"the cache does not keep the final linear layer of member {member!r}",
                 tip="dump a teacher that ends with an nn.Linear which gives its logits",
             )
         weight, bias = layer

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softcache.cache.plan import OTHER_OUTPUTS
 from softcache.config import TrainConfig
 from softcache.data.class_counts import chance_warning, described, listed_warnings, offset_warning
 from softcache.data.classes import class_indices, read_classes_map
@@ -31,7 +32,8 @@ from softcache.data.loading import (
 )
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
-from softcache.errors import CacheError, ConfigError, tell_once, warn
+from softcache.errors import CacheError, ConfigError, LossError, tell_once, warn
+from softcache.evaluate.outputs import Beside
 from softcache.losses import LossTerm
 from softcache.models import Input
 from softcache.models.inputs import is_text
@@ -51,17 +53,40 @@ from softcache.version import __version__
 
 
 @dataclass(frozen=True)
+class Output:
+    """What a student gives of a sample.
+
+    Attributes:
+        kind: "logits"; "embedding" or "values".
+        width: how many numbers.
+        value_names: of values.
+        member: who gave such; "" of classes.
+    """
+
+    kind: str
+    width: int
+    value_names: tuple[str, ...] = ()
+    member: str = ""
+
+    @property
+    def has_classes(self) -> bool:
+        return self.kind not in OTHER_OUTPUTS
+
+
+@dataclass(frozen=True)
 class Material:
     """The data of a run.
 
     Attributes:
         transfer_set: its labels and classes are the student's.
         eval_set: the same of the evaluation data; None without.
+        beside: what a student without classes is compared with on the evaluation data, where the cache holds that too.
         policy: what the student sees.
         joined: each sample's place in the cache; None without a cache.
         teacher: the cache's members as one teacher; None likewise.
         partners: what mixed views are mixed with.
         ids: (N,) uint64 sample ids in the cache; None without one: those of the keys.
+        given: what the student is to give.
         labelled: how many samples have a label; of several, one that is known.
         drift: how the views differ from what the teacher saw, by a rounding; None where they do not.
         warnings: what is odd about the labels, about who is right on them, and about what the terms make of the targets.
@@ -74,6 +99,8 @@ class Material:
     teacher: CachedTeacher | None
     partners: Partners
     ids: np.ndarray | None
+    given: Output
+    beside: Beside | None
     labelled: int
     drift: str | None
     warnings: tuple[str, ...] = ()
@@ -313,12 +340,46 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         transfer_set = transfer_set.with_classes(config.classes)
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
-    labelled = transfer_set.labelled
+    given, labelled = output_of(terms, teacher, transfer_set), transfer_set.labelled
+    beside = None if given.has_classes or eval_set is None else _beside(cache, eval_set, given)
     check_labels(terms, labelled=labelled, name=transfer_set.name)
     warnings = list(_class_warnings(transfer_set, cache))
     if teacher is not None:
         warnings += fit_warnings(terms, stored_members(teacher), teacher.cache.num_classes)
-    return Material(transfer_set, eval_set, policy, joined, teacher, partners, ids, labelled, drift, tuple(warnings))
+    return Material(
+        transfer_set, eval_set, policy, joined, teacher, partners, ids, given, beside, labelled, drift, tuple(warnings)
+    )
+
+
+def output_of(terms: Sequence[LossTerm], teacher: CachedTeacher | None, transfer_set: TransferSet) -> Output:
+    """What a student of these terms gives: classes, unless no term is on them and a member gave an embedding or values.
+
+    Then as many numbers as the first such member that a term is of, or else the first of all.
+
+    Raises:
+        LossError: the data has no classes, and a term is on them.
+    """
+    of_classes = [term for term in terms if term.loss.needs("student_logits") or term.loss.graft]
+    if teacher is not None and not of_classes:
+        said = [term.placement["member"] for term in terms if "member" in term.placement]
+        for name in [*said, *teacher.members]:
+            member = teacher.cache.member(name)
+            if member.output in OTHER_OUTPUTS:
+                return Output(member.output, member.width or 0, tuple(member.value_names), name)
+    if not transfer_set.num_classes:
+        raise LossError(
+            f"{transfer_set.name} has no classes, and "
+            + (f"loss {of_classes[0].name!r} is on them" if of_classes else "no member gave an embedding or values"),
+            tip="learn from an embedding or from values: --loss cosine, mse; or say how many classes there are: classes=10",
+        )
+    return Output("logits", transfer_set.num_classes)
+
+
+def _beside(cache: Cache | None, eval_set: TransferSet, given: Output) -> Beside | None:
+    """The member on the evaluation data, where the cache holds all of it as it is evaluated; else None."""
+    if cache is None or cache.policy.is_random or (cache.find(list(eval_set.keys)) < 0).any():
+        return None
+    return Beside(cache.join(eval_set), given.member)
 
 
 def _class_warnings(transfer_set: TransferSet, cache: Cache | None) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from softcache.cache.plan import CLASS_OUTPUTS
 from softcache.errors import LossError
 from softcache.losses import LOSSES, LossTerm
 from softcache.targets.ensemble import KEEPS_LEVEL, check_rule
@@ -23,7 +24,7 @@ class Stored:
 
     Attributes:
         codec: the `Codec`, as a cache's `codecs` have it.
-        output: what the teacher gave: logits, probs or log_probs.
+        output: what the teacher gave: logits, probs or log_probs; embedding or values; empty of features alone.
         floored: probabilities of (nearly) zero that are stored as the floor's logarithm.
         records: how many there are.
     """
@@ -33,6 +34,10 @@ class Stored:
     output: str = "logits"
     floored: int = 0
     records: int = 0
+
+    @property
+    def has_classes(self) -> bool:
+        return self.output in CLASS_OUTPUTS
 
 
 def check_kind(terms: Sequence[LossTerm], *, multi_label: bool, name: str) -> None:
@@ -55,11 +60,14 @@ def check_fit(term: LossTerm, rule: str, members: Sequence[Stored], *, multi_lab
     """Raise LossError where members that are stored so, combined by a rule, cannot serve a loss on logits.
 
     Args:
-        members: those that are combined.
+        members: those that are learned from; of them those with classes are combined.
         multi_label: the cache's samples have several labels.
     """
     check_rule(rule)
     on_logits, on_head = term.loss.needs("teacher_logits"), term.loss.needs("head_ids")
+    if on_logits or on_head or term.loss.graft or term.loss.needs("classifier_weight"):
+        _check_classes(term, members)
+    members = [member for member in members if member.has_classes]
     if not on_logits and not on_head:
         return
     for member in members:
@@ -82,6 +90,22 @@ def check_fit(term: LossTerm, rule: str, members: Sequence[Stored], *, multi_lab
             f"loss {term.name!r} finds its own temperature, and the rule {rule!r} combines at a given one",
             tip=f"combine with one of {', '.join(KEEPS_LEVEL)} or mean_probs",
         )
+
+
+def _check_classes(term: LossTerm, members: Sequence[Stored]) -> None:
+    """LossError for a loss on classes where none of the members gave any; it learns from those that did."""
+    others = [
+        f"{member.name!r} gave {member.output or 'features alone'}" for member in members if not member.has_classes
+    ]
+    if not others or len(others) < len(members):
+        return
+    on_output = (
+        "mse or huber" if any(member.output == "values" for member in members) else "cosine, hint or relational_kl"
+    )
+    raise LossError(
+        f"loss {term.name!r} is on classes, and no member gave any: {', '.join(others)}",
+        tip=f"learn from what they gave: --loss {on_output}",
+    )
 
 
 def _check_stored(term: LossTerm, member: Stored, *, multi_label: bool) -> None:

@@ -30,7 +30,7 @@ from softcache.train.checkpoint import (
     save_progress,
 )
 from softcache.train.learner import Learner, backward, over_ranks, tapped
-from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student
+from softcache.train.metrics import best_epoch, epoch_row, is_stale, kept_student, score_of
 from softcache.train.more_epochs import as_in_the_longer, claimed
 from softcache.train.optimizer import freeze_for, make_optimizer, train_mode
 from softcache.train.preparation import prepare, rehearse
@@ -225,7 +225,7 @@ def end_epoch(session: Session, live: LiveStage, started: float) -> None:
         row |= found.columns()
     row["seconds"] = round(time.monotonic() - started, 3)
     metrics.append(row)
-    ended = "eval_top1" in row and is_stale(metrics, settings.patience, live.number)
+    ended = score_of(row) is not None and is_stale(metrics, settings.patience, live.number)
     progress.epoch, progress.step, progress.sums = settings.epochs if ended else progress.epoch + 1, 0, {}
     if ranks.first:
         write_metrics(prepared.out, metrics)  # before the checkpoint: a run killed in between does this epoch again

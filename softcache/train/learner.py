@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from softcache.errors import ConfigError, ModelError, faults_explained
 from softcache.features.taps import eval_mode
+from softcache.losses import OUTPUT
 from softcache.losses.schedules import Moment
 from softcache.models import Model
 from softcache.train.checkpoint import random_states, restore_random_states
@@ -61,6 +62,7 @@ class Learner(nn.Module):
         ):
             student_logits = self._run(inputs)
         outputs = {} if self._taps is None else self._taps.outputs()
+        outputs[OUTPUT] = student_logits
         values: dict[str, Tensor] = self.objective(student_logits, outputs, given, moment)
         return values
 
@@ -70,7 +72,8 @@ class Learner(nn.Module):
         with eval_mode(self.model):
             logits = self.model(inputs)
         reached = [] if self._taps is None else list(self._taps.outputs().values())
-        if any(term.loss.needs("student_logits") for term in self.objective.terms.values()):
+        on_output = any(pair.student == (OUTPUT,) for pair in self.objective.pairs)
+        if on_output or any(term.loss.needs("student_logits") for term in self.objective.terms.values()):
             reached.append(logits)
         sums = [tensor.sum() for tensor in reached if tensor.requires_grad]
         if not sums or not learning:
@@ -94,9 +97,11 @@ class Learner(nn.Module):
                 wanted = (len(given.labels.own), self.model.num_classes)
                 if not isinstance(logits, Tensor) or logits.shape != wanted:
                     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                    what = "logits" if self.model.has_classes else f"an output (its {self.model.output})"
+                    numbers = "classes" if self.model.has_classes else "numbers"
                     raise ModelError(
-                        f"{self.model.spec}: gives {found} for {wanted[0]} samples of {wanted[1]} classes",
-                        tip=f"a student's output must be logits of shape (B, {wanted[1]})",
+                        f"{self.model.spec}: gives {found} for {wanted[0]} samples of {wanted[1]} {numbers}",
+                        tip=f"a student's output must be {what} of shape (B, {wanted[1]})",
                     )
             for moment in moments:
                 values: dict[str, Tensor] = self(inputs, given, moment)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcache.data.label_kind import is_known
 from softcache.errors import LossError
-from softcache.losses import CLASS_WEIGHTS, CLASSIFIER, LossTerm
+from softcache.losses import CLASS_WEIGHTS, CLASSIFIER, OUTPUT, LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import Model
 from softcache.models.graft import graft
@@ -118,7 +118,7 @@ class Objective(nn.Module):
     @property
     def feature_names(self) -> list[str]:
         """Features to read of the cache."""
-        return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored != CLASSIFIER))
+        return list(dict.fromkeys(pair.stored for pair in self.pairs if pair.stored not in (CLASSIFIER, OUTPUT)))
 
     def forward(
         self, student_logits: Tensor, outputs: Mapping[str, Tensor], given: Given, moment: Moment
@@ -212,7 +212,7 @@ class _Batch:
         assert self.given.targets is not None and self._teacher is not None
         temperature = settings.get("temperature", 1.0)
         if name in HEAD_INPUTS:
-            return self.given.targets.head(self._teacher.members[0], temperature)[HEAD_INPUTS.index(name)]
+            return self.given.targets.head(self._teacher.class_members[0], temperature)[HEAD_INPUTS.index(name)]
         assert name == "teacher_logits", name
         link = term.loss.link if term.loss.link == "sigmoid" else self.given.targets.link
         asked = (temperature, link)
@@ -240,7 +240,8 @@ def build_objectives(
     student = None
     terms = [term for stage in stages for term in stage.terms]
     if any(term.loss.has_features for term in terms):
-        student = Student(model.net, model.input.prepare(inputs))
+        width = None if model.has_classes else model.num_classes
+        student = Student(model.net, model.input.prepare(inputs), width)
         grafting = {tuple(term.placement.items()): term for term in terms if term.loss.graft}
         if len(grafting) > 1:
             raise LossError("the student can take over one teacher's classifier, and two terms ask for it")

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from softcache.cache.plan import OTHER_OUTPUTS
 from softcache.errors import LossError, nearest
 from softcache.features.spec import FeatureSpec, Shape
 from softcache.features.taps import (
@@ -22,7 +23,7 @@ from softcache.features.taps import (
     map_ends,
     shapes_of,
 )
-from softcache.losses import CLASSIFIER, VECTORS, LossTerm, middle
+from softcache.losses import CLASSIFIER, OUTPUT, VECTORS, LossTerm, middle
 from softcache.losses.adapters import fit_map
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
@@ -37,11 +38,12 @@ class Pair:
 
     Attributes:
         member: whose.
-        stored: the feature's name in the cache, or CLASSIFIER: what a linear_head codec keeps.
+        stored: the feature's name in the cache, or CLASSIFIER: what a linear_head codec keeps; or OUTPUT: the member's embedding
+            or values.
         reduction: what the loss gets of the teacher's layer.
         teacher_shapes: of one record of the teacher's layers, before the reduction, after `fit`.
         teacher_shape: of one record as the loss gets it.
-        student: the student's layers (two for fsp); (HEAD,) is the input of its final linear layer.
+        student: the student's layers (two for fsp); (CLASSIFIER,) is the input of its final linear layer, (OUTPUT,) its output.
         student_reduction: what the loss gets of the student's.
         student_shapes: of one record of its layers.
         fit: size to which a stored map of the teacher is averaged down before it is reduced, as the student's is smaller.
@@ -64,12 +66,15 @@ class Pair:
 
     def student_vector(self, output: Tensor) -> Tensor:
         """(B, D) of a student's (B, ...) layer, before an adapter; of pairs that compare vectors."""
-        return output if self.student == (CLASSIFIER,) else FeatureSpec(("",), self.student_reduction).reduce(output)
+        whole = self.student in ((CLASSIFIER,), (OUTPUT,))
+        return output if whole else FeatureSpec(("",), self.student_reduction).reduce(output)
 
     def teacher_tensor(self, targets: Targets) -> Tensor:
         """(B, *teacher_shape) float32 of a batch of targets."""
         if self.stored == CLASSIFIER:
             return targets.classifier_input(self.member)
+        if self.stored == OUTPUT:
+            return targets.output(self.member)
         value = targets.feature(self.stored, self.member)
         if self.fit is not None:
             value = fit_map(value, self.fit)
@@ -79,10 +84,14 @@ class Pair:
 
 
 class Student:
-    """A student's network as far as pairing needs it: what its modules give for a batch like those to come."""
+    """A student's network as far as pairing needs it: what its modules give for a batch like those to come.
 
-    def __init__(self, net: nn.Module, inputs: Any) -> None:
-        self.net = net
+    Attributes:
+        width: how many numbers it gives, where these are an embedding or values; None where they are logits.
+    """
+
+    def __init__(self, net: nn.Module, inputs: Any, width: int | None = None) -> None:
+        self.net, self.width = net, width
         self.modules: list[ModuleShape] = list_modules(net, inputs)
         self.map_ends = map_ends(net, inputs)
         self.classifier = classifier_of(net, inputs)
@@ -97,6 +106,13 @@ class Student:
 
     def shape(self, layers: tuple[str, ...]) -> tuple[Shape, ...]:
         """Of one record of these layers' outputs; LossError or ConfigError where there is no such layer."""
+        if layers == (OUTPUT,):
+            if self.width is None:
+                raise LossError(
+                    "the student gives classes, and its output is compared with an embedding or values",
+                    tip="leave the losses on classes out, and it gives what the member gives; or name a layer: student=head",
+                )
+            return ((self.width,),)
         if layers != (CLASSIFIER,):
             known = {module.name for module in self.modules}
             for layer in layers:
@@ -117,7 +133,7 @@ class StudentTaps:
 
     def __init__(self, student: Student, pairs: Sequence[Pair]) -> None:
         layers = dict.fromkeys(layer for pair in pairs for layer in pair.student)
-        specs = [FeatureSpec((layer,)) for layer in layers if layer != CLASSIFIER]
+        specs = [FeatureSpec((layer,)) for layer in layers if layer not in (CLASSIFIER, OUTPUT)]
         self._net = student.net
         self._taps = Taps(student.net, specs, detach=False) if specs else None
         self._classifier = (
@@ -161,6 +177,8 @@ def pairs_of(
     member, names = _teacher_layers(term, cache, members)
     given = layer or said.get("student", "")
     are_vectors = CLASSIFIER in loss.features and all(_positions(cache, member, name) == 1 for name in names)
+    if not given and student.width is not None and names == [OUTPUT]:
+        given = OUTPUT
     layers = _layers(given) if given else _student_layers(term, names, student, are_vectors=are_vectors)
     if len(layers) != len(names):
         raise LossError(
@@ -175,9 +193,11 @@ def pairs_of(
         if fit is not None:
             shapes = ((shapes[0][0], *fit),)
         layers_of = tuple(name.rpartition(":")[0].split("+"))
-        shape = shapes[0] if reduction == CLASSIFIER else FeatureSpec(layers_of, reduction).reduced_shape(*shapes)
+        shape = (
+            shapes[0] if reduction in (CLASSIFIER, OUTPUT) else FeatureSpec(layers_of, reduction).reduced_shape(*shapes)
+        )
         own_reduction = loss.reduction or (_vector(reduction, own_shapes[0]) if reduction in VECTORS else reduction)
-        if own != (CLASSIFIER,):
+        if own not in ((CLASSIFIER,), (OUTPUT,)):
             FeatureSpec(own, own_reduction).check(*own_shapes)
         pairs.append(Pair(member, name, reduction, shapes, shape, own, own_reduction, own_shapes, fit))
     return pairs
@@ -195,7 +215,13 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
             holders[member] = serving
     if not holders:
         held = sorted({name for member in members for name in cache.features[member]})
-        wanted = [f"LAYER:{kind}" for kind in loss.features if kind != CLASSIFIER]
+        wanted = [f"LAYER:{kind}" for kind in loss.features if kind not in (CLASSIFIER, OUTPUT)]
+        if not wanted:
+            given = ", ".join(f"{member!r} {cache.member(member).output or 'features alone'}" for member in members)
+            raise LossError(
+                f"loss {term.name!r} is of members that gave an embedding or values; here gave {given}",
+                tip="use kd, or dump a teacher with output=values or output=embedding",
+            )
         raise LossError(
             f"loss {term.name!r} needs a feature of the teacher as {' or '.join(wanted)}; "
             f"the cache holds {', '.join(held) or 'none'}",
@@ -211,7 +237,7 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
         return member, [_named(term, text, names) for text in said["layer"].split(SEPARATOR)]
     layers: dict[str, str] = {}  # -> the cheapest that serves of each
     for name in names:
-        layers.setdefault(name.rpartition(":")[0], name)
+        layers.setdefault(name.rpartition(":")[0] or name, name)
     chosen = sorted(layers.values(), key=lambda name: -_positions(cache, member, name))  # early to late
     if loss.layers != "map_ends":
         return member, [_likely(term, cache, member, chosen)]
@@ -223,7 +249,11 @@ def _teacher_layers(term: LossTerm, cache: Cache, members: Sequence[str]) -> tup
 
 def _serving(term: LossTerm, cache: Cache, member: str) -> list[str]:
     """The member's features that serve a term, cheapest kind first."""
-    found: dict[str, list[str]] = {CLASSIFIER: [CLASSIFIER]} if cache.codecs[member].needs_classifier else {}
+    codec, found = cache.codecs.get(member), {}
+    if codec is not None and codec.needs_classifier:
+        found[CLASSIFIER] = [CLASSIFIER]
+    if cache.member(member).output in OTHER_OUTPUTS:
+        found[OUTPUT] = [OUTPUT]
     for name in cache.features[member]:
         found.setdefault(name.rpartition(":")[2], []).append(name)
     return [name for kind in term.loss.features for name in found.get(kind, ())]
@@ -231,7 +261,7 @@ def _serving(term: LossTerm, cache: Cache, member: str) -> list[str]:
 
 def _positions(cache: Cache, member: str, name: str) -> int:
     """H W of the map that a feature is made of; 1 for all else."""
-    shape = cache.features[member][name].shapes[0] if name != CLASSIFIER else ()
+    shape = cache.features[member][name].shapes[0] if name not in (CLASSIFIER, OUTPUT) else ()
     return prod(shape[1:]) if len(shape) == 3 else 1
 
 
@@ -239,6 +269,8 @@ def _likely(term: LossTerm, cache: Cache, member: str, names: Sequence[str]) -> 
     """The layer that a loss on one layer means: the classifier's input, the middle or the last map; LossError if unclear."""
     if len(names) == 1:
         return names[0]
+    if OUTPUT in names:
+        return OUTPUT
     if term.loss.layers != CLASSIFIER:
         maps = [name for name in names if _positions(cache, member, name) > 1]
         return middle(maps) if maps and term.loss.layers == "middle" else (maps or names)[-1]
@@ -271,6 +303,8 @@ def _as_needed(term: LossTerm, cache: Cache, member: str, name: str) -> tuple[st
         layer = cache.classifier(member)
         assert layer is not None
         return CLASSIFIER, ((layer[0].shape[1],),)
+    if name == OUTPUT:
+        return OUTPUT, ((cache.codecs[member].num_classes,),)
     feature = cache.features[member][name]
     reduction = feature.spec.reduction
     if reduction == "map" and term.loss.features[0] != "map":

@@ -106,9 +106,11 @@ class Prepared:
     def measure(self, data: TransferSet) -> Evaluation:
         """How good the kept student is."""
         policy = self.material.policy.for_evaluation()
+        beside = self.material.beside
         return evaluate(
-            self.kept, data, policy=policy, device=self.device, workers=self.workers, autocast=self.autocast
-        )
+            self.kept, data, policy=policy, device=self.device, workers=self.workers, autocast=self.autocast,
+            joined=None if beside is None else beside.joined, weights=None if beside is None else {beside.member: 1.0},
+        )  # fmt: skip
 
 
 @dataclass

@@ -11,12 +11,13 @@ import torch
 from softcache.config import TrainConfig
 from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.loading import ViewedSet, item_shape, spread_items
-from softcache.errors import DataError, ModelError, faults_explained, note_once
+from softcache.errors import ConfigError, DataError, ModelError, faults_explained, note_once
 from softcache.features.taps import eval_mode
-from softcache.models import Initialised, Model, build_vocabulary, load_model
+from softcache.models import Initialised, Model, build_vocabulary, load_model, path_alone, read_saved, split_weights
 from softcache.models.initialise import initialise, reorder_classes
 from softcache.models.inputs import is_text
 from softcache.models.item_range import check_same_scale, check_scale
+from softcache.spec import parse_spec
 from softcache.train.batches import Material
 from softcache.train.run_folder import RUN
 
@@ -32,15 +33,20 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     texts = (transfer_set.load(i)[0] for i in range(len(transfer_set)))
     with faults_explained(DataError, f"reading the texts of {transfer_set.name}"):
         vocabulary = build_vocabulary(texts) if is_text(item) else None
+    given = material.given
+    text, width = (config.student, given.width) if given.has_classes else split_width(config.student, given.width)
     with faults_explained(ModelError, f"building the student {config.student!r}"):
         model = load_model(
-            config.student,
-            num_classes=transfer_set.num_classes,
-            class_names=transfer_set.class_names,
+            text,
+            num_classes=width,
+            class_names=transfer_set.class_names if given.has_classes else (),
             input_shape=item_shape(item),
             vocabulary=vocabulary,
             allow_code=config.allow_code,
         )
+    if not given.has_classes:
+        model.output = given.kind
+        model.value_names = given.value_names if width == given.width else ()
     began = Path(config.out, RUN).is_file()  # what an older version began, it may go on with
     check_scale(model, config.student, material.some_items, learns=True, lenient=began)
     if material.eval_set is not None and not began:
@@ -54,6 +60,24 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
         reorder_classes(model, order, transfer_set.class_names, sample)
     taken = initialise(model, config.init_from, config.init_map) if config.init_from else None
     return model, sample, taken
+
+
+def split_width(text: str, width: int) -> tuple[str, int]:
+    """The student without the parameter `outputs=`, and how many numbers it gives: so many, else as many as the member.
+
+    A run folder has its own.
+    """
+    run = path_alone(text)
+    if run is not None:
+        saved = read_saved(run)
+        return text, width if saved is None else saved.num_classes
+    head, weights = split_weights(text)
+    spec = parse_spec(head)
+    said = spec.value("outputs", str(width))
+    if not said.isdecimal() or not int(said):
+        raise ConfigError(f"{text!r}: outputs={said}", tip="write how many numbers the student is to give: outputs=64")
+    bare = spec.without("outputs").text if "outputs" in spec.parameters else head
+    return bare + (f"@{weights}" if weights else ""), int(said)
 
 
 def try_student(model: Model, text: str, sample: Any, shape: tuple[int, ...] | None) -> None:

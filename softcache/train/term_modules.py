@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import LossError
 from softcache.features.spec import FeatureSpec
-from softcache.losses import CLASS_WEIGHTS, Loss, LossTerm
+from softcache.losses import CLASS_WEIGHTS, OUTPUT, Loss, LossTerm
 from softcache.losses.adapters import make_adapter
 from softcache.targets.batch import Targets
 from softcache.targets.teacher import CachedTeacher
@@ -69,16 +69,19 @@ class TermModules(nn.Module):
                 f"loss {term.name!r} takes {loss.least_maps} maps or more, and is given {self.pairs[0].stored} alone",
                 tip=f"softcache dump --for {term.name} keeps the last map of each size; layer=NAME/NAME chooses",
             )
-        kind = term.placement.get("adapter", loss.adapter)
         self.adapters = nn.ModuleList()
         shapes = []
         for pair in self.pairs:
+            # what a student gives is used as it is: an adapter behind it would be left out of its export
+            default = "identity" if pair.student == (OUTPUT,) else loss.adapter
+            kind = term.placement.get("adapter", default)
             try:
                 adapter = _adapter(loss, kind, pair)
                 shapes.append(_adapted_shape(pair, adapter))
             except LossError as exc:
                 exc.add_note(
-                    f"loss {term.name!r}: layer {'+'.join(pair.student)} of the student, {pair.stored} of the teacher"
+                    f"loss {term.name!r}: layer {'+'.join(pair.student)} of the student, {pair.stored} of the teacher "
+                    f"{pair.member!r}"
                 )
                 raise
             self.adapters.append(adapter)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from softcache.cache.plan_rules import OUTPUTS
 from softcache.errors import LossError
 from softcache.losses import LossTerm, make_term
 from softcache.spec import split_term
@@ -72,15 +71,11 @@ def stored_members(teacher: CachedTeacher) -> list[Stored]:
     cache, found = teacher.cache, []
     for name in teacher.members:
         info, statistics = cache.member(name), cache.manifest.statistics[name]
-        if info.index is not None or info.output not in OUTPUTS:
-            what = (
-                f"{info.output or 'features'} over the index {info.index!r}"
-                if info.index
-                else info.output or "no output"
-            )
+        if info.index is not None:
             raise LossError(
-                f"member {name!r} of the cache gives {what}, and no loss of this version learns from that",
-                tip="choose members that give the classes of each sample: --members",
+                f"member {name!r} of the cache gives {info.output or 'features'} over the index {info.index!r}, and no loss of "
+                "this version learns from that",
+                tip="choose members that have one answer for each sample: --members",
             )
-        found.append(Stored(name, cache.codecs[name], info.output, statistics.floored, statistics.records))
+        found.append(Stored(name, cache.codecs.get(name), info.output or "", statistics.floored, statistics.records))
     return found

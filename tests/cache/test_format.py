@@ -29,7 +29,7 @@ from conftest import WORLDS
 import softcache
 from softcache import dump
 from softcache.cache.canonical import canonical_json
-from softcache.cache.plan import Plan
+from softcache.cache.plan import CLASS_OUTPUTS, Plan
 from softcache.cache.reader import CacheReader
 from softcache.cache.samples import build_table, pack_labels, seeded_order
 from softcache.codecs import CODECS, make_codec
@@ -42,7 +42,7 @@ from softcache.data.classes import Match
 from softcache.data.identity import file_digest, item_digest, pixel_digest, sample_id
 from softcache.data.philox import Draws, philox, step_key
 from softcache.data.views import STEPS, Policy, make_step
-from softcache.dump.teacher import OUTPUTS, Teacher
+from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
 from softcache.features.spec import REDUCTIONS, FeatureSpec
 
@@ -1418,7 +1418,7 @@ def test_steps_and_codecs_of_the_page_are_those_of_the_code() -> None:
         assert [flag == "yes" for flag in flags] == [kind.complete, kind.bounded, kind.keeps_level]
         lowest, highest = kind.temperatures or (0, 0)
         assert temperatures == (f"{lowest:g} to {highest:g}" if kind.temperatures else "any")
-    assert set(OUTPUTS) <= set(first_cells(section(8)))
+    assert set(CLASS_OUTPUTS) <= set(first_cells(section(8)))
     assert set(first_cells(section(10)[: section(10).index("| data set |")])) == set(REDUCTIONS)
 
 
@@ -1470,7 +1470,7 @@ def test_a_step_draws_the_same_whatever_stands_before_it() -> None:
 
 
 @pytest.mark.parametrize("multi_label", [False, True], ids=["one label", "several"])
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("output", CLASS_OUTPUTS)
 def test_what_logits_mean_by_output(output: str, multi_label: bool) -> None:
     floor_ = 2.0**-24
     probs = np.array([[0.7, 0.3 - 1e-8, 1e-8], [0.25, 0.25, 0.5], [0.125, 0.875, 0.0]])

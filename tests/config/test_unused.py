@@ -160,7 +160,19 @@ USED: dict[type[Any], set[str]] = {
     },
     DumpConfig: {
         *DATA_AND_MACHINE,
-        *("teacher", "classes_map", "codec", "max_kl", "features", "for_", "policy", "views", "batch_size", "order"),
+        *(
+            "teacher",
+            "classes_map",
+            "codec",
+            "max_kl",
+            "max_relative_error",
+            "features",
+            "for_",
+            "policy",
+            "views",
+            "batch_size",
+            "order",
+        ),
         *(
             "format",
             "shard_rows",

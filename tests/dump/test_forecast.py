@@ -198,7 +198,7 @@ def test_dense_rows_are_foreseen_by_their_share(pieces: Path, tmp_path: Path) ->
 class FirstPixels:
     """As a teacher that gives the first four pixels."""
 
-    name, num_classes, classifier = "pixels", 4, None
+    name, num_classes, width, classifier = "pixels", 4, 4, None
 
     def find_classifier(self, batch: torch.Tensor) -> None:
         return None

@@ -195,6 +195,7 @@ CASES = [
     pytest.param(("kd", "ce", "rkd_distance:layer=late:pool"), {"views_per_visit": 2}, id="views-per-visit"),
     pytest.param(("kd", "srrl:layer=late:pool"), {"freeze": ("early", "head.bias")}, id="frozen"),
     pytest.param(("fitnet:layer=early,student=early",), {}, id="some-alone"),
+    pytest.param(("cosine", "relational_kl"), {"cache": "embedding"}, id="embedding"),
 ]
 # every loss that relates samples of a batch to one another, and one of each other kind
 IN_BATCH = [
@@ -207,6 +208,8 @@ IN_BATCH = [
     pytest.param(("kd", "ce", "rkd_distance:layer=late:pool"), {"views_per_visit": 2}, id="views-per-visit"),
     pytest.param(("kd", "ce", "hint:layer=late:pool"), {"accumulate": 3}, id="pieces"),
     pytest.param(("ce", "kd"), {"cache": "mixed"}, id="mixed"),
+    pytest.param(("cosine", "relational_kl"), {"cache": "embedding"}, id="embedding"),
+    pytest.param(("hint", "cosine"), {"cache": "embedding", "accumulate": 3}, id="embedding-pieces"),
 ]
 # a term, the gradient as a whole and the banks; a tensor of which most cancels out is coarser in float32
 CLOSE, CLOSE_TENSOR = 1e-5, 1e-4

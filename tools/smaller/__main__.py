@@ -53,7 +53,7 @@ TIMM = (
     "convnext_atto",
 )
 TRANSFORMERS = ("Bert", "Roberta", "DistilBert", "Electra", "GPT2", "Llama")  # small ones, made here
-SIZES = {"mlp": 8, "swin_tiny": 56, "vit": 32}  # of images; the others see 64 x 64, ours 32 x 32
+SIZES = {"swin_tiny": 56, "vit": 32}  # of images; the others see 64 x 64, ours 32 x 32
 QUICK = ("softcache:mlp?hidden=32,32", "softcache:cnn?width=16")
 NAMES = ("ant", "bee", "cat", "dog")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh")

@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -84,6 +84,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l classes-map -xka "(__f
 complete -c softcache -n '_shtab_softcache_using plan' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; `softcache plan` compares them on your teacher'
 complete -c softcache -n '_shtab_softcache_using plan' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using plan' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
+complete -c softcache -n '_shtab_softcache_using plan' -l max-relative-error -x -d 'promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec'
 complete -c softcache -n '_shtab_softcache_using plan' -l features -x -d 'also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool'
 complete -c softcache -n '_shtab_softcache_using plan' -l for -x -d 'also store the cheapest features that these losses need: at,crd,dkd (see `softcache losses`)'
 complete -c softcache -n '_shtab_softcache_using plan' -l feature-dtype -xka "float16 int8" -d 'how features are stored (default: float16)'
@@ -119,6 +120,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l classes-map -xka "(__f
 complete -c softcache -n '_shtab_softcache_using dump' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; `softcache plan` compares them on your teacher'
 complete -c softcache -n '_shtab_softcache_using dump' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using dump' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
+complete -c softcache -n '_shtab_softcache_using dump' -l max-relative-error -x -d 'promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec'
 complete -c softcache -n '_shtab_softcache_using dump' -l features -x -d 'also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool'
 complete -c softcache -n '_shtab_softcache_using dump' -l for -x -d 'also store the cheapest features that these losses need: at,crd,dkd (see `softcache losses`)'
 complete -c softcache -n '_shtab_softcache_using dump' -l feature-dtype -xka "float16 int8" -d 'how features are stored (default: float16)'
