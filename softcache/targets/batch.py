@@ -339,7 +339,7 @@ class Targets:
                 tip="choose members over one index",
             )
 
-    def _draws(self, seed: int, index: str | None) -> Tensor:
+    def _draws(self, seed: int, index: str | None = None) -> Tensor:
         """(B,) float64 numbers in [0, 1), a function of (seed, sample id, view) alone; (P,) where records are of positions."""
         key = step_key("member", 0)
         pairs = zip(self.sample_ids.tolist(), self.views.tolist(), strict=True)

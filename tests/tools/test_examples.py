@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +146,11 @@ def test_find_gives_rows_of_keys(picture_cache: softcache.Cache) -> None:
     keys = [picture_cache.samples.key(row) for row in (3, 0, 7)]
     assert keys[0].startswith("n") and keys[0].endswith(".png")
     assert picture_cache.find([keys[0], "n1/none.png", *keys[1:], keys[0]]).tolist() == [3, -1, 0, 7, 3]
+
+
+@pytest.mark.skipif(find_spec("executorch") is None, reason="needs executorch, in an environment of its own")
+def test_a_program_runs_in_executorch(tmp_path: Path) -> None:
+    example = runpy.run_path(str(EXAMPLES / "executorch_student.py"))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    torch.export.save(torch.export.export(net, (torch.zeros(3, 4),)), tmp_path / "net.pt2")
+    assert example["convert"](str(tmp_path / "net.pt2"), str(tmp_path / "net.pte")) < 1e-3
