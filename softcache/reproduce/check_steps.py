@@ -21,7 +21,6 @@ from softcache.dump.layout import asked_codec, promise_of
 from softcache.errors import ConfigError, DataError, ModelError, faults_explained, nearest
 from softcache.evaluate import measure
 from softcache.evaluate.bias import parse_bias
-from softcache.losses import OUTPUT
 from softcache.models import Model, build_vocabulary, load_model, own_classes, split_weights
 from softcache.models.class_names import gives_classes
 from softcache.reproduce.recipe import DATA, STUDENT, Recipe, Step
@@ -197,7 +196,7 @@ def _check_kept(config: TrainConfig, source: Step, recipe: Recipe) -> None:
     without_classes = not all(map(gives_classes, settings_of(source, "teacher")))
     for term in (term for stage in parse_stages(config) for term in stage.terms):
         features = kept.get("features") or kept.get("for") or kept.get("for_")
-        if without_classes and OUTPUT in term.loss.features:
+        if without_classes and term.loss.reads_output:
             continue  # the member's output is its record
         if term.loss.has_features and not features and not str(kept.get("codec", "")).startswith("linear_head"):
             raise ConfigError(
