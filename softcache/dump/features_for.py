@@ -88,7 +88,7 @@ def _check(name: str, teacher: Teacher, codec: Codec) -> None:
 
 def _features(name: str, ends: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
     loss = LOSSES[name]
-    if not teacher.has_classes and OUTPUT in loss.features:
+    if not teacher.has_classes and loss.reads_output:
         return []  # the output is the member's record
     on_classifier = loss.graft or loss.needs("classifier_weight", "classifier_bias")
     if on_classifier and teacher.find_classifier(batch) is None:

@@ -197,7 +197,7 @@ def open_teacher(
         decide=decide,
         device=device,
         autocast=autocast,
-        value_names=_value_names(spec, text, output, getattr(network, "value_names", ())),
+        value_names=_value_names(spec, text, output, getattr(network, "value_names", ()) or declared or ()),
         told_input=told_input,
     )
     teacher.wanted_name, teacher.is_named = wanted_name, bool(chosen_name)
@@ -235,7 +235,7 @@ def _take_head_off(model: Model, text: str, items: Sequence[Any]) -> None:
 
 
 def _value_names(spec: Spec, text: str, output: str, own: Sequence[str]) -> tuple[str, ...]:
-    """Of the output `values`: those of `names=`, else the network's own; none of another output."""
+    """Of the output `values`: those of `names=`, else the network's own, of its classes too; none of another output."""
     if output != "values":
         return ()
     said = split_list(spec.parameters.get("names", ""))

@@ -180,6 +180,11 @@ class Loss:
         of_classes = self.needs("teacher_logits", "head_ids", "labels", "classifier_weight")
         return self.multi_label or not (of_classes or "sample_labels" in self.sizes)
 
+    @property
+    def reads_output(self) -> bool:
+        """It compares what a member without classes gave: an embedding, or values."""
+        return OUTPUT in self.features
+
     @cached_property
     def has_features(self) -> bool:
         return self.needs("teacher_features", "teacher_maps")

@@ -22,8 +22,9 @@ from softcache.errors import ConfigError, DataError, ModelError, faults_explaine
 from softcache.evaluate import measure
 from softcache.evaluate.bias import parse_bias
 from softcache.models import Model, build_vocabulary, load_model, own_classes, split_weights
+from softcache.models.class_names import gives_classes
 from softcache.reproduce.recipe import DATA, STUDENT, Recipe, Step
-from softcache.reproduce.steps import Bench, Data
+from softcache.reproduce.steps import Bench, Data, settings_of
 from softcache.spec import parse_spec
 from softcache.students import shrink
 from softcache.students.low_rank import SavesNothing
@@ -192,8 +193,11 @@ def _check_train(step: Step, config: TrainConfig, data: TransferSet, bench: Benc
 def _check_kept(config: TrainConfig, source: Step, recipe: Recipe) -> None:
     """The cache that a step of the recipe dumps has the members and the kind of records that a step learns from."""
     kept: Mapping[str, Any] = source.settings
+    without_classes = not all(map(gives_classes, settings_of(source, "teacher")))
     for term in (term for stage in parse_stages(config) for term in stage.terms):
         features = kept.get("features") or kept.get("for") or kept.get("for_")
+        if without_classes and term.loss.reads_output:
+            continue  # the member's output is its record
         if term.loss.has_features and not features and not str(kept.get("codec", "")).startswith("linear_head"):
             raise ConfigError(
                 f"loss {term.name!r} learns from features, and step {source.name!r} keeps none",

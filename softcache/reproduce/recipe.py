@@ -17,7 +17,8 @@ budget; the tables `short` and `smoke` change data and settings for smaller ones
       column                 of its number: steps of the same label stand in one row, which begins with what the model costs
       beside                 an earlier step, with whose model a trained one is compared in what it costs (shrink does so itself)
       paper, tolerance       the number in the table, and how far ours may be worse
-      metric, class          errors, top1 (percent), or class_errors of a class
+      metric, class          errors, top1 (percent), or class_errors of a class; of students without classes nearest_neighbour,
+                             linear_probe, cosine, r2_teacher, ... (shares in percent)
     [budget.paper] [budget.short] [budget.smoke]
                              estimate; data, train, dump, shrink, eval: these settings win over the above and over the steps';
                              steps: name -> settings, which win over all; pairs, seeds; only: patterns of the names of the
@@ -37,6 +38,7 @@ from typing import Any
 
 from softcache.config import parse_toml, read_toml
 from softcache.errors import ConfigError, nearest
+from softcache.evaluate.evaluation import OTHER_NUMBERS
 
 BUDGETS = ("smoke", "short", "paper")
 DATA = ("data", "eval_data", "bias_data")  # settings that may name the recipe's data
@@ -52,7 +54,7 @@ STUDENT = "student"  # a setting that may name an earlier step, and mostly says 
 BESIDE = "beside"
 KINDS = ("train", "dump", "shrink", "eval")
 SEEDED = ("train", "eval")  # kinds that are done once for each seed by default
-METRICS = ("errors", "top1", "class_errors")
+METRICS = ("errors", "top1", "class_errors", *OTHER_NUMBERS)
 _TOP = {
     "title": str, "source": str, "about": str, "data": dict, "train": dict, "dump": dict, "shrink": dict, "eval": dict,
     "words": dict, "pair": dict, "step": list, "budget": dict,
@@ -119,11 +121,17 @@ class Step:
         for key in REFERENCES:
             value = self.settings.get(key, ())
             for name in (value,) if isinstance(value, str) else value:
-                yield key, name
+                yield key, step_of(name) if key == "teacher" else name
         if isinstance(student := self.settings.get(STUDENT), str):
             yield STUDENT, student
         if self.beside:
             yield BESIDE, self.beside
+
+
+def step_of(teacher: str) -> str:
+    """The step that a teacher is of: `dense` of `dense?head=none`; what is no step stays whole."""
+    name, _, words = teacher.partition("?")
+    return name if words and NAME.fullmatch(name) else teacher
 
 
 @dataclass(frozen=True)

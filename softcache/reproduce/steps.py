@@ -24,12 +24,12 @@ from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError
 from softcache.evaluate import measure
-from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.evaluation import SHARES, Evaluation
 from softcache.files.durable import make_folder, write_whole
 from softcache.files.inside import RUN, is_inside, read_inside
 from softcache.machine import describe_device, pick_device
 from softcache.models import load_json, path_and_choice, split_weights
-from softcache.reproduce.recipe import BESIDE, DATA, REFERENCES, STUDENT, Recipe, Step
+from softcache.reproduce.recipe import BESIDE, DATA, REFERENCES, STUDENT, Recipe, Step, step_of
 from softcache.spec import parse_spec
 from softcache.students import shrink
 from softcache.students.beside import costs_beside
@@ -174,7 +174,7 @@ def _settings(step: Step, seed: int | None, bench: Bench) -> dict[str, Any]:
             continue
         model = found.folder if key == "cache" else bench.model_of(name, seed)
         if key == "teacher":
-            settings[key] = [_as_member(model, name) if one == name else one for one in settings[key]]
+            settings[key] = [_as_member(model, name, one) if step_of(one) == name else one for one in settings[key]]
         else:
             settings[key] = model
     if step.kind in ("train", "shrink"):
@@ -203,10 +203,11 @@ def _with_factory(folder: str, name: str, bench: Bench) -> str:
     return f"{head}@{folder}" if parse_spec(head).is_factory else folder
 
 
-def _as_member(model: str, name: str) -> str:
-    """The model as a teacher of this name."""
+def _as_member(model: str, name: str, asked: str) -> str:
+    """The model as a teacher of this name, with the words of a teacher that it is asked with: `dense?head=none`."""
     head, weights = split_weights(model)
-    return parse_spec(head).having(name=name).text + (f"@{weights}" if weights else "")
+    words = parse_spec(asked).parameters if asked != name else {}
+    return parse_spec(head).having(name=name, **words).text + (f"@{weights}" if weights else "")
 
 
 def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: str | None, bench: Bench) -> str:
@@ -217,7 +218,8 @@ def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: 
         if key == STUDENT and found is None:
             continue  # what to build
         stands_for.add(key)
-        own = [name] if key == "teacher" else []  # it becomes the member's
+        # it becomes the member's, with what else it is asked with
+        own = [one for one in settings_of(step, key) if step_of(one) == name] if key == "teacher" else []
         inputs.append([key, *own, name if found is None else found.identity])
     parts = {
         "kind": step.kind,
@@ -227,6 +229,12 @@ def _identity(step: Step, seed: int | None, settings: Mapping[str, Any], model: 
         "model": None if model is None else _model_identity(model),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def settings_of(step: Step, key: str) -> list[str]:
+    """A setting of a step as the recipe writes it, which may be one or several."""
+    value = step.settings.get(key, ())
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _looked_at(spec: str, *, download: bool) -> Data:
@@ -306,13 +314,16 @@ def _trained(settings: Mapping[str, Any], folder: Path, quiet: bool) -> Outcome:
     result = train.run(resolve(TrainConfig, flags={**settings, "out": str(folder)}).config, quiet=quiet)
     student = _digest(folder / train.STUDENT)
     seconds = sum(row["seconds"] for row in result.metrics)  # of an interrupted run, all of its parts
-    if result.evaluation is None:
+    found = result.evaluation
+    if found is None or (found.decisions is None and not found.numbers):  # values, and nothing to compare them with
         return Outcome(str(folder), student, seconds=seconds)
-    last = _scores(result.evaluation)
+    last = _scores(found)
     place = best_epoch(result.metrics)
     assert place is not None  # `_scores` has refused what has no labels
     best = result.metrics[place]
-    at_best = {"errors": best["eval_errors"], "top1": 100 * best["eval_top1"]}  # an epoch's row knows no more
+    at_best = {name: best[f"eval_{name}"] * (100 if name in SHARES else 1) for name in last if f"eval_{name}" in best}
+    if found.top1 is not None:
+        at_best = {"errors": best["eval_errors"], "top1": 100 * best["eval_top1"]}  # an epoch's row knows no more
     return Outcome(str(folder), student, last, at_best, seconds)
 
 
@@ -365,6 +376,8 @@ def _evaluated(settings: Mapping[str, Any]) -> Outcome:
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    if evaluation.numbers:
+        return {name: value * (100 if name in SHARES else 1) for name, value in evaluation.numbers.items()}
     if evaluation.top1 is None or evaluation.errors is None:
         raise ConfigError("the data has no labels, so that nothing can be counted", tip="evaluate on data with labels")
     by_class = {name: errors for name, (errors, _) in evaluation.class_errors.items()}

@@ -11,6 +11,7 @@ from conftest import WORLDS, QuickDump
 
 import softcache
 from softcache import cli, dump
+from softcache.cache.card import record_bytes
 from softcache.config import DumpConfig, PlanConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.dump import forecast
@@ -229,3 +230,19 @@ def test_what_is_said_of_such_a_cache(
     here, there = (one.gather(one.find([less.samples.key(0)]), np.array([0])) for one in (less, wanted))
     assert less.members == ("whole",) and len(row) == 1
     assert torch.equal(here.values(), there.values("whole"))
+
+
+def test_outlier_dimensions_cost_groups_half_the_error_and_few_bytes(quick_dump: QuickDump) -> None:
+    """1,024 numbers, 1 % of them ten times as large: a scale for each 64 instead of one a row."""
+    loud = f"{EMBEDDER}&width=1024&loud=true"
+    wanted = given("embedder", input_shape=(8, 8), width=1024, loud=True).double().numpy()
+    errors, sizes = {}, {}
+    for codec in ("int8", "int8:group=64"):
+        cache = quick_dump(data=f"{WORLD}:images", teacher=[loud], codec=codec, out=codec.replace(":", "-"))
+        rows = cache.find([f"n/0/{i:04d}" for i in range(60)])
+        stored = cache.gather(rows, np.zeros(60, np.int64)).embedding().double().numpy()
+        errors[codec] = float((np.linalg.norm(stored - wanted, axis=1) / np.linalg.norm(wanted, axis=1)).mean())
+        sizes[codec] = record_bytes(cache.manifest, "embedder")
+    assert sizes["int8:group=64"] <= 1100
+    assert errors["int8:group=64"] <= errors["int8"] / 2
+    print(errors, sizes)

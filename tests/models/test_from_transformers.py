@@ -782,3 +782,26 @@ def test_the_settings_of_every_classifier_are_believed() -> None:
         except ModelError:
             refused.add(kind.__name__)
     assert tried > 20 and refused <= {"JambaConfig", "ZambaConfig", "Zamba2Config"}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_an_encoder_with_a_pooling_gives_embeddings_of_the_text_alone(
+    here: Path, quick_dump: QuickDump, pooling: str
+) -> None:
+    """As the network itself gives them, text by text and so without padding, behind the prompt."""
+    cache = quick_dump(
+        data="table:texts.tsv?text=0&label=1", teacher=[f"hf:bert?pooling={pooling}&prompt=a good "], codec="float32"
+    )
+    member = cache.manifest.plan.members[0]
+    assert (member.output, member.width) == ("embedding", 32)
+    assert dict(member.input) == {"pooling": pooling, "prompt": "a good ", "max_tokens": "12"}
+    net = BertForSequenceClassification.from_pretrained("bert").bert.eval()
+    taken = tokenizer()
+    for row in range(0, len(cache), 5):
+        text = open_transfer_set("table:texts.tsv?text=0&label=1")[int(cache.samples.key(row)[-6:])][0]
+        with torch.no_grad():
+            inputs = taken("a good " + text, truncation=True, max_length=12, return_tensors="pt")
+            tokens = net(**inputs).last_hidden_state[0]
+        wanted = tokens[0] if pooling == "cls" else tokens.mean(dim=0)
+        stored = cache.gather(np.array([row]), np.array([0])).embedding()[0]
+        torch.testing.assert_close(stored, wanted, rtol=1e-3, atol=1e-4)
