@@ -31,6 +31,7 @@ from softcache.errors import ConfigError, MissingExtraError, SoftcacheError, nea
 LONGEST = 2**16  # characters of a spec
 _BEGINS = ":?&=,@("  # behind these a part begins, which may be quoted
 _WOULD_OPEN = re.compile(f'(^|[{re.escape(_BEGINS)}]) *"')
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}  # of types, for messages
 USER = "softcache_user_"  # begins the names of modules made of users' files
 _NEIGHBOURS: dict[str, Path] = {}  # modules that lie beside users' files, by name, and the folder that gave them
 
@@ -382,6 +383,15 @@ def _type_of(default: Any) -> Any:
     return kind[type(default[0])] if kind in (tuple, list) and default else kind
 
 
+def _number_tip(text: str) -> str:
+    """How a share or a number is written that was not written as Python does."""
+    if share := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?%", text):
+        return f"a share is written as a number: {float(share[1]) / 100:g}"
+    if re.fullmatch(r"\d{1,9},\d{1,9}", text):
+        return f"numbers are written with a point: {text.replace(',', '.')}"
+    return ""
+
+
 def convert(text: str, hint: Any, where: str) -> Any:
     """`text` as the type that `hint` asks for: int, float, bool, str, None, tuples and lists of them, unions in order."""
     origin = typing.get_origin(hint)
@@ -397,7 +407,8 @@ def convert(text: str, hint: Any, where: str) -> Any:
                 return convert(text, option, where)
             except ConfigError:
                 continue
-        raise ConfigError(f"{where}: {text!r} is not {hint}")
+        words = " or ".join(_WORDS.get(one, str(one)) for one in typing.get_args(hint) if one is not type(None))
+        raise ConfigError(f"{where}: {text!r} is not {words}", tip=_number_tip(text))
     if origin in (tuple, list) or hint in (tuple, list):
         element = (typing.get_args(hint) or (str,))[0]
         values = [convert(part, element, where) for part in split_list(text)]
@@ -412,13 +423,12 @@ def convert(text: str, hint: Any, where: str) -> Any:
             return True
         if text.lower() in ("false", "0", "no"):
             return False
-        raise ConfigError(f"{where}: {text!r} is not true or false")
+        raise ConfigError(f"{where}: {text!r} is not {_WORDS[bool]}")
     if hint in (int, float):
         try:
             return hint(text)
         except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-            raise ConfigError(f"{where}: {text!r} is not {kind}") from None
+            raise ConfigError(f"{where}: {text!r} is not {_WORDS[hint]}", tip=_number_tip(text)) from None
     if hint is type(None):
         raise ConfigError(f"{where}: takes no value")
     return text

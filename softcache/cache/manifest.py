@@ -186,7 +186,7 @@ def _without_manifest(path: Path) -> CacheError:
             )
         return CacheError(
             f"{path}: no {MANIFEST}, so this is not a softcache cache",
-            tip="give the folder that `softcache dump --out` wrote",
+            tip="give the folder that `softcache dump --out` wrote; a run folder is measured by `softcache eval`",
         )
     total, done = len(planned.plan.rounds[0].layout), len(read_journals(path, 0))
     verb = "dump" if planned.plan.parent is None else "subset"

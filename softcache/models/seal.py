@@ -90,7 +90,7 @@ def check_digest(found: Any, value: Any, where: Path, error: type[SoftcacheError
     elif found != digest(value):
         raise error(
             f"{where}: is damaged: its tensors and metadata are not those that were saved",
-            tip="copy it again from where it came from, or train again",
+            tip="copy it again from where it came from, or make it again",
         )
 
 

@@ -284,9 +284,10 @@ def weights_file(weights: str) -> Path:
         if is_inside(path, STUDENT, IN_RUN):
             return path / STUDENT
         there = [name for name in sorted(os.listdir(path)) if name.endswith((*SUFFIXES, ".safetensors.index.json"))]
+        unfinished = "`train` or `shrink` writes it last: run the same command again, until it has finished"
         raise ModelError(
             f"the folder {path} holds no {STUDENT}",
-            tip=f"name a file in it: {path / there[0]}" if there else "give a run folder whose training has finished",
+            tip=f"name a file in it: {path / there[0]}" if there else unfinished,
         )
     if not os.path.isfile(path):  # unlike Path.is_file, no error for what is longer than a file name can be
         raise ModelError(f"there are no weights {path}", tip="give a weights file or a run folder that exists")

@@ -40,17 +40,7 @@ def carve(
 
     Sources: Sanh, Debut, Chaumond, Wolf, "DistilBERT" (2019), which begins with every second layer of its teacher.
     """
-    given = [name for name, value in (("depth", depth), ("width", width), ("keep", keep or None)) if value is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"carve wants one of depth, width and keep, and got {' and '.join(given) or 'none'}",
-            tip="--by carve:depth=0.5, --by carve:width=0.5 or --by carve:keep=layer1,layer2; several are several --by",
-        )
-    for name, share in (("depth", depth), ("width", width)):
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(
-                f"carve:{name}={share:g}: is the share that stays, more than 0 and less than 1", tip=f"carve:{name}=0.5"
-            )
+    check_carve(depth=depth, width=width, keep=keep)
     if width is not None:
         what = f"carve:width={width:g}"
         return leave_channels(net, samples, free_groups(net, samples, (), what), Cut(1 - width, _spread_channels), what)
@@ -62,6 +52,22 @@ def carve(
             tip="carve:width, lowrank and prune need none",
         )
     return _cut_depth(net, samples, stacks, depth) if depth is not None else _cut_all_but(net, samples, stacks, keep)
+
+
+def check_carve(*, depth: float | None = None, width: float | None = None, keep: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError for settings of `carve` that make no sense, whatever the network."""
+    given = [name for name, value in (("depth", depth), ("width", width), ("keep", keep or None)) if value is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"carve wants one of depth, width and keep, and got {' and '.join(given) or 'none'}",
+            tip="--by carve:depth=0.5, --by carve:width=0.5 or --by carve:keep=layer1,layer2; several are several --by",
+        )
+    for name, share in (("depth", depth), ("width", width)):
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(
+                f"carve:{name}={share:g}: {name} is the share that stays, more than 0 and less than 1",
+                tip=f"carve:{name}=0.5",
+            )
 
 
 def _spread_channels(group: Group, count: int) -> list[int]:

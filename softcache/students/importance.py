@@ -28,7 +28,7 @@ def check_importance(kind: str, samples: Samples, what: str) -> None:
     """Raise ConfigError for a kind that is none, or that lacks what it goes by."""
     if kind not in KINDS:
         known = ", ".join(f"importance={one}" for one in KINDS)
-        raise ConfigError(f"{what},importance={kind}: is none", tip=known)
+        raise ConfigError(f"{what}: there is no importance {kind!r}", tip=known)
     if kind in SOURCES and (not samples.given or (kind == "taylor" and samples.answers is None)):
         missing = "there are no samples" if not samples.given else "the data have no labels"
         raise ConfigError(f"{what},importance={kind}: {missing}", tip=f"it goes by {SOURCES[kind]}")

@@ -20,6 +20,20 @@ class SavesNothing(ConfigError):
     """With these weights two layers would have more of them than one, in every layer; with others they might not."""
 
 
+def check_low_rank(*, energy: float | None = None, rank: float | None = None, keep: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError for settings of `low_rank` that make no sense, whatever the network."""
+    if (energy is None) == (rank is None):
+        raise ConfigError(
+            "lowrank wants either energy or rank", tip="--by lowrank:energy=0.95, or --by lowrank:rank=0.25"
+        )
+    for name, share in (("energy", energy), ("rank", rank)):
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(
+                f"lowrank:{name}={share:g}: {name} is a share, more than 0 and less than 1",
+                tip="energy=0.95 leaves 95 % of what a layer answers, rank=0.25 a quarter of its largest rank",
+            )
+
+
 def low_rank(
     net: nn.Module,
     samples: Samples,
@@ -45,16 +59,7 @@ def low_rank(
     Source: Zhang, Zou, He, Sun, "Accelerating Very Deep Convolutional Networks for Classification and Detection" (2015),
     section 3.1, with a factor of k x k before one of 1 x 1.
     """
-    if (energy is None) == (rank is None):
-        raise ConfigError(
-            "lowrank wants either energy or rank", tip="--by lowrank:energy=0.95, or --by lowrank:rank=0.25"
-        )
-    for name, share in (("energy", energy), ("rank", rank)):
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(
-                f"lowrank:{name}={share:g}: is a share, more than 0 and less than 1",
-                tip="energy=0.95 leaves 95 % of what a layer answers, rank=0.25 a quarter of its largest rank",
-            )
+    check_low_rank(energy=energy, rank=rank)
     last = samples.classifier or final_linear(net, samples.model.num_classes)
     layers = {
         name: layer

@@ -40,9 +40,7 @@ def prune_weights(
     Raises:
         ConfigError: an amount out of range, a scope that is none, or nothing to choose from.
     """
-    _check_amount("prune:unstructured", amount)
-    if scope not in ("layer", "global"):
-        raise ConfigError(f"prune:unstructured,scope={scope}: is none", tip="scope=global or scope=layer")
+    check_weights(amount=amount, scope=scope)
     weights = list(prunable(net, keep).values())
     if not weights:
         raise ConfigError("prune:unstructured: the network has no convolution and no linear layer to choose weights of")
@@ -55,10 +53,17 @@ def prune_weights(
     return Shrunk(), f"{zeros:,} of {count:,} weights are zero ({scope}); train --prune held holds them there"
 
 
+def check_weights(*, amount: float, scope: str = "global", keep: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError for settings of `prune_weights` that make no sense, whatever the network."""
+    _check_amount("prune:unstructured", amount)
+    if scope not in ("layer", "global"):
+        raise ConfigError(f"prune:unstructured: there is no scope {scope!r}", tip="scope=global or scope=layer")
+
+
 def _check_amount(what: str, amount: float) -> None:
     if not 0 < amount < 1:
         raise ConfigError(
-            f"{what},amount={amount:g}: is a share, more than 0 and less than 1",
+            f"{what},amount={amount:g}: an amount is a share, more than 0 and less than 1",
             tip="amount=0.5 takes half of them, amount=0.95 leaves one of twenty",
         )
 
@@ -93,16 +98,7 @@ def prune_channels(
     Sources: those of `softcache.students.importance.importances`.
     """
     what = "prune:structured"
-    if (amount is None) == (target is None):
-        raise ConfigError(
-            f"{what} wants either an amount or a target",
-            tip="amount=0.5 leaves half of the channels; target=params:0.5 or target=macs:0.5 half of what they cost",
-        )
-    if amount is not None:
-        _check_amount(what, amount)
-    if round_to < 1:
-        raise ConfigError(f"{what},round_to={round_to}: must be at least 1", tip="8 suits processors, 1 small networks")
-    check_importance(importance, samples, what)
+    check_channels(samples, amount=amount, target=target, importance=importance, round_to=round_to)
     groups = free_groups(net, samples, keep, what)
     values = dict(zip(groups, importances(net, samples, groups, importance), strict=True))
 
@@ -116,6 +112,43 @@ def prune_channels(
     assert amount is not None
     record, said = leave_channels(net, samples, groups, Cut(amount, choose, round_to), what)
     return record, said if target is None else f"{said}; that is amount={amount:.3f} of each"
+
+
+def check_channels(
+    samples: Samples,
+    *,
+    amount: float | None = None,
+    target: str | None = None,
+    importance: str = "l2",
+    keep: tuple[str, ...] = (),
+    round_to: int = MULTIPLE,
+) -> None:
+    """Raise ConfigError for settings of `prune_channels` that make no sense, whatever the network."""
+    what = "prune:structured"
+    if (amount is None) == (target is None):
+        raise ConfigError(
+            f"{what} wants either an amount or a target",
+            tip="amount=0.5 leaves half of the channels; target=params:0.5 or target=macs:0.5 half of what they cost",
+        )
+    if amount is not None:
+        _check_amount(what, amount)
+    if target is not None:
+        _target(target)
+    if round_to < 1:
+        raise ConfigError(f"{what},round_to={round_to}: must be at least 1", tip="8 suits processors, 1 small networks")
+    check_importance(importance, samples, what)
+
+
+def _target(text: str) -> tuple[str, float]:
+    """What is to become less, and the share of it that may be left."""
+    kind, _, written = text.partition(":")
+    share = float(written) if re.fullmatch(r"0?\.\d+", written) else 0.0
+    if kind not in COSTS or not 0 < share < 1:
+        raise ConfigError(
+            f"prune:structured,target={text}: a target is params or macs, and a share of more than 0 and less than 1",
+            tip="target=params:0.5 leaves half of the parameters, target=macs:0.5 half of the multiply-adds",
+        )
+    return kind, share
 
 
 @dataclass(frozen=True)
@@ -201,13 +234,7 @@ def _workable(net: nn.Module, samples: Samples, groups: Sequence[Group], cut: Cu
 
 def _amount_for(net: nn.Module, samples: Samples, groups: Sequence[Group], cut: Cut, target: str) -> float:
     """The smallest amount, to a thousandth, that leaves at most this share of the parameters or multiply-adds."""
-    kind, _, text = target.partition(":")
-    share = float(text) if re.fullmatch(r"0?\.\d+", text) else 0.0
-    if kind not in COSTS or not 0 < share < 1:
-        raise ConfigError(
-            f"prune:structured,target={target}: is none",
-            tip="target=params:0.5 leaves half of the parameters, target=macs:0.5 half of the multiply-adds",
-        )
+    kind, share = _target(target)
 
     def left(amount: float) -> float:
         one = replace(cut, amount=amount)

@@ -18,6 +18,15 @@ from softcache.students.samples import Samples
 Place = tuple[str, str]  # a layer's name, and which of its activations
 
 
+def check_int8(samples: Samples, *, keep: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError where there are no samples."""
+    if not samples.given:
+        raise ConfigError(
+            "quantise:int8 has to see what each layer is given, and there are no samples",
+            tip="--data DATA: the data that the model was trained on; labels are not used",
+        )
+
+
 def quantise_int8(net: nn.Module, samples: Samples, *, keep: tuple[str, ...] = ()) -> tuple[Shrunk, str]:
     """Make a network compute as an int8 program does: what was done, and a line for people.
 
@@ -31,11 +40,7 @@ def quantise_int8(net: nn.Module, samples: Samples, *, keep: tuple[str, ...] = (
     Raises:
         ConfigError: no samples, or no layer that can be quantised.
     """
-    if not samples.given:
-        raise ConfigError(
-            "quantise:int8 has to see what each layer is given, and there are no samples",
-            tip="--data DATA: the data that the model was trained on; labels are not used",
-        )
+    check_int8(samples)
     plan, floats = plan_int8(net, lambda: samples.run(1), keep)
     if not plan:
         raise ConfigError(

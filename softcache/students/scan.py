@@ -66,7 +66,7 @@ class Scan:
         said = f"{self.measured}, {self.samples:,} samples: {percent(self.whole)} with all channels"
         how = f"the least important by {self.importance} of one layer alone, neither healed nor BatchNorm measured anew"
         most = max(self.layers, key=lambda one: self.whole - one.right[-1])
-        hint = f"next: softcache shrink {self.source} --by {STRUCTURED},amount=0.5,keep={most.layers[0]} --out ..."
+        hint = f"next: softcache shrink {self.source} --by {STRUCTURED},amount=0.5,keep={most.layers[0]} --data ... --out ..."
         return "\n".join([said, "", table(["layer", "channels", *lost], rows), "", how, hint])
 
     def to_json(self) -> dict[str, Any]:

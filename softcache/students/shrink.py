@@ -31,26 +31,26 @@ from softcache.models.masks import refuse_unknown
 from softcache.report.progress import Meter
 from softcache.report.tables import percent, size, table
 from softcache.spec import call_factory, split_list, split_lists, split_outside
-from softcache.students.carve import carve
+from softcache.students.carve import carve, check_carve
 from softcache.students.cost import Cost, cost_of
 from softcache.students.export import text_of_copy, weights_of
 from softcache.students.int8_speed import Speed, speed_of
-from softcache.students.low_rank import low_rank
+from softcache.students.low_rank import check_low_rank, low_rank
 from softcache.students.opened import open_all
-from softcache.students.prune import prune_channels, prune_weights
-from softcache.students.quantise import quantise_int8
+from softcache.students.prune import check_channels, check_weights, prune_channels, prune_weights
+from softcache.students.quantise import check_int8, quantise_int8
 from softcache.students.samples import Samples
 from softcache.students.traced_program import PACKAGES, Batch
 from softcache.train.run_folder import LOCK, STUDENT, locked
 from softcache.version import __version__
 
 INT8 = "quantise:int8"
-METHODS: dict[str, Any] = {
-    "carve": carve,
-    "prune:structured": prune_channels,
-    "prune:unstructured": prune_weights,
-    "lowrank": low_rank,
-    INT8: quantise_int8,
+METHODS: dict[str, tuple[Any, Any]] = {  # what checks the settings, and what does it
+    "carve": (check_carve, carve),
+    "prune:structured": (check_channels, prune_channels),
+    "prune:unstructured": (check_weights, prune_weights),
+    "lowrank": (check_low_rank, low_rank),
+    INT8: (check_int8, quantise_int8),
 }
 # methods of which there are kinds, and what is said to who names none or another
 KINDS = {
@@ -91,15 +91,19 @@ class Method:
         settings = split_lists(",".join(words), f"--by {text}", usage)
         return cls(text, name, settings)
 
+    def check(self, samples: Samples) -> None:
+        """Raise ConfigError for settings that no network could be made smaller by."""
+        check, where = METHODS[self.name][0], f"--by {self.text}"
+        known = [name for name in inspect.signature(check).parameters if name != "samples"]
+        if strange := [name for name in self.settings if name not in known]:
+            raise ConfigError(f"{where}: unknown parameter {strange[0]!r}", tip=nearest(strange[0], known))
+        call_factory(check, self.settings, where, samples=samples)
+
     def apply(self, samples: Samples) -> tuple[Shrunk, str]:
         """Make the samples' network smaller, in place: what was left out, and a line for people."""
         where, net = f"--by {self.text}", samples.model.net
-        given = {"net": net, "samples": samples}
-        if clash := sorted(set(given) & set(self.settings)):
-            known = [name for name in inspect.signature(METHODS[self.name]).parameters if name not in given]
-            raise ConfigError(f"{where!r}: unknown parameter {clash[0]!r}", tip=nearest(clash[0], known))
         refuse_unknown(split_list(self.settings.get("keep", "")), net, where)
-        done: tuple[Shrunk, str] = call_factory(METHODS[self.name], self.settings, where, **given)
+        done: tuple[Shrunk, str] = call_factory(METHODS[self.name][1], self.settings, where, net=net, samples=samples)
         return done
 
 
@@ -187,6 +191,8 @@ def run(config: ShrinkConfig, *, quiet: bool = False) -> Shrinking:
     out = _target(config)
     opened = open_all(config, quiet=quiet)
     policy, eval_set, samples, device = opened.policy, opened.eval_set, opened.samples, opened.device
+    for method in methods:  # all of them, before the first takes its time
+        method.check(samples)
     before = copy.deepcopy(samples.model)
     require_room(out, sum(tensor.nbytes for tensor in before.state_dict().values()), "the smaller model may need")
     with locked(out), Meter(f"shrink {config.model}", len(methods) + 3, unit="steps", quiet=quiet) as meter:

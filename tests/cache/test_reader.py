@@ -346,7 +346,7 @@ DAMAGE = {
     "no manifest, no plan": (
         lambda p: [(p / "manifest.json").unlink(), shutil.rmtree(p / "dump")],
         CacheError,
-        r"no manifest\.json, so this is not a softcache cache[\s\S]*--out",
+        r"no manifest\.json, so this is not a softcache cache[\s\S]*--out[\s\S]*softcache eval",
     ),
     "no folder": (lambda p: shutil.rmtree(p), CacheError, "there is no such folder"),
     "half a manifest": (

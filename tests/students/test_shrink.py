@@ -530,20 +530,24 @@ def test_the_same_model_is_the_same_file_wherever_it_lies(run: Path, tmp_path: P
 MISTAKES = [
     ("carve", "carve wants one of depth, width and keep, and got none", "--by carve:depth=0.5"),
     ("carve:depth=0.5,width=0.5", "and got depth and width", "several are several --by"),
-    ("carve:depth=1", "carve:depth=1: is the share that stays", ""),
+    ("carve:depth=1", "carve:depth=1: depth is the share that stays", ""),
     ("carve:keep=layer9", "there is no module 'layer9' to keep", "did you mean 'layer"),
     ("carve:keep=layer1,layer2,layer3", "every block of the repeated", "lie in layer1, layer2, layer3"),
     ("carve:deepth=0.5", "unknown parameter 'deepth'", "did you mean 'depth'"),
     ("prune", "there is no method 'prune'", "prune:unstructured or prune:structured"),
     ("prune:unstructured", "parameter 'amount' is missing", "amount="),
-    ("prune:unstructured,amount=1", "amount=1: is a share, more than 0 and less than 1", "amount=0.5"),
+    ("prune:unstructured,amount=1", "amount=1: an amount is a share, more than 0 and less than 1", "amount=0.5"),
     ("prune:unstructured,amount=half", "'half' is not a number", ""),
-    ("prune:unstructured,amount=0.5,scope=all", "scope=all: is none", "scope=global or scope=layer"),
+    ("prune:unstructured,amount=0.5,scope=all", "there is no scope 'all'", "scope=global or scope=layer"),
     ("prune:structured,amount=0.5,importance=taylor", "there are no samples", "soft targets or labels"),
     ("prune:structured,amount=0.01", "no channels can be left out", "lowrank"),
     ("lowrank", "lowrank wants either energy or rank", "lowrank:energy=0.95"),
-    ("lowrank:energy=2", "lowrank:energy=2: is a share", "energy=0.95"),
-    ("carve:depth=half", "parameter 'depth': 'half' is not float", ""),
+    ("lowrank:energy=2", "lowrank:energy=2: energy is a share", "energy=0.95"),
+    ("carve:depth=half", "parameter 'depth': 'half' is not a number", ""),
+    ("prune:structured,amount=50%", "'50%' is not a number", "0.5"),
+    ("prune:structured,amount=0,5", "'0,5' is not a number", "0.5"),
+    ("prune:structured,target=flops:0.5", "target=flops:0.5: a target is params or macs", "target=macs:0.5"),
+    ("prune:structured,amount=0.5,importance=size", "there is no importance 'size'", "importance=taylor"),
     ("lowrank:energy=0.9,keep=fcc", "there is no module 'fcc' to keep", "'fc'"),
     ("lowrank:0.5", "'0.5' is not key=value", "lowrank:key=value"),
     ("lowrank:rank=0.5,rank=0.2", "'rank' is given twice", ""),
@@ -558,6 +562,26 @@ def test_a_mistake_is_told(by: str, said: str, tip: str, run: Path, tmp_path: Pa
     with pytest.raises(SoftcacheError) as caught:
         shrunk(run, tmp_path / "out", by)
     assert said in caught.value.message and tip in caught.value.tip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        "carve:depth=2",
+        "prune:structured,target=macs:50",
+        "prune:structured,amount=0.5,importance=taylor",
+        "prune:unstructured,amount=0",
+        "lowrank:energy=95",
+        "quantise:int8",  # there are no samples
+    ],
+)
+def test_a_mistake_in_a_later_method_is_told_before_the_first_takes_its_time(
+    by: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shrink.Method, "apply", lambda *_: pytest.fail("a method was begun"))
+    with pytest.raises(ConfigError):
+        shrunk(run, tmp_path / "out", "lowrank:rank=0.5", by)
     assert not (tmp_path / "out").exists()
 
 
