@@ -204,7 +204,8 @@ def build(
     said = spec.value("num_classes", str(num_classes))
     if said != str(num_classes):
         raise ModelError(
-            f"{spec.text!r} has num_classes={said}, the data has {num_classes} classes", tip="leave num_classes out"
+            f"{spec.text!r} has num_classes={said}, the data has {num_classes} classes",
+            tip="head=none gives what its last layer takes" if said == "0" else "leave num_classes out",
         )
     return call_factory(_builder(spec, class_names), spec.parameters, spec.text, **offered)
 

@@ -212,8 +212,9 @@ def test_several_teachers_of_unlike_widths_with_an_adapter_each(caches: dict[str
 
 def test_classes_and_an_embedding_at_once(caches: dict[str, str], tmp_path: Path) -> None:
     """A term on classes makes a student of classes: kd takes the members that have some, cosine the input of its last layer."""
-    result = flow.run(config(caches["both"], tmp_path / "run", "kd", "ce", "cosine:member=embedder"), quiet=True)
-    assert {"kd", "ce", "cosine"} <= result.metrics[0].keys()
+    losses = ("kd", "mse_logits", "ce", "cosine:member=embedder")
+    result = flow.run(config(caches["both"], tmp_path / "run", *losses), quiet=True)
+    assert {"kd", "mse_logits", "ce", "cosine"} <= result.metrics[0].keys()
     assert load_model(str(tmp_path / "run"), num_classes=3).output == "logits"
     of_alone = config(caches["both"], tmp_path / "alone", "kd", members=("classifier",), seed=0)
     both, alone = flow.run(config(caches["both"], tmp_path / "kd", "kd"), quiet=True), flow.run(of_alone, quiet=True)
