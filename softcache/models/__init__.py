@@ -278,6 +278,11 @@ def _load_run(
     """The student of a run folder, built from its own metadata; the data's input shape is not needed."""
     path, saved = weights_file(text), read_saved(text)
     if saved is None:
+        if path.suffix in (".onnx", ".pt2"):
+            raise ModelError(
+                f"{path}: an exported program can be run, not trained or made smaller",
+                tip="give the run folder that it was exported from",
+            )
         raise ModelError(f"{path} does not say what model it is", tip=f"name it: MODEL@{text}")
     spec = parse_spec(saved.spec)
     if saved.transformer is None:

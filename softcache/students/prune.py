@@ -213,8 +213,13 @@ def leave_channels(
 def _workable(net: nn.Module, samples: Samples, groups: Sequence[Group], cut: Cut, what: str) -> list[Group]:
     """The groups that lose channels, and without them the network works."""
     thinner = [group for group in groups if cut.of(group)]
+    if not groups:
+        raise ConfigError(
+            f"{what}: every layer of {samples.what} that has channels to leave out is to be kept",
+            tip="keep fewer layers",
+        )
     if not thinner:
-        widest = max((len(group.units) for group in groups), default=0)
+        widest = max(len(group.units) for group in groups)
         fewer = ", round_to=1" if what.startswith("prune") and cut.multiple > 1 else ""
         raise ConfigError(
             f"{what}: no channels can be left out of {samples.what}: of {len(groups)} groups of layers the widest has "

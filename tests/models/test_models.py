@@ -555,6 +555,13 @@ def test_runs_that_do_not_fit(tmp_path: Path) -> None:
         load_model(str(tmp_path), num_classes=3)
 
 
+@pytest.mark.parametrize("name", ["export.onnx", "export.pt2"])
+def test_an_exported_program_is_no_model_that_can_be_trained(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"a program")
+    with pytest.raises(ModelError, match=r"can be run, not trained[\s\S]*the run folder that it was exported from"):
+        load_model(str(tmp_path / name), num_classes=3)
+
+
 def test_torchvision_weights_bring_normalisation_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     state = torchvision.models.get_model("squeezenet1_1", weights=None).state_dict()

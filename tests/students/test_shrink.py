@@ -544,6 +544,7 @@ MISTAKES = [
     ("lowrank", "lowrank wants either energy or rank", "lowrank:energy=0.95"),
     ("lowrank:energy=2", "lowrank:energy=2: energy is a share", "energy=0.95"),
     ("carve:depth=half", "parameter 'depth': 'half' is not a number", ""),
+    ("prune:structured,amount=0.5,keep=conv1,layer1,layer2,layer3", "that has channels to leave out is to be kept", "fewer"),
     ("prune:structured,amount=50%", "'50%' is not a number", "0.5"),
     ("prune:structured,amount=0,5", "'0,5' is not a number", "0.5"),
     ("prune:structured,target=flops:0.5", "target=flops:0.5: a target is params or macs", "target=macs:0.5"),
