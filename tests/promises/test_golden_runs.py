@@ -72,7 +72,8 @@ def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bo
 
 def test_there_are_runs_of_every_released_version() -> None:
     assert {run.parent.name for run in RUNS} >= {"0.4.0"}
-    assert {run.name for run in RUNS} == {"exact", "rich"}
+    assert {run.name for run in RUNS} == {"exact", "rich", "pruned"}
+    assert {run.parent.name for run in RUNS if run.name == "pruned"} >= {"0.8.0"}
 
 
 @each_run

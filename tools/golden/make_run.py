@@ -3,7 +3,8 @@
     python tools/golden/make_run.py                    # once before each release, never again: what is there is not written anew
     python tools/golden/make_run.py --check FOLDER     # resume what lies there: are the bits those that its version gave?
 
-`exact` is arithmetic that no processor rounds; `rich` has two stages, learned terms, a memory, averages, dropout and Adam.
+`exact` is arithmetic that no processor rounds; `rich` has two stages, learned terms, a memory, averages, dropout and Adam;
+`pruned` has masks, which its second stage holds.
 Another tree than the script's own is used by PYTHONPATH. `--quick` makes `exact` in a temporary folder, and checks it there.
 """
 
@@ -64,8 +65,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "ema": 0.9,
         "keep": "best",
     },
+    "pruned": {
+        "data": "pieces.py:images",
+        "eval_data": "pieces.py:images",
+        "student": "students.py:rich",
+        "cache": "cache-rich",
+        "loss": ("kd:temperature=2", "ce:weight=0.1"),
+        "stage": ("epochs=1 prune=unstructured:amount=linear(0,0.5)", "epochs=2"),
+        "batch_size": 8,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "ema": 0.9,
+    },
 }
-STOPS = {"exact": (0, 1, 1), "rich": (1, 0, 1)}  # stage, epoch and step that the interrupted run has reached
+STOPS = {"exact": (0, 1, 1), "rich": (1, 0, 1), "pruned": (1, 0, 1)}  # stage, epoch and step that the interrupted run has reached
 
 
 class Interrupted(BaseException):
