@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -41,6 +42,25 @@ def _importing(frame: FrameType | None) -> bool:
 def _again(_: int, __: FrameType | None) -> None:
     for signum in tuple(_since):
         signal.raise_signal(signum)
+
+
+@contextmanager
+def kills(signums: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[None]:
+    """While it is entered, these signals end the process at once, as they would without Python; nothing may be half done.
+
+    For a wait in C code, after which alone a handler would run. A signal that is ignored stays so, and outside the main thread none
+    is touched.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in signums if here}
+    before = {signum: one for signum, one in before.items() if one not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for signum, one in before.items():
+            signal.signal(signum, one)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softcache.errors import ConfigError
+from softcache import signals
+from softcache.errors import ConfigError, TrainingError
 
 PATIENCE = timedelta(hours=6)  # the others wait while rank 0 evaluates and writes
 
@@ -103,6 +104,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
 
     Raises:
         ConfigError: the environment speaks of several processes, and does not say which one this is.
+        TrainingError: the others are not there, or end while they are waited for.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
@@ -113,7 +115,14 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
             f"WORLD_SIZE is {size}, and RANK is not set: who the other processes are is not known",
             tip="start them with torchrun --nproc-per-node N -m softcache train ..., or unset WORLD_SIZE",
         )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        with signals.kills():  # C code waits for the others, and lets no handler of Python's run
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as exc:  # all of torch's errors of this kind
+        raise TrainingError(
+            f"{size} processes are to train together, and did not find one another: {str(exc).splitlines()[0][:200]}",
+            tip="one of them has ended, or MASTER_ADDR and MASTER_PORT are others': start all of them again",
+        ) from exc
     try:
         ranks = Ranks(dist.get_rank(), dist.get_world_size())
         yield ranks

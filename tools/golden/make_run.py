@@ -80,7 +80,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "ema": 0.9,
     },
 }
-STOPS = {"exact": (0, 1, 1), "rich": (1, 0, 1), "pruned": (1, 0, 1)}  # stage, epoch and step that the interrupted run has reached
+STOPS = {
+    "exact": (0, 1, 1),
+    "rich": (1, 0, 1),
+    "pruned": (1, 0, 1),
+}  # stage, epoch and step that the interrupted run has reached
 
 
 class Interrupted(BaseException):
