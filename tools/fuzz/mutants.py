@@ -339,7 +339,7 @@ def decode(cache: softcache.Cache, members: Sequence[str]) -> None:
     targets = cache.gather(rows, views, members=members, features=features)
     for member in members:
         if member in cache.codecs:
-            targets.logits(member)
+            targets.output(member)
         for name in cache.features[member]:
             targets.feature(name, member)
 

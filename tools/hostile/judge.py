@@ -48,7 +48,7 @@ def read_decoded(cache: softcache.Cache) -> dict[str, np.ndarray]:
     found = {"labels": targets.labels.numpy(), "keys": np.array([cache.samples.key(row) for row in range(len(cache))])}
     for member in cache.members:
         if member in cache.codecs:
-            found[f"{member}/logits"] = targets.logits(member).numpy()
+            found[f"{member}/logits"] = targets.output(member).numpy()
         found |= {f"{member}/{name}": targets.feature(name, member).numpy() for name in cache.features[member]}
         cache.classifier(member)
     return found
