@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as exceptions, but not out of an import: C code that imports may swallow one, or abort the process."""
+"""Ctrl-C and SIGTERM: as exceptions, but not out of an import, whose C code may swallow one or abort; or as the end at once."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _again(_: int, __: FrameType | None) -> None:
 def kills(signums: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[None]:
     """While it is entered, these signals end the process at once, as they would without Python; nothing may be half done.
 
-    For a wait in C code, after which alone a handler would run. A signal that is ignored stays so, and outside the main thread none
-    is touched.
+    For a wait in C code, after which alone a handler would run. A signal that is ignored stays so, and outside the main
+    thread none is touched.
     """
     here = threading.current_thread() is threading.main_thread()
     before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in signums if here}

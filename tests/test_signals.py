@@ -78,6 +78,25 @@ def test_a_run_that_may_be_broken_off_is_not_within_an_import(tmp_path: Path, mo
         run()
 
 
+def test_within_a_wait_in_c_code_it_ends_the_process() -> None:
+    """A handler of Python's would run after the wait."""
+    before = signal.getsignal(TERM)
+    pid = os.fork()
+    if not pid:
+        with signals.raised({TERM: Ended}), signals.kills():
+            os.kill(os.getpid(), TERM)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == -TERM
+    ignored = signal.signal(INT, signal.SIG_IGN)
+    try:
+        with signals.kills():
+            assert (signal.getsignal(TERM), signal.getsignal(INT)) == (signal.SIG_DFL, signal.SIG_IGN)
+    finally:
+        signal.signal(INT, ignored)
+    assert signal.getsignal(TERM) is before
+
+
 def test_a_signal_that_is_ignored_stays_so(monkeypatch: Any) -> None:
     before = signal.signal(INT, signal.SIG_IGN)
     try:

@@ -105,7 +105,6 @@ MISTAKES = [
     (("quantise:int8",), "there are no samples", "--data DATA"),
     (("quantise:int8", "carve:width=0.5"), "of int8 weights nothing more can be cut", "give --by quantise:int8 last"),
     (("quantise:int8", "quantise:int8"), "once is enough", "leave one out"),
-    (("quantise:int8,keep=nothing",), "there is no module 'nothing' to keep", ""),
     (("quantise:int8,bits=3",), "unknown parameter 'bits'", "keep"),
 ]
 
@@ -116,6 +115,11 @@ def test_a_mistake_is_told(by: tuple[str, ...], said: str, tip: str, run: Path, 
         shrunk(run, tmp_path / "out", *by)
     assert said in caught.value.message and tip in caught.value.tip
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_to_keep_that_is_not_there(run: Path, tmp_path: Path, images: str) -> None:
+    with pytest.raises(SoftcacheError, match="there is no module 'nothing' to keep"):
+        shrunk(run, tmp_path / "out", "quantise:int8,keep=nothing", data=images)
 
 
 def test_what_is_quantised_is_not_cut_again(run: Path, tmp_path: Path, images: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 NEEDS = {
+    "examples/executorch_student.py": "executorch",
     "examples/timm_loop.py": "timm",
     "examples/plain_loop.py": "torchvision",
     "bench/views.py": "matplotlib",

@@ -9,7 +9,8 @@ ExecuTorch wants versions of its own of many packages: give it an environment of
 
 from __future__ import annotations
 
-import sys
+import argparse
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,5 +34,29 @@ def convert(program_path: str, pte_path: str) -> float:
     return largest
 
 
+def quick(folder: str) -> tuple[str, str]:
+    """The two paths, of a small program of its own."""
+    batch = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+    class Small(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean((2, 3))
+
+    torch.export.save(torch.export.export(Small(), (batch,)), f"{folder}/small.pt2")
+    return f"{folder}/small.pt2", f"{folder}/small.pte"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", help="the torch program, and the .pte file to write")
+    parser.add_argument("--quick", action="store_true", help="a small program of its own, in a temporary folder")
+    arguments = parser.parse_args()
+    if len(arguments.paths) != (0 if arguments.quick else 2):
+        parser.error("give two paths, or --quick")
+    with tempfile.TemporaryDirectory() as folder:
+        program, pte = quick(folder) if arguments.quick else arguments.paths
+        print(f"{pte}: largest difference of a logit {convert(program, pte):.3g}")
+
+
 if __name__ == "__main__":
-    print(f"{sys.argv[2]}: largest difference of a logit {convert(*sys.argv[1:]):.3g}")
+    main()
