@@ -198,7 +198,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         part = Path("caches/cut/members/t/part-00000.h5")
         part.write_bytes(part.read_bytes()[:-100])
         manifest = Path("caches/newer/manifest.json")
-        manifest.write_text(manifest.read_text().replace('"format":1', '"format":2'))
+        manifest.write_text(manifest.read_text().replace('"format":1', '"format":3'))
         yield folder
     torch.set_num_threads(threads)
 

@@ -297,9 +297,9 @@ def one_wrong(value: float) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda x: x * 1.05 + 0.01, "class 0 of sample toy/0000 is", id="all"),
-        pytest.param(one_wrong(0.1), "class 2 of sample toy/0008 is", id="one"),
-        pytest.param(one_wrong(float("nan")), "class 2 of sample toy/0008 is nan", id="NaN"),
+        pytest.param(lambda x: x * 1.05 + 0.01, "output 0 of sample toy/0000 is", id="all"),
+        pytest.param(one_wrong(0.1), "output 2 of sample toy/0008 is", id="one"),
+        pytest.param(one_wrong(float("nan")), "output 2 of sample toy/0008 is nan", id="NaN"),
         pytest.param(lambda x: x[:, :3], r"gives \(1, 3\) where the model gives \(1, 4\)", id="shape"),
     ],
 )
