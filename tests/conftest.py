@@ -114,3 +114,12 @@ def quick_dump(tmp_path: Path, toy: Path) -> QuickDump:
         return softcache.open(result.path)
 
     return make
+
+
+@pytest.fixture
+def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model costs is measured by one run of it: no test looks at a time."""
+    from softcache.students import cost
+
+    monkeypatch.setattr(cost, "SECONDS", 0.0)
+    monkeypatch.setattr(cost, "RUNS", 1)

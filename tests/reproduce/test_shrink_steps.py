@@ -78,9 +78,8 @@ seeds = [3]
 
 
 @pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "SECONDS", 0.0)
-    monkeypatch.setattr(cost, "RUNS", 1)
+def _timed_once(timed_once: None) -> None:
+    """Every test."""
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from softcache.machine import INT8_FLAGS, processor_flags
 from softcache.models import Model, Shrunk, load_model, save_student
 from softcache.models.fake_quantise import quantised_layers, whole_weights
 from softcache.models.int8_layers import begin_int8, fix_int8, observe, plan_int8
-from softcache.students import cost, export, shrink
+from softcache.students import export, shrink
 from softcache.students.int8_forms import for_torch, in_floats, is_quantised
 from softcache.students.int8_speed import Speed
 
@@ -63,9 +63,8 @@ def images(toy: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "SECONDS", 0.0)
-    monkeypatch.setattr(cost, "RUNS", 1)
+def _timed_once(timed_once: None) -> None:
+    """Every test."""
 
 
 def exported(run: Path, out: Path, to: str, data: str, **settings: Any) -> export.Exported:

@@ -14,7 +14,7 @@ from softcache.errors import ConfigError, ModelError, SoftcacheError
 from softcache.models import Model, load_model, save_student
 from softcache.models.fake_quantise import INPUT, OUTPUT, Quantised, quantised_layers
 from softcache.models.inputs import AnyInput
-from softcache.students import cost, shrink
+from softcache.students import shrink
 from softcache.students.quantise import ends_of, quantise_int8
 from softcache.students.samples import Samples
 
@@ -70,9 +70,7 @@ def images(toy: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "SECONDS", 0.0)
-    monkeypatch.setattr(cost, "RUNS", 1)
+def _timed_once(timed_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shrink, "find_spec", lambda _name: None)  # as without onnxruntime, which takes seconds
 
 

@@ -371,9 +371,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "SECONDS", 0.0)
-    monkeypatch.setattr(cost, "RUNS", 1)
+def _timed_once(timed_once: None) -> None:
+    """Every test."""
 
 
 @pytest.fixture
