@@ -24,7 +24,8 @@ from softcache.cache.card import codec_text
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
 from softcache.cache.plan import CLASS_OUTPUTS, FeatureInfo, MemberInfo
-from softcache.cache.reader import CacheReader, ReadMode
+from softcache.cache.reader import CacheReader
+from softcache.cache.row_table import ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import MANIFEST, PROVISIONAL_FORMAT, WORK
 from softcache.data.drift import Drift, Render, check_drift

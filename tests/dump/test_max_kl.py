@@ -20,7 +20,7 @@ from torch import Tensor
 
 import softcache
 from softcache import cli, dump
-from softcache.cache.reader import ReadMode
+from softcache.cache.row_table import ReadMode
 from softcache.cache.statistics import MemberStatistics
 from softcache.check import inspect, verify
 from softcache.codecs import CODECS

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import softcache
-from softcache.cache import checksums, hdf5_check, manifest, reader
+from softcache.cache import checksums, hdf5_check, manifest, mapped_file
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.hdf5_check import Limits, structure_faults
 from softcache.cache.manifest import read_manifest
@@ -333,7 +333,7 @@ def test_more_mutants(tmp_path: Path) -> None:
 def test_mutants_would_show_a_reader_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And each is kept with its bytes, its seed and what it did, so that it can become a case of the corpus."""
     monkeypatch.setattr(checksums.BlockChecks, "check", lambda *_: None)
-    monkeypatch.setattr(reader.MappedFile, "_check_blocks", lambda *_: None)
+    monkeypatch.setattr(mapped_file.MappedFile, "_check_blocks", lambda *_: None)
     fuzz = fuzzed(tmp_path, 120, seed=1)
     assert bad_counts(fuzz).keys() == {"file as it is: OTHER NUMBERS"}
     (kept, *_) = sorted((tmp_path / "findings").glob("*.bin"))

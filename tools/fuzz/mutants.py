@@ -28,7 +28,8 @@ from hostile.judge import read_stored, same
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.hdf5_check import Limits, structure_faults
 from softcache.cache.manifest import Manifest, read_manifest
-from softcache.cache.reader import CacheReader, MappedFile
+from softcache.cache.mapped_file import MappedFile
+from softcache.cache.reader import CacheReader
 from softcache.errors import SoftcacheError
 
 HANG_S = 1.0
