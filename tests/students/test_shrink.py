@@ -21,7 +21,8 @@ from softcache.config import ShrinkConfig, TrainConfig
 from softcache.errors import ConfigError, ModelError, SoftcacheError
 from softcache.files import durable
 from softcache.models import Model, Projector, Shrunk, graft, initialise, load_model, save_student
-from softcache.models.shrunk import BATCH_NORMS, shrink_by
+from softcache.models.norms import BATCH_NORMS
+from softcache.models.shrunk import shrink_by
 from softcache.models.weights import reshrink
 from softcache.students import cost, shrink
 from softcache.students.carve import carve, find_stacks, spread_blocks
@@ -60,6 +61,7 @@ def samples_of(model: Model, count: int = 0, size: int = 8, channels: int = 1) -
 NETS = [
     f"{JOINED}:ways",
     f"{JOINED}:groups",
+    f"{WORLDS / 'fused_norms.py'}:fused",
     "softcache:cnn?width=8",
     "softcache:mlp?hidden=24,16",
     "softcache:resnet8?in_channels=1",
