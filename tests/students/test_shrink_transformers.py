@@ -70,7 +70,13 @@ def test_a_bert_is_pruned_and_quantised_while_it_learns(bert: Path, tmp_path: Pa
     stages = ("epochs=1 prune='unstructured:amount=0.5'", "epochs=1 quantise=int8")
     data = f"tsv:{written(tmp_path / 'texts.tsv')}?text=0&label=1"
     config = TrainConfig(
-        student=f"hf:{copied}", out=str(tmp_path / "out"), data=data, stage=stages, batch_size=3, threads=1, device="cpu"
+        student=f"hf:{copied}",
+        out=str(tmp_path / "out"),
+        data=data,
+        stage=stages,
+        batch_size=3,
+        threads=1,
+        device="cpu",
     )
     flow.run(config, quiet=True)
     shutil.rmtree(copied)

@@ -167,9 +167,7 @@ def world_run(made: TrainConfig) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's compiler
-def test_a_compiled_student_learns_the_same_int8(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_student_learns_the_same_int8(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what the compiler sees; its kernels, which take minutes to be made, are those of every compiled student."""
     compiled, torchs = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(1) or torchs(model, backend="aot_eager"))
