@@ -11,7 +11,7 @@ import torch
 
 from softcache import machine
 from softcache.errors import ConfigError
-from softcache.students.export import _exact_float32
+from softcache.students.compare import exact_float32
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_what_equal_bytes_depend_on_is_said_of_a_gpu_alone(monkeypatch: pytest.M
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     told = machine.describe_device(torch.device("cuda", 0))
     assert told == "cuda Tesla, cuDNN 91002, convolutions tf32, products ieee"  # torch's defaults
-    with _exact_float32(torch.device("cpu")):
+    with exact_float32(torch.device("cpu")):
         told = machine.describe_device(torch.device("cuda", 0))
         assert told.endswith("convolutions ieee, products ieee")
 
@@ -136,7 +136,7 @@ def _put_back() -> Any:
 def test_exports_are_compared_in_float32_whatever_is_set(set_by: Any) -> None:
     set_by()
     before = settings()
-    with _exact_float32(torch.device("cpu")):
+    with exact_float32(torch.device("cpu")):
         assert set(settings().values()) == {"ieee"}
     assert settings() == before
 
