@@ -105,7 +105,7 @@ SAID = {  # what a message says -> in a few words
     "has no repeated blocks": "no blocks",
     "cuts nothing": "one block in each stack",
     "every block of the repeated stacks": "one block alone",
-    "no channels that may be left out": "no channels of its own",
+    "no channels that can be left out": "no channels that go one by one",
     "does not work without these blocks": "counts on its blocks",
     "does not work with fewer channels": "counts on its channels",
     "channels and would be given": "a stack begins with what the one before it gives",
