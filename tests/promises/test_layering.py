@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"spec", "features"},
     "models": {"spec", "features", "files"},
     "data": {"spec", "cache"},
+    "remote": {"cache", "files"},
     "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
@@ -66,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "signals",
     },
-    "share": {"files", "spec", "cache", "codecs", "data", "targets", "report", "machine", "config"},
+    "share": {"files", "spec", "cache", "codecs", "data", "targets", "remote", "report", "machine", "config"},
     "check": {"files", "spec", "cache", "codecs", "data", "targets", "dump", "report", "machine", "config"},
     "students": {
         "files",
@@ -114,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "train",
         "share",
+        "remote",
         "check",
         "students",
         "reproduce",
