@@ -21,7 +21,6 @@ from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import (
     CacheError,
     DamagedCacheError,
-    DumpError,
     LockedError,
     RemoteError,
     UnfinishedCacheError,
@@ -50,15 +49,15 @@ def run(place: Place, out: Path, *, quiet: bool = False) -> tuple[Manifest, int]
     transport = open_transport(place)
     data = read_named(transport, place)
     id = hashlib.sha256(data).hexdigest()
+    manifest = parsed(data, place, out)
     check_folder(out, id)
+    check_same_cache(out, manifest)
     durable.make_folder(out)
     with under_way(out, place, id):
         refuse_linked_folders(out)
-        manifest = parsed(data, place, out)
         if isinstance(manifest.files, ListedFiles):
             lists = [Wanted(one.path, one.nbytes, one.sha256) for one in manifest.files.lists]
             fetch_all(transport, missing_of(out, lists), out, f"pull lists of {place}", quiet=quiet)
-        check_same_files(out, manifest)
         wanted = missing_of(out, [Wanted(file.path, file.nbytes, file.sha256) for file in manifest.files])
         nbytes = sum(one.nbytes for one in wanted)
         durable.require_room(out, nbytes - already(out, wanted), "what is to be pulled needs")
@@ -154,18 +153,24 @@ def under_way(out: Path, place: Place, id: str) -> Iterator[None]:
         release_lock(lock)
 
 
-def check_same_files(out: Path, manifest: Manifest) -> None:
-    """Raise DumpError where `out` holds a cache that is no earlier state of this one."""
+def check_same_cache(out: Path, manifest: Manifest) -> None:
+    """Raise CacheError where `out` holds a cache that is no earlier state of this one."""
     if not (out / MANIFEST).exists():
         return
     there = read_manifest(out)
-    new = {file.path: file.sha256 for file in manifest.files}
-    other = next((file.path for file in there.files if new.get(file.path) != file.sha256), None)
+    new = named_by(manifest)
+    other = next((path for path, sha256 in named_by(there).items() if new.get(path) != sha256), None)
     if other is not None:
-        raise DumpError(
-            f"{out}: holds another cache (id {there.id[:12]}...): its {other} is none of the files of {manifest.id[:12]}...",
+        raise CacheError(
+            f"{out}: holds another cache (id {there.id[:12]}...): its {other} is none of {manifest.id[:12]}...",
             tip="choose another folder",
         )
+
+
+def named_by(manifest: Manifest) -> dict[str, str]:
+    """path -> sha256 of what a manifest names itself: all files; of version 2 the lists of them."""
+    named = manifest.files.lists if isinstance(manifest.files, ListedFiles) else manifest.files
+    return {one.path: one.sha256 for one in named}
 
 
 def missing_of(out: Path, wanted: Sequence[Wanted]) -> list[Wanted]:
