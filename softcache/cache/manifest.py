@@ -64,6 +64,12 @@ class Manifest:
             ) from None
         return cls(plan, files, hashlib.sha256(data).hexdigest())
 
+    @property
+    def named(self) -> dict[str, str]:
+        """path -> sha256 of what the manifest names itself: all files; of version 2 the lists of them."""
+        files = self.files.lists if isinstance(self.files, ListedFiles) else self.files
+        return {one.path: one.sha256 for one in files}
+
     def files_of(self, kind: str, member: str | None = None) -> Iterator[StoredFile]:
         files = self.files.among(kind, member) if isinstance(self.files, ListedFiles) else self.files
         return (file for file in files if file.kind == kind and file.member == member)

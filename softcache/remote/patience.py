@@ -10,6 +10,7 @@ from softcache.remote.transport import FleetingError
 from softcache.remote.work import Work
 
 HOPELESS_S = 40.0  # without any progress; with one last try of STALL_S that is less than a minute
+NOBODY_S = 5.0  # where nobody answers at all
 STALL_S = 10.0  # in which nothing comes at all
 SLOW_S, LEAST = 15.0, 1 << 16  # seconds in which so many bytes have to come
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.3, 8.0
@@ -49,7 +50,8 @@ class Patience:
             RemoteError: nothing has come for too long.
         """
         pause = max(fault.after_s, self._pause * random.uniform(0.75, 1.25))
-        if time.monotonic() + pause - self._moved > HOPELESS_S:
+        limit = NOBODY_S if fault.hopeless else HOPELESS_S
+        if time.monotonic() + pause - self._moved > limit:
             raise RemoteError(
                 f"{self.what}: {fault}; tried again for {time.monotonic() - self._moved:.0f} s",
                 tip="run the same command again: it goes on where it stopped",

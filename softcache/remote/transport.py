@@ -20,11 +20,12 @@ class FleetingError(Exception):
 
     Attributes:
         after_s: how long the other side asks to wait.
+        hopeless: it is seldom over soon: nobody answers there at all.
     """
 
-    def __init__(self, why: str, after_s: float = 0.0) -> None:
+    def __init__(self, why: str, after_s: float = 0.0, *, hopeless: bool = False) -> None:
         super().__init__(why)
-        self.after_s = after_s
+        self.after_s, self.hopeless = after_s, hopeless
 
 
 class NoRangesError(Exception):

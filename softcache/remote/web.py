@@ -103,7 +103,9 @@ def _told_broken(exc: BaseException, url: str) -> Exception:
         return RemoteError(f"{url}: its certificate is not trusted ({reason.verify_message})")
     if isinstance(reason, socket.gaierror):
         host = urlsplit(url).hostname
-        return FleetingError(f"there is no host {host!r}")
+        return FleetingError(f"there is no host {host!r}", hopeless=True)
+    if isinstance(reason, ConnectionRefusedError):
+        return FleetingError("nobody answers there", hopeless=True)
     text = str(reason) or type(reason).__name__
     return FleetingError("nothing came" if isinstance(reason, TimeoutError) else text)
 

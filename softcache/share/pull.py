@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from softcache.errors import (
     UnfinishedCacheError,
 )
 from softcache.files import durable
-from softcache.files.inside import open_inside, refuse_linked_folders
+from softcache.files.inside import refuse_linked_folders
 from softcache.files.locks import release_lock, take_lock
 from softcache.remote.fetch import PARTIAL, Wanted, fetch, read_small
 from softcache.remote.places import Place
@@ -158,19 +159,13 @@ def check_same_cache(out: Path, manifest: Manifest) -> None:
     if not (out / MANIFEST).exists():
         return
     there = read_manifest(out)
-    new = named_by(manifest)
-    other = next((path for path, sha256 in named_by(there).items() if new.get(path) != sha256), None)
+    new = manifest.named
+    other = next((path for path, sha256 in there.named.items() if new.get(path) != sha256), None)
     if other is not None:
         raise CacheError(
             f"{out}: holds another cache (id {there.id[:12]}...): its {other} is none of {manifest.id[:12]}...",
             tip="choose another folder",
         )
-
-
-def named_by(manifest: Manifest) -> dict[str, str]:
-    """path -> sha256 of what a manifest names itself: all files; of version 2 the lists of them."""
-    named = manifest.files.lists if isinstance(manifest.files, ListedFiles) else manifest.files
-    return {one.path: one.sha256 for one in named}
 
 
 def missing_of(out: Path, wanted: Sequence[Wanted]) -> list[Wanted]:
@@ -179,14 +174,12 @@ def missing_of(out: Path, wanted: Sequence[Wanted]) -> list[Wanted]:
 
 
 def _size(out: Path, path: str) -> int | None:
+    """Of a regular file; None of whatever else has the name, and of nothing."""
     try:
-        fd = open_inside(out, path)
+        found = os.lstat(out / path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def already(out: Path, wanted: Sequence[Wanted]) -> int:

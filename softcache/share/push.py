@@ -101,18 +101,18 @@ def known_there(data: bytes, place: Place, cache: Path, manifest: Manifest) -> d
         RemoteError: it is not.
     """
     try:
-        there = Manifest.from_bytes(data, cache / MANIFEST, cache)
-        files = files_of(there)  # its lists are among ours where it is an earlier state
+        there = Manifest.from_bytes(
+            data, cache / MANIFEST, cache
+        )  # what it names is among ours, if it is an earlier state
     except SoftcacheError:
-        there, files = None, []
-    ours = {one.path: one.sha256 for one in files_of(manifest)}
-    if there is None or any(ours.get(one.path) != one.sha256 for one in files):
-        told = "something else" if there is None else f"another cache (id {there.id[:12]}...)"
+        raise RemoteError(f"{place}: holds a {MANIFEST} that is none", tip="push to another place") from None
+    ours = manifest.named
+    if any(ours.get(path) != sha256 for path, sha256 in there.named.items()):
         raise RemoteError(
-            f"{place}: holds {told}, which this one (id {manifest.id[:12]}...) does not extend",
+            f"{place}: holds another cache (id {there.id[:12]}...), which this one (id {manifest.id[:12]}...) does not extend",
             tip="push to another place: what others may have pinned there stays",
         )
-    return {one.path: one.sha256 for one in files}
+    return {one.path: one.sha256 for one in files_of(there)}
 
 
 def check_whole(cache: Path, one: Wanted) -> None:
