@@ -99,7 +99,6 @@ def _continued(transport: Transport, wanted: Wanted, file: OpenFile, work: Work)
         patience.begins()
         try:
             for piece in transport.read(wanted.path, at, wanted.nbytes):
-                piece = piece[: wanted.nbytes - at]  # whatever else comes is not asked for
                 durable.write_at(file, piece, at)
                 hasher.update(piece)
                 at += len(piece)

@@ -91,10 +91,17 @@ def _told(exc: urllib.error.HTTPError, url: str) -> Exception:
     if exc.code in (408, 425, 429) or exc.code >= 500:
         return FleetingError(f"{exc.code} {exc.reason}", _seconds(exc.headers.get("Retry-After")))
     if exc.code in (301, 302, 303, 307, 308):
-        return RemoteError(f"{url}: leads from one address to another without an end")
+        return _not_followed(url, exc.headers.get("Location", "nowhere"))
     if exc.code == 416:
         return FleetingError("416: it is shorter than the manifest says")
     return RemoteError(f"{url}: {exc.code} {exc.reason}")
+
+
+def _not_followed(url: str, target: str) -> RemoteError:
+    return RemoteError(
+        f"{url}: leads to {target}, which is not followed",
+        tip=f"{REDIRECTS} redirects are, to other web servers, and from https: to https: only: give the address they end at",
+    )
 
 
 def _told_broken(exc: BaseException, url: str) -> Exception:
@@ -140,5 +147,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         scheme = urlsplit(urljoin(req.full_url, newurl)).scheme
         if scheme not in ("http", "https") or (req.full_url.startswith("https:") and scheme != "https"):
-            raise RemoteError(f"{req.full_url}: leads to {newurl}, which is not followed")
+            fp.close()
+            raise _not_followed(req.full_url, newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -23,12 +23,15 @@ FAULTS = (
     "changed",  # from here on the file is another one
     "loop",  # leads to itself
     "to a file",  # leads to file:
+    "to ftp",  # leads to ftp:
     "endless",  # never ends
     "long",  # more bytes than there are
     "drip",  # a byte now and then
     "no answer",  # the connection ends before a word
     "page",  # a page that says something, with 200
 )
+
+LEADS = {"loop": "", "to a file": "file:///etc/hostname", "to ftp": "ftp://127.0.0.1:9/samples.h5"}
 
 
 class Server(ThreadingHTTPServer):
@@ -111,9 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        if fault in ("loop", "to a file"):
+        if fault in LEADS:
             self.send_response(302)
-            self.send_header("Location", self.path if fault == "loop" else "file:///etc/passwd")
+            self.send_header("Location", LEADS[fault] or self.path)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
