@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.data.label_kind import answers, has_several, is_known, is_yes
+from softcache.data.transfer_set import TransferSet
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.spans import SpanCounts, marks_of
 
 CALIBRATION_BINS = 15
+
+
+def labels_of(transfer_set: TransferSet, index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels of some samples, one each or a row of several; or of all their words (P,), and then how many words each has (B,)."""
+    if transfer_set.positions is None:
+        return transfer_set.labels[index], None
+    own = transfer_set.positions.take(index)
+    return own.labels, own.counts
 
 
 class Sums:
@@ -35,6 +45,20 @@ class Sums:
         self.positions: int | None = None
         marks = marks_of(class_names)
         self.spans = None if marks is None else SpanCounts(marks)
+
+    @classmethod
+    def of(cls, transfer_set: TransferSet) -> Sums:
+        """For a data set; tags of words may mark spans."""
+        names = () if transfer_set.positions is None else transfer_set.class_names
+        return cls(transfer_set.num_classes, multi_label=transfer_set.multi_label, class_names=names)
+
+    def add(self, logits: Tensor, labels: np.ndarray, counts: np.ndarray | None) -> None:
+        """A batch's logits against what `labels_of` gives of it."""
+        wanted = torch.from_numpy(labels).to(logits.device)
+        if counts is None:
+            self.add_labels(logits, wanted)
+        else:
+            self.add_positions(logits, wanted, counts)
 
     def add_labels(self, logits: Tensor, labels: Tensor) -> None:
         """A batch's logits (B, C) against its labels, of the kind that was said."""

@@ -108,7 +108,8 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     """
     material, ranks = prepared.material, prepared.ranks
     vocabulary = getattr(prepared.model.input, "vocabulary", ())
-    data = data_fingerprint(material.sample_ids, material.transfer_set.labels, vocabulary)
+    labels = material.transfer_set.labels if material.positions is None else material.positions.labels
+    data = data_fingerprint(material.sample_ids, labels, vocabulary)
     weights = [one.class_weights for one in prepared.objectives]
     weights = weights if any(weights) else []
     check_same_data(prepared.out, data, weights)

@@ -27,7 +27,7 @@ class Sizes:
     Attributes:
         num_samples: of the transfer set.
         num_classes: C of the student.
-        sample_labels: (num_samples,) int64, -1 = none.
+        sample_labels: (num_samples,) int64, -1 = none; or where samples have several answers one for each of these.
         seed: of the run.
         class_names: of the student's classes.
     """
@@ -41,7 +41,8 @@ class Sizes:
     @classmethod
     def of(cls, transfer_set: TransferSet, seed: int) -> Sizes:
         """Of a run on these samples."""
-        labels, count = torch.from_numpy(transfer_set.labels), len(transfer_set)
+        own, positions, count = transfer_set.labels, transfer_set.positions, len(transfer_set)
+        labels = torch.from_numpy(own if positions is None else positions.labels)
         single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
         return cls(count, transfer_set.num_classes, single, seed, tuple(transfer_set.class_names))
 

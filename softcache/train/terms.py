@@ -46,12 +46,16 @@ def check_mixed(terms: Sequence[LossTerm], policy: str) -> None:
             )
 
 
-def check_labels(terms: Sequence[LossTerm], *, labelled: int, name: str) -> None:
-    """Raise LossError for a loss on hard labels when no sample has one."""
+def check_labels(terms: Sequence[LossTerm], *, labelled: int, name: str, each: str = "sample") -> None:
+    """Raise LossError for a loss on hard labels when no sample has one.
+
+    Args:
+        each: what has a label, for the message.
+    """
     for term in terms:
         if term.loss.needs("labels") and term.weight.bounds != (0.0, 0.0) and not labelled:
             raise LossError(
-                f"loss {term.name!r} needs labels, and no sample of {name} has one",
+                f"loss {term.name!r} needs labels, and no {each} of {name} has one",
                 tip="soft targets need no labels: learn from a cache (--cache DIR) without this term, or give the data labels",
             )
 
@@ -66,16 +70,27 @@ def check_term(teacher: CachedTeacher, term: LossTerm) -> None:
         )
 
 
+def check_positions(terms: Sequence[LossTerm]) -> None:
+    """Raise LossError for a loss that cannot learn from several answers a sample: one on layers, or with a memory of samples."""
+    for term in terms:
+        loss = term.loss
+        if loss.needs("samples", "sample_ids"):
+            raise LossError(
+                f"loss {term.name!r} remembers each sample, and here a sample has an answer for each of its words",
+                tip="use a loss on logits: kd, soft_ce, dist, ...; or relational_kl and others on the output of an embedder",
+            )
+        if loss.has_features and not loss.reads_output:
+            raise LossError(
+                f"loss {term.name!r} compares layers once for each sample, and here a sample has an answer for each of its words",
+                tip="use losses on logits (kd, soft_ce, dist, ...) and ce",
+            )
+
+
 def stored_members(teacher: CachedTeacher) -> list[Stored]:
-    """How the cache has the members that are combined."""
+    """How the cache has the members that are learned from."""
+    teacher.check_index()
     cache, found = teacher.cache, []
     for name in teacher.members:
         info, statistics = cache.member(name), cache.manifest.statistics[name]
-        if info.index is not None:
-            raise LossError(
-                f"member {name!r} of the cache gives {info.output or 'features'} over the index {info.index!r}, and no loss of "
-                "this version learns from that",
-                tip="choose members that have one answer for each sample: --members",
-            )
         found.append(Stored(name, cache.codecs.get(name), info.output or "", statistics.floored, statistics.records))
     return found
