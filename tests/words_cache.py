@@ -1,8 +1,9 @@
-"""A cache of what live taggers say of words, written from arrays; and the sentences, as a file. What they say is asked in float64."""
+"""A cache of what live taggers say of words, written from arrays; what they say is asked in float64; and the sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from softcache.cache.samples import build_table
 from softcache.cache.schema import ArraySpec, Layout
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.write.writer import CacheWriter, Setup
+from softcache.config import TrainConfig
 from softcache.data.identity import pixel_digest, sample_ids
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.spec import load_user_file
 
 WORLD = WORLDS / "words.py"
+STUDENT = f"{WORLD}:tagger?seed=7&double=true"
+COUNT, BATCH = 40, 8
 NAMES = ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
 SEEDS = {"a": 1, "b": 2, "c": 3}
 
@@ -44,11 +48,9 @@ def list_of(values: Sequence[str | None]) -> str:
 
 def live_teacher(member: str, items: Sequence[Sequence[str]]) -> list[Tensor]:
     """(n, C) float64 logits of each sentence, asked one by one."""
-    network = load_user_file(WORLD).tagger(len(NAMES), SEEDS[member]).double()
+    network = load_user_file(WORLD).tagger(len(NAMES), SEEDS[member], scale=8.0, double=True)
     with torch.no_grad():
-        return [
-            network([words]) if len(words) else torch.empty(0, len(NAMES), dtype=torch.float64) for words in items
-        ]
+        return [network([words]) if len(words) else torch.empty(0, len(NAMES), dtype=torch.float64) for words in items]
 
 
 def listed_words(length: int, every: int) -> list[int]:
@@ -81,13 +83,21 @@ def write_cache(
     given |= {"labels": own} if labels else {}
     index = build_positions(np.array([len(words) for words in items]), **given)
     records = {
-        name: np.concatenate([z[at].numpy() for z, at in zip(live_teacher(name, items), listed, strict=True)]).astype("<f4")
+        name: np.concatenate([z[at].numpy() for z, at in zip(live_teacher(name, items), listed, strict=True)]).astype(
+            "<f4"
+        )
         for name in members
     }
     plan = _plan(data, [*members, *other], set(members), every > 1, labels)
     digests = np.frombuffer(b"".join(data.load(i)[1] for i in range(count)), np.uint8).reshape(-1, 16)
     table = build_table(
-        list(data.keys), sample_ids(data.keys), np.full(count, -1, np.int32), digests, len(NAMES), np.arange(count), store_keys=True
+        list(data.keys),
+        sample_ids(data.keys),
+        np.full(count, -1, np.int32),
+        digests,
+        len(NAMES),
+        np.arange(count),
+        store_keys=True,
     )
     with CacheWriter(path, plan, lambda: Setup(table, positions={"words": index})) as writer:
         for span in writer.my_spans():
@@ -114,7 +124,17 @@ def _plan(data: TransferSet, members: Sequence[str], of_words: set[str], listed:
     codec = {"name": "float32", "parameters": {}, "fields": []}
     infos = [
         MemberInfo(
-            name, "toy", "0" * 64, "logits", "float32", None, codec, (), None, "words" if name in of_words else None, len(NAMES)
+            name,
+            "toy",
+            "0" * 64,
+            "logits",
+            "float32",
+            None,
+            codec,
+            (),
+            None,
+            "words" if name in of_words else None,
+            len(NAMES),
         )
         for name in members
     ]
@@ -128,3 +148,34 @@ def _plan(data: TransferSet, members: Sequence[str], of_words: set[str], listed:
         format=2,
         indexes=(IndexInfo("words", "words", listed, labels),),
     )
+
+
+@dataclass(frozen=True)
+class World:
+    """The sentences, and caches of what taggers say of them: of every word, of every second one, of several members."""
+
+    path: Path
+    data: str
+    caches: dict[str, str]
+
+    def config(self, out: Path, *losses: str, cache: str | None = "one", **settings: Any) -> TrainConfig:
+        """By default an epoch of five steps of SGD in float64."""
+        given: dict[str, Any] = {
+            "data": self.data, "student": STUDENT, "epochs": 1, "batch_size": BATCH, "optimizer": "sgd", "lr": 0.05,
+            "momentum": 0.9, "schedule": "constant", "threads": 1, "workers": 0, "device": "cpu",
+        }  # fmt: skip
+        if cache is not None:
+            given |= {"cache": self.caches[cache], "check_content": "none"}
+        return TrainConfig(out=str(out), loss=losses, **{**given, **settings})
+
+
+def made_world(path: Path) -> World:
+    data = sentences(path / "s.jsonl", count=COUNT)
+    whole = np.random.default_rng(5).normal(size=(COUNT, len(NAMES)))
+    caches = {
+        "one": write_cache(path / "one", data),
+        "second": write_cache(path / "second", data, every=2),
+        "three": write_cache(path / "three", data, tuple(SEEDS)),
+        "with a whole one": write_cache(path / "mixed", data, other={"whole": whole}),
+    }
+    return World(path, data, caches)

@@ -29,9 +29,9 @@ SHARES = ("recall_at_10", "nearest_neighbour", "class_recall_at_5", "linear_prob
 class Evaluation:
     """Measured over one data set; shares are of 1, `nll` and `kl` in nats. None where it does not apply.
 
-    What is counted, a decision, is the class of a labelled sample; of data with several labels per sample, each known yes or no; of
-    data with labels of words, the class of a labelled word. A model says the class with the largest logit, of equals the first, and
-    yes where a logit is above 0.
+    What is counted, a decision, is the class of a labelled sample; of data with several labels per sample, each known yes or no;
+    of data with labels of words, the class of a labelled word. A model says the class with the largest logit, of equals the
+    first, and yes where a logit is above 0.
 
     Attributes:
         samples, labelled: how many there were, and how many had a label (several: at least one that is known; of words: how many
@@ -95,7 +95,9 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """For machines."""
         found = {**asdict(self), "errors": self.errors}
-        return found | ({f"span_{name}": value for name, value in span_scores(self.spans).items()} if self.spans else {})
+        return found | (
+            {f"span_{name}": value for name, value in span_scores(self.spans).items()} if self.spans else {}
+        )
 
     def columns(self) -> dict[str, Any]:
         """What a run's row of metrics has of it."""

@@ -1,4 +1,4 @@
-"""Spans of words (names, chunks) that tags mark: found by the rules of conlleval, counted where both ends and the type are right."""
+"""Spans of words (names, chunks) that tags mark: found by conlleval's rules, right where both ends and the type are."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def marks_of(class_names: Sequence[str]) -> list[Tag] | None:
 def spans_of(tags: Sequence[Tag]) -> list[Span]:
     """The spans of one sentence, in order.
 
-    A word begins one where its letter is B or S, where it is another letter and the word before it is outside, ended a span (E, S)
-    or is of another type: so that what should begin with B and does not is a span all the same. A span ends before a word that
+    A word begins one where its letter is B or S, and where it is another letter and the word before it is outside, ended a span
+    (E, S) or is of another type: what should begin with B and does not is a span all the same. A span ends before a word that
     begins one, before O, and behind E and S.
     """
     spans: list[Span] = []

@@ -343,8 +343,8 @@ class Cache:
     def _check_positions(self, dataset: Any, rows: np.ndarray, *, allow: bool) -> int:
         """The positions of the samples must be those of the cache's indexes of that kind; how many of their labels differ."""
         own, changed = dataset.positions if isinstance(dataset, TransferSet) else None, 0
-        for info in () if own is None else self.manifest.plan.indexes:
-            if info.kind == own.kind:
+        for info in self.manifest.plan.indexes:
+            if own is not None and info.kind == own.kind:
                 index = self.reader.index(info.name)
                 check_counts(index, rows, own.counts, self.samples.key)
                 changed += check_position_labels(index, rows, own.counts, own.labels, self.samples.key, allow=allow)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from softcache.data.loading import (
     Partners,
     ViewedSet,
     load_batches,
-    map_tensors,
     spread_items,
     to_device,
 )
-from softcache.data.tagged_words import PositionLabels
+from softcache.data.position_labels import PositionLabels
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError, LossError, tell_once, warn
@@ -89,7 +88,7 @@ class Material:
         partners: what mixed views are mixed with.
         ids: (N,) uint64 sample ids in the cache; None without one: those of the keys.
         given: what the student is to give.
-        labelled: how many samples have a label; of several, one that is known; of words, how many words.
+        labelled: how many samples have a label; of several, one that is known; of words, one of them.
         drift: how the views differ from what the teacher saw, by a rounding; None where they do not.
         warnings: what is odd about the labels, about who is right on them, and about what the terms make of the targets.
     """
@@ -152,11 +151,17 @@ class Material:
             "drift": self.drift,
             "initialised": initialised,
             "samples": len(self.transfer_set),
-            **({} if self.positions is None else {"positions": len(self.positions.labels)}),
             "labelled": self.labelled,
+            **self._of_positions(),
             "labels_changed": self.joined.labels_changed if self.joined is not None else 0,
             "class_warnings": list(self.warnings),
         }
+
+    def _of_positions(self) -> dict[str, int]:
+        if self.positions is None:
+            return {}
+        labels = self.positions.labels
+        return {"positions": len(labels), "labelled_positions": int((labels >= 0).sum())}
 
     def tell(self, *, quiet: bool) -> None:
         """Warnings of the classes; unless quiet also the class list with its counts, and how often each member is right."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.config import TrainConfig
+from softcache.data.class_counts import counted_labels
 from softcache.data.loading import LoadedBatch, to_device
 from softcache.errors import warn
 from softcache.files.durable import require_room
@@ -108,8 +109,7 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     """
     material, ranks = prepared.material, prepared.ranks
     vocabulary = getattr(prepared.model.input, "vocabulary", ())
-    labels = material.transfer_set.labels if material.positions is None else material.positions.labels
-    data = data_fingerprint(material.sample_ids, labels, vocabulary)
+    data = data_fingerprint(material.sample_ids, counted_labels(material.transfer_set), vocabulary)
     weights = [one.class_weights for one in prepared.objectives]
     weights = weights if any(weights) else []
     check_same_data(prepared.out, data, weights)

@@ -67,9 +67,11 @@ class Learner(nn.Module):
         return values
 
     def _of_no_rows(self) -> Tensor:
-        """(0, C) of samples without a word, which no network need be able to take; every parameter that learns has a part in it."""
+        """(0, C) of samples without a word, which no network need be able to take; all that learns has a part in it."""
         learning = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
-        total = torch.stack(learning).sum() if learning else torch.zeros((), device=next(self.model.parameters()).device)
+        total = (
+            torch.stack(learning).sum() if learning else torch.zeros((), device=next(self.model.parameters()).device)
+        )
         return total.expand(0, self.model.num_classes)
 
     def leaves_some_alone(self, inputs: Any) -> bool:

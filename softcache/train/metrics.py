@@ -33,7 +33,8 @@ def epoch_row(prepared: Prepared, live: LiveStage, progress: Progress, moment: M
     return row | {name: value / ranks.size / prepared.steps for name, value in sums.items()}
 
 
-SCORES = ("eval_span_f1", "eval_top1", "eval_nearest_neighbour", "eval_cosine", "eval_r2", "eval_r2_teacher")  # the first that there is
+# the first of an epoch's row that there is
+SCORES = ("eval_span_f1", "eval_top1", "eval_nearest_neighbour", "eval_cosine", "eval_r2", "eval_r2_teacher")
 
 
 def score_of(row: Mapping[str, Any]) -> float | None:

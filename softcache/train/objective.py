@@ -23,7 +23,7 @@ from softcache.train.pairs import Pair, Student, pairs_of
 from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
 from softcache.train.term_modules import Sizes, TermModules
-from softcache.train.terms import named_terms
+from softcache.train.terms import check_pairs, named_terms
 
 MANY_CLASSES = 32768  # from here on whole float32 copies of the batch's logits are avoided
 HEAD_INPUTS = ("head_ids", "head_logits", "tail_logsumexp")  # in the order in which targets give them
@@ -300,6 +300,8 @@ def build_objectives(
                     assert teacher is not None and student is not None
                     grafted = model.graft.features if term.loss.graft and model.graft is not None else None
                     pairs = pairs_of(term, teacher.cache, teacher.members, student, layer=grafted)
+                    if teacher.index is not None:
+                        check_pairs(term, pairs)
                 made[key] = TermModules(term, pairs, sizes, teacher)
             modules.append(made[key])
         objectives.append(Objective(stage.terms, modules, teacher, ranks))

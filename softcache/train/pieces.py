@@ -1,4 +1,4 @@
-"""A batch on its device, and the pieces in which a rank computes it: samples stay whole, and every mean is over the global batch."""
+"""A batch on its device, and the pieces in which a rank computes it: samples stay whole, means are over the global batch."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcache.data.class_counts import counted_labels
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import LossError
 from softcache.features.spec import FeatureSpec
@@ -41,8 +42,7 @@ class Sizes:
     @classmethod
     def of(cls, transfer_set: TransferSet, seed: int) -> Sizes:
         """Of a run on these samples."""
-        own, positions, count = transfer_set.labels, transfer_set.positions, len(transfer_set)
-        labels = torch.from_numpy(own if positions is None else positions.labels)
+        labels, count = torch.from_numpy(counted_labels(transfer_set)), len(transfer_set)
         single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
         return cls(count, transfer_set.num_classes, single, seed, tuple(transfer_set.class_names))
 

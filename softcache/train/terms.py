@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from softcache.errors import LossError
-from softcache.losses import LossTerm, make_term
+from softcache.losses import CLASSIFIER, OUTPUT, LossTerm, make_term
 from softcache.spec import split_term
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.fits import Stored, check_fit
+from softcache.train.pairs import Pair
 
 
 def named_terms(terms: Sequence[LossTerm]) -> Iterator[tuple[str, LossTerm]]:
@@ -77,13 +78,24 @@ def check_positions(terms: Sequence[LossTerm]) -> None:
         if loss.needs("samples", "sample_ids"):
             raise LossError(
                 f"loss {term.name!r} remembers each sample, and here a sample has an answer for each of its words",
-                tip="use a loss on logits: kd, soft_ce, dist, ...; or relational_kl and others on the output of an embedder",
+                tip="use a loss without a memory: kd, soft_ce, dist, ...",
             )
-        if loss.has_features and not loss.reads_output:
-            raise LossError(
-                f"loss {term.name!r} compares layers once for each sample, and here a sample has an answer for each of its words",
-                tip="use losses on logits (kd, soft_ce, dist, ...) and ce",
-            )
+        if loss.has_features and not {CLASSIFIER, OUTPUT} & set(loss.features):
+            raise _of_layers(term)
+
+
+def check_pairs(term: LossTerm, pairs: Sequence[Pair]) -> None:
+    """Raise LossError for layers that give one record a sample, where a sample has several answers."""
+    per_position = ((CLASSIFIER,), (OUTPUT,))
+    if not all(pair.stored in (CLASSIFIER, OUTPUT) and pair.student in per_position for pair in pairs):
+        raise _of_layers(term)
+
+
+def _of_layers(term: LossTerm) -> LossError:
+    return LossError(
+        f"loss {term.name!r} compares layers once for each sample, and here a sample has an answer for each of its words",
+        tip="use losses on logits (kd, soft_ce, dist, ...) and ce",
+    )
 
 
 def stored_members(teacher: CachedTeacher) -> list[Stored]:

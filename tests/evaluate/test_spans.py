@@ -91,7 +91,9 @@ def counted(said: list[int], labels: list[int], counts: list[int], names: Sequen
     for stop, count in zip(ends, counts, strict=True):  # a batch of one sentence each
         place = slice(int(stop - count), int(stop))
         logits = torch.nn.functional.one_hot(torch.tensor(said[place], dtype=torch.int64), len(names)).float()
-        sums.add_positions(logits.reshape(-1, len(names)), torch.tensor(labels[place], dtype=torch.int64), np.array([count]))
+        sums.add_positions(
+            logits.reshape(-1, len(names)), torch.tensor(labels[place], dtype=torch.int64), np.array([count])
+        )
     return sums.result(len(counts), 0.0, 1.0, names)
 
 

@@ -108,9 +108,7 @@ def test_rows_between_keeps_every_position_with_its_sample(targets: softcache.Ta
 
 
 @pytest.mark.parametrize(("member", "index"), [("tagger", "words"), ("segmenter", "cells"), ("strided", "coarse")])
-def test_a_row_for_each_position_gives_the_same_numbers(
-    targets: softcache.Targets, member: str, index: str
-) -> None:
+def test_a_row_for_each_position_gives_the_same_numbers(targets: softcache.Targets, member: str, index: str) -> None:
     """Of a batch and of any rows of it; one drawn member stays that of its sample."""
     each, at = targets.per_position(index), targets.at(member)
     assert each.members == tuple(name for name in targets.members if targets.index_of.get(name) == index)
@@ -127,7 +125,10 @@ def test_a_feature_over_the_index_of_its_member_comes_with_it(cache: softcache.C
 
 def test_places_among_all_positions_count_those_without_a_record(targets: softcache.Targets) -> None:
     """Of the coarse grid every second position is listed."""
-    at, lengths = targets.at("strided"), [indexed.length_of("coarse", int(r), int(v)) for r, v in zip(ROWS, VIEWS, strict=True)]
+    at, lengths = (
+        targets.at("strided"),
+        [indexed.length_of("coarse", int(r), int(v)) for r, v in zip(ROWS, VIEWS, strict=True)],
+    )
     wanted = [sum(lengths[:i]) + number for i, (r, v) in enumerate(zip(ROWS, VIEWS, strict=True))
               for number in indexed.listed_of("coarse", int(r), int(v))]  # fmt: skip
     assert at.among(np.array(lengths)).tolist() == wanted

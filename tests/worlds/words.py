@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = "abcdefgh"
 
 
 class Tagger(nn.Module):
@@ -16,8 +16,9 @@ class Tagger(nn.Module):
 
     gives = "words"
 
-    def __init__(self, classes: int, seed: int, width: int = 12) -> None:
+    def __init__(self, classes: int, seed: int, width: int, scale: float) -> None:
         super().__init__()
+        self.scale = scale
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.hidden = nn.Linear(2 * len(LETTERS), width)
@@ -30,7 +31,7 @@ class Tagger(nn.Module):
         rows = [row for words in batch for row in counted(words)]
         assert rows, "no words at all"
         given = torch.tensor(rows, dtype=self.head.weight.dtype, device=self.head.weight.device)
-        logits: Tensor = self.head(torch.tanh(self.hidden(given)))
+        logits: Tensor = self.scale * self.head(torch.tanh(self.hidden(given)))
         return logits
 
 
@@ -40,5 +41,6 @@ def counted(words: Sequence[str]) -> list[list[float]]:
     return [one + before for one, before in zip(own, [[0.0] * len(LETTERS), *own], strict=False)]
 
 
-def tagger(num_classes: int, seed: int = 0, width: int = 12) -> Tagger:
-    return Tagger(num_classes, seed, width)
+def tagger(num_classes: int, seed: int = 0, width: int = 12, scale: float = 1.0, double: bool = False) -> Tagger:
+    made = Tagger(num_classes, seed, width, scale)
+    return made.double() if double else made
