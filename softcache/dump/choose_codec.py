@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from softcache.cache.plan import MemberInfo
-from softcache.codecs import CODECS, Codec, Probe, make_codec
-from softcache.codecs.fidelity import binary_kl_rows, eps_of, kl_at, relative_errors, round_up_to_half
+from softcache.codecs import Codec, Probe, make_codec
+from softcache.codecs.fidelity import binary_kl_rows, eps_of, explained, kl_at, relative_errors, round_up_to_half
 from softcache.config import StorageOptions, flag_of
 from softcache.data.label_kind import answers
 from softcache.data.loading import ViewedSet
@@ -36,7 +36,6 @@ from softcache.dump.layout import (
 from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, first_offenders, nearest
-from softcache.spec import split_term
 
 DEFAULT_CODEC = "float16"
 CHECKED_SAMPLES = 64  # of the first batch, which is run twice, and once more in another composition
@@ -60,7 +59,7 @@ CANDIDATES = (
 )
 
 
-OF_NUMBERS = ("int8:group=64",)  # also compared for outputs without classes
+OF_NUMBERS = ("int8:group=64", "lowrank:max_relative_error=0.1")  # also compared for outputs without classes
 
 
 class Prober:
@@ -155,6 +154,7 @@ class Surveyed:
         mean_kl, worst_kl: temperature -> nats; a temperature that the codec does not serve is left out.
         agreement: share of records whose largest class is kept.
         mean_error, worst_error: relative L2 error of a record of an output without classes.
+        explained: share of the variance of such outputs over the records that is kept.
         dense: share of records that are kept dense.
         refused: why it cannot be used; the rest is then empty.
     """
@@ -170,14 +170,26 @@ class Surveyed:
     dense: float = 0.0
     mean_error: float = 0.0
     worst_error: float = 0.0
+    explained: float = 1.0
     refused: str = ""
 
 
-def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES, *, has_classes: bool = True) -> list[str]:
-    """The codecs worth comparing: none whose head would be the whole row; of an output without classes none of classes."""
+def candidates(
+    num_classes: int,
+    codecs: Sequence[str] = CANDIDATES,
+    *,
+    has_classes: bool = True,
+    promise: Promise | ErrorPromise | None = None,
+) -> list[str]:
+    """The codecs worth comparing: none whose head would be the whole row; of an output without classes none of classes.
+
+    Args:
+        promise: of such an output, which lowrank takes as its own.
+    """
     if not has_classes:
-        names = {text: split_term(text, "--codec")[0] for text in (*codecs, *OF_NUMBERS)}
-        return [text for text, name in names.items() if not CODECS[name].of_classes]
+        more = [text for text in OF_NUMBERS if promise is None or not text.startswith("lowrank")]
+        made = {text: asked_codec(text, num_classes, promise) for text in dict.fromkeys((*codecs, *more))}
+        return [text for text, codec in made.items() if not codec.of_classes]
     heads = {text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk"))}
     return [text for text in codecs if text not in heads or getattr(heads[text], "k", 0) < num_classes]
 
@@ -208,10 +220,12 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
             text,
             storage.arrays(),
             _kinds(storage.constants()),
-            storage.record_bytes,
+            storage.record_bytes + dense * 2 * num_classes,
             seconds,
+            dense=dense,
             mean_error=float(errors.mean()),
             worst_error=float(errors.max()),
+            explained=explained(given.logits, decoded),
         )
     served = isinstance(promise, Promise) and codec.serves(promise.temperature)
     grid = Storage(codec, promise=promise if served else None).grid
@@ -245,7 +259,14 @@ def _check_kind(codec: Codec, teacher: Teacher) -> None:
     if codec.of_classes and not teacher.has_classes:
         raise ConfigError(
             f"--codec {codec.text} is of logits, and teacher {teacher.name!r} gives {teacher.output}",
-            tip="choose float16, float32 or int8",
+            tip="--codec lowrank takes a promise of its own here: --max-relative-error 0.1"
+            if codec.name == "lowrank"
+            else "choose float16, float32 or int8",
+        )
+    if codec.name == "lowrank" and teacher.has_classes and not codec.of_classes:
+        raise ConfigError(
+            f"--codec {codec.text} is of outputs without classes, and teacher {teacher.name!r} gives {teacher.output}",
+            tip="promise a divergence: lowrank:max_kl=1e-4,at_temperature=4",
         )
     if teacher.multi_label and not codec.complete:
         raise ConfigError(
@@ -270,7 +291,7 @@ def pick_codec(
         codecs: to pick from.
     """
     best: tuple[float, str] | None = None
-    for text in candidates(teachers[0].width, codecs, has_classes=teachers[0].has_classes):
+    for text in candidates(teachers[0].width, codecs, has_classes=teachers[0].has_classes, promise=promise):
         found = [survey_codec(text, teacher, prober, promise) for teacher in teachers]
         if all(keeps(one, promise) for one in found):
             size = sum(records * one.record_bytes + constants_bytes(one.constants) for one in found)
@@ -283,11 +304,11 @@ def pick_codec(
 
 def keeps(found: Surveyed, promise: Promise | ErrorPromise) -> bool:
     """Whether a surveyed codec may be picked for a promise; one that keeps failing rows dense needs no headroom."""
+    headroom = 1.0 if found.codec.startswith("lowrank") else HEADROOM
     if isinstance(promise, ErrorPromise):
-        return not found.refused and found.worst_error * HEADROOM <= promise.max_relative_error
+        return not found.refused and found.worst_error * headroom <= promise.max_relative_error
     if found.refused or found.codec.startswith("topk") or promise.temperature not in found.worst_kl:
         return False
-    headroom = 1.0 if found.codec.startswith("lowrank") else HEADROOM
     return found.worst_kl[promise.temperature] * headroom <= promise.max_kl
 
 

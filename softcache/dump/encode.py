@@ -89,7 +89,7 @@ class Encoded:
                     tip=(
                         "use --codec lowrank, which keeps such rows dense, or headtail or float16"
                         if self.storage.has_classes
-                        else "use --codec float16 or float32"
+                        else "use --codec float16 or float32, or lowrank, which keeps such rows dense"
                     )
                     + "; finished shards stay, but another codec needs another --out",
                 )

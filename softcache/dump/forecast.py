@@ -100,6 +100,11 @@ class Choice:
         return max(one.worst_error for one in self.found.values())
 
     @property
+    def explained(self) -> float:
+        """The least share of the variance that is kept of a member without classes."""
+        return min(one.explained for one in self.found.values())
+
+    @property
     def mean_error(self) -> float:
         """The largest mean of a member."""
         return max(one.mean_error for one in self.found.values())
@@ -148,7 +153,6 @@ class Forecast:
         header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", *(f"KL T={t:g}" for t in grid)]
         header.append("decisions kept" if self.multi_label else "top-1 kept")
         rows = [self._row(one, grid) for one in self.choices if not one.refused]
-        refused = [f"  {one.codec}: {one.refused}" for one in self.choices if one.refused]
         chosen = self.choice
         lines = [
             f"{self.samples:,} samples x {self.views} views x {self.members} members, {self.classes:,} classes; "
@@ -160,8 +164,7 @@ class Forecast:
             lines += [
                 f"  feature {name} of {member}: {nbytes:,} bytes a record, counted in" for name, nbytes in kept.items()
             ]
-        if refused:
-            lines += ["", "not for this teacher:", *refused]
+        lines += self._refused()
         lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
         if isinstance(self.promise, Promise):
             worst = chosen.worst(self.promise.temperature)
@@ -171,9 +174,9 @@ class Forecast:
 
     def _text_of_numbers(self) -> str:
         """Of members without classes."""
-        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", "relative error"]
+        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", "relative error", "variance kept"]
         rows = [
-            [*self._cells(one), f"{one.mean_error:.1e} / {one.worst_error:.1e}"]
+            [*self._cells(one), f"{one.mean_error:.1e} / {one.worst_error:.1e}", f"{100 * one.explained:.4g} %"]
             for one in self.choices
             if not one.refused
         ]
@@ -188,12 +191,17 @@ class Forecast:
             lines += [
                 f"  feature {name} of {member}: {nbytes:,} bytes a record, counted in" for name, nbytes in kept.items()
             ]
+        lines += self._refused()
         lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
         if self.promise is not None:
-            lines[-1] += (
-                f"; {self.promise}: worst {chosen.worst_error:.2g}, checked again on every record while dumping"
-            )
+            shown = "dense where it fails" if chosen.codec.startswith("lowrank") else f"worst {chosen.worst_error:.2g}"
+            lines[-1] += f"; {self.promise}: {shown}, checked again on every record while dumping"
         return "\n".join(lines)
+
+    def _refused(self) -> list[str]:
+        """Why other codecs cannot be used."""
+        refused = [f"  {one.codec}: {one.refused}" for one in self.choices if one.refused]
+        return ["", "not for this teacher:", *refused] if refused else []
 
     def _cells(self, one: Choice) -> list[str]:
         """What every kind of output has."""
@@ -226,7 +234,11 @@ class Forecast:
                     "record_bytes": max(found.record_bytes for found in one.found.values()),
                     "agreement": min(found.agreement for found in one.found.values()),
                     "kl": {f"{t:g}": {"mean": one.mean(t), "worst": one.worst(t)} for t in GRID},
-                    **({"error": {"mean": one.mean_error, "worst": one.worst_error}} if self.outputs else {}),
+                    **(
+                        {"error": {"mean": one.mean_error, "worst": one.worst_error}, "explained": one.explained}
+                        if self.outputs
+                        else {}
+                    ),
                 }
                 for one in self.choices
             },
@@ -269,7 +281,7 @@ def run(
     storages = choose_storages(config, job, teachers, prober, None, codecs=codecs)
     chosen = storages[teachers[0].name].codec.text
     # as a dump would write them, so that the chosen one is not there twice
-    named = [asked_codec(t, classes, promise) for t in candidates(classes, codecs, has_classes=with_classes)]
+    named = [asked_codec(t, classes, promise) for t in candidates(classes, codecs, has_classes=with_classes, promise=promise)]
     texts = list(dict.fromkeys([*(one.text for one in named), chosen]))
     with Meter("plan", len(texts) + TRIALS, unit="trials", quiet=quiet) as meter:
         surveyed = {
@@ -365,7 +377,7 @@ def _cache_bytes(
     total = file_bytes(samples)
     for name, arrays in records.items():
         total += _parts_bytes(layout, arrays)
-        total += _dense_bytes(layout, found[name].dense, classes)
+        total += _dense_bytes(layout, found[name].dense, storages[name].codec.num_classes)
         total += constants_bytes({**found[name].constants, **classifiers.get(name, {})})
     return total + _parts_bytes(layout, {"pixel_digests": ("<u4", ())})
 

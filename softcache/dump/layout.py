@@ -166,7 +166,9 @@ def promise_of(config: StorageOptions, *, multi_label: bool) -> Promise | None:
 def asked_codec(text: str, num_classes: int, promise: Promise | ErrorPromise | None) -> Codec:
     """The codec that `name:key=value,...` names, not fitted; lowrank takes the promise as its own."""
     name, parameters = split_term(text, "--codec")
-    if name == "lowrank" and isinstance(promise, Promise):
+    if name == "lowrank" and isinstance(promise, ErrorPromise):
+        parameters = {"max_relative_error": str(promise.max_relative_error), **parameters}
+    elif name == "lowrank" and promise is not None:
         parameters = {"max_kl": str(promise.max_kl), "at_temperature": str(promise.temperature), **parameters}
     return make_codec(name, parameters, num_classes)
 
