@@ -302,7 +302,9 @@ class LowRankCodec(Codec):
     def _check_dense(self, given: Tensor, stored: Tensor) -> None:
         worst = self._apart(given, stored).amax().item()
         if not (worst <= self._promised and bool(stored.isfinite().all())):
-            found = f"KL {worst:.3g} at T={self.at_temperature:g}, logits" if self.of_classes else f"{worst:.3g}, numbers"
+            found = (
+                f"KL {worst:.3g} at T={self.at_temperature:g}, logits" if self.of_classes else f"{worst:.3g}, numbers"
+            )
             raise CodecRangeError(
                 f"codec 'lowrank' keeps rows dense in float16, which is not enough here: {found} up to "
                 f"{given.abs().amax().item():.6g}",

@@ -17,6 +17,7 @@ from softcache.codecs.fidelity import binary_kl_rows, eps_of, explained, kl_at, 
 from softcache.config import StorageOptions, flag_of
 from softcache.data.label_kind import answers
 from softcache.data.loading import ViewedSet
+from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.features_for import features_for
 from softcache.dump.job import Job
 from softcache.dump.layout import (
@@ -197,6 +198,8 @@ def candidates(
 def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise | ErrorPromise | None) -> Surveyed:
     """Fit a codec on some rows of a teacher and measure it on others."""
     num_classes = teacher.width
+    if not teacher.has_output:
+        return Surveyed(text)
     try:
         codec = asked_codec(text, num_classes, promise)
         _check_kind(codec, teacher)
@@ -335,13 +338,13 @@ def choose_storages(
     texts_of = _codecs_of(config, job, teachers, prober, promises, codecs)
     storages = {}
     for teacher in teachers:
-        promise, text = promises[teacher.has_classes], texts_of.get(teacher.has_classes)
+        codec, promise = None, promises[teacher.has_classes] if teacher.has_output else None
+        text = texts_of.get(teacher.has_classes) if teacher.has_output else None
         before, wanted = known[teacher.name], asked_codec(text, teacher.width, promise) if text is not None else None
         if before is not None and (wanted is None or _same(before.codec or {}, wanted)):
             assert out is not None
             codec = restore(before, teacher.width, job.known_constants(out, teacher.name))
-        else:
-            assert wanted is not None
+        elif wanted is not None:
             _check_kind(wanted, teacher)
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
@@ -358,7 +361,7 @@ Promises = Mapping[bool, Promise | ErrorPromise | None]  # of members with class
 
 def promises_of(config: StorageOptions, teachers: Sequence[Teacher]) -> Promises:
     """What is promised of members with classes, and of those without; ConfigError for a promise of members that are not there."""
-    kinds = {teacher.has_classes for teacher in teachers}
+    kinds = {teacher.has_classes for teacher in teachers if teacher.has_output}
     for flag, given, kind in (
         ("--max-kl", config.max_kl, True),
         ("--max-relative-error", config.max_relative_error, False),
@@ -385,8 +388,11 @@ def _codecs_of(
     Nothing is said of a kind whose members all have their codecs.
     """
     found = {}
-    for kind in dict.fromkeys(teacher.has_classes for teacher in teachers):
-        own, promise = [teacher for teacher in teachers if teacher.has_classes == kind], promises[kind]
+    with_output = [teacher for teacher in teachers if teacher.has_output]
+    if config.codec is not None and not with_output:
+        raise ConfigError(f"--codec {config.codec}: of these teachers features alone are kept", tip="leave it out")
+    for kind in dict.fromkeys(teacher.has_classes for teacher in with_output):
+        own, promise = [teacher for teacher in with_output if teacher.has_classes == kind], promises[kind]
         if config.codec is not None:
             found[kind] = config.codec
         elif not all(job.known_member(teacher.name) for teacher in own):
@@ -408,10 +414,9 @@ def storage_of(
     member: MemberInfo, teacher: Teacher, constants: Mapping[str, np.ndarray] | None, prober: Prober
 ) -> Storage:
     """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None."""
-    if constants is not None:
-        codec = restore(member, teacher.width, constants)
+    if constants is not None or member.codec is None:
+        codec = restore(member, teacher.width, constants or {})
     else:
-        assert member.codec is not None
         codec = make_codec(member.codec["name"], member.codec["parameters"], teacher.width)
         codec = codec.fit(prober.fitting_rows(teacher))
     promise = promise_from(member.promise)
@@ -421,18 +426,27 @@ def storage_of(
 
 def _tapped(
     teacher: Teacher,
-    codec: Codec,
+    codec: Codec | None,
     texts: Sequence[str],
     dtype: str,
     promise: Promise | ErrorPromise | None,
     prober: Prober,
 ) -> Storage:
     """The storage, with the teacher's taps set to what it needs."""
+    if codec is None and not texts:
+        raise ConfigError(
+            f"teacher {teacher.name!r}: of output=features its features alone are kept, and none is asked for",
+            tip="name some: --features LAYER:pool (--list-modules prints the layers), or --for hint",
+        )
     batch = prober.first_batch(teacher)
     features = stored_features(teacher, texts, dtype, batch)
-    classifier = teacher.find_classifier(batch) if features or codec.needs_classifier else None
+    on_input = codec is not None and codec.needs_classifier
+    classifier = teacher.find_classifier(batch) if (features and teacher.has_classes) or on_input else None
     teacher.features = tuple(feature.spec for feature in features)
-    teacher.classifier = classifier if codec.needs_classifier else None
+    teacher.classifier = classifier if on_input else None
+    if codec is None:  # only now is it known what of it must stay the same
+        teacher.check_first_batch(batch)
+        check_batch_composition(teacher, prober.first_items())
     beside = _classifier_arrays(teacher, classifier) if features and teacher.has_classes else {}
     return Storage(codec, features, promise, beside, teacher.has_classes)
 
@@ -449,8 +463,8 @@ def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> l
     return asked
 
 
-def _check_served(codec: Codec, promise: Promise | ErrorPromise | None) -> None:
-    if isinstance(promise, Promise) and not codec.serves(promise.temperature):
+def _check_served(codec: Codec | None, promise: Promise | ErrorPromise | None) -> None:
+    if codec is not None and isinstance(promise, Promise) and not codec.serves(promise.temperature):
         lowest, highest = codec.temperatures or (0.0, 0.0)
         raise ConfigError(
             f"--at-temperature {promise.temperature:g}: codec {codec.name!r} serves temperatures from {lowest:g} to "
