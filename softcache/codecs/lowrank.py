@@ -1,6 +1,8 @@
 """`lowrank`: coordinates in a fitted basis over classes, because the logits of a linear head span few directions.
 
-So do many embeddings, over their numbers: these have no level and no classes that matter, and codes are the nearest. A row is level + mean + basis (step * code): transform coding (Huang and Schultheiss, "Block quantization of correlated
+So do many embeddings, over their numbers: these have no level and no classes that matter, and codes are the nearest.
+
+A row is level + mean + basis (step * code): transform coding (Huang and Schultheiss, "Block quantization of correlated
 Gaussian random variables", 1963). The basis is the principal components of the probe's rows, and bits go where one more lowers
 the squared error most. Codes are not simply the nearest: what rounding some coordinates does to the classes that matter
 in this row, the next ones take back (error feedback, as GPTQ does for weights: Frantar et al., 2022, section 3). That is the

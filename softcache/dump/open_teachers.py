@@ -115,9 +115,9 @@ def open_teacher(
 ) -> Teacher:
     """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
 
-    The parameters `name=` (of the member), `output=` (logits, log_probs, probs; embedding, values; features: it has no other), `names=` (of its values),
-    `head=none` (an embedding: what its final linear layer takes) and `decides=own` (its own `predict` may decide otherwise than
-    its largest column) belong to the teacher, the rest to the model.
+    The parameters `name=` (of the member), `output=` (logits, log_probs, probs; embedding, values; features: no output is kept),
+    `names=` (of its values), `head=none` (an embedding: what its final linear layer takes) and `decides=own` (its own `predict`
+    may decide otherwise than its largest column) belong to the teacher, the rest to the model.
 
     Args:
         taken: member names that are in use already.

@@ -324,7 +324,9 @@ class Teacher:
 
     def answers(self, batch: Any) -> Tensor:
         """(B, n) what must be the same whenever the samples are asked again: its output; else the features that are tapped."""
-        output = self(batch)
+        return self._answers_of(self(batch))
+
+    def _answers_of(self, output: TeacherOutput) -> Tensor:
         if self.has_output:
             return output.logits
         tapped = [value.flatten(1).float() for value in output.features.values()]
@@ -446,7 +448,7 @@ class Teacher:
             TeacherError: train mode, changed buffers, another output the second time, or probabilities declared as logits.
         """
         output = self(batch)
-        first, second = self.answers(batch), self.answers(batch)
+        first, second = self._answers_of(output), self.answers(batch)
         self._check_frozen()
         if self.fingerprint is None:
             self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes() + self._taken.encode()).hexdigest()

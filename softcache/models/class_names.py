@@ -59,7 +59,7 @@ def own_classes(text: str, num_classes: int = 0) -> tuple[str, ...] | None:
 
 
 def gives_classes(text: str) -> bool:
-    """Whether a teacher's text says nothing else: of `output=embedding`, `values` or `features`, `head=none` and `pooling=` it does.
+    """Whether a teacher's text says nothing else: `output=embedding`, `values` or `features`, `head=none` and `pooling=` do.
 
     A run folder whose student gives none says it itself.
     """
