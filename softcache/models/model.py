@@ -14,6 +14,7 @@ from softcache.models.shrunk import Shrunk
 CLASS_OUTPUTS = ("logits", "log_probs", "probs")
 OTHER_OUTPUTS = ("embedding", "values")  # numbers that are no classes
 OUTPUTS = (*CLASS_OUTPUTS, *OTHER_OUTPUTS)
+FEATURES = "features"  # in place of an output, of a teacher: what it gives is not kept, and may be anything
 
 
 class Model(nn.Module):

@@ -33,7 +33,7 @@ from softcache.data.position_labels import PositionLabels
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError, LossError, tell_once, warn
-from softcache.evaluate.outputs import Beside
+from softcache.evaluate.outputs import Beside, the_vector, vectors_of
 from softcache.losses import LossTerm
 from softcache.models import Input
 from softcache.models.inputs import is_text
@@ -307,7 +307,8 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
 def output_of(terms: Sequence[LossTerm], teacher: CachedTeacher | None, transfer_set: TransferSet) -> Output:
     """What a student of these terms gives: classes, unless no term is on them and a member gave an embedding or values.
 
-    Then as many numbers as the first such member that a term is of, or else the first of all.
+    Then as many numbers as the first such member that a term is of, or else the first of all. Where features alone are there, as
+    many as the only vector among them.
 
     Raises:
         LossError: the data has no classes, and a term is on them.
@@ -319,6 +320,10 @@ def output_of(terms: Sequence[LossTerm], teacher: CachedTeacher | None, transfer
             member = teacher.cache.member(name)
             if member.output in OTHER_OUTPUTS:
                 return Output(member.output, member.width or 0, tuple(member.value_names), name)
+        for name in () if teacher.class_members else (*said, *teacher.members):
+            widths = vectors_of(teacher.cache, name)
+            if len(widths) == 1 or not transfer_set.num_classes:
+                return Output("embedding", widths[the_vector(teacher.cache, name)], (), name)
     if not transfer_set.num_classes:
         raise LossError(
             f"{transfer_set.name} has no classes, and "

@@ -148,7 +148,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "layout": {"teacher"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher"},
-        "choose_codec": {"features_for", "job", "layout", "results", "teacher"},
+        "choose_codec": {"batch_composition", "features_for", "job", "layout", "results", "teacher"},
         "open_teachers": {"choose_codec", "batch_composition", "teacher"},
         "encode": {"layout", "results", "teacher"},
         "pixels": {"choose_codec"},
