@@ -159,7 +159,11 @@ def test_eps_is_one_number_a_position(cache: softcache.Cache) -> None:
 
 def test_a_loss_of_classes_is_refused_with_the_members_name(cache: softcache.Cache) -> None:
     for member, error, what in (
-        ("tagger", CacheError, r"member 'tagger' of the cache has an answer for each position of the index 'words'.*\n.*words="),
+        (
+            "tagger",
+            CacheError,
+            r"member 'tagger' of the cache has an answer for each position of the index 'words'.*\n.*words=",
+        ),
         ("embedder", LossError, "loss 'kd' is on classes, and no member gave any: 'embedder' gave embedding"),
     ):
         teacher = CachedTeacher(cache, weights={member: 1.0})
@@ -170,9 +174,21 @@ def test_a_loss_of_classes_is_refused_with_the_members_name(cache: softcache.Cac
 def test_members_over_two_indexes_are_not_learned_from_together(cache: softcache.Cache) -> None:
     """Nor one that answers about words with one that answers about whole samples; each refusal names who would do."""
     for index, members, what in (
-        ("words", ("tagger", "segmenter"), r"member 'segmenter' .* of 'cells', and tagger of 'words': .*\n.*--members tagger"),
-        ("words", ("tagger", "embedder"), r"member 'embedder' .* one answer for each sample, and tagger one for each position"),
-        (None, ("tagger", "embedder"), r"member 'tagger' .* of the index 'words', and the samples .*\n.*--members embedder"),
+        (
+            "words",
+            ("tagger", "segmenter"),
+            r"member 'segmenter' .* of 'cells', and tagger of 'words': .*\n.*--members tagger",
+        ),
+        (
+            "words",
+            ("tagger", "embedder"),
+            r"member 'embedder' .* one answer for each sample, and tagger one for each position",
+        ),
+        (
+            None,
+            ("tagger", "embedder"),
+            r"member 'tagger' .* of the index 'words', and the samples .*\n.*--members embedder",
+        ),
     ):
         teacher = CachedTeacher(cache, weights=dict.fromkeys(members, 1.0), index=index)
         with pytest.raises(CacheError, match=what):
