@@ -293,9 +293,8 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
     given, labelled = output_of(terms, teacher, transfer_set), transfer_set.labelled
-    each = "sample" if transfer_set.positions is None else "word"
     beside = None if given.has_classes or eval_set is None else _beside(cache, eval_set, given)
-    check_labels(terms, labelled=labelled, name=transfer_set.name, each=each)
+    check_labels(terms, labelled=labelled, name=transfer_set.name)
     warnings = list(_class_warnings(transfer_set, cache))
     if teacher is not None:
         warnings += fit_warnings(terms, stored_members(teacher), teacher.cache.num_classes)

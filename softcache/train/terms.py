@@ -47,16 +47,12 @@ def check_mixed(terms: Sequence[LossTerm], policy: str) -> None:
             )
 
 
-def check_labels(terms: Sequence[LossTerm], *, labelled: int, name: str, each: str = "sample") -> None:
-    """Raise LossError for a loss on hard labels when no sample has one.
-
-    Args:
-        each: what has a label, for the message.
-    """
+def check_labels(terms: Sequence[LossTerm], *, labelled: int, name: str) -> None:
+    """Raise LossError for a loss on hard labels when no sample has one, nor any of its words."""
     for term in terms:
         if term.loss.needs("labels") and term.weight.bounds != (0.0, 0.0) and not labelled:
             raise LossError(
-                f"loss {term.name!r} needs labels, and no {each} of {name} has one",
+                f"loss {term.name!r} needs labels, and no sample of {name} has one",
                 tip="soft targets need no labels: learn from a cache (--cache DIR) without this term, or give the data labels",
             )
 

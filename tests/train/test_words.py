@@ -531,5 +531,5 @@ def test_words_without_a_label_learn_from_soft_targets_alone(world: World, tmp_p
     cache = write_cache(tmp_path / "cache", data, labels=False)
     config = world.config(tmp_path / "run", "kd", data=data)
     assert "kd" in flow.run(replace(config, cache=cache), quiet=True).metrics[0]
-    with pytest.raises(LossError, match=r"loss 'ce' needs labels, and no word of .* has one"):
+    with pytest.raises(LossError, match=r"loss 'ce' needs labels, and no sample of .* has one"):
         flow.run(world.config(tmp_path / "ce", "ce", data=data, cache=None), quiet=True)
