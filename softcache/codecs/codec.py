@@ -66,7 +66,6 @@ class Codec(ABC):
     complete: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     temperatures: ClassVar[tuple[float, float] | None] = None
-    of_classes: ClassVar[bool] = False
     needs_classifier: ClassVar[bool] = False
 
     num_classes: int
@@ -80,6 +79,10 @@ class Codec(ABC):
     def parameters(self) -> dict[str, str]:
         """What was chosen, as the manifest keeps it; `make_codec` reads it back."""
         return {name: str(getattr(self, name)) for name in self.parameter_names()}
+
+    @property
+    def of_classes(self) -> bool:
+        return False
 
     @property
     def format(self) -> int:

@@ -15,6 +15,7 @@ CLASS_OUTPUTS = ("logits", "log_probs", "probs")
 OTHER_OUTPUTS = ("embedding", "values")  # numbers that are no classes
 OUTPUTS = (*CLASS_OUTPUTS, *OTHER_OUTPUTS)
 GIVES = ("sample", "words")  # what a row of its output is of
+FEATURES = "features"  # in place of an output, of a teacher: what it gives is not kept, and may be anything
 
 
 class Model(nn.Module):

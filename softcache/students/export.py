@@ -43,7 +43,7 @@ from softcache.errors import (
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.measure import run_policy
 from softcache.evaluate.outputs import numbers_of
-from softcache.evaluate.sums import Sums
+from softcache.evaluate.sums import Sums, labels_of
 from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.files.inside import RUN as IN_RUN
@@ -311,7 +311,7 @@ def _compare(
     """
     count, order = len(transfer_set), np.arange(len(transfer_set))
     several = transfer_set.multi_label
-    before, after = (Sums(transfer_set.num_classes, multi_label=several) for _ in range(2))
+    before, after = (Sums.of(transfer_set) for _ in range(2))
     seconds = [0.0, 0.0]
     changed, largest = 0, 0.0
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])  # of a model whose outputs are no classes
@@ -343,9 +343,9 @@ def _compare(
                 for own, one in zip(rows, outputs, strict=True):
                     own.append(one)
                 continue
-            labels = torch.from_numpy(transfer_set.labels[batch.index])
-            before.add_labels(reference, labels)
-            after.add_labels(found, labels)
+            labels = labels_of(transfer_set, batch.index)
+            before.add(reference, *labels)
+            after.add(found, *labels)
             said = (answers(logits, multi_label=several) for logits in (reference, found))
             changed += int(torch.ne(*said).sum())
     if not model.has_classes:

@@ -148,7 +148,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "layout": {"teacher"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher"},
-        "choose_codec": {"features_for", "job", "layout", "results", "teacher"},
+        "choose_codec": {"batch_composition", "features_for", "job", "layout", "results", "teacher"},
         "open_teachers": {"choose_codec", "batch_composition", "teacher"},
         "encode": {"layout", "results", "teacher"},
         "pixels": {"choose_codec"},
@@ -172,7 +172,7 @@ INNER: dict[str, dict[str, set[str]]] = {
     "train": {
         "ranks": set(),
         "fits": set(),
-        "terms": {"fits"},
+        "terms": {"fits", "pairs"},
         "pairs": set(),
         "checkpoint": {"ranks"},
         "pruning": set(),
@@ -186,7 +186,8 @@ INNER: dict[str, dict[str, set[str]]] = {
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
         "learner": {"checkpoint", "objective", "pairs", "ranks"},
-        "batches": {"fits", "objective", "ranks", "run_folder", "terms"},
+        "pieces": {"objective", "ranks"},
+        "batches": {"fits", "objective", "pieces", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
         "stop": {"checkpoint", "ranks"},
         "session": {

@@ -82,6 +82,29 @@ def maps() -> nn.Module:
     return net
 
 
+class Backbone(nn.Module):
+    """A network whose own output is no tensor: {"maps": (B, 4, 8, 8), "said": "..."}; `shaky`: no two passes are alike."""
+
+    def __init__(self, shaky: bool) -> None:
+        super().__init__()
+        self.stem, self.pooled, self.shaky = nn.Conv2d(1, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), shaky
+        draw = torch.Generator().manual_seed(5)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=draw)
+
+    def collate(self, items: Sequence[np.ndarray]) -> Tensor:
+        return torch.stack([torch.as_tensor(np.asarray(item))[None] for item in items])
+
+    def forward(self, batch: Tensor) -> dict[str, Any]:
+        maps = torch.tanh(self.stem(batch.to(self.stem.weight.dtype) / 255))
+        self.pooled(maps + torch.randn(()) if self.shaky else maps)
+        return {"maps": maps, "said": "nothing"}
+
+
+def backbone(shaky: bool = False) -> Backbone:
+    return Backbone(shaky)
+
+
 def classifier(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     """A network that ends with a linear layer, of classes."""
     with torch.random.fork_rng():
