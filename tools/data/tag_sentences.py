@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,10 @@ def main() -> None:
     parser.add_argument("--column", default="sentence", help="of the sentences (default: sentence)")
     arguments = parser.parse_args()
     try:
-        from denckring_en_pos import tagger
+        model, count = importlib.import_module("denckring_en_pos").tagger(), 0
     except ImportError:
         parser.error("it takes a model that tags words: pip install denckring-en-pos==0.6.0")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    model, count = tagger(), 0
     with open(arguments.out, "w", encoding="utf-8", newline="\n") as out:
         for words in sentences(arguments.table, arguments.column):
             out.writelines(f"{word}\t{tag}\n" for word, tag in zip(words, tagged(model, words), strict=True))
