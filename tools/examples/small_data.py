@@ -71,6 +71,11 @@ def make_small_words(arguments: argparse.Namespace) -> None:
     atexit.register(scratch.cleanup)
     root, data = Path(scratch.name), "synthetic:words?count=96"
     student = "softcache:tagger?width=16&embedding=16&dropout=0"
-    train.run(TrainConfig(data=data, student=student, epochs=8, lr=1e-2, out=str(root / "run"), threads=1, workers=0), quiet=True)
-    dump.run(DumpConfig(data=data, teacher=(str(root / "run"),), out=str(root / "cache"), threads=1, workers=0), quiet=True)
+    train.run(
+        TrainConfig(data=data, student=student, epochs=8, lr=1e-2, out=str(root / "run"), threads=1, workers=0),
+        quiet=True,
+    )
+    dump.run(
+        DumpConfig(data=data, teacher=(str(root / "run"),), out=str(root / "cache"), threads=1, workers=0), quiet=True
+    )
     arguments.cache, arguments.data, arguments.epochs = str(root / "cache"), data, 3

@@ -4,9 +4,9 @@
     softcache dump --data conll:train.conll --teacher runs/teacher --out caches/words
     python tools/examples/tagger_loop.py --cache caches/words --data conll:train.conll
 
-The targets of a batch come flat: a row for each word, one sentence after the other, and `at()` says how many words each has. Losses
-take these rows as they are; `padded()` lays them out as (B, L, C) with a mask, for networks that want them so. `--quick` makes a
-cache of its own.
+The targets of a batch come flat: a row for each word, one sentence after the other, and `at()` says how many words each has.
+Losses take these rows as they are; `padded()` lays them out as (B, L, C) with a mask, for networks that want them so. `--quick`
+makes a cache of its own.
 """
 
 from __future__ import annotations
