@@ -28,6 +28,7 @@ from softcache.cache.reader import CacheReader
 from softcache.cache.row_table import ReadMode
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import MANIFEST, OUTPUT_PREFIX, PROVISIONAL_FORMAT, WORK
+from softcache.codecs.codec import widened
 from softcache.data.drift import Drift, Render, check_drift
 from softcache.data.foreign import check_map_style, dataset_keys, item_of, label_of, replace_item
 from softcache.data.identity import pixel_digest, sample_ids
@@ -239,9 +240,8 @@ class Cache:
                     raise CacheError(
                         f"{self.reader.path}: the stored layer of member {member!r} is not one of its outputs"
                     )
-                return torch.tensor(stored[f"{prefix}weight"], device="cpu"), None if bias is None else torch.tensor(
-                    bias, device="cpu"
-                )
+                weight = widened(torch.tensor(stored[f"{prefix}weight"], device="cpu"))
+                return weight, None if bias is None else torch.tensor(bias, device="cpu")
         return None
 
     def output_scale(self, member: str, kind: str) -> tuple[Tensor, Tensor]:
