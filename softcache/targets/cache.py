@@ -34,7 +34,9 @@ from softcache.data.foreign import check_map_style, dataset_keys, item_of, label
 from softcache.data.identity import pixel_digest, sample_ids
 from softcache.data.join import ContentCheck, JoinBy, find_ids, join
 from softcache.data.loading import Partners
+from softcache.data.same_positions import check_counts, check_position_labels
 from softcache.data.tables import item_column, with_columns
+from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, note_once, warn_once
 from softcache.features.spec import SCALES
@@ -344,8 +346,8 @@ class Cache:
 
         Raises:
             MissingSampleError: samples that the cache does not hold.
-            LabelMismatchError: labels that differ from the cache's.
-            ContentMismatchError: samples that hold something else than the teacher saw.
+            LabelMismatchError: labels that differ from the cache's, of samples or of their words.
+            ContentMismatchError: samples that hold something else than the teacher saw, or are cut into words otherwise.
             ClassMismatchError: other classes, or in another order.
             JoinError: a data set that can only be iterated, or whose samples have no names.
 
@@ -374,7 +376,18 @@ class Cache:
             same_pixels=self._same_pixels,
             classes_map=classes_map,
         )
-        return Joined(self, dataset, found.rows, labels_changed=found.changed, whole=whole, watch_labels=found.watch)
+        changed = found.changed + self._check_positions(dataset, found.rows, allow=labels == "dataset")
+        return Joined(self, dataset, found.rows, labels_changed=changed, whole=whole, watch_labels=found.watch)
+
+    def _check_positions(self, dataset: Any, rows: np.ndarray, *, allow: bool) -> int:
+        """The positions of the samples must be those of the cache's indexes of that kind; how many of their labels differ."""
+        own, changed = dataset.positions if isinstance(dataset, TransferSet) else None, 0
+        for info in self.manifest.plan.indexes:
+            if own is not None and info.kind == own.kind:
+                index = self.reader.index(info.name)
+                check_counts(index, rows, own.counts, self.samples.key)
+                changed += check_position_labels(index, rows, own.counts, own.labels, self.samples.key, allow=allow)
+        return changed
 
     def _as_dumped(self, item: Any) -> bool:
         """Whether an item is of the kind that the teacher was given, as far as the cache tells: by its probe, if it has one."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softcache.data.class_counts import counted_labels
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import CacheError, LossError
 from softcache.features.spec import FeatureSpec
@@ -28,7 +29,7 @@ class Sizes:
     Attributes:
         num_samples: of the transfer set.
         num_classes: C of the student.
-        sample_labels: (num_samples,) int64, -1 = none.
+        sample_labels: (num_samples,) int64, -1 = none; or where samples have several answers one for each of these.
         seed: of the run.
         class_names: of the student's classes.
     """
@@ -42,7 +43,7 @@ class Sizes:
     @classmethod
     def of(cls, transfer_set: TransferSet, seed: int) -> Sizes:
         """Of a run on these samples."""
-        labels, count = torch.from_numpy(transfer_set.labels), len(transfer_set)
+        labels, count = torch.from_numpy(counted_labels(transfer_set)), len(transfer_set)
         single = labels.long() if labels.ndim == 1 else torch.full((count,), -1)
         return cls(count, transfer_set.num_classes, single, seed, tuple(transfer_set.class_names))
 

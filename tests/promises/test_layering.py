@@ -173,7 +173,7 @@ INNER: dict[str, dict[str, set[str]]] = {
     "train": {
         "ranks": set(),
         "fits": set(),
-        "terms": {"fits"},
+        "terms": {"fits", "pairs"},
         "pairs": set(),
         "checkpoint": {"ranks"},
         "pruning": set(),
@@ -187,7 +187,8 @@ INNER: dict[str, dict[str, set[str]]] = {
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
         "learner": {"checkpoint", "objective", "pairs", "ranks"},
-        "batches": {"fits", "objective", "ranks", "run_folder", "terms"},
+        "pieces": {"objective", "ranks"},
+        "batches": {"fits", "objective", "pieces", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
         "stop": {"checkpoint", "ranks"},
         "session": {
