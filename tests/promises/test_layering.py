@@ -140,6 +140,7 @@ INNER: dict[str, dict[str, set[str]]] = {
     "dump": {
         "teacher_state": set(),
         "results": set(),
+        "output_scale": set(),
         "teacher": {"results", "teacher_state"},
         "batch_composition": {"results", "teacher"},
         "progress": set(),
@@ -148,7 +149,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "layout": {"teacher"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher"},
-        "choose_codec": {"batch_composition", "features_for", "job", "layout", "results", "teacher"},
+        "choose_codec": {"batch_composition", "features_for", "job", "layout", "output_scale", "results", "teacher"},
         "open_teachers": {"choose_codec", "batch_composition", "teacher"},
         "encode": {"layout", "results", "teacher"},
         "pixels": {"choose_codec"},
