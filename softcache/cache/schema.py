@@ -36,6 +36,7 @@ PULLING = "pull.json"  # what is being pulled into a folder; gone once all is th
 WORK = "dump"  # plan, journals and locks of the dump that made the cache, and below it of every extension
 
 CRC_SUFFIX = "_crc32"
+OUTPUT_PREFIX = "output_"  # of constants: the scale of an output without classes
 
 MEMBER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ARRAY_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")

@@ -17,11 +17,14 @@ STANDARD_ERRORS = 3.0
 FAIR = 0.25  # a teacher that is this far from chance to perfection is fair
 
 
+def counted_labels(transfer_set: TransferSet) -> np.ndarray:
+    """(N,) or (N, C) labels of the samples; (P,) of their words, where these have labels."""
+    return transfer_set.labels if transfer_set.positions is None else transfer_set.positions.labels
+
+
 def class_counts(transfer_set: TransferSet) -> np.ndarray:
     """(C,) samples of each class; of several labels per sample, those that have it; of words, how many words."""
-    labels = transfer_set.labels
-    if transfer_set.positions is not None:
-        labels = transfer_set.positions.labels
+    labels = counted_labels(transfer_set)
     if transfer_set.multi_label:
         return np.asarray(is_yes(labels).sum(axis=0))
     return np.bincount(labels[labels >= 0], minlength=transfer_set.num_classes)
@@ -31,7 +34,7 @@ def described(transfer_set: TransferSet) -> str:
     """The class list with its counts, in one line; of many classes the fewest, the most and the empty ones."""
     counts, names = class_counts(transfer_set), transfer_set.class_names
     positions = transfer_set.positions
-    missing = int((~is_known(transfer_set.labels if positions is None else positions.labels)).sum())
+    missing = int((~is_known(counted_labels(transfer_set))).sum())
     what = (
         "words without a tag"
         if positions is not None

@@ -43,7 +43,7 @@ from softcache.errors import (
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.measure import run_policy
 from softcache.evaluate.outputs import numbers_of
-from softcache.evaluate.sums import Sums
+from softcache.evaluate.sums import Sums, labels_of
 from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.files.inside import RUN as IN_RUN
@@ -191,6 +191,11 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     with faults_explained(ModelError, f"building the model {model_text!r}"):
         model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
     model.check_trained(repr(model_text))
+    if model.gives == "words":
+        raise ExportError(
+            f"{model_text!r} is a tagger: it gives a row for each word, and that is not exported yet",
+            tip="load it in Python: softcache.models.load_model, and let model(model.input.collate(items)) answer",
+        )
     check_scale(model, model_text, spread_items(viewed))
     with faults_explained(DataError, f"the collate of {model_text!r}"):
         batch = Batch.of(model, three, four)
@@ -306,7 +311,7 @@ def _compare(
     """
     count, order = len(transfer_set), np.arange(len(transfer_set))
     several = transfer_set.multi_label
-    before, after = (Sums(transfer_set.num_classes, multi_label=several) for _ in range(2))
+    before, after = (Sums.of(transfer_set) for _ in range(2))
     seconds = [0.0, 0.0]
     changed, largest = 0, 0.0
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])  # of a model whose outputs are no classes
@@ -338,9 +343,9 @@ def _compare(
                 for own, one in zip(rows, outputs, strict=True):
                     own.append(one)
                 continue
-            labels = torch.from_numpy(transfer_set.labels[batch.index])
-            before.add_labels(reference, labels)
-            after.add_labels(found, labels)
+            labels = labels_of(transfer_set, batch.index)
+            before.add(reference, *labels)
+            after.add(found, *labels)
             said = (answers(logits, multi_label=several) for logits in (reference, found))
             changed += int(torch.ne(*said).sum())
     if not model.has_classes:

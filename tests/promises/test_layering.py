@@ -142,6 +142,7 @@ INNER: dict[str, dict[str, set[str]]] = {
     "dump": {
         "teacher_state": set(),
         "results": set(),
+        "output_scale": set(),
         "teacher": {"results", "teacher_state"},
         "batch_composition": {"results", "teacher"},
         "progress": set(),
@@ -150,7 +151,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "layout": {"teacher"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher"},
-        "choose_codec": {"features_for", "job", "layout", "results", "teacher"},
+        "choose_codec": {"batch_composition", "features_for", "job", "layout", "output_scale", "results", "teacher"},
         "open_teachers": {"choose_codec", "batch_composition", "teacher"},
         "encode": {"layout", "results", "teacher"},
         "pixels": {"choose_codec"},
@@ -174,7 +175,7 @@ INNER: dict[str, dict[str, set[str]]] = {
     "train": {
         "ranks": set(),
         "fits": set(),
-        "terms": {"fits"},
+        "terms": {"fits", "pairs"},
         "pairs": set(),
         "checkpoint": {"ranks"},
         "pruning": set(),
@@ -188,7 +189,8 @@ INNER: dict[str, dict[str, set[str]]] = {
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
         "learner": {"checkpoint", "objective", "pairs", "ranks"},
-        "batches": {"fits", "objective", "ranks", "run_folder", "terms"},
+        "pieces": {"objective", "ranks"},
+        "batches": {"fits", "objective", "pieces", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
         "stop": {"checkpoint", "ranks"},
         "session": {

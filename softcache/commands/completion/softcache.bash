@@ -8,8 +8,8 @@
 _shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help)
 
 _shtab_softcache_demo_option_strings=(-h --help --out --seeds --config --set --print-config --quiet --json)
-_shtab_softcache_plan_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --config --set --print-config --quiet --json)
-_shtab_softcache_dump_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --out --license --extend --misfits --part --list-modules --config --set --print-config --quiet --json)
+_shtab_softcache_plan_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --whiten --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --config --set --print-config --quiet --json)
+_shtab_softcache_dump_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --whiten --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --out --license --extend --misfits --part --list-modules --config --set --print-config --quiet --json)
 _shtab_softcache_train_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --student --out --init-from --init-map --classes --classes-map --eval-data --eval-every --cache --cache-id --loss --combine --members --labels --join --check-content --read --check-blocks --check-files --allow-code --view --size --augment --on-drift --policy --view-seed --epochs --more-epochs --batch-size --optimizer --lr --momentum --nesterov --weight-decay --schedule --freeze --prune --quantise --stage --clip-norm --accumulate --ema --views-per-visit --patience --keep --channels-last --compile --sync-bn --tensorboard --seed --checkpoint-every --config --set --print-config --quiet --json)
 _shtab_softcache_eval_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --classes-map --cache --combine --members --temperature --batch-size --policy --bias --fit-bias --bias-data --bias-model --check-files --per-class --allow-code --config --set --print-config --quiet --json)
 _shtab_softcache_shrink_option_strings=(-h --help --by --out --data --eval-data --classes-map --policy --download --allow-code --batch-size --seed --device --threads --cache --scan --config --set --print-config --quiet --json)
@@ -118,6 +118,7 @@ _shtab_softcache_demo___json_nargs=0
 _shtab_softcache_plan__h_nargs=0
 _shtab_softcache_plan___help_nargs=0
 _shtab_softcache_plan___download_nargs=0
+_shtab_softcache_plan___whiten_nargs=0
 _shtab_softcache_plan___no_keys_nargs=0
 _shtab_softcache_plan___allow_code_nargs=0
 _shtab_softcache_plan___print_config_nargs=0
@@ -126,6 +127,7 @@ _shtab_softcache_plan___json_nargs=0
 _shtab_softcache_dump__h_nargs=0
 _shtab_softcache_dump___help_nargs=0
 _shtab_softcache_dump___download_nargs=0
+_shtab_softcache_dump___whiten_nargs=0
 _shtab_softcache_dump___no_keys_nargs=0
 _shtab_softcache_dump___allow_code_nargs=0
 _shtab_softcache_dump___extend_nargs=0
