@@ -51,8 +51,8 @@ VERB = Verb(
     run=run,
     summary="fetch a cache from somewhere else, every byte checked",
     examples="""
-softcache pull file:/shared/caches/mnist@3f9a2b7c41d0e856 caches/mnist
-softcache pull https://data.example.org/caches/mnist caches/mnist --id 3f9a2b7c41d0e856
+softcache pull file:/shared/caches/mnist@3f9a2b7c41d0e856 caches/theirs
+softcache pull https://data.example.org/caches/mnist caches/mine --id 3f9a2b7c41d0e856
 """,
     after_stop=RESUMES,
     writes=True,

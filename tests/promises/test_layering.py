@@ -551,6 +551,7 @@ def test_a_planted_circle_is_found() -> None:
         ),
         ("softcache.cache.reader, softcache.cache.samples", {"h5py", "torch"}),
         ("softcache.check.verify", {"torch", "torchvision"}),
+        ("softcache.share.push, softcache.share.pull", {"torch", "torchvision", "h5py"}),
     ],
     ids=["command line", "cache", "reading", "verify"],
 )
