@@ -553,7 +553,7 @@ def test_a_planted_circle_is_found() -> None:
         ("softcache.check.verify", {"torch", "torchvision"}),
         ("softcache.share.push, softcache.share.pull", {"torch", "torchvision", "h5py"}),
     ],
-    ids=["command line", "cache", "reading", "verify"],
+    ids=["command line", "cache", "reading", "verify", "sharing"],
 )
 def test_what_is_loaded_at_run_time(modules: str, heavy: set[str]) -> None:
     code = f"import sys, {modules}; print(*sorted({heavy} & set(sys.modules)))"
