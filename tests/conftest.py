@@ -6,6 +6,7 @@ import atexit
 import os
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -30,6 +31,10 @@ atexit.register(shutil.rmtree, os.environ["SOFTCACHE_HOME"], ignore_errors=True)
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # the workers share the cores, their children too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+# a shell without job control lets what it starts with `&` ignore Ctrl-C, and so would every test of it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # every shard is synced to the disk: in memory, where there is room for it, that takes no time
 MEMORY = Path("/dev/shm")

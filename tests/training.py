@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from softcache.config import TrainConfig
 from softcache.data.transfer_set import TransferSet
@@ -19,6 +21,12 @@ from softcache.train.run_folder import claim_folder, only_writer
 from softcache.train.session import Prepared, Session
 
 StepFunction = Callable[..., Any]
+
+
+def some_in_the_quick_tier(values: Sequence[int]) -> list[Any]:
+    """Rows of a test that is the same at each of many places: the first and a middle one are quick, all others slow."""
+    quick = (values[0], values[len(values) // 2])
+    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
 def run_with(

@@ -282,7 +282,9 @@ def _teacher_details(manifest: Manifest, member: MemberInfo, left_out: str | Non
     own, codec = manifest.statistics[member.name], member.codec
     how = "features alone" if codec is None else CODECS.get(codec["name"], _escaped(codec["name"]))
     if member.output not in CLASS_OUTPUTS:
-        how = how.replace("every logit", "every number").replace("logits", "numbers")
+        how = (
+            how.replace("every logit", "every number").replace("logits", "numbers").replace("over classes", "over them")
+        )
     said = [f"**{member.name}** is stored as {how}"]
     if own.dense:
         said.append(f"{own.dense:,} of {own.records:,} records are kept in 16 bits")

@@ -233,11 +233,16 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
         raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
     row = row_of(cache, key)
     plain = [m.name for m in cache.manifest.plan.members if m.index is None and m.output is not None]
-    if not plain:
+    alone = [
+        (m.name, f.name) for m in cache.manifest.plan.members if m.output is None for f in m.features if f.index is None
+    ]
+    if not plain and not alone:
         raise ConfigError(
             f"{path}: no member has an answer of its own for a sample", tip="softcache.open(...).gather reads them"
         )
-    targets = cache.gather(np.array([row]), np.array([view]), members=plain)
+    chosen = [*plain, *dict.fromkeys(member for member, _ in alone)]
+    asked = list(dict.fromkeys(feature for _, feature in alone))
+    targets = cache.gather(np.array([row]), np.array([view]), members=chosen, features=asked)
     members = [name for name in plain if name not in targets.outputs]
     samples = cache.samples
     label = samples.labels_of(np.array([row]))[0]
@@ -265,7 +270,8 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
             name: (list(cache.member(name).value_names), targets.output(name)[0].numpy())
             for name, output in targets.outputs.items()
             if output is not None
-        },
+        }
+        | {f"{name}, {feature}": ([], targets.feature(feature, name)[0].flatten().numpy()) for name, feature in alone},
     )
 
 

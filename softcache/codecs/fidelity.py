@@ -42,6 +42,14 @@ def relative_errors(given: Tensor, decoded: Tensor) -> Tensor:
     return torch.where(distance == 0, 0.0, distance / values.norm(dim=1))
 
 
+def explained(given: Tensor, decoded: Tensor) -> float:
+    """1 - |decoded - given|**2 / |given - mean|**2, summed over the rows (B, W): the share of their variance that is kept."""
+    values = given.double()
+    whole = float((values - values.mean(dim=0)).square().sum())
+    left = float((decoded.double() - values).square().sum())
+    return 1 - left / whole if whole else float(left == 0)
+
+
 def kl_rows(given: Tensor, decoded: Tensor, temperature: float) -> Tensor:
     """(B,) KL(softmax(given / T) || softmax(decoded / T)) in nats, float64 inside; never negative.
 

@@ -33,7 +33,6 @@ class HeadTailCodec(Codec):
     """
 
     name: ClassVar[str] = "headtail"
-    of_classes: ClassVar[bool] = True
 
     k: int = 8
     bits: int = 8
@@ -44,6 +43,10 @@ class HeadTailCodec(Codec):
             raise ConfigError(f"codec 'headtail': k must be at least 1, got {self.k}")
         if self.bits not in WIDTHS:
             raise ConfigError(f"codec 'headtail': bits must be 8, 6 or 4, got {self.bits}")
+
+    @property
+    def of_classes(self) -> bool:
+        return True
 
     @property
     def kept(self) -> int:

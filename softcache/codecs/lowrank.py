@@ -1,5 +1,7 @@
 """`lowrank`: coordinates in a fitted basis over classes, because the logits of a linear head span few directions.
 
+So do many embeddings, over their numbers: these have no level and no classes that matter, and codes are the nearest.
+
 A row is level + mean + basis (step * code): transform coding (Huang and Schultheiss, "Block quantization of correlated
 Gaussian random variables", 1963). The basis is the principal components of the probe's rows, and bits go where one more lowers
 the squared error most. Codes are not simply the nearest: what rounding some coordinates does to the classes that matter
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from softcache.codecs.codec import Codec, Probe, constant
-from softcache.codecs.fidelity import kl_rows
+from softcache.codecs.fidelity import explained, kl_rows, relative_errors
 from softcache.codecs.floats import Float16Codec, Float32Codec
 from softcache.codecs.headtail import HeadTailCodec
 from softcache.codecs.int8 import Int8Codec
@@ -93,7 +95,8 @@ class Attempt:
 class LowRankCodec(Codec):
     """A row's coordinates in few bits each; rows that miss the promise are kept dense.
 
-    The promise: KL(given || stored) at `at_temperature` is at most `max_kl` for every record. Rows that miss it are stored
+    The promise: KL(given || stored) at `at_temperature` is at most `max_kl` for every record; of outputs without classes
+    |given - stored| / |given| is at most `max_relative_error`, and the level is 0. Rows that miss it are stored
     beside the records, as float16 of logit - level; in their records the level is the largest logit, not the mean, and the
     codes mean nothing. `fit` takes the size at which a record and its share of the dense rows are smallest together.
     Encoding has to know how many rows are dense, for which a GPU is waited for once a batch.
@@ -101,13 +104,14 @@ class LowRankCodec(Codec):
     Attributes:
         max_kl: in nats.
         at_temperature: T of the promise.
+        max_relative_error: of outputs without classes; 0: these are logits.
     """
 
     name: ClassVar[str] = "lowrank"
-    of_classes: ClassVar[bool] = True
 
     max_kl: float = 1e-4
     at_temperature: float = 4.0
+    max_relative_error: float = 0.0
     _fitted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     _tables: dict[str, Tables] = field(default_factory=dict, init=False, repr=False, compare=False)  # by device
 
@@ -116,10 +120,29 @@ class LowRankCodec(Codec):
             raise ConfigError(
                 f"codec 'lowrank': max_kl={self.max_kl:g} and at_temperature={self.at_temperature:g} must be > 0"
             )
+        if not 0 <= self.max_relative_error < math.inf:
+            raise ConfigError(f"codec 'lowrank': max_relative_error={self.max_relative_error:g} must be a number > 0")
+
+    @property
+    def of_classes(self) -> bool:
+        return not self.max_relative_error
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """One promise or the other."""
+        names = ("max_kl", "at_temperature") if self.of_classes else ("max_relative_error",)
+        return {name: str(getattr(self, name)) for name in names}
+
+    @property
+    def format(self) -> int:
+        return 1 if self.of_classes else 2
 
     @property
     def constants(self) -> dict[str, Tensor]:
-        """mean (C,) and step (r,) float32, basis (C, r) float16, bits (r / 8,) uint8: the width of eight coordinates, falling."""
+        """mean (C,) and step (r,) float32, basis (C, r) float16, bits (r / 8,) uint8: the width of eight coordinates, falling.
+
+        Of outputs without classes also explained (1,) float32: the share of the variance that the records keep.
+        """
         if not self._fitted:
             raise CodecFitError("codec 'lowrank' is not fitted yet: it has no basis", tip="call fit(probe) first")
         return dict(self._fitted)
@@ -134,6 +157,8 @@ class LowRankCodec(Codec):
         fitted._fitted["basis"] = constant(constants, "basis", (classes, rank), torch.float16)
         fitted._fitted["step"] = constant(constants, "step", (rank,), torch.float32)
         fitted._fitted["bits"] = bits
+        if not self.of_classes:
+            fitted._fitted["explained"] = constant(constants, "explained", (1,), torch.float32)
         return fitted
 
     def fit(self, probe: Probe) -> LowRankCodec:
@@ -152,18 +177,19 @@ class LowRankCodec(Codec):
             )
         apart = torch.arange(len(rows), device=rows.device) % 4 == 3
         measured = rows[apart][: max(MIN_ROWS, MEASURED_NUMBERS // self.num_classes)]
-        mean, basis = principal_components(rows[~apart])
+        mean, basis = principal_components(rows[~apart], levels=self.of_classes)
         few = rows[:STEPPED_ROWS]
+        if self.of_classes:
+            few = few - few.mean(dim=1, keepdim=True)
         with full_float32(rows.device):
-            coordinates = (few - few.mean(dim=1, keepdim=True) - mean) @ basis
+            coordinates = (few - mean) @ basis
         steps, errors = quantisers(coordinates)
 
         @cache
         def attempt(size: int) -> Attempt:
             codec = self._sized(mean, basis, steps, errors, size)
-            dense = share_above(
-                KEPT_SHARE * self.max_kl, codec._divergence(measured, codec._record(*codec._coded(measured)))
-            )
+            distances = codec._distance(measured, codec._record(*codec._coded(measured)))
+            dense = share_above(KEPT_SHARE * self._promised, distances)
             return Attempt(codec, dense, record_bytes(codec.fields) + dense * 2 * self.num_classes)
 
         other, limit = self._cheapest_other(measured)
@@ -175,11 +201,28 @@ class LowRankCodec(Codec):
                 best = min(best, attempt(size), key=lambda tried: tried.nbytes)
         if best.nbytes >= limit:
             raise CodecFitError(
-                f"codec 'lowrank' does not pay: with KL <= {self.max_kl:g} at T={self.at_temperature:g} a record takes it "
+                f"codec 'lowrank' does not pay: with {self._promise} a record takes it "
                 f"{best.nbytes:.0f} B, rows kept dense counted in, and {other} {limit} B",
-                tip=f"use --codec {other}, or allow a larger KL",
+                tip=f"use --codec {other}, or allow a larger {'KL' if self.of_classes else 'error'}",
             )
-        return best.codec
+        return best.codec if self.of_classes else best.codec._explaining(measured)
+
+    def _explaining(self, rows: Tensor) -> Self:
+        """The same with the share of the variance of these rows that its records keep, dense ones too."""
+        share = torch.tensor([explained(rows, self.decode(self.encode(rows)))], dtype=torch.float32, device="cpu")
+        return self.with_constants(self.constants | {"explained": share})
+
+    @property
+    def _promised(self) -> float:
+        """What the distance of no record may exceed."""
+        return self.max_kl if self.of_classes else self.max_relative_error
+
+    @property
+    def _promise(self) -> str:
+        """The same in words."""
+        if self.of_classes:
+            return f"KL <= {self.max_kl:g} at T={self.at_temperature:g}"
+        return f"a relative error <= {self.max_relative_error:g}"
 
     def _sized(self, mean: Tensor, basis: Tensor, steps: Tensor, errors: Tensor, size: int) -> Self:
         """The codec with `size` bytes of codes."""
@@ -192,24 +235,22 @@ class LowRankCodec(Codec):
                 "basis": basis[:, chosen].half(),
                 "step": steps[bits.repeat_interleave(GROUP)[chosen], chosen],
                 "bits": bits[order].to(torch.uint8),
+                "explained": torch.ones(1),  # until it is measured
             }
         )
 
     def _cheapest_other(self, rows: Tensor) -> tuple[str, int]:
         """Name and bytes per record of the smallest simpler codec that keeps the promise on these rows."""
-        others = [
-            HeadTailCodec(self.num_classes, 16, 6),
-            HeadTailCodec(self.num_classes, 8, 8),
-            Int8Codec(self.num_classes),
-            Float16Codec(self.num_classes),
-        ]
+        count = self.num_classes
+        heads = [HeadTailCodec(count, 16, 6), HeadTailCodec(count, 8, 8)]
+        others = [*(heads if self.of_classes else [Int8Codec(count, 64)]), Int8Codec(count), Float16Codec(count)]
         sizes = {codec: record_bytes(codec.fields) or 2 * self.num_classes for codec in others}
         for codec in sorted(others, key=lambda codec: sizes[codec]):
             try:
                 decoded = codec.decode(codec.encode(rows))
             except CodecRangeError:
                 continue
-            if bool((kl_rows(rows, decoded, self.at_temperature) <= self.max_kl).all()):
+            if bool((self._apart(rows, decoded) <= self._promised).all()):
                 return codec.text, sizes[codec]
         return Float32Codec.name, 4 * self.num_classes
 
@@ -228,9 +269,9 @@ class LowRankCodec(Codec):
     def encode(self, logits: Tensor, classifier_input: Tensor | None = None) -> dict[str, Tensor]:
         level, codes = self._coded(logits)
         records = self._record(level, codes)
-        missed = ~(self._divergence(logits, records) <= KEPT_SHARE * self.max_kl)  # NaN is no promise kept
+        missed = ~(self._distance(logits, records) <= KEPT_SHARE * self._promised)  # NaN is no promise kept
         at = missed.nonzero()[:, 0]
-        if len(at):  # float16 is finest where the row is largest
+        if len(at) and self.of_classes:  # float16 is finest where the row is largest
             level = torch.where(missed, logits.amax(dim=1), level)
             records = self._record(level, codes)
         arrays = {"records": records, "dense": (logits[at] - level[at, None]).half(), "dense_at": at}
@@ -261,17 +302,24 @@ class LowRankCodec(Codec):
         return arrays["dense"].float() + self._level(arrays["records"])[arrays["dense_at"], None]
 
     def _check_dense(self, given: Tensor, stored: Tensor) -> None:
-        worst = kl_rows(given, stored, self.at_temperature).amax().item()
-        if not (worst <= self.max_kl and bool(stored.isfinite().all())):
+        worst = self._apart(given, stored).amax().item()
+        if not (worst <= self._promised and bool(stored.isfinite().all())):
+            found = (
+                f"KL {worst:.3g} at T={self.at_temperature:g}, logits" if self.of_classes else f"{worst:.3g}, numbers"
+            )
             raise CodecRangeError(
-                f"codec 'lowrank' keeps rows dense in float16, which is not enough here: KL {worst:.3g} at "
-                f"T={self.at_temperature:g}, logits up to {given.abs().amax().item():.6g}",
-                tip="use --codec float32, or allow a larger KL",
+                f"codec 'lowrank' keeps rows dense in float16, which is not enough here: {found} up to "
+                f"{given.abs().amax().item():.6g}",
+                tip=f"use --codec float32, or allow a larger {'KL' if self.of_classes else 'error'}",
             )
 
-    def _divergence(self, logits: Tensor, records: Tensor) -> Tensor:
-        """(B,) float64 KL at the promise's temperature, without dense rows; NaN where there is none."""
-        return kl_rows(logits, self.decode({"records": records}), self.at_temperature)
+    def _distance(self, logits: Tensor, records: Tensor) -> Tensor:
+        """(B,) float64, what is promised of each record, without dense rows; NaN where there is none."""
+        return self._apart(logits, self.decode({"records": records}))
+
+    def _apart(self, given: Tensor, stored: Tensor) -> Tensor:
+        """(B,) float64 KL at the promise's temperature, or the relative error."""
+        return kl_rows(given, stored, self.at_temperature) if self.of_classes else relative_errors(given, stored)
 
     def _level(self, records: Tensor) -> Tensor:
         return read_field(records, self.fields[0])
@@ -279,6 +327,10 @@ class LowRankCodec(Codec):
     def _coded(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) float32 levels and (B, bytes) uint8 codes."""
         tables = self._on(logits.device)
+        if not self.of_classes:
+            with full_float32(logits.device):
+                exact = (logits - tables.mean) @ tables.matrix / tables.step  # (B, r)
+            return torch.zeros_like(logits[:, 0]), self._pack(quantise(exact, tables.step, tables.bits), tables)
         first = logits[:, 0]
         level = first + (logits - first[:, None]).mean(dim=1)  # of rows far from 0 too, to float32's precision
         with full_float32(logits.device):

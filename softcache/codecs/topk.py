@@ -37,7 +37,6 @@ class TopkCodec(Codec):
     """
 
     name: ClassVar[str] = "topk"
-    of_classes: ClassVar[bool] = True
     keeps_level: ClassVar[bool] = False
     complete: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
@@ -49,6 +48,10 @@ class TopkCodec(Codec):
         id_bits(self.num_classes)
         if self.k < 1:
             raise ConfigError(f"codec 'topk': k must be at least 1, got {self.k}")
+
+    @property
+    def of_classes(self) -> bool:
+        return True
 
     @property
     def kept(self) -> int:

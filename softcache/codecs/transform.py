@@ -16,16 +16,18 @@ STRETCH, STRETCHED = 1.8, 1 / 8
 LOADS = (1.0, 1.3, 1.6, 1.9, 2.2, 2.5, 2.8, 3.1, 3.5, 3.9, 4.4, 5.0, 5.7, 6.5, 7.5, 8.7, 10.0)
 
 
-def principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the rows and main directions around it, of rows that each have their own mean over classes taken off.
+def principal_components(rows: Tensor, *, levels: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean over the rows and main directions around it.
 
     Args:
         rows: (P, C) float32.
+        levels: each row has its own mean over classes taken off first.
 
     Returns:
         (C,) mean and (C, r) float32 orthonormal basis, largest variance first; r is a multiple of GROUP, filled with zeros.
     """
-    rows = rows - rows.mean(dim=1, keepdim=True)
+    if levels:
+        rows = rows - rows.mean(dim=1, keepdim=True)
     mean = rows.mean(dim=0)
     rows = rows - mean
     wide = rows.shape[1] > len(rows)  # then the inner products of rows are fewer than those of classes

@@ -18,7 +18,7 @@ class EvalOfModel(EvalConfig):
 
 def run(config: EvalOfModel, output: Output) -> int:
     from softcache.evaluate import measure
-    from softcache.evaluate.evaluation import class_table, summary
+    from softcache.evaluate.evaluation import class_table, span_table, summary
 
     result = measure.run(config.model, config, quiet=output.quiet)
     if output.json:
@@ -27,6 +27,8 @@ def run(config: EvalOfModel, output: Output) -> int:
     print(summary(f"{config.model} on {config.data}", result))
     if config.per_class:
         print("\n" + class_table(result))
+        if result.spans:
+            print("\n" + span_table(result))
     return 0
 
 

@@ -17,9 +17,14 @@ STANDARD_ERRORS = 3.0
 FAIR = 0.25  # a teacher that is this far from chance to perfection is fair
 
 
+def counted_labels(transfer_set: TransferSet) -> np.ndarray:
+    """(N,) or (N, C) labels of the samples; (P,) of their words, where these have labels."""
+    return transfer_set.labels if transfer_set.positions is None else transfer_set.positions.labels
+
+
 def class_counts(transfer_set: TransferSet) -> np.ndarray:
-    """(C,) samples of each class; of several labels per sample, those that have it."""
-    labels = transfer_set.labels
+    """(C,) samples of each class; of several labels per sample, those that have it; of words, how many words."""
+    labels = counted_labels(transfer_set)
     if transfer_set.multi_label:
         return np.asarray(is_yes(labels).sum(axis=0))
     return np.bincount(labels[labels >= 0], minlength=transfer_set.num_classes)
@@ -28,13 +33,22 @@ def class_counts(transfer_set: TransferSet) -> np.ndarray:
 def described(transfer_set: TransferSet) -> str:
     """The class list with its counts, in one line; of many classes the fewest, the most and the empty ones."""
     counts, names = class_counts(transfer_set), transfer_set.class_names
-    missing = int((~is_known(transfer_set.labels)).sum())
+    positions = transfer_set.positions
+    missing = int((~is_known(counted_labels(transfer_set))).sum())
     what = (
-        f"of {transfer_set.labels.size:,} answers not known" if transfer_set.multi_label else "samples without a label"
+        "words without a tag"
+        if positions is not None
+        else (
+            f"of {transfer_set.labels.size:,} answers not known"
+            if transfer_set.multi_label
+            else "samples without a label"
+        )
     )
     rest = f"; {missing:,} {what}" if missing else ""
     if not names:
         return f"no classes; {len(transfer_set):,} samples"
+    if positions is not None:
+        rest += f"; {len(positions.labels):,} words in {len(transfer_set):,} samples"
     if len(names) <= SHOWN:
         listed = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
         return f"{len(names)} classes: {listed}{rest}"
@@ -42,7 +56,7 @@ def described(transfer_set: TransferSet) -> str:
     few, many = (", ".join(f"{names[i]} {counts[i]:,}" for i in these) for these in (order[:3], order[:-4:-1]))
     empty = int((counts == 0).sum())
     none = f"; {empty:,} classes have none" if empty else ""
-    return f"{len(names):,} classes, from {few} to {many} samples{none}{rest}"
+    return f"{len(names):,} classes, from {few} to {many} {'samples' if positions is None else 'words'}{none}{rest}"
 
 
 def offset_warning(transfer_set: TransferSet) -> str | None:

@@ -11,8 +11,20 @@ from PIL import Image
 
 from softcache.data.label_column import NUMBERS, LabelColumn, read_labels, read_lists, read_several, read_values
 from softcache.data.sources import Source, StringTable, image_array, numbered
-from softcache.data.tables import Table, indices_of, is_frame, is_missing, names_of, refuse_missing, value_name
+from softcache.data.tables import (
+    Table,
+    check_words,
+    indices_of,
+    is_frame,
+    is_missing,
+    names_of,
+    refuse_missing,
+    tag_column,
+    value_name,
+)
+from softcache.data.tagged_words import TagsFound
 from softcache.errors import ConfigError, DataError, JoinError, first_offenders
+from softcache.words import as_words
 
 
 @dataclass(frozen=True)
@@ -21,10 +33,13 @@ class ColumnsReader:
 
     table: Table
     name: str
+    of_words: bool = False
     digest_kind = "item"
 
     def read(self, row: int) -> tuple[Any, None]:
         item = self.table.item_of(self.table[row])
+        if self.of_words:
+            return as_words(item, f"{self.name}, row {row}"), None
         if isinstance(item, Image.Image):
             return image_array(item, f"{self.name}, row {row}"), None
         refuse_missing(item, f"{self.name}, row {row}")
@@ -39,6 +54,8 @@ def source_of_columns(
     item: str = "",
     label: str = "",
     key: str = "",
+    words: str = "",
+    tags: str = "",
     classes: tuple[str, ...] = (),
     empty: str = "",
 ) -> Source:
@@ -51,6 +68,7 @@ def source_of_columns(
         item, key: columns; item "": the only one of item, image and text, or the only column.
         label: column of class indices, names, or lists of them; several of 0 and 1, "rude,loud"; "none" where there are no
             labels; "": label or labels.
+        words, tags: columns of lists, of words and of their tags, as of `table`.
         classes, empty: as of `tsv`; not for a column that names its classes itself.
 
     Raises:
@@ -58,6 +76,9 @@ def source_of_columns(
     """
     if not len(rows):
         raise DataError(f"{name}: the data set is empty", tip="give one with rows")
+    check_words(words, tags, item, label, empty, name)
+    if words:
+        return _source_of_words(rows, name, prefix, words, tags, key, classes, empty)
     try:
         whole = Table(rows)
         several = names_of(label, whole.columns)
@@ -84,6 +105,31 @@ def source_of_columns(
         found_labels = [_label_name(value) for value in table.column(table.label)]
         return _of_numbers(reader, keys, LabelColumn(name, found_labels, texts, range(len(rows)), False, "row"))
     return Source(reader, keys, *_labels(table, name, texts, classes, empty))
+
+
+def _source_of_words(
+    rows: Any, name: str, prefix: str, words: str, tags: str, key: str, classes: tuple[str, ...], empty: str
+) -> Source:
+    """Lists of words and of their tags; every row is looked at."""
+    columns = Table(rows).columns
+    if not tags:
+        tags = tag_column(words, key, columns, name)
+    try:
+        table = Table(rows, key=key or None, item=words, label=None if tags == "none" else tags)
+    except JoinError as exc:
+        raise DataError(f"{name}: {exc.message.removeprefix('the data set has ')}", tip=exc.tip) from None
+    if not isinstance(table.item, str):
+        raise ConfigError(f"{name}: words={words} names several columns", tip="words are one column of lists")
+    if tags == "none":
+        table.label = None
+    found = TagsFound(name, table.class_names, empty)
+    for row, (one, *said) in enumerate(table.several((words, tags) if table.label else (words,))):
+        where = f"{name}, row {row}"
+        found.add(where, as_words(one, where), said[0] if said else None)
+    labels, names = found.done(classes)
+    keys = numbered(prefix, range(len(rows))) if table.key is None else StringTable(_key_names(table, name))
+    reader = ColumnsReader(table, name, of_words=True)
+    return Source(reader, keys, np.full(len(keys), -1, np.int32), names, positions=labels)
 
 
 def _of_numbers(reader: ColumnsReader, keys: StringTable, column: LabelColumn) -> Source:

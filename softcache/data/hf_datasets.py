@@ -23,6 +23,8 @@ def hf_dataset(
     text: str = "",
     label: str = "",
     key: str = "",
+    words: str = "",
+    tags: str = "",
     classes: tuple[str, ...] = (),
     empty: Literal["", "unlabelled", "class"] = "",
     download: bool = False,
@@ -35,7 +37,7 @@ def hf_dataset(
         config: of a name on the hub that has several.
         item: column of the pictures or texts, or two of pairs, "premise,hypothesis"; `text` is the same. Empty: item, image or
             text.
-        label, key, classes, empty: as of `table`; a ClassLabel brings its classes.
+        label, key, words, tags, classes, empty: as of `table`; a ClassLabel brings its classes.
         download: fetch what is not there.
 
     Raises:
@@ -52,7 +54,8 @@ def hf_dataset(
         found = _read(place, path, config)
     rows, chosen = _one_split(found, split, what)
     prefix = f"{name}/{chosen}" if chosen else name
-    return source_of_columns(rows, what, prefix, item=item or text, label=label, key=key, classes=classes, empty=empty)
+    named = {"item": item or text, "label": label, "key": key, "words": words, "tags": tags}
+    return source_of_columns(rows, what, prefix, **named, classes=classes, empty=empty)
 
 
 def is_columns_file(path: Path) -> bool:

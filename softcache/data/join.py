@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -119,16 +119,20 @@ def check_labels(table: SampleTable, rows: np.ndarray, labels: np.ndarray, *, al
                 return table.key(int(rows[i]))
             return f"{table.key(int(rows[i]))} (data set {int(labels[i])}, cache {int(table.labels[rows[i]])})"
 
-        on_purpose = "if the labels were corrected on purpose, train with --labels dataset"
-        raise LabelMismatchError(
-            f"{where.size} labels differ from the cache's: "
-            + first_offenders((offender(int(i)) for i in where), where.size),
-            tip=on_purpose
-            if 2 * where.size <= compared
-            else "most of them differ, so the samples probably stand in another order than their names say, or belong to other "
-            f"data: look at what names them (sample_keys, keys=, key=) and at the order of the classes. Only {on_purpose}",
-        )
+        refuse_changed_labels((offender(int(i)) for i in where), int(where.size), compared)
     return int(where.size)
+
+
+def refuse_changed_labels(offenders: Iterable[str], count: int, compared: int) -> NoReturn:
+    """Raise LabelMismatchError for so many labels that differ from the cache's, of those that were compared."""
+    on_purpose = "if the labels were corrected on purpose, train with --labels dataset"
+    raise LabelMismatchError(
+        f"{count} labels differ from the cache's: {first_offenders(offenders, count)}",
+        tip=on_purpose
+        if 2 * count <= compared
+        else "most of them differ, so the samples probably stand in another order than their names say, or belong to other "
+        f"data: look at what names them (sample_keys, keys=, key=) and at the order of the classes. Only {on_purpose}",
+    )
 
 
 def check_contents(

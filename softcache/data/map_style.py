@@ -6,7 +6,7 @@ import inspect
 import pickle
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +19,10 @@ from softcache.data.classes import dataset_classes
 from softcache.data.columns_source import source_of_columns
 from softcache.data.label_column import MANY
 from softcache.data.label_kind import yes_or_no
+from softcache.data.position_labels import PositionLabels
 from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
-from softcache.data.tables import is_frame, is_table, refuse_missing
+from softcache.data.tables import WORD_COLUMNS, is_frame, is_table, only, refuse_missing
+from softcache.data.word_samples import gives_words, tags_of, words_and_tags
 from softcache.errors import (
     ConfigError,
     DataError,
@@ -35,7 +37,7 @@ from softcache.errors import (
 from softcache.spec import Spec, call_factory, load_factory, load_user_file
 
 ITEM_NAMES = ("item", "image", "text")
-COLUMNS = ("item", "key", "label")  # of a table, as a spec may name them
+COLUMNS = ("item", "key", "label", "words", "tags")  # of a table, as a spec may name them
 IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")
 NOT_BY_NAME = ("ImageFolder", "DatasetFolder", "VisionDataset")  # imagefolder: reads these; the last one is abstract
 NOT_IN_A_SPEC = ("transform", "target_transform", "transforms", "loader")  # callables: views do that, and they are ours
@@ -49,11 +51,14 @@ class MapStyleReader:
 
     dataset: Any
     name: str
+    of_words: bool = False
     digest_kind = "item"
 
     def read(self, row: int) -> tuple[Any, None]:
-        item, _ = split_sample(self.dataset[row], self.name)
         where = f"{self.name}, sample {row}"
+        if self.of_words:
+            return words_and_tags(self.dataset[row], where)[0], None
+        item, _ = split_sample(self.dataset[row], self.name)
         if isinstance(item, Image.Image):
             return image_array(item, where), None
         refuse_missing(item, where)
@@ -92,8 +97,7 @@ def from_factory(spec: Spec) -> Source:
         source = from_dataset(made, spec.text, spec.name, columns)
     if not spec.scheme.endswith(".py"):
         return source
-    reader = UserFileReader(str(Path(spec.scheme).resolve()), source.reader)
-    return Source(reader, source.keys, source.labels, source.class_names, source.values)
+    return replace(source, reader=UserFileReader(str(Path(spec.scheme).resolve()), source.reader))
 
 
 def _columns(factory: Callable[..., Any], spec: Spec) -> dict[str, str]:
@@ -109,10 +113,11 @@ def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str
     """A map-style data set, or a table, as a source.
 
     Args:
-        dataset: `__len__`, and `__getitem__` giving an item, (item, label) or a dict of item (image, text) and label.
+        dataset: `__len__`, and `__getitem__` giving an item, (item, label) or a dict of item (image, text) and label; of words
+            a dict of words (tokens) and tags, or (words, tags) where the data set says `words = True`.
         name: for messages.
         prefix: of the keys, where the data set names no samples.
-        columns: item, key and label of a table.
+        columns: item, key, label, words and tags of a table.
 
     Raises:
         ConfigError: columns of what is no table.
@@ -129,14 +134,19 @@ def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str
     if columns and not is_table(dataset):
         raise ConfigError(
             f"{name}: {next(iter(columns))!r} is no parameter of the factory, and {type(dataset).__name__} has no columns",
-            tip="item=, key= and label= are of Hugging Face's data sets and of DataFrames",
+            tip="item=, key=, label=, words= and tags= are of Hugging Face's data sets and of DataFrames",
         )
     if is_frame(dataset) or columns:
-        item, label, key = (columns.get(one, "") for one in ("item", "label", "key"))
-        return source_of_columns(dataset, name, prefix, item=item, label=label, key=key)
+        return source_of_columns(dataset, name, prefix, **columns)  # type: ignore[arg-type]
     if is_table(dataset):
+        if not set(ITEM_NAMES) & set(dataset.column_names) and (own := only(WORD_COLUMNS, dataset.column_names)):
+            return source_of_columns(dataset, name, prefix, words=own)
         _tell_unused(dataset, name)
     keys = _keys(dataset, name, prefix)
+    if gives_words(dataset):
+        tags, class_names = tags_of(dataset, keys, name)
+        none = np.full(len(keys), -1, np.int32)
+        return Source(MapStyleReader(dataset, name, of_words=True), keys, none, class_names, positions=tags)
     found = _labels(dataset, name)
     values = _values(dataset, found, name)
     labels = _label_array(np.full(len(keys), -1) if values is found else found, keys, name)
@@ -145,7 +155,9 @@ def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str
     reader: Reader = (
         dataset if hasattr(dataset, "read") and hasattr(dataset, "digest_kind") else MapStyleReader(dataset, name)
     )
-    return Source(reader, keys, labels, class_names, _as_values(values, keys, name))
+    positions = getattr(dataset, "positions", None)
+    positions = positions if isinstance(positions, PositionLabels) else None  # of a TransferSet
+    return Source(reader, keys, labels, class_names, _as_values(values, keys, name), positions)
 
 
 def _values(dataset: Any, labels: Any, name: str) -> Any:

@@ -14,6 +14,7 @@ from softcache.data.images import describe
 from softcache.data.loading import Pair, ViewedSet, load_batches
 from softcache.data.views import Policy
 from softcache.errors import DataError, SoftcacheError, first_offenders, place_of
+from softcache.words import Words
 
 PIECE = 1024  # samples of one batch
 HOPELESS = 1024  # so many that cannot be read, and most of all read so far: the rest is not waited for
@@ -119,8 +120,8 @@ def refuse_misfits(misfits: dict[int, SoftcacheError], keys: Sequence[str]) -> N
 
 
 def _form(item: Any) -> str:
-    """Type, dtype and shape of an item; "" of a text."""
-    if isinstance(item, str):
+    """Type, dtype and shape of an item; "" of a text, and of words."""
+    if isinstance(item, str | Words):
         return ""
     return describe(item) + (f" {item.mode} {item.size}" if hasattr(item, "getbands") else "")
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from softcache.errors import ClassMismatchError, DataError, JoinError, nearest
+from softcache.errors import ClassMismatchError, ConfigError, DataError, JoinError, first_offenders, nearest
 from softcache.spec import split_list
 
 ITEM_COLUMNS = ("item", "image", "text")
 LABEL_COLUMNS = ("label", "labels")
+WORD_COLUMNS = ("words", "tokens")
+TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "label")
 PART = 4096  # rows that are looked at together
 Items = str | tuple[str, ...] | None  # the column of the items; two of pairs of texts
 
@@ -87,6 +89,16 @@ class Table(Dataset[dict[str, Any]]):
             return list(self.rows[next(own for own in self.rows.columns if str(own) == name)].tolist())
         return list(self._plain[name][:])
 
+    def several(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The values of some columns as they are stored, row after row; a part at a time, where the table can."""
+        if is_frame(self.rows):
+            yield from zip(*map(self.column, names), strict=True)
+            return
+        alone = self._plain.select_columns(list(names))
+        for first in range(0, len(self), PART):
+            part = alone[first : first + PART]
+            yield from zip(*(part[name] for name in names), strict=True)
+
     def missing(self, name: str) -> list[int]:
         """The rows that have no text in a column of texts, and of a DataFrame nothing in any column."""
         if is_frame(self.rows):
@@ -103,6 +115,7 @@ class Table(Dataset[dict[str, Any]]):
         if self.label is None or is_frame(self.rows):
             return None
         feature = (getattr(self.rows, "features", None) or {}).get(self.label)
+        feature = feature[0] if isinstance(feature, list) and feature else feature  # a list of what it holds
         names = getattr(
             getattr(feature, "feature", feature), "names", None
         )  # of a list of labels, those of its elements
@@ -181,6 +194,31 @@ def only(names: Sequence[str], columns: Sequence[str]) -> str | None:
     """The one of some names that a table has; None where it has none or several."""
     found = [name for name in names if name in columns]
     return found[0] if len(found) == 1 else None
+
+
+def check_words(words: str, tags: str, item: str, label: str, empty: str, name: str) -> None:
+    """Raise ConfigError for parameters of words beside those of other items."""
+    if tags and not words:
+        raise ConfigError(f"{name}: tags={tags} without words=", tip="words=NAME names the column of lists of words")
+    other = next((f"{what}={value}" for what, value in (("item", item), ("label", label)) if value), None)
+    if words and other:
+        raise ConfigError(
+            f"{name}: words={words} and {other}", tip="items are words or something else; labels of words are tags=NAME"
+        )
+    if words and empty == "class":
+        raise ConfigError(f"{name}: empty=class, and an empty tag is no class", tip="empty=unlabelled")
+
+
+def tag_column(words: str, key: str, columns: Sequence[str], name: str) -> str:
+    """The column of tags as it is called, else of two columns the other one; DataError where nobody can tell."""
+    rest = [column for column in columns if column not in (words, key)]
+    found = only(TAG_COLUMNS, rest) or (rest[0] if len(rest) == 1 else None)
+    if found is None:
+        raise DataError(
+            f"{name}: which of its columns holds the tags? There are {first_offenders(map(repr, rest), len(rest))}",
+            tip="name it: tags=NAME; tags=none where there are none",
+        )
+    return found
 
 
 def _with(dataset: Any, changed: dict[str, Any]) -> Any:

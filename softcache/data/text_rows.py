@@ -185,7 +185,7 @@ def records(file: TextFile, layout: Layout) -> Iterator[Record]:
 def _plain(file: TextFile, separator: str) -> Iterator[Record]:
     start = 0
     for number, line in enumerate(file.lines(), start=1):
-        text = _decoded(file, line, number)
+        text = decoded(file, line, number)
         if text:  # else a byte order mark was all of the file
             yield start, number, cells_of(text, separator)
         start += len(line)
@@ -198,7 +198,7 @@ def _quoted(file: TextFile, separator: str) -> Iterator[Record]:
         nonlocal consumed, number
         for line in file.lines():
             consumed, number = consumed + len(line), number + 1
-            yield _decoded(file, line, number)
+            yield decoded(file, line, number)
 
     reader = csv.reader(fed(), delimiter=separator, strict=True)
     while True:
@@ -232,7 +232,7 @@ def _no_csv(file: TextFile, line: int, exc: csv.Error) -> DataError:
 def _objects(file: TextFile) -> Iterator[Record]:
     start = 0
     for number, line in enumerate(file.lines(), start=1):
-        text = _decoded(file, line, number)
+        text = decoded(file, line, number)
         if text.strip():
             yield start, number, _object(file, text, number)
         start += len(line)
@@ -251,7 +251,7 @@ def _object(file: TextFile, text: str, number: int) -> dict[str, Any]:
     return found
 
 
-def _decoded(file: TextFile, line: bytes, number: int) -> str:
+def decoded(file: TextFile, line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as exc:

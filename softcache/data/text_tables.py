@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import numpy as np
 from softcache.data.hf_datasets import hf_dataset, is_columns_file
 from softcache.data.label_column import NUMBERS, LabelColumn, read_labels, read_lists, read_several, read_values
 from softcache.data.sources import PACKINGS, Source, StringTable, numbered
-from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, names_of, only, value_name
+from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, check_words, names_of, only, tag_column, value_name
+from softcache.data.tagged_words import TagsFound
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
 from softcache.errors import ConfigError, DataError, first_offenders, nearest, warn_once
 from softcache.spec import convert
+from softcache.words import Words, as_words
 
 Empty = Literal["", "unlabelled", "class"]
 Place = int | str  # of a column: its number, of JSON lines its name
@@ -42,6 +45,39 @@ class RowReader:
         cells = self.rows[row]
         texts = tuple(cells[column] for column in self.columns)
         return (texts[0] if len(texts) == 1 else texts), None
+
+
+@dataclass(frozen=True)
+class WordRowReader:
+    """Items that are lists of words in one column of a file, read where they lie."""
+
+    rows: TextRows
+    column: Place
+    digest_kind = "item"
+
+    def read(self, row: int) -> tuple[Words, None]:
+        where = f"{self.rows.file.shown}, row {row}"
+        return as_words(list_of(self.rows[row][self.column], where), where), None
+
+
+def list_of(cell: Any, where: str) -> Any:
+    """What a cell holds: of JSON lines itself, of text a JSON list.
+
+    Raises:
+        DataError: a text that is no JSON list.
+    """
+    if not isinstance(cell, str):
+        return cell
+    try:
+        found = json.loads(cell)
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise DataError(
+            f"{where}: {cell[:60]!r} is no JSON list",
+            tip='write lists as JSON, ["a", "word"]: json.dumps of each in pandas; JSON lines and Parquet hold lists as they are',
+        )
+    return found
 
 
 def tsv(
@@ -85,6 +121,8 @@ def table(
     empty: Empty = "",
     separator: str = "",
     quotes: str = "",
+    words: str = "",
+    tags: str = "",
 ) -> Source:
     """A file of rows and columns: CSV, TSV or JSON lines in UTF-8, plain or packed; with the extra `datasets` Parquet or Arrow.
     Columns as `tsv` has them.
@@ -96,13 +134,21 @@ def table(
         key, header, classes, empty: as of `tsv`.
         separator: between the columns of CSV, one letter or `tab`. Empty: of comma, semicolon, tab and | the one that divides.
         quotes: "true" where cells may stand in quotes, "false" where quotes are letters. Empty: true of CSV, false of TSV.
+        words: column of lists of words, in CSV and TSV as JSON (["a", "word"]); then each word has a label.
+        tags: column of their tags, a list with one for each word, null or -1 or -100 where there is none: names, or indices of
+            `classes`. "none" where there are no tags. Empty: the only column called tags, ner_tags, pos_tags, chunk_tags, labels
+            or label, else of two columns the other one.
     """
+    check_words(words, tags, text, label, empty, str(path))
     if is_columns_file(path):
         if separator or quotes or header:
             raise ConfigError(f"{path}: separator=, quotes= and header= are of text files", tip="leave them out")
-        return hf_dataset(str(path), text=text, label=label, key=key, classes=classes, empty=empty)
+        named = {"text": text, "label": label, "key": key, "words": words, "tags": tags}
+        return hf_dataset(str(path), **named, classes=classes, empty=empty)  # type: ignore[arg-type]
     file = TextFile(path)
     layout = layout_of(file, separator, bool(convert(quotes, bool, f"{path}: quotes")) if quotes else None)
+    if words:
+        return _source_of_words(file, layout, _Wanted(path, words, tags, key, header, of_words=True), classes, empty)
     source = _source(file, layout, _Wanted(path, text, label, key, header), classes, empty)
     if layout == TSV and not quotes:
         _tell_quotes(path, source.reader)
@@ -135,6 +181,25 @@ def _source(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str,
     else:
         labels, class_names = read_labels(column, classes, empty)
     return Source(reader, keys, labels, class_names)
+
+
+def _source_of_words(file: TextFile, layout: Layout, wanted: _Wanted, classes: tuple[str, ...], empty: Empty) -> Source:
+    """Rows whose items are lists of words."""
+    found = records(file, layout)
+    ahead = list(islice(found, NAMED_WITHIN if layout.is_json else 1))
+    columns = wanted.columns(ahead, layout)
+    if len(columns.text) != 1 or len(columns.label) > 1:
+        raise ConfigError(f"{file.shown}: words= and tags= are one column each", tip="each cell holds a list")
+    body = chain(ahead[1:] if columns.has_header else ahead, found)
+    tags = TagsFound(file.shown, empty=empty)
+    picked = _PickedWords(file.shown, columns, tags)
+    rows, _ = find_rows(file, layout, picked.look, body, columns.count)
+    if not len(rows):
+        raise _no_rows(file.shown, 1 + columns.has_header)
+    labels, names = tags.done(classes)
+    keys = StringTable(picked.keys) if columns.key is not None else numbered(stem(wanted.path), range(len(rows)))
+    none = np.full(len(rows), -1, np.int32)
+    return Source(WordRowReader(rows, columns.text[0]), keys, none, names, positions=labels)
 
 
 def _tell_quotes(path: Path, reader: Any) -> None:
@@ -205,6 +270,7 @@ class _Wanted:
     label: str
     key: str
     header: str
+    of_words: bool = False
 
     def columns(self, ahead: Sequence[Record], layout: Layout) -> _Columns:
         """Which they are, by the first rows.
@@ -223,8 +289,8 @@ class _Wanted:
         count = len(names) if layout.is_json else len(first)
         find = _Finder(self.path, names, () if names else tuple(first), count, layout)
         text, label = self._defaults(names, count, names or tuple(first))
-        labels = () if label == "none" else find.several(label, "label")
-        texts = find.several(text, "text")
+        labels = () if label == "none" else find.several(label, "tags" if self.of_words else "label")
+        texts = find.several(text, "words" if self.of_words else "text")
         if len(texts) > 2:
             raise DataError(
                 f"{self.path}: text={text} names {len(texts)} columns", tip="a text has one column, a pair has two"
@@ -246,6 +312,9 @@ class _Wanted:
 
     def _defaults(self, names: Sequence[str], count: int, first: Sequence[str]) -> tuple[str, str]:
         """The columns of text and label: as given, else as they are called, else of two columns the first and the second."""
+        if self.of_words:
+            columns = names or [str(number) for number in range(count)]
+            return self.text, self.label or tag_column(self.text, self.key, columns, str(self.path))
         text, label = self.text or only(ITEM_COLUMNS, names) or "", self.label or only(LABEL_COLUMNS, names) or ""
         if count > 2 and not (text and label):
             what = "label" if text else "text"
@@ -296,6 +365,31 @@ class _Finder:
         raise DataError(f"{self.path}, line 1: no column {wanted!r} for the {what}", tip=tip + circle)
 
 
+def _key_of(shown: str, line: int, cells: Any, column: Place) -> str:
+    """The name of a sample; DataError for a cell that is none."""
+    found = cells.get(column) if type(cells) is dict else cells[column]
+    if found in ("", None) or not isinstance(found, str | int | float):
+        raise DataError(f"{shown}, line {line}: the sample's key is {found!r}", tip="give each sample one of its own")
+    return value_name(found)
+
+
+class _PickedWords:
+    """Of rows of words their tags and keys are kept as they pass."""
+
+    def __init__(self, shown: str, columns: _Columns, tags: TagsFound) -> None:
+        self.shown, self.columns, self.tags = shown, columns, tags
+        self.keys: list[str] = []
+
+    def look(self, line: int, cells: Any) -> None:
+        where = f"{self.shown}, line {line}"
+        get = cells.get if type(cells) is dict else cells.__getitem__
+        words = as_words(list_of(get(self.columns.text[0]), where), where)
+        said = get(self.columns.label[0]) if self.columns.label else None
+        self.tags.add(where, words, None if said is None else list_of(said, where))
+        if self.columns.key is not None:
+            self.keys.append(_key_of(self.shown, line, cells, self.columns.key))
+
+
 class _Picked:
     """What is kept of the rows as they pass: labels and keys; texts stay where they are."""
 
@@ -315,21 +409,16 @@ class _Picked:
         elif label:
             self.labels.append([self._label(line, cells, column) for column in label])
         if self.columns.key is not None:
-            found = cells.get(self.columns.key) if type(cells) is dict else cells[self.columns.key]
-            if found in ("", None) or not isinstance(found, str | int | float):
-                raise DataError(
-                    f"{self.shown}, line {line}: the sample's key is {found!r}", tip="give each sample one of its own"
-                )
-            self.keys.append(value_name(found))
+            self.keys.append(_key_of(self.shown, line, cells, self.columns.key))
 
     def _check_text(self, line: int, cells: Any, column: Place) -> None:
         found = cells.get(column)
         if not isinstance(found, str):
-            what = "missing" if found is None else f"{found!r}, which is no string"
-            raise DataError(
-                f"{self.shown}, line {line}: the text {column!r} is {what}",
-                tip="give each sample a text, or leave it out",
-            )
+            what = "missing" if found is None else f"{found!r:.80}, which is no string"
+            tip = "give each sample a text, or leave it out"
+            if isinstance(found, list):
+                tip = f"words with a tag each are words={column}&tags=NAME"
+            raise DataError(f"{self.shown}, line {line}: the text {column!r} is {what}", tip=tip)
 
     def _label(self, line: int, cells: Any, column: Place) -> Any:
         found = cells.get(column) if type(cells) is dict else cells[column]

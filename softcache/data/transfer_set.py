@@ -5,12 +5,15 @@
     imagefolder:PATH                      one folder per class
     images:PATH?labels=FILE               pictures of one folder, without classes or with labels from a table
     table:PATH?text=NAME&label=NAME       CSV, TSV, JSON lines, plain or packed; Parquet
+    table:PATH?words=NAME&tags=NAME       lists of words, and a tag for each
+    conll:PATH?words=0&tags=-1            a word a line with its tags; CoNLL-U
     hf-dataset:PATH?item=NAME&label=NAME  Hugging Face's data sets
     tsv:PATH?text=0&label=1&header=true   tab-separated text, as it is
-    synthetic:images?classes=10           made up, for trials; also synthetic:texts
+    synthetic:images?classes=10           made up, for trials; also synthetic:texts, synthetic:words
     package.module:factory?arg=1          any map-style data set; also path/file.py:factory
 
-An item is a uint8 array (H, W) or (H, W, C), a string, a pair of strings, or whatever else a user's data set returns.
+An item is a uint8 array (H, W) or (H, W, C), a string, a pair of strings, the
+`Words` of a text with a label each, or whatever else a user's data set returns.
 """
 
 from __future__ import annotations
@@ -25,14 +28,16 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from softcache.data.classes import check_classes, class_indices, places_in
+from softcache.data.conll import conll
 from softcache.data.flat_images import flat_images
 from softcache.data.hf_datasets import hf_dataset, is_saved
 from softcache.data.identity import file_digest, item_digest
 from softcache.data.label_kind import has_several, is_known
 from softcache.data.map_style import from_factory, from_torchvision
+from softcache.data.position_labels import PositionLabels
 from softcache.data.selection import of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder
-from softcache.data.synthetic import images, texts
+from softcache.data.synthetic import images, texts, words
 from softcache.data.text_tables import table, tsv
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec, quoted
@@ -42,9 +47,11 @@ FILE_SOURCES: dict[str, Callable[..., Source]] = {
     "images": flat_images,
     "table": table,
     "tsv": tsv,
+    "conll": conll,
 }
-MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts}
+MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts, "words": words}
 OTHER_WORDS = dict.fromkeys(("csv", "json", "jsonl", "ndjson", "txt", "text", "file"), "table")  # for a source
+OTHER_WORDS |= dict.fromkeys(("conllu", "conll2003", "iob", "iob2", "bio"), "conll")
 OTHER_WORDS |= dict.fromkeys(("hf", "huggingface", "hf-datasets", "datasets", "dataset"), "hf-dataset")
 SOURCES = ("digits", "torchvision", "synthetic", "hf-dataset", *FILE_SOURCES)
 
@@ -58,6 +65,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         labels: (N,) int32 class indices, -1 = none; or (N, C) bool, int8 of 1, 0 and -1 = unknown where some are.
         class_names: C names, whole even in a selection.
         values: (N, K) float64 numbers of each sample that are no classes (a score, a measure); None where there are none.
+        positions: labels of each sample's words, whose `labels` are all -1; None where items are no words.
         whole: the set that this one was selected from; itself where it was not.
     """
 
@@ -67,6 +75,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         self.labels = source.labels
         self.class_names = source.class_names
         self.values = source.values
+        self.positions = source.positions
         self._reader = source.reader
         self._rows = np.arange(len(source.keys))  # where the reader finds each sample
         self._whole: TransferSet | None = None
@@ -85,7 +94,9 @@ class TransferSet(Dataset[tuple[Any, Any]]):
 
     @property
     def labelled(self) -> int:
-        """How many samples have a label; of several labels, one that is known."""
+        """How many samples have a label; of several labels, one that is known; of words, one of them."""
+        if self.positions is not None:
+            return self.positions.labelled
         return int(is_known(self.labels).reshape(len(self), -1).any(axis=1).sum())
 
     @property
@@ -112,15 +123,18 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         return item, item_digest(item) if data is None else file_digest(data)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """(item, label): the label an int, or (C,) bool, int8 with -1 = unknown where some are."""
+        """(item, label): the label an int, or (C,) bool, int8 with -1 = unknown where some are; of words (n,) int32."""
         item, _ = self.read(index)
+        if self.positions is not None:
+            return item, self.positions.of(index).copy()
         return item, self.labels[index].copy() if self.multi_label else int(self.labels[index])
 
     def select(self, indices: np.ndarray) -> TransferSet:
         """The samples at these positions, in this order: same keys, same class list."""
         taken = np.arange(len(self))[indices]
         values = None if self.values is None else self.values[taken]
-        source = Source(self._reader, self.keys.take(taken), self.labels[taken], self.class_names, values)
+        positions = None if self.positions is None else self.positions.take(taken)
+        source = Source(self._reader, self.keys.take(taken), self.labels[taken], self.class_names, values, positions)
         chosen = TransferSet(self.name, source)
         chosen._rows = self._rows[taken]
         chosen._whole = self.whole
@@ -136,13 +150,13 @@ class TransferSet(Dataset[tuple[Any, Any]]):
             DataError: a class that is not there.
         """
         classes = class_indices(self.class_names, wanted)
+        names = [self.class_names[i] for i in classes]
         if self.multi_label:
-            labels = self.labels[:, classes]
+            changed = self._relabelled(self.labels[:, classes], names)
         else:
             place = np.full(self.num_classes + 1, -1, np.int32)  # the last one is for -1
             place[classes] = np.arange(len(classes), dtype=np.int32)
-            labels = place[self.labels]
-        changed = self._relabelled(labels, [self.class_names[i] for i in classes])
+            changed = self._placed(place, names)
         changed._whole = None if self._whole is None else self._whole.with_classes(wanted)
         return changed
 
@@ -154,12 +168,20 @@ class TransferSet(Dataset[tuple[Any, Any]]):
             columns: where each of this set's classes stands in it.
         """
         place = np.append(np.asarray(columns, np.int32), np.int32(-1))  # the last one is for -1
-        changed = self._relabelled(place[self.labels], class_names)
+        changed = self._placed(place, class_names)
         changed._whole = None if self._whole is None else self._whole.under(class_names, columns)
         return changed
 
-    def _relabelled(self, labels: np.ndarray, class_names: Sequence[str]) -> TransferSet:
-        changed = TransferSet(self.name, Source(self._reader, self.keys, labels, tuple(class_names), self.values))
+    def _placed(self, place: np.ndarray, class_names: Sequence[str]) -> TransferSet:
+        """Where label i becomes place[i]; the last of `place` is for -1."""
+        positions = None if self.positions is None else self.positions.placed(place)
+        return self._relabelled(place[self.labels], class_names, positions)
+
+    def _relabelled(
+        self, labels: np.ndarray, class_names: Sequence[str], positions: PositionLabels | None = None
+    ) -> TransferSet:
+        source = Source(self._reader, self.keys, labels, tuple(class_names), self.values, positions)
+        changed = TransferSet(self.name, source)
         changed._rows = self._rows
         return changed
 
@@ -193,6 +215,11 @@ def open_transfer_set(
     transfer_set = TransferSet(_portable_name(source), _open_source(source, download=download))
     if rows is not None:
         transfer_set = transfer_set.select(_range(rows, len(transfer_set), spec))
+    if transfer_set.positions is not None and (keep_labels or drop_labels):
+        raise ConfigError(
+            f"{spec!r}: --keep-labels and --drop-labels choose samples by their class, and here words have classes",
+            tip="--samples FILE and --without FILE choose by key",
+        )
     chosen = np.ones(len(transfer_set), dtype=bool)
     if samples is not None:
         chosen &= _listed(transfer_set.keys, Path(samples))
@@ -269,7 +296,7 @@ def _open_source(spec: Spec, *, download: bool) -> Source:
 def _kind_of_path(path: Path) -> str:
     """The source that reads a file or a folder as it looks."""
     if not path.is_dir():
-        return "table"
+        return "conll" if path.name.removesuffix(".gz").endswith((".conll", ".conllu", ".iob", ".bio")) else "table"
     if is_saved(path):
         return "hf-dataset"
     return "imagefolder" if any(entry.is_dir() for entry in path.iterdir()) else "images"

@@ -54,7 +54,7 @@ def _without_autocast(teacher: Teacher, logits: Tensor) -> Tensor:
     assert teacher.first_batch is not None
     autocast, teacher.autocast = teacher.autocast, None
     try:
-        return teacher(teacher.first_batch[0]).logits
+        return teacher.answers(teacher.first_batch[0])
     except TeacherError:
         teacher.autocast = autocast
         return logits
@@ -68,10 +68,10 @@ def _in_another_composition(teacher: Teacher, items: Sequence[Any]) -> tuple[lis
         order.sort(key=lambda i: len("".join(items[i])))
     halves = order[: count // 2], order[count // 2 :]
     try:
-        return order, torch.cat([teacher(teacher.collated([items[i] for i in half])).logits for half in halves])
+        return order, torch.cat([teacher.answers(teacher.collated([items[i] for i in half])) for half in halves])
     except TeacherError:  # made for batches of one size: as many samples, half of them, each twice
         order = (halves[1] * 2)[:count]
-        return order, teacher(teacher.collated([items[i] for i in order])).logits
+        return order, teacher.answers(teacher.collated([items[i] for i in order]))
 
 
 def _check_alike(teacher: Teacher, together: Tensor, apart: Tensor) -> None:
@@ -84,7 +84,7 @@ def _check_alike(teacher: Teacher, together: Tensor, apart: Tensor) -> None:
         together, apart = ((v.sigmoid() if teacher.multi_label else v.exp()) for v in (together, apart))
     known = (together.isfinite() & apart.isfinite()).all(dim=1)
     together, apart = together[known], apart[known]
-    if not len(together):
+    if not together.numel():
         return
     largest = float(together.abs().amax())
     scale = max(1.0, largest) if teacher.has_classes else largest  # an embedding may be small throughout

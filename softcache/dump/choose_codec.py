@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from softcache.cache.plan import MemberInfo
-from softcache.codecs import CODECS, Codec, Probe, make_codec
-from softcache.codecs.fidelity import binary_kl_rows, eps_of, kl_at, relative_errors, round_up_to_half
+from softcache.cache.plan import OTHER_OUTPUTS, MemberInfo
+from softcache.cache.schema import OUTPUT_PREFIX
+from softcache.codecs import Codec, Probe, make_codec
+from softcache.codecs.fidelity import binary_kl_rows, eps_of, explained, kl_at, relative_errors, round_up_to_half
 from softcache.config import StorageOptions, flag_of
 from softcache.data.label_kind import answers
 from softcache.data.loading import ViewedSet
+from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.features_for import features_for
 from softcache.dump.job import Job
 from softcache.dump.layout import (
@@ -33,15 +36,16 @@ from softcache.dump.layout import (
     restore,
     stored_features,
 )
+from softcache.dump.output_scale import measure_scale
 from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, first_offenders, nearest
-from softcache.spec import split_term
 
 DEFAULT_CODEC = "float16"
 CHECKED_SAMPLES = 64  # of the first batch, which is run twice, and once more in another composition
 FITTED_ROWS = 2048  # on which codecs are fitted
 MEASURED_ROWS = 1024  # others, on which they are compared
+SCALED_ROWS = 256  # on which the deviation of an output is measured: to 4 per cent
 PROBE_NUMBERS = 2**26  # logits held at once: fewer rows where there are many classes
 HEADROOM = 2.0  # a codec is picked when its worst record on the probe is this far below the promise
 
@@ -60,7 +64,7 @@ CANDIDATES = (
 )
 
 
-OF_NUMBERS = ("int8:group=64",)  # also compared for outputs without classes
+OF_NUMBERS = ("int8:group=64", "lowrank:max_relative_error=0.1")  # also compared for outputs without classes
 
 
 class Prober:
@@ -109,6 +113,10 @@ class Prober:
         start = min(_at_most(self._fitted_rows, teacher.width), max(0, len(self._order) - count))
         return self._run(teacher, start, count)
 
+    def scaling_rows(self, teacher: Teacher, *, whiten: bool) -> torch.Tensor:
+        """(n, W) on which the scale of an output without classes is measured: few, unless directions are told apart."""
+        return (self.fitting_rows(teacher) if whiten else self._run(teacher, 0, SCALED_ROWS)).logits
+
     def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
         key = (teacher.name, start, count)
         if key not in self._rows:
@@ -155,6 +163,7 @@ class Surveyed:
         mean_kl, worst_kl: temperature -> nats; a temperature that the codec does not serve is left out.
         agreement: share of records whose largest class is kept.
         mean_error, worst_error: relative L2 error of a record of an output without classes.
+        explained: share of the variance of such outputs over the records that is kept.
         dense: share of records that are kept dense.
         refused: why it cannot be used; the rest is then empty.
     """
@@ -170,14 +179,26 @@ class Surveyed:
     dense: float = 0.0
     mean_error: float = 0.0
     worst_error: float = 0.0
+    explained: float = 1.0
     refused: str = ""
 
 
-def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES, *, has_classes: bool = True) -> list[str]:
-    """The codecs worth comparing: none whose head would be the whole row; of an output without classes none of classes."""
+def candidates(
+    num_classes: int,
+    codecs: Sequence[str] = CANDIDATES,
+    *,
+    has_classes: bool = True,
+    promise: Promise | ErrorPromise | None = None,
+) -> list[str]:
+    """The codecs worth comparing: none whose head would be the whole row; of an output without classes none of classes.
+
+    Args:
+        promise: of such an output, which lowrank takes as its own.
+    """
     if not has_classes:
-        names = {text: split_term(text, "--codec")[0] for text in (*codecs, *OF_NUMBERS)}
-        return [text for text, name in names.items() if not CODECS[name].of_classes]
+        more = [text for text in OF_NUMBERS if promise is None or not text.startswith("lowrank")]
+        made = {text: asked_codec(text, num_classes, promise) for text in dict.fromkeys((*codecs, *more))}
+        return [text for text, codec in made.items() if not codec.of_classes]
     heads = {text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk"))}
     return [text for text in codecs if text not in heads or getattr(heads[text], "k", 0) < num_classes]
 
@@ -185,6 +206,8 @@ def candidates(num_classes: int, codecs: Sequence[str] = CANDIDATES, *, has_clas
 def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise | ErrorPromise | None) -> Surveyed:
     """Fit a codec on some rows of a teacher and measure it on others."""
     num_classes = teacher.width
+    if not teacher.has_output:
+        return Surveyed(text)
     try:
         codec = asked_codec(text, num_classes, promise)
         _check_kind(codec, teacher)
@@ -207,11 +230,13 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
         return Surveyed(
             text,
             storage.arrays(),
-            _kinds(storage.constants()),
-            storage.record_bytes,
+            kinds_of(storage.constants()),
+            storage.record_bytes + dense * 2 * num_classes,
             seconds,
+            dense=dense,
             mean_error=float(errors.mean()),
             worst_error=float(errors.max()),
+            explained=explained(given.logits, decoded),
         )
     served = isinstance(promise, Promise) and codec.serves(promise.temperature)
     grid = Storage(codec, promise=promise if served else None).grid
@@ -226,7 +251,7 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     return Surveyed(
         text,
         storage.arrays(),
-        _kinds(storage.constants()),
+        kinds_of(storage.constants()),
         storage.record_bytes + dense * 2 * num_classes,
         seconds,
         {t: float(rows.mean()) for t, rows in kl.items()},
@@ -236,7 +261,8 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     )
 
 
-def _kinds(constants: Mapping[str, np.ndarray]) -> Arrays:
+def kinds_of(constants: Mapping[str, np.ndarray]) -> Arrays:
+    """Data set -> (NumPy dtype string, shape)."""
     return {name: (array.dtype.newbyteorder("<").str, array.shape) for name, array in constants.items()}
 
 
@@ -245,7 +271,14 @@ def _check_kind(codec: Codec, teacher: Teacher) -> None:
     if codec.of_classes and not teacher.has_classes:
         raise ConfigError(
             f"--codec {codec.text} is of logits, and teacher {teacher.name!r} gives {teacher.output}",
-            tip="choose float16, float32 or int8",
+            tip="--codec lowrank takes a promise of its own here: --max-relative-error 0.1"
+            if codec.name == "lowrank"
+            else "choose float16, float32 or int8",
+        )
+    if codec.name == "lowrank" and teacher.has_classes and not codec.of_classes:
+        raise ConfigError(
+            f"--codec {codec.text} is of outputs without classes, and teacher {teacher.name!r} gives {teacher.output}",
+            tip="promise a divergence: lowrank:max_kl=1e-4,at_temperature=4",
         )
     if teacher.multi_label and not codec.complete:
         raise ConfigError(
@@ -270,7 +303,7 @@ def pick_codec(
         codecs: to pick from.
     """
     best: tuple[float, str] | None = None
-    for text in candidates(teachers[0].width, codecs, has_classes=teachers[0].has_classes):
+    for text in candidates(teachers[0].width, codecs, has_classes=teachers[0].has_classes, promise=promise):
         found = [survey_codec(text, teacher, prober, promise) for teacher in teachers]
         if all(keeps(one, promise) for one in found):
             size = sum(records * one.record_bytes + constants_bytes(one.constants) for one in found)
@@ -283,11 +316,11 @@ def pick_codec(
 
 def keeps(found: Surveyed, promise: Promise | ErrorPromise) -> bool:
     """Whether a surveyed codec may be picked for a promise; one that keeps failing rows dense needs no headroom."""
+    headroom = 1.0 if found.codec.startswith("lowrank") else HEADROOM
     if isinstance(promise, ErrorPromise):
-        return not found.refused and found.worst_error * HEADROOM <= promise.max_relative_error
+        return not found.refused and found.worst_error * headroom <= promise.max_relative_error
     if found.refused or found.codec.startswith("topk") or promise.temperature not in found.worst_kl:
         return False
-    headroom = 1.0 if found.codec.startswith("lowrank") else HEADROOM
     return found.worst_kl[promise.temperature] * headroom <= promise.max_kl
 
 
@@ -306,21 +339,21 @@ def choose_storages(
     """
     known = {teacher.name: job.known_member(teacher.name) for teacher in teachers}
     if job.base is not None and job.new_views:
-        for name in ("codec", "max_kl", "max_relative_error", "features", "for_"):
-            if getattr(config, name) not in (None, ()):
+        for name in ("codec", "max_kl", "max_relative_error", "features", "for_", "whiten"):
+            if getattr(config, name) not in (None, (), False):
                 raise ConfigError(f"{flag_of(name)} cannot be given with more views: the cache's members keep theirs")
         return {t.name: _as_before(job, t, prober, out) for t in teachers}
     promises = promises_of(config, teachers)
     texts_of = _codecs_of(config, job, teachers, prober, promises, codecs)
     storages = {}
     for teacher in teachers:
-        promise, text = promises[teacher.has_classes], texts_of.get(teacher.has_classes)
+        codec, promise = None, promises[teacher.has_classes] if teacher.has_output else None
+        text = texts_of.get(teacher.has_classes) if teacher.has_output else None
         before, wanted = known[teacher.name], asked_codec(text, teacher.width, promise) if text is not None else None
         if before is not None and (wanted is None or _same(before.codec or {}, wanted)):
             assert out is not None
             codec = restore(before, teacher.width, job.known_constants(out, teacher.name))
-        else:
-            assert wanted is not None
+        elif wanted is not None:
             _check_kind(wanted, teacher)
             codec = wanted.fit(prober.fitting_rows(teacher)) if needs_fit(wanted) else wanted
         _check_served(codec, promise)
@@ -328,8 +361,19 @@ def choose_storages(
         named = {str(spec) for spec in teacher.parse_features(texts)} if texts else set()
         needed = features_for(config.for_, teacher, prober.first_batch(teacher), codec)
         texts += [text for text in needed if text not in named]
-        storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober)
+        beside = _scale(teacher, prober, whiten=config.whiten)
+        storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober, beside)
+    if config.whiten and not any(teacher.output in OTHER_OUTPUTS for teacher in teachers):
+        raise ConfigError("--whiten is of embeddings and values, and no teacher gives any", tip="leave it out")
     return storages
+
+
+def _scale(teacher: Teacher, prober: Prober, *, whiten: bool) -> dict[str, np.ndarray]:
+    """Of an output without classes, measured on its first rows."""
+    if teacher.output not in OTHER_OUTPUTS:
+        return {}
+    measured = measure_scale(prober.scaling_rows(teacher, whiten=whiten), whiten=whiten)
+    return {f"{OUTPUT_PREFIX}{name}": value.numpy() for name, value in measured.items()}
 
 
 Promises = Mapping[bool, Promise | ErrorPromise | None]  # of members with classes, and of those without
@@ -337,7 +381,7 @@ Promises = Mapping[bool, Promise | ErrorPromise | None]  # of members with class
 
 def promises_of(config: StorageOptions, teachers: Sequence[Teacher]) -> Promises:
     """What is promised of members with classes, and of those without; ConfigError for a promise of members that are not there."""
-    kinds = {teacher.has_classes for teacher in teachers}
+    kinds = {teacher.has_classes for teacher in teachers if teacher.has_output}
     for flag, given, kind in (
         ("--max-kl", config.max_kl, True),
         ("--max-relative-error", config.max_relative_error, False),
@@ -364,8 +408,11 @@ def _codecs_of(
     Nothing is said of a kind whose members all have their codecs.
     """
     found = {}
-    for kind in dict.fromkeys(teacher.has_classes for teacher in teachers):
-        own, promise = [teacher for teacher in teachers if teacher.has_classes == kind], promises[kind]
+    with_output = [teacher for teacher in teachers if teacher.has_output]
+    if config.codec is not None and not with_output:
+        raise ConfigError(f"--codec {config.codec}: of these teachers features alone are kept", tip="leave it out")
+    for kind in dict.fromkeys(teacher.has_classes for teacher in with_output):
+        own, promise = [teacher for teacher in with_output if teacher.has_classes == kind], promises[kind]
         if config.codec is not None:
             found[kind] = config.codec
         elif not all(job.known_member(teacher.name) for teacher in own):
@@ -384,35 +431,55 @@ def _as_before(job: Job, teacher: Teacher, prober: Prober, out: Path | None) -> 
 
 
 def storage_of(
-    member: MemberInfo, teacher: Teacher, constants: Mapping[str, np.ndarray] | None, prober: Prober
+    member: MemberInfo,
+    teacher: Teacher,
+    constants: Mapping[str, np.ndarray] | None,
+    prober: Prober,
+    names: Collection[str] = (),
 ) -> Storage:
-    """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None."""
-    if constants is not None:
-        codec = restore(member, teacher.width, constants)
+    """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None.
+
+    Args:
+        names: of the data sets that its constants had, where they are made again.
+    """
+    if constants is not None or member.codec is None:
+        codec = restore(member, teacher.width, constants or {})
     else:
-        assert member.codec is not None
         codec = make_codec(member.codec["name"], member.codec["parameters"], teacher.width)
         codec = codec.fit(prober.fitting_rows(teacher))
     promise = promise_from(member.promise)
     dtype = member.features[0].dtype if member.features else "float16"
-    return _tapped(teacher, codec, [feature.name for feature in member.features], dtype, promise, prober)
+    has_scale = constants is None and f"{OUTPUT_PREFIX}mean" in names
+    beside = _scale(teacher, prober, whiten=f"{OUTPUT_PREFIX}whitening" in names) if has_scale else {}
+    return _tapped(teacher, codec, [feature.name for feature in member.features], dtype, promise, prober, beside)
 
 
 def _tapped(
     teacher: Teacher,
-    codec: Codec,
+    codec: Codec | None,
     texts: Sequence[str],
     dtype: str,
     promise: Promise | ErrorPromise | None,
     prober: Prober,
+    beside: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Storage:
     """The storage, with the teacher's taps set to what it needs."""
+    if codec is None and not texts:
+        raise ConfigError(
+            f"teacher {teacher.name!r}: of output=features its features alone are kept, and none is asked for",
+            tip="name some: --features LAYER:pool (--list-modules prints the layers), or --for hint",
+        )
     batch = prober.first_batch(teacher)
     features = stored_features(teacher, texts, dtype, batch)
-    classifier = teacher.find_classifier(batch) if features or codec.needs_classifier else None
+    on_input = codec is not None and codec.needs_classifier
+    classifier = teacher.find_classifier(batch) if (features and teacher.has_classes) or on_input else None
     teacher.features = tuple(feature.spec for feature in features)
-    teacher.classifier = classifier if codec.needs_classifier else None
-    beside = _classifier_arrays(teacher, classifier) if features and teacher.has_classes else {}
+    teacher.classifier = classifier if on_input else None
+    if codec is None:  # only now is it known what of it must stay the same
+        teacher.check_first_batch(batch)
+        check_batch_composition(teacher, prober.first_items())
+    if features and teacher.has_classes:
+        beside = _classifier_arrays(teacher, classifier)
     return Storage(codec, features, promise, beside, teacher.has_classes)
 
 
@@ -428,8 +495,8 @@ def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> l
     return asked
 
 
-def _check_served(codec: Codec, promise: Promise | ErrorPromise | None) -> None:
-    if isinstance(promise, Promise) and not codec.serves(promise.temperature):
+def _check_served(codec: Codec | None, promise: Promise | ErrorPromise | None) -> None:
+    if codec is not None and isinstance(promise, Promise) and not codec.serves(promise.temperature):
         lowest, highest = codec.temperatures or (0.0, 0.0)
         raise ConfigError(
             f"--at-temperature {promise.temperature:g}: codec {codec.name!r} serves temperatures from {lowest:g} to "

@@ -145,6 +145,8 @@ def _other_text(teacher: Teacher) -> str:
     """What a teacher without classes gives."""
     if teacher.output == "values":
         return f"teacher {teacher.name}: values {', '.join(teacher.value_names)}"
+    if not teacher.has_output:
+        return f"teacher {teacher.name}: features alone"
     return f"teacher {teacher.name}: embeddings of {teacher.width:,} numbers"
 
 

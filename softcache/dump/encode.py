@@ -57,17 +57,19 @@ class Encoded:
         measured = {name: value.numpy() for name, value in self.measured.items()}
         self._check(host, measured)
         if "dense_at" in self.dense:
+            assert self.storage.codec is not None
             _number_dense_rows(out, self.member, self.storage.codec, host["records"], self.dense)
         out.append(self.member, host, self._statistics(host, measured))
 
     def _check(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> None:
-        codec, promise = self.storage.codec, self.storage.promise
+        promise = self.storage.promise
+        codec = "" if self.storage.codec is None else self.storage.codec.name
         if not measured["finite"].all():
             named = self._named(~measured["finite"].astype(bool))
             raise not_finite(self.member, named, has_classes=self.storage.has_classes)
         if "eps" in host and not np.isfinite(host["eps"]).all():
             raise CodecRangeError(
-                f"codec {codec.name!r} cannot hold the {self._what} of teacher {self.member!r}, they are too large, for "
+                f"codec {codec!r} cannot hold the {self._what} of teacher {self.member!r}, they are too large, for "
                 + self._named(~np.isfinite(host["eps"])),
                 tip="use --codec float32",
             )
@@ -85,11 +87,11 @@ class Encoded:
             if broken.any():
                 worst, what = float(measured["promised"].max()), "KL" if self.storage.has_classes else "it is"
                 raise CodecFitError(
-                    f"codec {codec.name!r} does not keep {promise}: {what} {worst:.3g} for " + self._named(broken),
+                    f"codec {codec!r} does not keep {promise}: {what} {worst:.3g} for " + self._named(broken),
                     tip=(
                         "use --codec lowrank, which keeps such rows dense, or headtail or float16"
                         if self.storage.has_classes
-                        else "use --codec float16 or float32"
+                        else "use --codec float16 or float32, or lowrank, which keeps such rows dense"
                     )
                     + "; finished shards stay, but another codec needs another --out",
                 )
@@ -152,12 +154,16 @@ def encode(
     classifier_input = (
         None if output.classifier_input is None else torch.where(finite[:, None], output.classifier_input, 0.0)
     )
-    coded = _encoded(codec.encode, (logits, classifier_input), f"teacher {teacher.name!r}", samples, rows)
-    arrays = {name: coded[name] for name in codec.arrays}
-    decoded = codec.decode(coded) if codec.complete else None
-    if decoded is not None and codec.bounded:
-        eps = eps_of(codec, logits, coded, decoded)
-        arrays["eps"] = round_up_to_half(eps + output.rounding if teacher.rounds else eps)
+    coded: dict[str, Tensor] = {}
+    arrays: dict[str, Tensor] = {}
+    decoded = None
+    if codec is not None:
+        coded = _encoded(codec.encode, (logits, classifier_input), f"teacher {teacher.name!r}", samples, rows)
+        arrays = {name: coded[name] for name in codec.arrays}
+        decoded = codec.decode(coded) if codec.complete else None
+        if decoded is not None and codec.bounded:
+            eps = eps_of(codec, logits, coded, decoded)
+            arrays["eps"] = round_up_to_half(eps + output.rounding if teacher.rounds else eps)
     for feature in storage.features:
         values = output.features[feature.name]
         what = f"feature {feature.name!r} of teacher {teacher.name!r}"
@@ -170,7 +176,6 @@ def encode(
     if storage.has_classes:
         measured |= _of_classes(teacher, storage, logits, coded, decoded, labels, few)
     else:
-        assert decoded is not None  # codecs that keep some classes hold no such output
         measured |= _of_numbers(storage, logits, decoded, few)
     dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}
     ready = None
@@ -196,14 +201,17 @@ def _of_classes(
     measured["decided"] = _decided(logits, labels)
     measured["kl"] = _divergences(storage, logits, coded, decoded, few, single=not has_several(labels))
     if isinstance(storage.promise, Promise):
+        assert storage.codec is not None
         measured["promised"] = kl_at(storage.codec, logits, coded, decoded, storage.promise.temperature)
     return measured
 
 
-def _of_numbers(storage: Storage, given: Tensor, decoded: Tensor, few: slice | list[int]) -> dict[str, Tensor]:
-    """What is measured of an output without classes: no class, and the relative error."""
-    nothing = given.new_zeros(4, dtype=torch.float64)
-    measured = {"sums": nothing, "kl": given.new_zeros(0, 0), "error": relative_errors(given[few], decoded[few])}
+def _of_numbers(storage: Storage, given: Tensor, decoded: Tensor | None, few: slice | list[int]) -> dict[str, Tensor]:
+    """What is measured of an output without classes: no class, and the relative error; of features alone nothing."""
+    measured = {"sums": given.new_zeros(4, dtype=torch.float64), "kl": given.new_zeros(0, 0)}
+    if decoded is None:
+        return measured
+    measured["error"] = relative_errors(given[few], decoded[few])
     if storage.promise is not None:
         measured["promised"] = relative_errors(given, decoded)
     return measured
@@ -254,6 +262,7 @@ def _divergences(
     """(grid, n) KL of some rows of the batch; (0, 0) for multi-label targets."""
     if not single:
         return logits.new_zeros(0, 0)
+    assert storage.codec is not None
     few = {name: value[chosen] for name, value in coded.items() if name not in ("dense", "dense_at")}
     shown = None if decoded is None else decoded[chosen]
     return torch.stack([kl_at(storage.codec, logits[chosen], few, shown, t) for t in storage.grid])

@@ -12,13 +12,13 @@ from softcache.errors import LossError, nearest
 from softcache.losses import CLASSIFIER, LOSSES, OUTPUT, Loss, middle
 
 
-def features_for(losses: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
+def features_for(losses: Sequence[str], teacher: Teacher, batch: Any, codec: Codec | None) -> list[str]:
     """The cheapest features of a teacher that serve these losses, as `--features` would name them, early to late.
 
     Args:
         losses: names in LOSSES.
         batch: collated inputs, to see what the teacher's modules give.
-        codec: of the logits; linear_head keeps the input of the final linear layer already.
+        codec: of the logits; linear_head keeps the input of the final linear layer already. None: features alone are kept.
 
     Raises:
         LossError: an unknown loss, or one that this teacher or this codec cannot serve.
@@ -54,7 +54,7 @@ def check_names(names: Sequence[str]) -> None:
             raise LossError(f"--for {name}: it learns from hard labels alone", tip="leave it out")
 
 
-def _check(name: str, teacher: Teacher, codec: Codec) -> None:
+def _check(name: str, teacher: Teacher, codec: Codec | None) -> None:
     """Raise LossError for a loss that no feature could serve."""
     loss = LOSSES[name]
     if not teacher.has_classes and (
@@ -64,11 +64,13 @@ def _check(name: str, teacher: Teacher, codec: Codec) -> None:
             f"--for {name}: it is on classes, and teacher {teacher.name!r} gives {teacher.output}",
             tip="leave it out: what the teacher gives is stored as it is",
         )
-    if teacher.has_classes and loss.features == (OUTPUT,):
+    if (teacher.has_classes or codec is None) and loss.features == (OUTPUT,):
         raise LossError(
             f"--for {name}: it is of teachers that give an embedding or values, and {teacher.name!r} gives {teacher.output}",
             tip="leave it out, or say what the teacher gives: output=values",
         )
+    if codec is None:
+        return
     if loss.needs("teacher_logits") and not codec.complete:
         raise LossError(
             f"--for {name}: it needs the logits of every class, codec {codec.name!r} keeps some",
@@ -86,9 +88,9 @@ def _check(name: str, teacher: Teacher, codec: Codec) -> None:
         )
 
 
-def _features(name: str, ends: Sequence[str], teacher: Teacher, batch: Any, codec: Codec) -> list[str]:
+def _features(name: str, ends: Sequence[str], teacher: Teacher, batch: Any, codec: Codec | None) -> list[str]:
     loss = LOSSES[name]
-    if not teacher.has_classes and loss.reads_output:
+    if not teacher.has_classes and teacher.has_output and loss.reads_output:
         return []  # the output is the member's record
     on_classifier = loss.graft or loss.needs("classifier_weight", "classifier_bias")
     if on_classifier and teacher.find_classifier(batch) is None:
@@ -100,7 +102,7 @@ def _features(name: str, ends: Sequence[str], teacher: Teacher, batch: Any, code
     if pooled is not None:
         return [f"{pooled.layers[0]}:map"]
     if loss.layers == CLASSIFIER or (CLASSIFIER in loss.features and (loss.graft or not ends)):
-        return [] if codec.needs_classifier else [_classifier_feature(name, teacher, batch)]
+        return [] if codec is not None and codec.needs_classifier else [_classifier_feature(name, teacher, batch)]
     return _maps(name, loss, ends, teacher)
 
 

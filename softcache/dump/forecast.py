@@ -32,6 +32,7 @@ from softcache.dump.choose_codec import (
     Surveyed,
     candidates,
     choose_storages,
+    kinds_of,
     promises_of,
     survey_codec,
 )
@@ -56,6 +57,7 @@ from softcache.report.tables import percent, size, table
 TRIAL_SECONDS = 6.0  # how long the larger trial dump should take
 FEWEST_ROWS, MOST_ROWS = 512, 16384
 TRIALS = 3  # dumps
+ALONE = "features alone"  # in place of a codec, where no teacher's output is kept
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ class Choice:
     def worst_error(self) -> float:
         """The worst relative error of a record of any member without classes."""
         return max(one.worst_error for one in self.found.values())
+
+    @property
+    def fidelity(self) -> tuple[str, str]:
+        """Of outputs without classes, for the table."""
+        if self.codec == ALONE:
+            return "-", "-"
+        return f"{self.mean_error:.1e} / {self.worst_error:.1e}", f"{100 * self.explained:.4g} %"
+
+    @property
+    def explained(self) -> float:
+        """The least share of the variance that is kept of a member without classes."""
+        return min(one.explained for one in self.found.values())
 
     @property
     def mean_error(self) -> float:
@@ -148,7 +162,6 @@ class Forecast:
         header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", *(f"KL T={t:g}" for t in grid)]
         header.append("decisions kept" if self.multi_label else "top-1 kept")
         rows = [self._row(one, grid) for one in self.choices if not one.refused]
-        refused = [f"  {one.codec}: {one.refused}" for one in self.choices if one.refused]
         chosen = self.choice
         lines = [
             f"{self.samples:,} samples x {self.views} views x {self.members} members, {self.classes:,} classes; "
@@ -160,8 +173,7 @@ class Forecast:
             lines += [
                 f"  feature {name} of {member}: {nbytes:,} bytes a record, counted in" for name, nbytes in kept.items()
             ]
-        if refused:
-            lines += ["", "not for this teacher:", *refused]
+        lines += self._refused()
         lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
         if isinstance(self.promise, Promise):
             worst = chosen.worst(self.promise.temperature)
@@ -171,12 +183,8 @@ class Forecast:
 
     def _text_of_numbers(self) -> str:
         """Of members without classes."""
-        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", "relative error"]
-        rows = [
-            [*self._cells(one), f"{one.mean_error:.1e} / {one.worst_error:.1e}"]
-            for one in self.choices
-            if not one.refused
-        ]
+        header = ["", "codec", "bytes a record", "cache", "dump", "MB/s", "relative error", "variance kept"]
+        rows = [[*self._cells(one), *one.fidelity] for one in self.choices if not one.refused]
         chosen = self.choice
         lines = [
             f"{self.samples:,} samples x {self.views} views x {self.members} members, {', '.join(self.outputs)}; "
@@ -188,12 +196,17 @@ class Forecast:
             lines += [
                 f"  feature {name} of {member}: {nbytes:,} bytes a record, counted in" for name, nbytes in kept.items()
             ]
+        lines += self._refused()
         lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
         if self.promise is not None:
-            lines[-1] += (
-                f"; {self.promise}: worst {chosen.worst_error:.2g}, checked again on every record while dumping"
-            )
+            shown = "dense where it fails" if chosen.codec.startswith("lowrank") else f"worst {chosen.worst_error:.2g}"
+            lines[-1] += f"; {self.promise}: {shown}, checked again on every record while dumping"
         return "\n".join(lines)
+
+    def _refused(self) -> list[str]:
+        """Why other codecs cannot be used."""
+        refused = [f"  {one.codec}: {one.refused}" for one in self.choices if one.refused]
+        return ["", "not for this teacher:", *refused] if refused else []
 
     def _cells(self, one: Choice) -> list[str]:
         """What every kind of output has."""
@@ -226,7 +239,11 @@ class Forecast:
                     "record_bytes": max(found.record_bytes for found in one.found.values()),
                     "agreement": min(found.agreement for found in one.found.values()),
                     "kl": {f"{t:g}": {"mean": one.mean(t), "worst": one.worst(t)} for t in GRID},
-                    **({"error": {"mean": one.mean_error, "worst": one.worst_error}} if self.outputs else {}),
+                    **(
+                        {"error": {"mean": one.mean_error, "worst": one.worst_error}, "explained": one.explained}
+                        if self.outputs
+                        else {}
+                    ),
                 }
                 for one in self.choices
             },
@@ -264,13 +281,15 @@ def run(
     transfer_set, job, viewed, prober, teachers = _open(config, measured_rows)
     once = max(0.0, 2 * middle - begin - time.monotonic())  # what a process loads the first time, as a dump's will
     _refuse_both(teachers)
-    with_classes, classes = teachers[0].has_classes, teachers[0].width
+    first = next((teacher for teacher in teachers if teacher.has_output), teachers[0])
+    with_classes, classes = first.has_classes, first.width
     promise = promises_of(config, teachers)[with_classes]
     storages = choose_storages(config, job, teachers, prober, None, codecs=codecs)
-    chosen = storages[teachers[0].name].codec.text
-    # as a dump would write them, so that the chosen one is not there twice
-    named = [asked_codec(t, classes, promise) for t in candidates(classes, codecs, has_classes=with_classes)]
-    texts = list(dict.fromkeys([*(one.text for one in named), chosen]))
+    texts, chosen = [ALONE], ALONE
+    if (codec := storages[first.name].codec) is not None:
+        chosen, asked = codec.text, candidates(classes, codecs, has_classes=with_classes, promise=promise)
+        # as a dump would write them, so that the chosen one is not there twice
+        texts = list(dict.fromkeys([*(asked_codec(text, classes, promise).text for text in asked), chosen]))
     with Meter("plan", len(texts) + TRIALS, unit="trials", quiet=quiet) as meter:
         surveyed = {
             text: {t.name: survey_codec(text, t, prober, promise) for t in teachers} for text in meter.over(texts)
@@ -297,9 +316,9 @@ def run(
             continue
         per_view = rates.per_view + sum(one.seconds for one in found.values()) - base
         seconds = replace(rates, per_view=max(0.0, per_view)).seconds(len(transfer_set), job.views)
-        kept = (
-            {} if asked_codec(text, classes, promise).needs_classifier else classifiers
-        )  # linear_head has the layer itself
+        scales = {name: kinds_of(s.beside) for name, s in storages.items() if not s.has_classes}
+        has_layer = text != ALONE and asked_codec(text, classes, promise).needs_classifier  # linear_head
+        kept = {**({} if has_layer else classifiers), **scales}
         nbytes = probe_bytes + _cache_bytes(config, transfer_set, job, found, storages, kept)
         choices.append(Choice(text, found, nbytes, seconds))
     choices.sort(key=lambda one: (bool(one.refused), -one.nbytes))
@@ -319,7 +338,7 @@ def run(
 
 def _refuse_both(teachers: Sequence[Teacher]) -> None:
     """Codecs are compared by the divergence of classes, or by the error of other numbers."""
-    if len({teacher.has_classes for teacher in teachers}) > 1:
+    if len({teacher.has_classes for teacher in teachers if teacher.has_output}) > 1:
         raise ConfigError(
             "plan compares codecs for members with classes, or for members without, and here are both",
             tip="plan them one after the other: sizes add up",
@@ -365,7 +384,8 @@ def _cache_bytes(
     total = file_bytes(samples)
     for name, arrays in records.items():
         total += _parts_bytes(layout, arrays)
-        total += _dense_bytes(layout, found[name].dense, classes)
+        if (codec := storages[name].codec) is not None:
+            total += _dense_bytes(layout, found[name].dense, codec.num_classes)
         total += constants_bytes({**found[name].constants, **classifiers.get(name, {})})
     return total + _parts_bytes(layout, {"pixel_digests": ("<u4", ())})
 
@@ -427,7 +447,7 @@ def _rates(
             chosen = np.linspace(0, count - 1, min(rows, count)).astype(np.int64)
             keys.write_text("".join(f"{transfer_set.keys[int(i)]}\n" for i in chosen), encoding="utf-8")
             values = {f.name: getattr(config, f.name) for f in fields(PlanConfig)}
-            values |= {"samples": str(keys), "codec": codec, "views": views, "max_kl": None}
+            values |= {"samples": str(keys), "codec": None if codec == ALONE else codec, "views": views, "max_kl": None}
             values["at_temperature"] = PlanConfig.at_temperature  # of no use without a promise
             done = dump.run(DumpConfig(**values, out=str(Path(folder) / f"cache-{number}")), quiet=True)
             meter.add()

@@ -254,7 +254,7 @@ def _format(
         ModelError: a teacher without classes, for whose answers it has no place.
     """
     others = [teacher for teacher in teachers if not teacher.has_classes]
-    needed = max(PROVISIONAL_FORMAT if others else FORMAT_VERSION, *(s.codec.format for s in storages.values()))
+    needed = max(PROVISIONAL_FORMAT if others else FORMAT_VERSION, *map(_codec_format, storages.values()))
     if base is None:
         return max(int(config.format), needed)
     if others and base.plan.format == FORMAT_VERSION:
@@ -264,12 +264,17 @@ def _format(
             tip="dump it into a cache of its own (another --out), or all members again with --format 2",
         )
     if needed > base.plan.format:
-        named = ", ".join(sorted({s.codec.text for s in storages.values() if s.codec.format > base.plan.format}))
+        newer = [s.codec for s in storages.values() if s.codec is not None and s.codec.format > base.plan.format]
+        named = ", ".join(sorted({codec.text for codec in newer}))
         raise ConfigError(
             f"--codec {named} is of format version {needed}, and this cache is of version {base.plan.format}",
             tip="choose another codec, or make a new cache",
         )
     return base.plan.format
+
+
+def _codec_format(storage: Storage) -> int:
+    return FORMAT_VERSION if storage.codec is None else storage.codec.format
 
 
 def _check_same_member(before: MemberInfo, now: MemberInfo, format: int) -> None:

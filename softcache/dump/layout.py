@@ -88,20 +88,22 @@ class Storage:
     """How one member's records are stored.
 
     Attributes:
-        classifier: weight and bias of the teacher's final linear layer, kept beside features.
+        codec: None where features alone are kept.
+        beside: what else stands once for all records: weight and bias of the teacher's final linear layer, kept beside
+            features; of an output without classes its scale.
         has_classes: what is stored are logits, of which a divergence between soft targets can be told.
     """
 
-    codec: Codec
+    codec: Codec | None
     features: Sequence[StoredFeature] = ()
     promise: Promise | ErrorPromise | None = None
-    classifier: Mapping[str, np.ndarray] = field(default_factory=dict)
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
     has_classes: bool = True
 
     def arrays(self) -> Arrays:
         """Data set -> (dtype, shape of one record): the codec's, the bound of each record, and the features'."""
-        arrays = dict(self.codec.arrays)
-        if self.codec.bounded:
+        arrays = {} if self.codec is None else dict(self.codec.arrays)
+        if self.codec is not None and self.codec.bounded:
             arrays["eps"] = ("<f2", ())
         for feature in self.features:
             arrays |= feature_arrays(feature)
@@ -110,7 +112,7 @@ class Storage:
     @property
     def grid(self) -> tuple[float, ...]:
         """The temperatures at which fidelity is measured: the codec's, and the promise's; none of what has no classes."""
-        if not self.has_classes:
+        if not self.has_classes or self.codec is None:
             return ()
         asked = {self.promise.temperature} if isinstance(self.promise, Promise) else set()
         return tuple(sorted({*grid_of(self.codec), *asked}))
@@ -130,11 +132,14 @@ class Storage:
         return self.record_bytes - sum(record_bytes(feature_arrays(feature)) for feature in self.features)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """What stands once for all records: the codec's constants, and the final linear layer beside features."""
-        return {**{f"codec_{name}": value.numpy() for name, value in self.codec.constants.items()}, **self.classifier}
+        """What stands once for all records: the codec's constants, and what is beside."""
+        fitted = {} if self.codec is None else self.codec.constants
+        return {**{f"codec_{name}": value.numpy() for name, value in fitted.items()}, **self.beside}
 
     def with_constants(self, constants: Mapping[str, np.ndarray]) -> Storage:
         """The same with the constants that lie on disk: equal for every part and every resume."""
+        if self.codec is None:
+            return self
         return replace(self, codec=self.codec.with_constants(codec_constants(constants)))
 
 
@@ -166,7 +171,9 @@ def promise_of(config: StorageOptions, *, multi_label: bool) -> Promise | None:
 def asked_codec(text: str, num_classes: int, promise: Promise | ErrorPromise | None) -> Codec:
     """The codec that `name:key=value,...` names, not fitted; lowrank takes the promise as its own."""
     name, parameters = split_term(text, "--codec")
-    if name == "lowrank" and isinstance(promise, Promise):
+    if name == "lowrank" and isinstance(promise, ErrorPromise):
+        parameters = {"max_relative_error": str(promise.max_relative_error), **parameters}
+    elif name == "lowrank" and isinstance(promise, Promise):
         parameters = {"max_kl": str(promise.max_kl), "at_temperature": str(promise.temperature), **parameters}
     return make_codec(name, parameters, num_classes)
 
@@ -176,9 +183,10 @@ def needs_fit(codec: Codec) -> bool:
     return type(codec).fit is not Codec.fit
 
 
-def restore(member: MemberInfo, num_classes: int, constants: Mapping[str, np.ndarray]) -> Codec:
-    """A member's codec as an earlier dump fixed it."""
-    assert member.codec is not None  # dumped are logits
+def restore(member: MemberInfo, num_classes: int, constants: Mapping[str, np.ndarray]) -> Codec | None:
+    """A member's codec as an earlier dump fixed it; None of features alone."""
+    if member.codec is None:
+        return None
     return restore_codec(member.codec["name"], member.codec["parameters"], num_classes, codec_constants(constants))
 
 
@@ -200,10 +208,12 @@ def member_info(teacher: Teacher, storage: Storage) -> MemberInfo:
         name=teacher.name,
         model=teacher.model_spec,
         fingerprint=teacher.fingerprint or "",
-        output=teacher.output,
+        output=teacher.output if teacher.has_output else None,
         compute_dtype=teacher.compute_dtype,
         class_order=teacher.class_order,
-        codec={
+        codec=None
+        if codec is None
+        else {
             "name": codec.name,
             "parameters": codec.parameters,
             "fields": [field.to_json() for field in codec.fields],
@@ -232,7 +242,7 @@ def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:
     records = layout.num_rows * layout.num_views
     rows, total = [], 0
     for name, storage in storages.items():
-        parts = [(storage.codec.text, storage.codec_bytes)]
+        parts = [] if storage.codec is None else [(storage.codec.text, storage.codec_bytes)]
         parts += [
             (f"{f.name} as {f.codec.form}, {f.codec.dtype}", record_bytes(feature_arrays(f))) for f in storage.features
         ]

@@ -26,7 +26,7 @@ from softcache.models.estimators import callee_of
 from softcache.models.inputs import is_text
 from softcache.models.item_range import check_scale
 from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
-from softcache.models.model import CLASS_OUTPUTS, OTHER_OUTPUTS
+from softcache.models.model import CLASS_OUTPUTS, FEATURES, OTHER_OUTPUTS
 from softcache.spec import Spec, parse_spec, split_list
 
 OF_TEACHERS = ("name", "output", "decides")  # parameters of a spec that are no model's
@@ -115,9 +115,9 @@ def open_teacher(
 ) -> Teacher:
     """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
 
-    The parameters `name=` (of the member), `output=` (logits, log_probs, probs; embedding, values), `names=` (of its values),
-    `head=none` (an embedding: what its final linear layer takes) and `decides=own` (its own `predict` may decide otherwise than
-    its largest column) belong to the teacher, the rest to the model.
+    The parameters `name=` (of the member), `output=` (logits, log_probs, probs; embedding, values; features: no output is kept),
+    `names=` (of its values), `head=none` (an embedding: what its final linear layer takes) and `decides=own` (its own `predict`
+    may decide otherwise than its largest column) belong to the teacher, the rest to the model.
 
     Args:
         taken: member names that are in use already.
@@ -182,7 +182,7 @@ def open_teacher(
         decide = callee.decide if decides is None else None
         portable = (bare if decides is None else bare.having(decides="own")).portable()
     output = said_output or output
-    if output not in OTHER_OUTPUTS and not num_classes:
+    if output not in (*OTHER_OUTPUTS, FEATURES) and not num_classes:
         raise _no_classes(text)
     told_input = dict(getattr(network, "told_input", {})) | ({"head": "none"} if headless else {})
     teacher = Teacher(

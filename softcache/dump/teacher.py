@@ -38,7 +38,7 @@ from softcache.features.taps import (
     map_ends,
 )
 from softcache.models import Model
-from softcache.models.model import CLASS_OUTPUTS, OTHER_OUTPUTS, OUTPUTS
+from softcache.models.model import CLASS_OUTPUTS, FEATURES, OTHER_OUTPUTS, OUTPUTS
 
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # counts, as of votes
 ASKED_ROWS = 512  # of the first batches, on which an object's own `predict` is asked
@@ -48,6 +48,8 @@ PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the l
 @dataclass
 class TeacherOutput:
     """One batch of logits, (B, C) float32 in the cache's class order; or of an output without classes, as it was given.
+
+    Of a teacher whose features alone are kept (B, 0).
 
     Attributes:
         rounding: (B,) bound on what the last layer's own dtype may have cost, 0 for float32.
@@ -73,7 +75,8 @@ class Teacher:
         wanted_name: the same before a number was added to tell it from others; `is_named` where the user chose it.
         model_spec: portable spec string.
         collate: items -> batch, for the loader's workers.
-        output: what the teacher gives: "logits", "log_probs" or "probs"; "embedding" or "values".
+        output: what the teacher gives: "logits", "log_probs" or "probs"; "embedding" or "values"; "features": what it gives is
+            not kept.
         value_names: of the output "values"; empty until the first batch where nobody named them.
         told_input: what it alone does to its inputs and outputs, for the manifest.
         fingerprint: sha256 of weights and preprocessing; None until the first batch for a teacher without weights.
@@ -106,8 +109,8 @@ class Teacher:
         value_names: Sequence[str] = (),
         told_input: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        if output not in OUTPUTS:
-            raise ConfigError(f"teacher {name!r}: unknown output {output!r}", tip=nearest(output, OUTPUTS))
+        if output not in (*OUTPUTS, FEATURES):
+            raise ConfigError(f"teacher {name!r}: unknown output {output!r}", tip=nearest(output, (*OUTPUTS, FEATURES)))
         self.value_names, self.told_input = tuple(value_names), dict(told_input)
         self._width: int | None = None  # of an output without classes, once it was seen
         self.name, self.model_spec, self.network, self.collate = name, model_spec, network, collate
@@ -145,6 +148,9 @@ class Teacher:
         """
         with self._faults_explained(batch):
             raw, classifier_input, features = self._run_tapped(batch)
+        if not self.has_output:
+            count = len(next(iter(features.values()))) if features else _count(batch)
+            return TeacherOutput(torch.empty(count, 0, device=self.device), torch.zeros(0), 0, None, features)
         raw = self._as_rows(raw)
         self.compute_dtype = str(raw.dtype).removeprefix("torch.")
         relative = HALF_ROUNDING.get(raw.dtype, 0.0)
@@ -176,8 +182,15 @@ class Teacher:
         return self.output in CLASS_OUTPUTS
 
     @property
+    def has_output(self) -> bool:
+        """Whether what it gives is kept, or features alone."""
+        return self.output != FEATURES
+
+    @property
     def width(self) -> int:
-        """How many numbers it gives of a sample: C; of an output without classes known after the first batch."""
+        """How many numbers are kept of its answer: C; of an output without classes known after the first batch."""
+        if not self.has_output:
+            return 0
         if self.has_classes:
             return self.num_classes
         assert self._width is not None, "its first batch tells how wide it is"
@@ -308,11 +321,20 @@ class Teacher:
         """What a user wrote, to name the place of."""
         return self._net.forward if isinstance(self.network, nn.Module) else self.network
 
+    def answers(self, batch: Any) -> Tensor:
+        """(B, n) what must be the same whenever the samples are asked again: its output; else the features that are tapped."""
+        return self._answers_of(self(batch))
+
+    def _answers_of(self, output: TeacherOutput) -> Tensor:
+        if self.has_output:
+            return output.logits
+        tapped = [value.flatten(1).float() for value in output.features.values()]
+        return torch.cat([output.logits, *(one.to(self.device) for one in tapped)], dim=1)
+
     def _run_tapped(self, batch: Any) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
         if self.autocast is not None and self._last is None and isinstance(self.network, nn.Module):
-            self._last = last_layer(
-                self.network, to_device(batch, self.device)
-            )  # a run of its own, before anything is tapped
+            # a run of its own, before anything is tapped
+            self._last = last_layer(self.network, to_device(batch, self.device))
         with ExitStack() as stack:
             taps = stack.enter_context(Taps(self._net, self.features)) if self.features else None
             tap = stack.enter_context(ClassifierTap(self.classifier)) if self.classifier is not None else None
@@ -353,7 +375,7 @@ class Teacher:
 
     def find_classifier(self, batch: Any) -> nn.Linear | None:
         """The linear layer whose output is the logits; None where there is none, or where it gives no logits."""
-        if not isinstance(self.network, nn.Module) or self.output not in ("logits", *OTHER_OUTPUTS):
+        if not isinstance(self.network, nn.Module) or self.output not in ("logits", *OTHER_OUTPUTS, FEATURES):
             return None
         return classifier_of(self.network, to_device(batch, self.device))
 
@@ -378,19 +400,25 @@ class Teacher:
     def _run_module(self, inputs: Any) -> Any:
         """The module is asked with float32; one in a half type that cannot take it, with its own type from then on."""
         if self._half is None:
-            return self.network(inputs)
+            return self._forward(inputs)
         try:
-            return self.network(inputs)
+            return self._forward(inputs)
         except RuntimeError as exc:
             if "type" not in str(exc):  # "mat1 and mat2 must have the same dtype", "Input type and bias type ..."
                 raise
         hook = self._net.register_forward_pre_hook(HalfInputs(self._half), with_kwargs=True)
         self._half = None
         try:
-            return self.network(inputs)
+            return self._forward(inputs)
         except Exception:
             hook.remove()
             raise
+
+    def _forward(self, inputs: Any) -> Any:
+        """What the network gives; where that is not kept it may be no tensor, which a `Model` refuses."""
+        if self.has_output:
+            return self.network(inputs)
+        return self._net(self._prepared(inputs))
 
     def _log(self, probabilities: Tensor) -> tuple[Tensor, int]:
         if bool((probabilities < 0).any()) or bool((probabilities > 1 + 1e-6).any()):
@@ -411,7 +439,7 @@ class Teacher:
             TeacherError: train mode, changed buffers, another output the second time, or probabilities declared as logits.
         """
         output = self(batch)
-        first, second = output.logits, self(batch).logits
+        first, second = self._answers_of(output), self.answers(batch)
         self._check_frozen()
         if self.fingerprint is None:
             self.fingerprint = hashlib.sha256(first.cpu().numpy().tobytes() + self._taken.encode()).hexdigest()
@@ -450,7 +478,9 @@ class Teacher:
         self._check_frozen()
         if self.first_batch is not None:
             batch, before = self.first_batch
-            self._check_same(before, self(batch).logits, "gave another output for the first batch than before the dump")
+            self._check_same(
+                before, self.answers(batch), "gave another output for the first batch than before the dump"
+            )
 
     def _check_same(self, before: Tensor, now: Tensor, what: str) -> None:
         scale = max(1.0, float(before.abs().amax())) if before.numel() else 1.0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from softcache.evaluate.spans import span_scores
 from softcache.report.tables import percent, table
 
 OTHER_NUMBERS = {
@@ -28,11 +29,13 @@ SHARES = ("recall_at_10", "nearest_neighbour", "class_recall_at_5", "linear_prob
 class Evaluation:
     """Measured over one data set; shares are of 1, `nll` and `kl` in nats. None where it does not apply.
 
-    What is counted, a decision, is the class of a labelled sample; of data with several labels per sample, each known yes or no.
-    A model says the class with the largest logit, of equals the first, and yes where a logit is above 0.
+    What is counted, a decision, is the class of a labelled sample; of data with several labels per sample, each known yes or no;
+    of data with labels of words, the class of a labelled word. A model says the class with the largest logit, of equals the
+    first, and yes where a logit is above 0.
 
     Attributes:
-        samples, labelled: how many there were, and how many had a label (several: at least one that is known).
+        samples, labelled: how many there were, and how many had a label (several: at least one that is known; of words: how many
+            words had one).
         multi_label: the data has several labels per sample.
         decisions: how many `top1`, `errors`, `nll` and `calibration_error` are over; None: as many as are labelled.
         wrong_samples: how many samples have a wrong decision.
@@ -42,12 +45,16 @@ class Evaluation:
         nll: mean negative log-likelihood of a decision: cross-entropy, or of several labels binary cross-entropy.
         calibration_error: expected calibration error in 15 equal bins of confidence (Guo et al. 2017), which is the
             probability of what the model says: of several labels that of the yes or the no.
-        agreement: share of all samples where the model says what the cache says; of several labels, of all samples' labels.
+        agreement: share of all samples where the model says what the cache says; of several labels, of all samples' labels; of
+            words, of all that have a record.
         kl: mean KL(cache || model) at `temperature` over the same, not scaled by T**2; of several labels the binary one.
         bias: class -> what was added to its logits.
         class_errors: class -> (errors, of how many with this label); of several labels: label -> (errors, of how many known).
         yes_errors: several labels alone: label -> (those that are yes and were told no, of how many that are yes).
         numbers: of a model whose outputs are no classes, by the names in OTHER_NUMBERS.
+        positions: of data with labels of words, how many words there were; else None.
+        spans: where the classes mark spans (`B-PER`, `I-PER`, `O`): type -> how many were right, told and there. A span is right
+            where its type, its first and its last word are.
     """
 
     samples: int
@@ -67,6 +74,13 @@ class Evaluation:
     wrong_samples: int | None = None
     yes_errors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
+    positions: int | None = None
+    spans: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    @property
+    def span_f1(self) -> float | None:
+        """Micro-averaged F1 of exact spans; None where the classes mark none, or none is told or there."""
+        return span_scores(self.spans)["f1"]
 
     @property
     def counted(self) -> int:
@@ -80,33 +94,41 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        return {**asdict(self), "errors": self.errors}
+        found = {**asdict(self), "errors": self.errors}
+        return found | (
+            {f"span_{name}": value for name, value in span_scores(self.spans).items()} if self.spans else {}
+        )
 
     def columns(self) -> dict[str, Any]:
         """What a run's row of metrics has of it."""
         if self.numbers:
             return {f"eval_{name}": value for name, value in self.numbers.items()}
         found = {"eval_top1": self.top1, "eval_nll": self.nll, "eval_errors": self.errors}
+        found |= {"eval_span_f1": self.span_f1} if self.spans else {}
         return found | ({"eval_wrong_samples": self.wrong_samples} if self.multi_label else {})
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) lines for a table, without what does not apply."""
         several = self.multi_label
-        each = " a decision" if several else ""
+        words = self.positions is not None
+        each = " a decision" if several else " a word" if words else ""
         asked = self.samples * len(self.class_errors)
+        of_all = self.samples if self.positions is None else self.positions
         facts = [
             ("samples", f"{self.samples:,}"),
-            ("with a label", None if self.labelled in (0, self.samples) else f"{self.labelled:,}"),
+            ("words", f"{self.positions:,}" if words else None),
+            ("with a label", None if self.labelled in (0, of_all) else f"{self.labelled:,}"),
             ("known yes or no", f"{self.counted:,} of {asked:,}" if several and self.counted < asked else None),
-            ("right decisions" if several else "top-1", self._right()),
+            ("right decisions" if several else "right words" if words else "top-1", self._right()),
             ("top-5", None if self.top5 is None else percent(self.top5)),
             ("NLL", None if self.nll is None else f"{self.nll:.4f} nats{each}"),
             ("calibration error", None if self.calibration_error is None else percent(self.calibration_error)),
+            *self._span_rows(),
             (
                 "agreement with the cache",
                 None
                 if self.agreement is None
-                else f"{percent(self.agreement)} of the {'decisions' if several else 'samples'}",
+                else f"{percent(self.agreement)} of the {'decisions' if several else 'words' if words else 'samples'}",
             ),
             (
                 f"KL to the cache at T={self.temperature:g}",
@@ -126,10 +148,23 @@ class Evaluation:
         """The share that is right, and how many are wrong of how many."""
         if self.top1 is None:
             return None
+        if self.positions is not None:
+            samples = f"in {self.wrong_samples:,} of {self.samples:,} samples"
+            return f"{percent(self.top1)} ({self.errors:,} errors in {self.counted:,}, {samples})"
         if not self.multi_label:
             return f"{percent(self.top1)} ({self.errors:,} errors in {self.counted:,})"
         samples = f"in {self.wrong_samples:,} of {self.labelled:,} samples"
         return f"{percent(self.top1)} ({self.errors:,} errors in {self.counted:,}, {samples})"
+
+    def _span_rows(self) -> list[tuple[str, str | None]]:
+        scores = span_scores(self.spans)
+        if not self.spans or scores["f1"] is None:
+            return []
+        right, told, there = (sum(one[i] for one in self.spans.values()) for i in range(3))
+        return [
+            ("span F1", f"{percent(scores['f1'])} ({right:,} right of {told:,} told and {there:,} there)"),
+            *((f"span {name}", _percent(scores[name])) for name in ("precision", "recall")),
+        ]
 
 
 def summary(title: str, result: Evaluation) -> str:
@@ -148,4 +183,19 @@ def class_table(result: Evaluation) -> str:
         rows.append(own)
     if result.multi_label:
         return table(["label", "known", "errors", "share", "yes, told no", "no, told yes"], rows)
-    return table(["class", "samples", "errors", "share"], rows)
+    what = "samples" if result.positions is None else "words"
+    return table(["class", what, "errors", "share"], rows)
+
+
+def span_table(result: Evaluation) -> str:
+    """The spans of each type."""
+    rows: list[list[Any]] = []
+    for name, counts in result.spans.items():
+        scores = span_scores({name: counts})
+        shown = [_percent(scores[one]) for one in ("precision", "recall", "f1")]
+        rows.append([name or "(no type)", *counts, *shown])
+    return table(["span", "right", "told", "there", "precision", "recall", "F1"], rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else percent(share)

@@ -23,7 +23,7 @@ from softcache.errors import CacheError, ConfigError, ModelError, faults_explain
 from softcache.evaluate.bias import best_shift, parse_bias
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.outputs import Beside, evaluate_member, evaluate_outputs, has_classes, member_of
-from softcache.evaluate.sums import Sums
+from softcache.evaluate.sums import Sums, labels_of
 from softcache.machine import as_fresh, autocast_dtype, pick_device, pick_threads, pick_workers
 from softcache.models import (
     Model,
@@ -82,7 +82,7 @@ def evaluate(
     started, was_training = time.monotonic(), model.training
     model.eval()
     count = len(transfer_set)
-    sums = Sums(transfer_set.num_classes, multi_label=transfer_set.multi_label)
+    sums = Sums.of(transfer_set)
     bias = bias or {}
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names], device=device)
     partners = joined.partners if joined is not None else None
@@ -91,17 +91,24 @@ def evaluate(
     pairs = batches(np.arange(count), 0, batch_size)
     loaded = load_batches(viewed, pairs, workers=workers, pin_memory=device.type == "cuda")
     for batch in track(loaded, "eval", -(-count // batch_size), unit="batches", quiet=not progress):
+        labels, counts = labels_of(transfer_set, batch.index)
+        if not len(labels):  # samples without a word, which no model need be able to take
+            sums.add(torch.empty(0, transfer_set.num_classes), labels, counts)
+            continue
         with (
             faults_explained(ModelError, f"the model {model.spec!r}", tip=TOO_SMALL),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
         ):
             logits = model(to_device(batch.inputs[0], device))
-        _check_rows(model, logits, len(batch.index), transfer_set.num_classes if order is None else None)
-        _check_finite(logits, batch.index)
+        rows = f"{len(labels)} {'samples' if counts is None else 'words'}"
+        _check_rows(model, logits, len(labels), rows, transfer_set.num_classes if order is None else None)
+        _check_finite(logits, rows)
         logits = (logits if order is None else logits[:, list(order)]).float() + added
-        sums.add_labels(logits, torch.from_numpy(transfer_set.labels[batch.index]).to(device))
+        sums.add(logits, labels, counts)
         if joined is not None and teacher is not None:
             targets = joined.gather_samples(batch.index, batch.views, members=teacher.members).to(device)
+            if counts is not None and teacher.index is not None:
+                logits = logits[torch.from_numpy(targets.positions[teacher.index].among(counts)).to(device)]
             sums.add_targets(logits, teacher.logits(targets, temperature), temperature)
     model.train(was_training)
     result = sums.result(count, time.monotonic() - started, temperature, transfer_set.class_names)
@@ -116,14 +123,18 @@ def teacher_of(
 ) -> CachedTeacher:
     """The cache's members as one teacher of the data's classes."""
     classes = class_indices(_cached_names(joined), transfer_set.class_names)
-    return CachedTeacher(joined.cache, combine, weights, classes=tuple(classes))
+    return CachedTeacher(joined.cache, combine, weights, classes=tuple(classes)).answering(transfer_set)
 
 
-def _check_rows(model: Model, logits: Tensor, count: int, classes: int | None) -> None:
-    """ModelError for logits that are not one row a sample, with at least a number for each class."""
+def _check_rows(model: Model, logits: Tensor, count: int, rows: str, classes: int | None) -> None:
+    """ModelError for logits that are not one row a sample or a word, with at least a number for each class.
+
+    Args:
+        rows: how many there should be of what, for the message.
+    """
     if logits.ndim != 2 or len(logits) != count or (classes is not None and logits.shape[1] != classes):
         raise ModelError(
-            f"the model {model.spec!r} gives {tuple(logits.shape)} for {count} samples"
+            f"the model {model.spec!r} gives {tuple(logits.shape)} for {rows}"
             + (f" of {classes} classes" if classes is not None else ""),
             tip="a model's output must be logits of shape (batch, classes)",
         )
@@ -134,11 +145,11 @@ def _cached_names(joined: Joined) -> Sequence[str]:
     return dataset_classes(joined.dataset) or joined.cache.class_names
 
 
-def _check_finite(logits: Tensor, index: np.ndarray) -> None:
+def _check_finite(logits: Tensor, rows: str) -> None:
     bad = int((~logits.isfinite().all(dim=1)).sum())
     if bad:
         raise ModelError(
-            f"the model's logits are not finite for {bad} of {len(index)} samples: its weights are not, or its numbers overflow",
+            f"the model's logits are not finite for {bad} of {rows}: its weights are not, or its numbers overflow",
             tip="if it was being trained: a lower --lr, or --clip-norm 1; if it computes in a half type: --autocast none",
         )
 
@@ -161,13 +172,17 @@ def evaluate_cache(
         bias: class -> what to add to its combined logits first.
     """
     started, bias = time.monotonic(), bias or {}
-    sums = Sums(transfer_set.num_classes, multi_label=transfer_set.multi_label)
-    teacher = CachedTeacher(joined.cache, combine, weights)
+    sums = Sums.of(transfer_set)
+    teacher = CachedTeacher(joined.cache, combine, weights).answering(transfer_set)
     added = torch.tensor([bias.get(name, 0.0) for name in transfer_set.class_names])
     pieces = np.array_split(np.arange(len(transfer_set)), -(-len(transfer_set) // batch_size))
     for index in track(pieces, "eval", len(pieces), unit="batches", quiet=not progress):
         targets = joined.gather_samples(index, np.zeros_like(index), members=teacher.members)
-        sums.add_labels(teacher.logits(targets, 1.0) + added, torch.from_numpy(transfer_set.labels[index]))
+        labels, counts = labels_of(transfer_set, index)
+        if counts is not None and teacher.index is not None:  # of the words that are in the cache
+            at = targets.positions[teacher.index]
+            labels, counts = labels[at.among(counts)], at.counts
+        sums.add(teacher.logits(targets, 1.0) + added, labels, counts)
     result = sums.result(len(transfer_set), time.monotonic() - started, 1.0, transfer_set.class_names)
     result = replace(result, bias=bias)
     if combine == "vote":  # which has no likelihood
@@ -259,6 +274,7 @@ def _load(
             device=str(pick_device(config.device)),
             allow_code=config.allow_code,
         )
+    model.check_gives("sample" if transfer_set.positions is None else "words", transfer_set.name)
     model.check_trained(repr(model_text))
     check_scale(model, model_text, items)
     return model
@@ -373,7 +389,8 @@ def _fitted_bias(
         hook.remove()
     logits = torch.cat(rows) if order is None else torch.cat(rows)[:, list(order)]
     added = torch.tensor([given.get(name, 0.0) for name in transfer_set.class_names])
-    shift = best_shift(logits + added, torch.from_numpy(held_out.labels), classes)
+    labels, _ = labels_of(held_out, np.arange(len(held_out)))
+    shift = best_shift(logits + added, torch.from_numpy(labels), classes)
     return {transfer_set.class_names[i]: shift for i in classes}
 
 

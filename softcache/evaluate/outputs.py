@@ -31,7 +31,7 @@ class Beside:
 
     Attributes:
         joined: the same samples, joined to it.
-        member: whose outputs.
+        member: whose outputs; of features alone its only vector.
     """
 
     joined: Joined
@@ -39,16 +39,36 @@ class Beside:
 
     def outputs(self, count: int) -> Tensor:
         """(N, W) float32 of all samples, at view 0."""
-        parts = []
+        cache, parts = self.joined.cache, []
+        vector = None if cache.member(self.member).output is not None else the_vector(cache, self.member)
         for first in range(0, count, PART):
             index = np.arange(first, min(first + PART, count))
-            targets = self.joined.gather_samples(index, np.zeros_like(index), members=[self.member])
-            parts.append(targets.output(self.member))
+            read = {"members": [self.member], "features": [] if vector is None else [vector]}
+            targets = self.joined.gather_samples(index, np.zeros_like(index), **read)
+            parts.append(targets.output(self.member) if vector is None else targets.feature(vector, self.member))
         return torch.cat(parts)
 
 
+def vectors_of(cache: Cache, member: str) -> dict[str, int]:
+    """The features of a member that are vectors, and how many numbers each has."""
+    shapes = {name: one.spec.reduced_shape(*one.shapes) for name, one in cache.features[member].items()}
+    return {name: shape[0] for name, shape in shapes.items() if len(shape) == 1}
+
+
+def the_vector(cache: Cache, member: str) -> str:
+    """The only vector of a member of features alone; CacheError where there is none, or several."""
+    found = list(vectors_of(cache, member))
+    if len(found) != 1:
+        raise CacheError(
+            f"member {member!r} holds features alone, and {len(found)} of them are vectors: "
+            f"{', '.join(found or cache.features[member])}",
+            tip="a student learns and is measured by one: dump it with --features LAYER:pool alone",
+        )
+    return found[0]
+
+
 def member_of(cache: Cache, wanted: Mapping[str, float] | None, kind: str | None = None) -> str:
-    """The member without classes that is meant: the only one, or the only one that was named.
+    """The member without classes that is meant: the only one, or the only one that was named; without an output as an embedding.
 
     Args:
         wanted: members that were named; None: all.
@@ -58,7 +78,7 @@ def member_of(cache: Cache, wanted: Mapping[str, float] | None, kind: str | None
         CacheError: none, or several.
     """
     kinds = OTHER_OUTPUTS if kind is None else (kind,)
-    found = [name for name in (wanted or cache.members) if cache.member(name).output in kinds]
+    found = [name for name in (wanted or cache.members) if (cache.member(name).output or "embedding") in kinds]
     if len(found) != 1:
         gave = ", ".join(f"{name!r} gave {cache.member(name).output or 'features alone'}" for name in cache.members)
         raise CacheError(
@@ -115,7 +135,7 @@ def evaluate_outputs(
 def evaluate_member(beside: Beside, transfer_set: TransferSet) -> Evaluation:
     """How good what a cache holds of a member is, by the labels or the values of the data."""
     started, count = time.monotonic(), len(transfer_set)
-    kind = beside.joined.cache.member(beside.member).output or ""
+    kind = beside.joined.cache.member(beside.member).output or "embedding"
     found = numbers_of(kind, beside.outputs(count), transfer_set, None)
     return Evaluation(count, transfer_set.labelled, time.monotonic() - started, numbers=found)
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.data.label_kind import answers, has_several, is_known, is_yes
+from softcache.data.transfer_set import TransferSet
 from softcache.evaluate.evaluation import Evaluation
+from softcache.evaluate.spans import SpanCounts, marks_of
 
 CALIBRATION_BINS = 15
+
+
+def labels_of(transfer_set: TransferSet, index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels of some samples, one each or a row of several; or of all their words (P,), and then how many words each has (B,)."""
+    if transfer_set.positions is None:
+        return transfer_set.labels[index], None
+    own = transfer_set.positions.take(index)
+    return own.labels, own.counts
 
 
 class Sums:
@@ -20,9 +31,10 @@ class Sums:
     Args:
         num_classes: C.
         multi_label: the data has several labels per sample: a yes-or-no decision is what is counted, not a sample.
+        class_names: of data with labels of positions: where they mark spans, these are counted too.
     """
 
-    def __init__(self, num_classes: int, *, multi_label: bool) -> None:
+    def __init__(self, num_classes: int, *, multi_label: bool, class_names: Sequence[str] = ()) -> None:
         self.num_classes, self.multi_label = num_classes, multi_label
         self.labelled = self.decisions = self.right = self.within_five = self.wrong_samples = 0
         self.compared = self.agreed = 0
@@ -30,6 +42,23 @@ class Sums:
         self.bins = np.zeros((CALIBRATION_BINS, 3))  # count, confidence, right
         self.of_class = np.zeros((num_classes, 2), np.int64)  # errors, and of how many
         self.of_yes = np.zeros((num_classes, 2), np.int64)  # of several labels: the same where the answer is yes
+        self.positions: int | None = None
+        marks = marks_of(class_names)
+        self.spans = None if marks is None else SpanCounts(marks)
+
+    @classmethod
+    def of(cls, transfer_set: TransferSet) -> Sums:
+        """For a data set; tags of words may mark spans."""
+        names = () if transfer_set.positions is None else transfer_set.class_names
+        return cls(transfer_set.num_classes, multi_label=transfer_set.multi_label, class_names=names)
+
+    def add(self, logits: Tensor, labels: np.ndarray, counts: np.ndarray | None) -> None:
+        """A batch's logits against what `labels_of` gives of it."""
+        wanted = torch.from_numpy(labels).to(logits.device)
+        if counts is None:
+            self.add_labels(logits, wanted)
+        else:
+            self.add_positions(logits, wanted, counts)
 
     def add_labels(self, logits: Tensor, labels: Tensor) -> None:
         """A batch's logits (B, C) against its labels, of the kind that was said."""
@@ -40,6 +69,18 @@ class Sums:
             known = is_known(labels)
             if bool(known.any()):
                 self._add_classes(logits[known].double(), labels[known].long())
+
+    def add_positions(self, logits: Tensor, labels: Tensor, counts: np.ndarray) -> None:
+        """A batch's logits (P, C) of all positions against their labels (P,), -1 = none; `counts` (B,) of each sample."""
+        self.positions = (self.positions or 0) + len(labels)
+        self.add_labels(logits, labels)
+        said, own = (one.cpu().numpy() for one in (answers(logits, multi_label=False), labels))
+        # a sample is wrong where a position of it is; the positions were counted as if they were samples
+        wrong = (own >= 0) & (said != own)
+        of_sample = np.repeat(np.arange(len(counts)), counts)
+        self.wrong_samples += len(np.unique(of_sample[wrong])) - int(wrong.sum())
+        if self.spans is not None:
+            self.spans.add(said, own, counts)
 
     def _add_classes(self, logits: Tensor, labels: Tensor) -> None:
         said = answers(logits, multi_label=False)
@@ -122,4 +163,6 @@ class Sums:
             temperature=temperature,
             class_errors=by_name(self.of_class),
             yes_errors=by_name(self.of_yes) if several else {},
+            positions=self.positions,
+            spans={} if self.spans is None else self.spans.by_type(),
         )

@@ -34,6 +34,7 @@ from softcache.models.resnet import X4, cifar_resnet
 from softcache.models.saved_metadata import check_spec, load_json
 from softcache.models.shrunk import Shrunk, check_whole_size
 from softcache.models.shufflenet import shufflenetv1, shufflenetv2
+from softcache.models.tagger import encoder_tagger, tagger
 from softcache.models.textcnn import build_vocabulary, read_vocabulary, textcnn, write_vocabulary
 from softcache.models.vgg import vgg
 from softcache.models.weights import (
@@ -119,6 +120,8 @@ MODELS: dict[str, Callable[..., Model]] = {
     "shufflenetv2": shufflenetv2,
     "textcnn": textcnn,
     "encoder": encoder,
+    "tagger": tagger,
+    "encoder_tagger": encoder_tagger,
 }
 
 

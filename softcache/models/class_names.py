@@ -12,7 +12,7 @@ from softcache.models.checkpoints import read_state
 from softcache.models.from_timm import imagenet_classes, names_timm_weights, timm_classes, timm_model
 from softcache.models.from_torchvision import torchvision_classes, torchvision_model, torchvision_weights
 from softcache.models.from_transformers import transformer_classes
-from softcache.models.model import OTHER_OUTPUTS, final_linear
+from softcache.models.model import FEATURES, OTHER_OUTPUTS, final_linear
 from softcache.models.weights import (
     names_torchvision_weights,
     path_alone,
@@ -59,7 +59,7 @@ def own_classes(text: str, num_classes: int = 0) -> tuple[str, ...] | None:
 
 
 def gives_classes(text: str) -> bool:
-    """Whether a teacher's text says nothing else: of `output=embedding`, `output=values`, `head=none` and `pooling=` it does.
+    """Whether a teacher's text says nothing else: `output=embedding`, `values` or `features`, `head=none` and `pooling=` do.
 
     A run folder whose student gives none says it itself.
     """
@@ -67,7 +67,7 @@ def gives_classes(text: str) -> bool:
         saved = read_saved(path)
         return saved is None or saved.output not in OTHER_OUTPUTS
     spec = parse_spec(split_weights(text)[0])
-    if spec.value("output") in OTHER_OUTPUTS or spec.value("head") == "none":
+    if spec.value("output") in (*OTHER_OUTPUTS, FEATURES) or spec.value("head") == "none":
         return False
     if spec.scheme == "hf" and "pooling" in spec.parameters:
         return False

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from softcache.errors import ModelError, TeacherError
-from softcache.models.inputs import is_text
+from softcache.models.inputs import has_vocabulary
 
 METHODS = {"predict_proba": "probs", "decision_function": "logits", "predict_log_proba": "log_probs"}
 
 
 @dataclass(frozen=True)
 class ArrayCollate:
-    """Items of a scikit-learn style teacher: (B, features) NumPy float32, every item flattened."""
+    """Items of a scikit-learn style teacher: texts and words as a list, else (B, features) float32, every item flattened."""
 
     def __call__(self, items: Sequence[Any]) -> Any:
-        if items and is_text(items[0]):
+        if items and has_vocabulary(items[0]):
             return list(items)
         return np.stack([np.asarray(item, dtype=np.float32).ravel() for item in items])
 

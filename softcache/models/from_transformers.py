@@ -1,4 +1,4 @@
-"""transformers' sequence classifiers (extra `text`), each with its own tokenizer: `hf:FOLDER` or `hf:NAME` on the hub.
+"""transformers' classifiers of texts and of words (extra `text`), each with its tokenizer: `hf:FOLDER`, `hf:NAME` on the hub.
 
 Only safetensors are read, no code that a model brings is run, and the network is used for a NAME alone.
 """
@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offe
 from softcache.models.inputs import check_texts
 from softcache.models.model import Model
 from softcache.models.saved_metadata import check_config
+from softcache.models.word_pieces import ALIGN, PieceInput, WordPieces
+from softcache.words import Words
 
 # what a configuration says besides the network: who wrote it, and the classes, which are the data's
 BESIDES = (
@@ -39,6 +41,7 @@ BESIDES = (
     "transformers_version",
 )
 PROBE = ["A text.", "And a second one, naïve & longer: 12,345 letters? ½ of it."]  # both tokenizers must agree on it
+WORDS = ["And", "12,345", "naïve", "letters", "?", "½"]  # likewise
 OWN_COLLATE = "wrap it: file.py:factory may return a module with a method collate(items) of its own"
 CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 
@@ -132,10 +135,10 @@ class TokenizerInput:
         return {"kind": "tokenizer", **facts}
 
 
-def _facts(taken: TokenizerInput) -> dict[str, Any]:
+def _facts(taken: TokenizerInput | PieceInput) -> dict[str, Any]:
     """Its attributes; without the prompt where there is none, as before there was one."""
     facts = asdict(taken)
-    return facts if taken.prompt else {name: value for name, value in facts.items() if name != "prompt"}
+    return facts if facts.get("prompt") else {name: value for name, value in facts.items() if name != "prompt"}
 
 
 def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[..., Model]:
@@ -157,11 +160,14 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
         max_tokens: int | None = None,
         pooling: Literal["", "cls", "mean"] = "",
         prompt: str = "",
+        align: Literal["", "first", "mean"] = "",
     ) -> Model:
         """`max_tokens`: longer texts are cut; by default to what the tokenizer and the network take. `prompt` stands before each.
 
         pooling: the network without a classifier, whose output is an embedding: of the first token ("cls"), or the mean over
         those that are no padding.
+        align: the network tags words: a word's logits are those of its first piece, or the mean over its pieces. Empty: "first"
+        of a network that was saved as a token classifier. Samples longer than `max_tokens` are then refused.
 
         A network whose weights have no classifier gets a new one, see `Model.untrained`. Classes are those of the
         weights, by the names that their configuration gives them; where it gives none, or the data's classes are called
@@ -172,14 +178,18 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
         """
         config = place.config()
         labels = _labels(config)
+        way = _align(config, align, place.text, {"pooling": pooling, "prompt": prompt})
+        place.check_kind(config, of_words=bool(way))
         tokenizer = place.tokenizer()
         if pooling:
             with place.explained("tokenizer"):
                 return _encoder(place, config, tokenizer, max_tokens, pooling, prompt)
-        net, untrained = place.network(config, num_classes)
+        net, untrained = place.network(config, num_classes, of_words=bool(way))
         with place.explained("tokenizer"):
-            taken = _input(tokenizer, net, place.text, max_tokens, prompt)
-        model = _model(net, taken)
+            if way:
+                model = _word_model(net, _word_input(tokenizer, net, place.text, max_tokens), way)
+            else:
+                model = _model(net, _input(tokenizer, net, place.text, max_tokens, prompt))
         model.untrained = untrained
         numbered = set(labels) != set(class_names) and list(class_names) == [str(i) for i in range(num_classes)]
         model.class_names = None if untrained or _unnamed(labels) or numbered else labels
@@ -201,11 +211,13 @@ def _unnamed(labels: tuple[str, ...]) -> bool:
 
 def describe_transformer(model: Model) -> dict[str, Any] | None:
     """JSON-able: what `rebuild_transformer` needs of one of these models; None for any other."""
-    if not isinstance(model.input, TokenizerInput) or isinstance(model.net, PooledEncoder):
+    if not isinstance(model.input, TokenizerInput | PieceInput) or isinstance(model.net, PooledEncoder):
         return None  # pooled encoders are teachers
+    net: Any = model.net.encoder if isinstance(model.net, WordPieces) else model.net
     return {
-        "config": _settings(model.net.config),
+        "config": _settings(net.config),
         "input": {**_facts(model.input), "definition": json.loads(model.input.definition)},
+        **({"align": model.net.align} if isinstance(model.net, WordPieces) else {}),
     }
 
 
@@ -221,18 +233,25 @@ def rebuild_transformer(told: Mapping[str, Any], num_classes: int, where: str) -
         ModelError: no such model, or settings that are not believed.
     """
     require_extra("transformers", "text", "a student that is one of transformers' models")
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     try:
+        align = told.get("align", "")
+        if align not in ("", *ALIGN):
+            raise ModelError(f"{where}: has no known way to align pieces with words: {str(align)[:40]!r}")
+        auto, known = _kind(of_words=bool(align))
         settings = check_config(told["config"], where)
         with _hushed(), _offline():
             config = _tame(AutoConfig.for_model(**settings))
             config.num_labels = num_classes
-            if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-                raise ModelError(f"{where}: {config.model_type!r} is no model that classifies texts")
-            net = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            if type(config) not in known:
+                raise ModelError(
+                    f"{where}: {config.model_type!r} is no model that classifies {'words' if align else 'texts'}"
+                )
+            net = auto.from_config(config, trust_remote_code=False, dtype=torch.float32)
         facts = {**told["input"], "definition": _canonical(told["input"]["definition"])}
-        return _model(net, TokenizerInput(**{**facts, "takes": tuple(facts["takes"])}))
+        facts["takes"] = tuple(facts["takes"])
+        return _word_model(net, PieceInput(**facts), align) if align else _model(net, TokenizerInput(**facts))
     except ModelError:
         raise
     except Exception as exc:  # of many kinds, and from several libraries
@@ -290,8 +309,8 @@ class _Place:
         return {"trust_remote_code": False, "local_files_only": self.is_folder}
 
     def config(self) -> Any:
-        """ModelError where there is none, or not one of a sequence classifier."""
-        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+        """ModelError where there is none."""
+        from transformers import AutoConfig
 
         if self.is_folder and not Path(self.name, "config.json").is_file():
             raise ModelError(
@@ -300,11 +319,6 @@ class _Place:
             )
         with self.explained("configuration"), _hushed():
             config = _tame(AutoConfig.from_pretrained(self.name, **self._how))
-        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise ModelError(
-                f"{self.text} is a {config.model_type!r} model, of which transformers makes no sequence classifier",
-                tip="use a model that takes texts and classifies them; others through file.py:factory",
-            )
         named = getattr(config, "transformers_weights", None)
         if named is not None and ".safetensors" not in named:
             raise ModelError(
@@ -312,6 +326,15 @@ class _Place:
                 tip="only safetensors are read: save it again",
             )
         return config
+
+    def check_kind(self, config: Any, *, of_words: bool) -> None:
+        """ModelError where transformers makes no classifier of texts, or of words, of this configuration."""
+        if type(config) not in _kind(of_words=of_words)[1]:
+            made, what = ("token classifier", "their words") if of_words else ("sequence classifier", "them")
+            raise ModelError(
+                f"{self.text} is a {config.model_type!r} model, of which transformers makes no {made}",
+                tip=f"use a model that takes texts and classifies {what}; others through file.py:factory",
+            )
 
     def tokenizer(self) -> Any:
         """ModelError where there is none, or none of the library `tokenizers`."""
@@ -337,18 +360,16 @@ class _Place:
             )
         return tokenizer
 
-    def network(self, config: Any, num_classes: int) -> tuple[Any, tuple[str, ...]]:
+    def network(self, config: Any, num_classes: int, *, of_words: bool = False) -> tuple[Any, tuple[str, ...]]:
         """The network in float32, and the tensors of its classifier that the weights do not hold.
 
         Raises:
             ModelError: weights of other classes or another network, or none as safetensors.
         """
-        from transformers import AutoModelForSequenceClassification
-
         found = len(_labels(config))
         config.num_labels = num_classes
         with self.explained("weights"), _hushed():
-            net, report = AutoModelForSequenceClassification.from_pretrained(
+            net, report = _kind(of_words=of_words)[0].from_pretrained(
                 self.name,
                 config=config,
                 dtype=torch.float32,  # not that of the file: autocast is the user's to ask for
@@ -458,6 +479,35 @@ def _model(net: Any, taken: TokenizerInput) -> Model:
     return model
 
 
+def _kind(*, of_words: bool) -> tuple[Any, Any]:
+    """transformers' class that makes classifiers of words or of texts, and the configurations of which it does."""
+    import transformers
+
+    if of_words:
+        return transformers.AutoModelForTokenClassification, transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    return transformers.AutoModelForSequenceClassification, transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def _align(config: Any, align: str, where: str, others: Mapping[str, str]) -> str:
+    """How pieces become words; "" of a network that tags none."""
+    saved = getattr(config, "architectures", None) or ()
+    asked = next((f"{name}={value}" for name, value in others.items() if value), None)
+    if align and asked:
+        raise ConfigError(
+            f"{where}: align={align} and {asked}", tip="a tagger of words has neither pooling nor a prompt"
+        )
+    if align or asked or not any(str(one).endswith("ForTokenClassification") for one in saved):
+        return align
+    return "first"
+
+
+def _word_model(net: Any, taken: PieceInput, align: str) -> Model:
+    model = Model(WordPieces(net, align), taken)
+    model.spec = f"hf:{type(net).__name__}?config={_digest(_canonical(_settings(net.config)))[:12]}&align={align}"
+    model.told_input = {"align": align}
+    return model
+
+
 def _by_name(_net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     (batch,) = args
     return (), {**batch, **kwargs}
@@ -494,6 +544,34 @@ def _input(tokenizer: Any, net: Any, where: str, max_tokens: int | None, prompt:
     if any(not torch.equal(tensor, theirs[name]) for name, tensor in taken.collate(PROBE).items()):
         raise ModelError(
             f"{where}: its tokenizer, {type(tokenizer).__name__}, does more than a tokenizer.json can say",
+            tip=OWN_COLLATE,
+        )
+    return taken
+
+
+def _word_input(tokenizer: Any, net: Any, where: str, max_tokens: int | None) -> PieceInput:
+    """As `_input`, of words; its tokenizer must give the pieces that transformers gives of words."""
+    whole = _input(tokenizer, net, where, max_tokens)
+    taken = PieceInput(
+        whole.definition,
+        whole.takes,
+        whole.max_tokens,
+        whole.pad_id,
+        whole.pad_type_id,
+        whole.pad_side,
+        tokenizer.unk_token,
+    )
+    try:
+        theirs = tokenizer(WORDS, is_split_into_words=True)
+    except AssertionError as exc:  # of tokenizers that tell a word by the space before it
+        raise ModelError(
+            f"{where}: its tokenizer, {type(tokenizer).__name__}, takes no words that are cut already",
+            tip="load it with add_prefix_space=True, and save it again",
+        ) from exc
+    ours = replace(taken, max_tokens=None).encoded(Words(WORDS))
+    if ours.ids != theirs["input_ids"] or ours.word_ids != theirs.word_ids():
+        raise ModelError(
+            f"{where}: its tokenizer, {type(tokenizer).__name__}, cuts words otherwise than a tokenizer.json can say",
             tip=OWN_COLLATE,
         )
     return taken

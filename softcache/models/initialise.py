@@ -24,6 +24,8 @@ from softcache.models.weights import (
     split_weights,
     state_of,
 )
+from softcache.models.word_input import WordInput
+from softcache.models.word_pieces import PieceInput
 from softcache.spec import parse_spec
 
 
@@ -77,13 +79,16 @@ def initialise(model: Model, text: str, entries: Sequence[str] = ()) -> Initiali
         state = model.shrunk.of_whole(state, None if saved is None else saved.shrunk)
     layer_map, left = parse_layer_map(entries), set()
     if saved is not None:
-        if isinstance(model.input, TextInput) and saved.vocabulary not in (None, model.input.vocabulary):
+        if isinstance(model.input, TextInput | WordInput) and saved.vocabulary not in (None, model.input.vocabulary):
             raise ConfigError(
                 f"{text} was trained with another vocabulary: its embedding is of other words",
                 tip="name the student with vocabulary=FILE of the same tokens, or leave --init-from out",
             )
         tokenizer = saved.input.get("definition")
-        if isinstance(model.input, TokenizerInput) and tokenizer not in (None, model.input.describe()["definition"]):
+        if isinstance(model.input, TokenizerInput | PieceInput) and tokenizer not in (
+            None,
+            model.input.describe()["definition"],
+        ):
             raise ConfigError(
                 f"{text} was trained with another tokenizer: its embedding is of other words",
                 tip="choose a student with the same tokenizer, or leave --init-from out",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softcache.errors import ConfigError, DataError
+from softcache.words import Words
 
 PAD, UNKNOWN = 0, 1  # token ids; the vocabulary's first token has id 2
 SEPARATOR = "[SEP]"  # in a vocabulary made of pairs the first token: no text is cut into it
@@ -188,10 +189,12 @@ class AnyInput:
     own: Callable[[Sequence[Any]], Any] | None = None
 
     def collate(self, items: Sequence[Any]) -> Any:
-        """The module's batch, else (B, ...) uint8 or float32. A uint8 NumPy array H x W or H x W x C is an image and
-        becomes C x H x W; everything else keeps its shape."""
+        """The module's batch; of words a list of B; else (B, ...) uint8 or float32. A uint8 NumPy array H x W or H x W x C is an
+        image and becomes C x H x W; everything else keeps its shape."""
         if self.own is not None:
             return self.own(items)
+        if isinstance(items[0], Words):
+            return list(items)
         if is_text(items[0]):
             raise DataError("the items are texts", tip="give your module a method collate(items)")
         return _stack(
@@ -224,8 +227,14 @@ def is_text(item: Any) -> bool:
 
 
 def is_pair(item: Any) -> bool:
-    """Whether an item is a sequence of two strings: premise and hypothesis, question and passage."""
-    return isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(text, str) for text in item)
+    """Whether an item is a sequence of two strings: premise and hypothesis, question and passage; two `Words` are none."""
+    is_two = isinstance(item, tuple | list) and not isinstance(item, Words) and len(item) == 2
+    return is_two and all(isinstance(text, str) for text in item)
+
+
+def has_vocabulary(item: Any) -> bool:
+    """Whether items like this one are read by a vocabulary: texts, pairs of them, and words."""
+    return is_text(item) or isinstance(item, Words)
 
 
 def check_texts(items: Sequence[Any]) -> None:
@@ -234,7 +243,9 @@ def check_texts(items: Sequence[Any]) -> None:
         if not is_text(item):
             raise DataError(
                 f"a text model takes strings, found {_kind(item)}",
-                tip="use an image or a vector model; a pair of texts is two strings",
+                tip="words take a tagger: softcache:tagger, or hf:FOLDER?align=first"
+                if isinstance(item, Words)
+                else "use an image or a vector model; a pair of texts is two strings",
             )
         if is_pair(item) != is_pair(items[0]):
             raise DataError(
@@ -289,6 +300,7 @@ def array_of(item: Any, *, images: bool = False) -> np.ndarray:
     if isinstance(item, Tensor):
         tensor = item.detach().cpu()
         return tensor.numpy() if tensor.dtype == torch.uint8 else tensor.to(torch.float32).numpy()
+    _refuse_words(item, "numbers")
     if isinstance(item, bytes) or is_text(item):
         raise DataError("the model takes numbers, found a text", tip="texts need a text model: softcache:textcnn")
     array = np.asarray(item)
@@ -303,8 +315,17 @@ def array_of(item: Any, *, images: bool = False) -> np.ndarray:
     return array
 
 
+def _refuse_words(item: Any, taken: str) -> None:
+    if isinstance(item, Words):
+        raise DataError(
+            f"the model takes {taken}, found words",
+            tip="words need a tagger: softcache:tagger, or hf:FOLDER?align=first",
+        )
+
+
 def _channels_first(item: Any) -> np.ndarray:
     """An image as (C, H, W), uint8 or float32, as a view where possible."""
+    _refuse_words(item, "images")
     if is_text(item):
         raise DataError("the model takes images, found a text", tip="texts need a text model: softcache:textcnn")
     if not isinstance(item, np.ndarray | Tensor):

@@ -14,10 +14,12 @@ from softcache.models.shrunk import Shrunk
 CLASS_OUTPUTS = ("logits", "log_probs", "probs")
 OTHER_OUTPUTS = ("embedding", "values")  # numbers that are no classes
 OUTPUTS = (*CLASS_OUTPUTS, *OTHER_OUTPUTS)
+GIVES = ("sample", "words")  # what a row of its output is of
+FEATURES = "features"  # in place of an output, of a teacher: what it gives is not kept, and may be anything
 
 
 class Model(nn.Module):
-    """A network and its input; calling it maps a collated batch to logits (B, C).
+    """A network and its input; calling it maps a collated batch to logits (B, C), of words (P, C).
 
     Attributes:
         net: the bare network; its state dict is what is saved, without a prefix.
@@ -56,6 +58,17 @@ class Model(nn.Module):
         self.told_input: dict[str, str] = {}
         if self.output not in OUTPUTS:
             raise ModelError(f"the module declares output={self.output!r}", tip=f"use one of {', '.join(OUTPUTS)}")
+        if self.gives not in GIVES:
+            raise ModelError(f"the module declares gives={self.gives!r}", tip=f"use one of {', '.join(GIVES)}")
+
+    @property
+    def gives(self) -> str:
+        """What each row of its output is of: "sample", or "words": a row a word, sample after sample.
+
+        So its input says; a network of a user's factory says `gives = "words"` itself.
+        """
+        own = getattr(self.net, "gives", None)
+        return own if isinstance(own, str) else getattr(self.input, "gives", "sample")
 
     @property
     def has_classes(self) -> bool:
@@ -69,6 +82,26 @@ class Model(nn.Module):
             return None
         return self.class_names or getattr(self.net, "class_names", None)
 
+    def check_gives(self, wanted: str, name: str) -> None:
+        """Raise ModelError where it answers for each sample and words have labels, or the other way round.
+
+        Args:
+            wanted: what the data has labels of, "sample" or "words".
+            name: of the data, for the message.
+        """
+        if self.gives == wanted:
+            return
+        if wanted == "words":
+            raise ModelError(
+                f"{self.spec}: gives one answer for each sample, and in {name} each word has a label",
+                tip="use a tagger: softcache:tagger, softcache:encoder_tagger or a token classifier of hf:; a network of your "
+                "own that gives a row for each word says so: gives = 'words'",
+            )
+        raise ModelError(
+            f"{self.spec}: gives an answer for each word, and the samples of {name} are no words with a label each",
+            tip="use data of words (conll:, table: with words= and tags=), or a model that answers for each sample",
+        )
+
     def check_trained(self, what: str) -> None:
         """Raise ModelError where some of its tensors are random; `what` it is called in the message."""
         if self.untrained:
@@ -79,7 +112,7 @@ class Model(nn.Module):
             )
 
     def forward(self, batch: Any) -> Tensor:
-        """(B, C), from what `input.collate` returned, already on the network's device."""
+        """(B, C), of words (P, C), from what `input.collate` returned, already on the network's device."""
         logits = self.net(self.input.prepare(batch))
         if not isinstance(logits, Tensor):
             raise ModelError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softcache.errors import ConfigError, ModelError, first_offenders
 from softcache.models.inputs import PAD, SEPARATOR, UNKNOWN, TextInput, is_pair, tokenize
 from softcache.models.model import Model
+from softcache.words import Words
 
 
 class TextCNN(nn.Module):
@@ -85,8 +86,8 @@ def tokens_of(vocabulary: str | Sequence[str] | None, model: str) -> tuple[str, 
     if vocabulary is None:
         raise ModelError(
             f"{model} needs a vocabulary",
-            tip="training on texts makes one; else add vocabulary=FILE (softcache.models.write_vocabulary makes one), or name a "
-            "trained run; pictures and numbers need another model: softcache:cnn, softcache:mlp",
+            tip="training on texts or words makes one; else add vocabulary=FILE (softcache.models.write_vocabulary makes one), "
+            "or name a trained run; pictures and numbers need another model: softcache:cnn, softcache:mlp",
         )
     tokens = read_vocabulary(Path(vocabulary)) if isinstance(vocabulary, str) else tuple(vocabulary)
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
@@ -99,11 +100,14 @@ def build_vocabulary(texts: Iterable[Any], *, size: int = 20000, min_count: int 
     """At most `size` tokens seen at least `min_count` times, most frequent first, ties in alphabetical order.
 
     Args:
-        texts: strings, or pairs of them: then SEPARATOR comes before all.
+        texts: strings, or pairs of them: then SEPARATOR comes before all; or `Words`, each a token in lower case.
     """
     counts: Counter[str] = Counter()
     pairs = False
     for item in texts:
+        if isinstance(item, Words):
+            counts.update(word.lower() for word in item)
+            continue
         pairs |= is_pair(item)
         for text in (item,) if isinstance(item, str) else item:
             counts.update(tokenize(text))

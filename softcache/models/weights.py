@@ -31,6 +31,7 @@ from softcache.models.projector import Graft
 from softcache.models.saved_metadata import load_json
 from softcache.models.seal import DIGEST_KEY, FORMAT, FORMAT_KEY, INT8, check_digest, check_format, digest
 from softcache.models.shrunk import Shrunk, shrink_by
+from softcache.models.word_input import WordInput
 from softcache.spec import Spec, outside_quotes, parse_spec, quoted, unquoted
 
 STUDENT = "student.safetensors"  # its name in a run folder
@@ -106,7 +107,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "class_names": (model.data_class_names or model.class_names or ()) if model.has_classes else (),
         "input_shape": model.input_shape,
         "input": model.input.describe(),
-        "vocabulary": model.input.vocabulary if isinstance(model.input, TextInput) else None,
+        "vocabulary": model.input.vocabulary if isinstance(model.input, TextInput | WordInput) else None,
         **({"graft": model.graft.to_json()} if model.graft is not None else {}),
         **({"transformer": transformer} if transformer is not None else {}),
         **({"shrunk": model.shrunk.to_json()} if model.shrunk is not None else {}),
@@ -402,7 +403,7 @@ def _check_same_input(model: Model, saved: SavedModel, weights: str) -> None:
             f"{weights} was trained with another preprocessing: {differ}",
             tip="name the run folder alone: it brings its own model and preprocessing",
         )
-    if isinstance(model.input, TextInput) and model.input.vocabulary != saved.vocabulary:
+    if isinstance(model.input, TextInput | WordInput) and model.input.vocabulary != saved.vocabulary:
         raise ModelError(
             f"{weights} was trained with another vocabulary",
             tip="leave vocabulary= out: the run brings its own",

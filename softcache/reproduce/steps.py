@@ -20,6 +20,7 @@ import torch
 
 from softcache import dump
 from softcache.config import DumpConfig, EvalConfig, ShrinkConfig, TrainConfig, resolve
+from softcache.data.class_counts import counted_labels
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import ConfigError
@@ -241,7 +242,7 @@ def _looked_at(spec: str, *, download: bool) -> Data:
     data = open_transfer_set(spec, download=download)
     spread = np.unique(np.linspace(0, len(data) - 1, SPREAD).astype(int)).tolist() if len(data) else []
     hasher = hashlib.sha256("\n".join([str(len(data)), *data.keys, *data.class_names]).encode())
-    hasher.update(np.ascontiguousarray(data.labels).tobytes())
+    hasher.update(np.ascontiguousarray(counted_labels(data)).tobytes())
     hasher.update(b"".join(data.load(index)[1] for index in spread))
     return Data(hasher.hexdigest(), data.select(np.array(spread)), data.labelled)
 

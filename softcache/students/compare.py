@@ -20,7 +20,7 @@ from softcache.data.views import Policy
 from softcache.errors import ExportError, ModelError, faults_explained
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.outputs import numbers_of
-from softcache.evaluate.sums import Sums
+from softcache.evaluate.sums import Sums, labels_of
 from softcache.machine import exact_convolutions
 from softcache.models import Model
 from softcache.report.progress import track
@@ -58,7 +58,7 @@ def compare(
     """
     count, order = len(transfer_set), np.arange(len(transfer_set))
     several = transfer_set.multi_label
-    before, after = (Sums(transfer_set.num_classes, multi_label=several) for _ in range(2))
+    before, after = (Sums.of(transfer_set) for _ in range(2))
     seconds = [0.0, 0.0]
     changed, largest = 0, 0.0
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])  # of a model whose outputs are no classes
@@ -90,9 +90,9 @@ def compare(
                 for own, one in zip(rows, outputs, strict=True):
                     own.append(one)
                 continue
-            labels = torch.from_numpy(transfer_set.labels[batch.index])
-            before.add_labels(reference, labels)
-            after.add_labels(found, labels)
+            labels = labels_of(transfer_set, batch.index)
+            before.add(reference, *labels)
+            after.add(found, *labels)
             said = (answers(logits, multi_label=several) for logits in (reference, found))
             changed += int(torch.ne(*said).sum())
     if not model.has_classes:

@@ -26,6 +26,7 @@ from softcache.errors import (
     ClassMismatchError,
     ConfigError,
     DataError,
+    ExportError,
     ModelError,
     UntrustedError,
     faults_explained,
@@ -176,6 +177,11 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
     with faults_explained(ModelError, f"building the model {model_text!r}"):
         model = load_model(model_text, **about).eval()  # type: ignore[arg-type]
     model.check_trained(repr(model_text))
+    if model.gives == "words":
+        raise ExportError(
+            f"{model_text!r} is a tagger: it gives a row for each word, and that is not exported yet",
+            tip="load it in Python: softcache.models.load_model, and let model(model.input.collate(items)) answer",
+        )
     check_scale(model, model_text, spread_items(viewed))
     with faults_explained(DataError, f"the collate of {model_text!r}"):
         batch = Batch.of(model, three, four)

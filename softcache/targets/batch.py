@@ -145,12 +145,13 @@ class Targets:
             tip=f"ask for what it has: {how.get(gave, 'logits(member)')}",
         )
 
-    def at(self, member: str, feature: str | None = None) -> BatchPositions:
-        """The positions that a member's records are of, or those of one of its features.
+    def at(self, member: str | None = None, feature: str | None = None) -> BatchPositions:
+        """The positions that a member's records (default: the only one's) are of, or those of one of its features.
 
         Raises:
             CacheError: it has one record for each sample.
         """
+        member = self._one(member, "at(member)")
         index = self.index_of.get(member if feature is None else (member, feature))
         if index is None:
             what = f"member {member!r}" if feature is None else f"feature {feature!r} of member {member!r}"
@@ -159,16 +160,20 @@ class Targets:
             )
         return self.positions[index]
 
-    def flat(self, member: str, feature: str | None = None) -> Tensor:
+    def flat(self, member: str | None = None, feature: str | None = None) -> Tensor:
         """(P, ...) float32 decoded values of all positions of the batch, sample after sample: `at(member).offsets` cuts them.
 
         Args:
+            member: default: the only one.
             feature: one of its features instead of its logits, embedding or values.
         """
+        member = self._one(member, "flat(member)")
         self.at(member, feature)
         return self.output(member) if feature is None else self.feature(feature, member)
 
-    def padded(self, member: str, feature: str | None = None, *, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+    def padded(
+        self, member: str | None = None, feature: str | None = None, *, fill: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The same as (B, L, ...) values, `fill` where a sample has no position, and a (B, L) bool mask of those that it has."""
         positions, values = self.at(member, feature), self.flat(member, feature)
         return positions.pad(values, fill), positions.mask(values.device)
@@ -202,6 +207,35 @@ class Targets:
         """As `classifier_input`, by its old name: for one version more."""
         warnings.warn("Targets.head_input is now Targets.classifier_input", DeprecationWarning, stacklevel=2)
         return self.classifier_input(member)
+
+    def per_position(self, index: str) -> Targets:
+        """The same records with a row for each position of an index: B becomes P, and every function above gives (P, ...).
+
+        Members over another index, or with one record for each sample, are left out, and features likewise. `labels` and
+        `sample_ids` are those of the samples, once for each position.
+        """
+        counts = self.positions[index].counts
+        members = [member for member in self.arrays if self.index_of.get(member) == index]
+        features = {
+            key: feature
+            for key, feature in self.features.items()
+            if key[0] in members and self.index_of.get(key) == index
+        }
+        arrays = {}
+        for member in members:
+            left = {name for key in self.features if key not in features for name in self._names(key, member)}
+            arrays[member] = {name: value for name, value in self.arrays[member].items() if name not in left}
+        return replace(
+            self,
+            rows=np.repeat(self.rows, counts),
+            views=np.repeat(self.views, counts),
+            arrays=arrays,
+            codecs={member: codec for member, codec in self.codecs.items() if member in members},
+            outputs={member: kind for member, kind in self.outputs.items() if member in members},
+            features=features,
+            positions={},
+            index_of={},
+        )
 
     def rows_between(self, first: int, last: int) -> Targets:
         """The targets of rows [first, last) of this batch: last - first of them."""

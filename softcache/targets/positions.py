@@ -47,6 +47,16 @@ class BatchPositions:
         padded[mask] = values
         return padded
 
+    def among(self, counts: np.ndarray) -> np.ndarray:
+        """(P,) int64: where each position stands among all positions of the samples, one sample after the other.
+
+        Args:
+            counts: (B,) how many positions each sample has in all, those without a record among them.
+        """
+        starts = np.cumsum(counts) - counts
+        found: np.ndarray = self.numbers + np.repeat(starts, self.counts)
+        return found
+
     def between(self, first: int, last: int) -> BatchPositions:
         """Of samples [first, last) of the batch."""
         start, stop = int(self.offsets[first]), int(self.offsets[last])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from softcache.cache.plan import CLASS_OUTPUTS
-from softcache.errors import LossError
+from softcache.data.transfer_set import TransferSet
+from softcache.errors import CacheError, LossError
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 
@@ -23,6 +24,7 @@ class CachedTeacher:
         weights: member -> weight; None for all equally.
         draw_seed: of the rule "draw".
         classes: indices of the classes that the student has; None for all.
+        index: where samples have several answers, one for each position of this index; None: one each.
     """
 
     cache: Cache
@@ -30,6 +32,7 @@ class CachedTeacher:
     weights: Mapping[str, float] | None = None
     draw_seed: int = 0
     classes: tuple[int, ...] | None = None
+    index: str | None = None
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -39,6 +42,55 @@ class CachedTeacher:
     def class_members(self) -> tuple[str, ...]:
         """Those that gave classes, which combine; the others are learned from each by itself."""
         return tuple(member for member in self.members if self.cache.member(member).output in CLASS_OUTPUTS)
+
+    def answering(self, transfer_set: TransferSet) -> CachedTeacher:
+        """The same members, who answer about these samples; where these are words, word by word.
+
+        Raises:
+            CacheError: a member that answers about something else.
+        """
+        if transfer_set.positions is None:
+            self.check_index()
+            return self
+        kind, plan = transfer_set.positions.kind, self.cache.manifest.plan
+        kinds = {index.name: index.kind for index in plan.indexes}
+        found = (self.cache.member(name).index for name in self.members)
+        index = next((index for index in found if index is not None and kinds[index] == kind), None)
+        if index is None:
+            raise CacheError(
+                f"the samples of {transfer_set.name} are {kind}, and no member of the cache answers for each of them",
+                tip="learn from a cache of what a tagger answered, or take data whose samples have one answer each",
+            )
+        chosen = replace(self, index=index)
+        chosen.check_index()
+        return chosen
+
+    def check_index(self) -> None:
+        """Raise CacheError for a member that answers about something else than the others are asked, with its name."""
+        of_member = {name: self.cache.member(name).index for name in self.members}
+        same = ",".join(name for name, index in of_member.items() if index == self.index)
+        for name, index in of_member.items():
+            if index == self.index:
+                continue
+            if index is None:
+                raise CacheError(
+                    f"member {name!r} of the cache has one answer for each sample, and {same} one for each position of "
+                    f"{self.index!r}: they cannot be learned from together",
+                    tip=f"choose members over one index: --members {same}",
+                )
+            if self.index is None:
+                raise CacheError(
+                    f"member {name!r} of the cache has an answer for each position of the index {index!r}, and the samples of "
+                    "this data have one answer each",
+                    tip=f"choose members that have one: --members {same}"
+                    if same
+                    else "learn from it with the data that was dumped, whose items are words: conll:, or table: with words=",
+                )
+            raise CacheError(
+                f"member {name!r} of the cache has an answer for each position of {index!r}, and {same} of {self.index!r}: these "
+                "are other positions, and cannot be combined",
+                tip=f"choose members over one index: --members {same}",
+            )
 
     def logits(self, targets: Targets, temperature: float, link: str | None = None) -> Tensor:
         """(B, C) of the combined members with classes; of the student's classes only, where it has not all.

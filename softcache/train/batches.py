@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ from softcache.data.loading import (
     Partners,
     ViewedSet,
     load_batches,
-    map_tensors,
     spread_items,
     to_device,
 )
+from softcache.data.position_labels import PositionLabels
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError, LossError, tell_once, warn
-from softcache.evaluate.outputs import Beside
+from softcache.evaluate.outputs import Beside, the_vector, vectors_of
 from softcache.losses import LossTerm
 from softcache.models import Input
 from softcache.models.inputs import is_text
@@ -46,9 +46,10 @@ from softcache.targets.ensemble import parse_members
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.fits import check_kind, fit_warnings
 from softcache.train.objective import Given, Labels
+from softcache.train.pieces import Batch
 from softcache.train.ranks import Ranks
 from softcache.train.run_folder import pinned_cache
-from softcache.train.terms import check_labels, check_mixed, check_term, stored_members
+from softcache.train.terms import check_labels, check_mixed, check_positions, check_term, stored_members
 from softcache.version import __version__
 
 
@@ -87,7 +88,7 @@ class Material:
         partners: what mixed views are mixed with.
         ids: (N,) uint64 sample ids in the cache; None without one: those of the keys.
         given: what the student is to give.
-        labelled: how many samples have a label; of several, one that is known.
+        labelled: how many samples have a label; of several, one that is known; of words, one of them.
         drift: how the views differ from what the teacher saw, by a rounding; None where they do not.
         warnings: what is odd about the labels, about who is right on them, and about what the terms make of the targets.
     """
@@ -109,13 +110,20 @@ class Material:
     def cache(self) -> Cache | None:
         return None if self.joined is None else self.joined.cache
 
+    @property
+    def positions(self) -> PositionLabels | None:
+        """Where samples have several answers: how many each has, and their labels."""
+        return self.transfer_set.positions
+
     def viewed(self, collates: Sequence[Any] = ()) -> ViewedSet:
         """The samples rendered by the policy, for loader workers."""
         return ViewedSet(self.transfer_set, self.policy, collates, partners=self.partners, ids=self.ids)
 
     def few(self, collate: Any, view: int, count: int = 2) -> LoadedBatch:
-        """Two samples as training loads them, or as many; or all there are."""
-        pairs = [(index, view) for index in range(min(count, len(self.transfer_set)))]
+        """Two samples as training loads them, or as many; or all there are. Those without a word come last."""
+        order = range(len(self.transfer_set))
+        chosen = order if self.positions is None else np.argsort(self.positions.counts == 0, kind="stable").tolist()
+        pairs = [(index, view) for index in chosen[:count]]
         return next(load_batches(self.viewed([collate]), [pairs]))
 
     @cached_property
@@ -144,9 +152,16 @@ class Material:
             "initialised": initialised,
             "samples": len(self.transfer_set),
             "labelled": self.labelled,
+            **self._of_positions(),
             "labels_changed": self.joined.labels_changed if self.joined is not None else 0,
             "class_warnings": list(self.warnings),
         }
+
+    def _of_positions(self) -> dict[str, int]:
+        if self.positions is None:
+            return {}
+        labels = self.positions.labels
+        return {"positions": len(labels), "labelled_positions": int((labels >= 0).sum())}
 
     def tell(self, *, quiet: bool) -> None:
         """Warnings of the classes; unless quiet also the class list with its counts, and how often each member is right."""
@@ -190,14 +205,24 @@ class Material:
         Args:
             features: to read of the cache.
         """
-        return Batch(
-            to_device(loaded.inputs[0], device),
-            self._labels(loaded, device),
-            self._targets(loaded, config, features, device),
-            torch.from_numpy(loaded.index).to(device),
-            torch.from_numpy(self.sample_ids[loaded.index].view(np.int64)).to(device),
-            config.views_per_visit,
-        )
+        targets = self._targets(loaded, config, features, device)
+        samples = torch.from_numpy(loaded.index).to(device)
+        ids = torch.from_numpy(self.sample_ids[loaded.index].view(np.int64)).to(device)
+        inputs = to_device(loaded.inputs[0], device)
+        if self.positions is None:
+            given = Given(self._labels(loaded, device), targets, samples, ids)
+            return Batch(inputs, given, config.views_per_visit)
+        own = self.positions.take(loaded.index)
+        labels = Labels(torch.from_numpy(own.labels).to(device).long())
+        rows = records = own.counts
+        recorded = None
+        if targets is not None and self.teacher is not None and self.teacher.index is not None:
+            at, targets = targets.positions[self.teacher.index], targets.per_position(self.teacher.index)
+            records = at.counts
+            if len(at.numbers) < len(labels.own):
+                recorded = torch.from_numpy(at.among(rows)).to(device)
+        given = Given(labels, targets, samples, ids, recorded=recorded)
+        return Batch(inputs, given, config.views_per_visit, rows, records)
 
     def _labels(self, batch: LoadedBatch, device: torch.device) -> Labels:
         """The hard labels of a batch, and of its partners where views are mixed."""
@@ -226,82 +251,6 @@ class Material:
         return chosen.to(device)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One rank's rows of a global batch.
-
-    Attributes:
-        inputs: as collated.
-        labels, targets, samples, sample_ids: see `Given`.
-        views: rows of one sample.
-    """
-
-    inputs: Any
-    labels: Labels
-    targets: Targets | None
-    samples: Tensor
-    sample_ids: Tensor
-    views: int = 1
-
-    def pieces(
-        self, count: int, wanted: int, step: int, ranks: Ranks, *, over_labels: bool
-    ) -> Iterator[tuple[Any, Given]]:
-        """Inputs and what the terms are given, in at most `wanted` pieces, as many on every rank.
-
-        Args:
-            count: samples of the global batch.
-            step: number of the optimiser step.
-            over_labels: some term is a mean over labelled samples, so that the labels of all ranks have to be counted.
-        """
-        shares = ranks.shares(count)
-        number = min(wanted, *shares)
-        if number == 1 and ranks.size == 1:
-            yield self.inputs, Given(self.labels, self.targets, self.samples, self.sample_ids, step)
-            return
-        total_labels = ranks.total(self.labels.weight) if over_labels else None
-        edges = [_edges(share, number, self.views) for share in shares]
-        rows = count * self.views
-        for piece in range(number):
-            counts = tuple(one[piece + 1] - one[piece] for one in edges)
-            own = slice(edges[ranks.rank][piece], edges[ranks.rank][piece + 1])
-            labels = self._labels(own)
-            factors: dict[str, float | Tensor] = {
-                "samples": counts[ranks.rank] * ranks.size / rows,
-                "batch": sum(counts) / rows,
-            }
-            if total_labels is not None:
-                factors["labels"] = labels.weight * ranks.size / total_labels.clamp(min=1e-12)
-            targets = None if self.targets is None else self.targets.rows_between(own.start, own.stop)
-            inputs = self.inputs if number == 1 else map_tensors(self.inputs, partial(self._rows, own), _indivisible)
-            yield inputs, Given(labels, targets, self.samples[own], self.sample_ids[own], step, counts, factors)
-
-    def _labels(self, own: slice) -> Labels:
-        if self.labels.partners is None or self.labels.shares is None:
-            return Labels(self.labels.own[own])
-        return Labels(self.labels.own[own], self.labels.partners[own], self.labels.shares[own])
-
-    def _rows(self, own: slice, tensor: Tensor) -> Tensor:
-        if len(tensor) != len(self.samples):
-            raise ConfigError(
-                f"the student's inputs are {tuple(tensor.shape)} for {len(self.samples)} samples: they cannot be divided",
-                tip="leave --accumulate out, or give the student a collate whose tensors begin with the batch",
-            )
-        return tensor[own]
-
-
-def _indivisible(held: Any) -> Any:
-    raise ConfigError(
-        f"the student's inputs are {type(held).__module__}.{type(held).__qualname__}, which cannot be divided into pieces",
-        tip="leave --accumulate out, or collate to a tensor, or a dict, tuple or dataclass of tensors",
-    )
-
-
-def _edges(share: int, pieces: int, views: int) -> list[int]:
-    """Where each of the pieces of a rank's rows begins, and where the last one ends; samples stay whole."""
-    sizes = [len(piece) for piece in np.array_split(np.empty(share), pieces)]
-    return [0, *(np.cumsum(sizes) * views).tolist()]
-
-
 def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool = True) -> Material:
     """Open data and cache, join them, and refuse whatever does not fit the terms.
 
@@ -323,7 +272,10 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
     chosen = tuple(class_indices(transfer_set.class_names, config.classes)) if config.classes else None
     weights = parse_members(config.members)
     teacher = None if cache is None else CachedTeacher(cache, config.combine, weights, config.seed, chosen)
+    if transfer_set.positions is not None:
+        check_positions(terms)
     if teacher is not None:
+        teacher = teacher.answering(transfer_set)
         for term in terms:
             check_term(teacher, term)
     policy = _policy(config, cache)
@@ -341,6 +293,11 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
     given, labelled = output_of(terms, teacher, transfer_set), transfer_set.labelled
+    if transfer_set.positions is not None and not given.has_classes:
+        raise LossError(
+            f"a student of words gives classes, and no term is on them: member {given.member!r} gave {given.kind}",
+            tip="learn from a member that gave classes, with kd and others on logits, or from labels with ce",
+        )
     beside = None if given.has_classes or eval_set is None else _beside(cache, eval_set, given)
     check_labels(terms, labelled=labelled, name=transfer_set.name)
     warnings = list(_class_warnings(transfer_set, cache))
@@ -354,7 +311,8 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
 def output_of(terms: Sequence[LossTerm], teacher: CachedTeacher | None, transfer_set: TransferSet) -> Output:
     """What a student of these terms gives: classes, unless no term is on them and a member gave an embedding or values.
 
-    Then as many numbers as the first such member that a term is of, or else the first of all.
+    Then as many numbers as the first such member that a term is of, or else the first of all. Where features alone are there, as
+    many as the only vector among them.
 
     Raises:
         LossError: the data has no classes, and a term is on them.
@@ -366,6 +324,10 @@ def output_of(terms: Sequence[LossTerm], teacher: CachedTeacher | None, transfer
             member = teacher.cache.member(name)
             if member.output in OTHER_OUTPUTS:
                 return Output(member.output, member.width or 0, tuple(member.value_names), name)
+        for name in () if teacher.class_members else (*said, *teacher.members):
+            widths = vectors_of(teacher.cache, name)
+            if len(widths) == 1 or not transfer_set.num_classes:
+                return Output("embedding", widths[the_vector(teacher.cache, name)], (), name)
     if not transfer_set.num_classes:
         raise LossError(
             f"{transfer_set.name} has no classes, and "
@@ -389,7 +351,8 @@ def _class_warnings(transfer_set: TransferSet, cache: Cache | None) -> Iterator[
     if cache is None:
         return
     for name, s in cache.manifest.statistics.items():
-        views = max(1, s.records // max(1, len(cache)))  # of one sample they are no further samples
+        # views of one sample are no further samples
+        views = cache.num_views if cache.member(name).index else max(1, s.records // max(1, len(cache)))
         told = chance_warning(f"member {name!r} of the cache", s.correct / views, s.labelled / views, cache.num_classes)
         if told is not None:
             yield told

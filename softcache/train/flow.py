@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.config import TrainConfig
+from softcache.data.class_counts import counted_labels
 from softcache.data.loading import LoadedBatch, to_device
 from softcache.errors import warn
 from softcache.files.durable import require_room
@@ -108,7 +109,7 @@ def begin(prepared: Prepared, told: Sequence[str] = ()) -> Session:
     """
     material, ranks = prepared.material, prepared.ranks
     vocabulary = getattr(prepared.model.input, "vocabulary", ())
-    data = data_fingerprint(material.sample_ids, material.transfer_set.labels, vocabulary)
+    data = data_fingerprint(material.sample_ids, counted_labels(material.transfer_set), vocabulary)
     weights = [one.class_weights for one in prepared.objectives]
     weights = weights if any(weights) else []
     check_same_data(prepared.out, data, weights)

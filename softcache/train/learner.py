@@ -60,11 +60,19 @@ class Learner(nn.Module):
             faults_explained(ModelError, f"the student {self.model.spec!r}, in training"),
             torch.autocast(given.labels.own.device.type, dtype=self._autocast, enabled=self._autocast is not None),
         ):
-            student_logits = self._run(inputs)
+            student_logits = self._run(inputs) if len(given.labels.own) else self._of_no_rows()
         outputs = {} if self._taps is None else self._taps.outputs()
         outputs[OUTPUT] = student_logits
         values: dict[str, Tensor] = self.objective(student_logits, outputs, given, moment)
         return values
+
+    def _of_no_rows(self) -> Tensor:
+        """(0, C) of samples without a word, which no network need be able to take; all that learns has a part in it."""
+        learning = [parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]
+        total = (
+            torch.stack(learning).sum() if learning else torch.zeros((), device=next(self.model.parameters()).device)
+        )
+        return total.expand(0, self.model.num_classes)
 
     def leaves_some_alone(self, inputs: Any) -> bool:
         """Whether some parameter of the student that may learn gets no gradient from this stage's terms."""
@@ -99,9 +107,12 @@ class Learner(nn.Module):
                     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                     what = "logits" if self.model.has_classes else f"an output (its {self.model.output})"
                     numbers = "classes" if self.model.has_classes else "numbers"
+                    rows, shape = f"{wanted[0]} samples", f"(B, {wanted[1]})"
+                    if given.samples is not None and len(given.samples) != wanted[0]:
+                        rows, shape = f"{len(given.samples)} samples with {wanted[0]} words", f"(words, {wanted[1]})"
                     raise ModelError(
-                        f"{self.model.spec}: gives {found} for {wanted[0]} samples of {wanted[1]} {numbers}",
-                        tip=f"a student's output must be {what} of shape (B, {wanted[1]})",
+                        f"{self.model.spec}: gives {found} for {rows} of {wanted[1]} {numbers}",
+                        tip=f"a student's output must be {what} of shape {shape}",
                     )
             for moment in moments:
                 values: dict[str, Tensor] = self(inputs, given, moment)

@@ -33,12 +33,13 @@ def epoch_row(prepared: Prepared, live: LiveStage, progress: Progress, moment: M
     return row | {name: value / ranks.size / prepared.steps for name, value in sums.items()}
 
 
-SCORES = ("eval_top1", "eval_nearest_neighbour", "eval_cosine", "eval_r2", "eval_r2_teacher")  # the first that there is
+# the first of an epoch's row that there is
+SCORES = ("eval_span_f1", "eval_top1", "eval_nearest_neighbour", "eval_cosine", "eval_r2", "eval_r2_teacher")
 
 
 def score_of(row: Mapping[str, Any]) -> float | None:
     """What an epoch is judged by; None where it was not evaluated, or where nothing could be counted."""
-    score = next((row[name] for name in SCORES if name in row), None)
+    score = next((row[name] for name in SCORES if row.get(name) is not None), None)
     return None if score is None or math.isnan(score) else float(score)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softcache.data.label_kind import is_known
 from softcache.errors import LossError
-from softcache.losses import CLASS_WEIGHTS, CLASSIFIER, OUTPUT, LossTerm
+from softcache.losses import CLASS_WEIGHTS, CLASSIFIER, OUTPUT, Loss, LossTerm
 from softcache.losses.schedules import Moment, Schedule
 from softcache.models import Model
 from softcache.models.graft import graft
@@ -23,7 +23,7 @@ from softcache.train.pairs import Pair, Student, pairs_of
 from softcache.train.ranks import Ranks
 from softcache.train.stages import Stage
 from softcache.train.term_modules import Sizes, TermModules
-from softcache.train.terms import named_terms
+from softcache.train.terms import check_pairs, named_terms
 
 MANY_CLASSES = 32768  # from here on whole float32 copies of the batch's logits are avoided
 HEAD_INPUTS = ("head_ids", "head_logits", "tail_logsumexp")  # in the order in which targets give them
@@ -34,7 +34,7 @@ class Labels:
     """The hard labels of one batch, on the device.
 
     Attributes:
-        own: (B,) int64 class index or -1; or (B, C) bool, int8 with -1 = unknown.
+        own: (B,) int64 class index or -1, of each row that the student gives; or (B, C) bool, int8 with -1 = unknown.
         partners: the same of the samples that the views are mixed with; None for views that are not mixed.
         shares: (B,) float32 weight of the own label; None likewise.
     """
@@ -57,15 +57,18 @@ class Labels:
 class Given:
     """What the terms are given of one batch, or of a piece of it, beside the student's outputs.
 
+    A row is a sample, or where samples have several answers a position of one: P rows, sample after sample, and no padding.
+
     Attributes:
         labels: of the rows.
-        targets: of the cache, None without one.
+        targets: of the cache, None without one; a row for each that has a record.
         samples: (B,) int64 positions in the transfer set; for losses with a memory of them.
         sample_ids: (B,) int64, the bits of the uint64 ids; likewise.
         step: number of the optimiser step, over all stages.
-        counts: rows of this piece on each rank.
+        counts: rows with a record of this piece on each rank.
         factors: what the mean over a rank's own rows is multiplied with, so that the mean over ranks, summed over pieces, is the
-            mean over the global batch: by the kind of mean (Loss.over). Empty: 1.
+            mean over the global batch: by the kind of mean (`mean_of`). Empty: 1.
+        recorded: (Q,) int64 which of the rows have a record in the cache; None: all of them.
     """
 
     labels: Labels
@@ -75,6 +78,28 @@ class Given:
     step: int = 0
     counts: tuple[int, ...] = ()
     factors: Mapping[str, float | Tensor] = field(default_factory=dict)
+    recorded: Tensor | None = None
+
+    def of_records(self, rows: Tensor) -> Tensor:
+        """(Q, ...) of the rows (P, ...) that have a record."""
+        return rows if self.recorded is None else rows[self.recorded]
+
+    @property
+    def labelled(self) -> Tensor:
+        """(2,) float64 labelled weight of the rows, and of those that have a record: what a mean divides by."""
+        records = self.labels if self.recorded is None else Labels(self.labels.own[self.recorded])
+        return torch.stack([self.labels.weight.double(), records.weight.double()])
+
+    def are_none(self, loss: Loss) -> bool:
+        """Whether nothing is left of this piece that a loss could be of: samples without a word, on this rank, or on all."""
+        if loss.over == "batch" and self.counts:
+            return not sum(self.counts)
+        return not len(self.of_records(self.labels.own) if loss.has_teacher else self.labels.own)
+
+
+def mean_of(loss: Loss) -> str:
+    """What the mean of a loss runs over: "samples", "batch", "labels", or "records" for labelled rows that have one."""
+    return "records" if loss.over == "labels" and loss.has_teacher else loss.over
 
 
 class Objective(nn.Module):
@@ -125,16 +150,20 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Term -> () unweighted value on this rank's rows; the mean over ranks is the value on the global batch."""
         batch = _Batch(student_logits, given, self.teacher)
+        outputs = {layer: given.of_records(value) for layer, value in outputs.items()}
         values = {}
         for (name, term), own in zip(self.terms.items(), self.term_modules, strict=True):
             assert isinstance(own, TermModules)
+            if given.are_none(term.loss):
+                values[name] = _nothing(student_logits, own)
+                continue
             settings = term.settings_at(moment)
             if CLASS_WEIGHTS in settings:
                 settings[CLASS_WEIGHTS] = own.class_weights
             calls = own.calls(outputs, given.targets)
             found = [self._value(term, settings, core, features, batch) for core, features in calls]
             value = found[0] if len(found) == 1 else torch.stack(found).sum()
-            factor = given.factors[term.loss.over] if given.factors else 1.0
+            factor = given.factors[mean_of(term.loss)] if given.factors else 1.0
             values[name] = value if isinstance(factor, float) and factor == 1.0 else value * factor
         return values
 
@@ -162,7 +191,7 @@ class Objective(nn.Module):
         """One call of a loss, with the inputs that it names."""
         loss, given = term.loss, batch.given
         if loss.many_classes is not None and self._has_many_classes(term, settings):
-            return loss.many_classes(batch.student_logits, batch.teacher_rows, settings["temperature"])
+            return loss.many_classes(batch.rows(term), batch.teacher_rows, settings["temperature"])
         if loss.mixed is not None and given.labels.partners is not None:
             labels = {
                 "labels": given.labels.own,
@@ -194,6 +223,11 @@ class Objective(nn.Module):
         return plain and self.teacher.cache.num_classes >= MANY_CLASSES and self.teacher.combine in KEEPS_LEVEL
 
 
+def _nothing(student_logits: Tensor, own: nn.Module) -> Tensor:
+    """() zero, in which all that learns has a part: other ranks wait for its gradient."""
+    return 0.0 * torch.stack([student_logits.sum(), *(parameter.sum() for parameter in own.parameters())]).sum()
+
+
 class _Batch:
     """The inputs of losses on one batch, by the names of INPUTS; the teacher's logits are combined once for each temperature."""
 
@@ -204,9 +238,10 @@ class _Batch:
     def find(self, name: str, term: LossTerm, settings: Mapping[str, Any]) -> Any:
         """One input that is no feature."""
         if name == "student_logits":
-            return self.student_logits
+            return self.rows(term)
         if name == "labels":
-            return self.given.labels.own
+            labels = self.given.labels.own
+            return self.given.of_records(labels) if term.loss.has_teacher else labels
         if name in ("samples", "sample_ids", "step"):
             return getattr(self.given, name)
         assert self.given.targets is not None and self._teacher is not None
@@ -219,6 +254,10 @@ class _Batch:
         if asked not in self._logits:
             self._logits[asked] = self._teacher.logits(self.given.targets, temperature, link)
         return self._logits[asked]
+
+    def rows(self, term: LossTerm) -> Tensor:
+        """(B, C) of the student: of a term that learns from the teacher, those that have a record."""
+        return self.given.of_records(self.student_logits) if term.loss.has_teacher else self.student_logits
 
     def teacher_rows(self, first: int, last: int) -> Tensor:
         """(last - first, C) logits of some rows, decoded when they are asked for."""
@@ -261,6 +300,8 @@ def build_objectives(
                     assert teacher is not None and student is not None
                     grafted = model.graft.features if term.loss.graft and model.graft is not None else None
                     pairs = pairs_of(term, teacher.cache, teacher.members, student, layer=grafted)
+                    if teacher.index is not None:
+                        check_pairs(term, pairs)
                 made[key] = TermModules(term, pairs, sizes, teacher)
             modules.append(made[key])
         objectives.append(Objective(stage.terms, modules, teacher, ranks))

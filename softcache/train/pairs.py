@@ -177,7 +177,8 @@ def pairs_of(
     member, names = _teacher_layers(term, cache, members)
     given = layer or said.get("student", "")
     are_vectors = CLASSIFIER in loss.features and all(_positions(cache, member, name) == 1 for name in names)
-    if not given and student.width is not None and names == [OUTPUT]:
+    alone = cache.member(member).output is None and are_vectors  # then these are what a student without classes gives
+    if not given and student.width is not None and (names == [OUTPUT] or alone):
         given = OUTPUT
     layers = _layers(given) if given else _student_layers(term, names, student, are_vectors=are_vectors)
     if len(layers) != len(names):

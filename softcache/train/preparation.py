@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,5 +91,5 @@ def rehearse(prepared: Prepared) -> tuple[str, ...]:
 def _given(prepared: Prepared, objective: Objective, few: LoadedBatch) -> tuple[Any, Given]:
     """Inputs, and what the terms are given, of some samples that every rank has."""
     batch = prepared.material.batch(few, prepared.config, objective.feature_names, prepared.device)
-    counts = (len(few.index),) * prepared.ranks.size
-    return batch.inputs, Given(batch.labels, batch.targets, batch.samples, batch.sample_ids, 0, counts)
+    count = len(few.index) if batch.records is None else int(batch.records.sum())
+    return batch.inputs, replace(batch.given, counts=(count,) * prepared.ranks.size)

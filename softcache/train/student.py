@@ -15,7 +15,7 @@ from softcache.errors import ConfigError, DataError, ModelError, faults_explaine
 from softcache.features.taps import eval_mode
 from softcache.models import Initialised, Model, build_vocabulary, load_model, path_alone, read_saved, split_weights
 from softcache.models.initialise import initialise, reorder_classes
-from softcache.models.inputs import is_text
+from softcache.models.inputs import has_vocabulary
 from softcache.models.item_range import check_same_scale, check_scale
 from softcache.spec import parse_spec
 from softcache.train.batches import Material
@@ -32,7 +32,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     item = material.viewed().render(0, 0)
     texts = (transfer_set.load(i)[0] for i in range(len(transfer_set)))
     with faults_explained(DataError, f"reading the texts of {transfer_set.name}"):
-        vocabulary = build_vocabulary(texts) if is_text(item) else None
+        vocabulary = build_vocabulary(texts) if has_vocabulary(item) else None
     given = material.given
     text, width = (config.student, given.width) if given.has_classes else split_width(config.student, given.width)
     with faults_explained(ModelError, f"building the student {config.student!r}"):
@@ -44,6 +44,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
             vocabulary=vocabulary,
             allow_code=config.allow_code,
         )
+    model.check_gives("sample" if transfer_set.positions is None else "words", transfer_set.name)
     if not given.has_classes:
         model.output = given.kind
         model.value_names = given.value_names if width == given.width else ()

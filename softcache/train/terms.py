@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from softcache.errors import LossError
-from softcache.losses import LossTerm, make_term
+from softcache.losses import CLASSIFIER, OUTPUT, LossTerm, make_term
 from softcache.spec import split_term
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.fits import Stored, check_fit
+from softcache.train.pairs import Pair
 
 
 def named_terms(terms: Sequence[LossTerm]) -> Iterator[tuple[str, LossTerm]]:
@@ -47,7 +48,7 @@ def check_mixed(terms: Sequence[LossTerm], policy: str) -> None:
 
 
 def check_labels(terms: Sequence[LossTerm], *, labelled: int, name: str) -> None:
-    """Raise LossError for a loss on hard labels when no sample has one."""
+    """Raise LossError for a loss on hard labels when no sample has one, nor any of its words."""
     for term in terms:
         if term.loss.needs("labels") and term.weight.bounds != (0.0, 0.0) and not labelled:
             raise LossError(
@@ -66,16 +67,38 @@ def check_term(teacher: CachedTeacher, term: LossTerm) -> None:
         )
 
 
+def check_positions(terms: Sequence[LossTerm]) -> None:
+    """Raise LossError for a loss that cannot learn from several answers a sample: one on layers, or with a memory of samples."""
+    for term in terms:
+        loss = term.loss
+        if loss.needs("samples", "sample_ids"):
+            raise LossError(
+                f"loss {term.name!r} remembers each sample, and here a sample has an answer for each of its words",
+                tip="use a loss without a memory: kd, soft_ce, dist, ...",
+            )
+        if loss.has_features and not {CLASSIFIER, OUTPUT} & set(loss.features):
+            raise _of_layers(term)
+
+
+def check_pairs(term: LossTerm, pairs: Sequence[Pair]) -> None:
+    """Raise LossError for layers that give one record a sample, where a sample has several answers."""
+    per_position = ((CLASSIFIER,), (OUTPUT,))
+    if not all(pair.stored in (CLASSIFIER, OUTPUT) and pair.student in per_position for pair in pairs):
+        raise _of_layers(term)
+
+
+def _of_layers(term: LossTerm) -> LossError:
+    return LossError(
+        f"loss {term.name!r} compares layers once for each sample, and here a sample has an answer for each of its words",
+        tip="use losses on logits (kd, soft_ce, dist, ...) and ce",
+    )
+
+
 def stored_members(teacher: CachedTeacher) -> list[Stored]:
-    """How the cache has the members that are combined."""
+    """How the cache has the members that are learned from."""
+    teacher.check_index()
     cache, found = teacher.cache, []
     for name in teacher.members:
         info, statistics = cache.member(name), cache.manifest.statistics[name]
-        if info.index is not None:
-            raise LossError(
-                f"member {name!r} of the cache gives {info.output or 'features'} over the index {info.index!r}, and no loss of "
-                "this version learns from that",
-                tip="choose members that have one answer for each sample: --members",
-            )
         found.append(Stored(name, cache.codecs.get(name), info.output or "", statistics.floored, statistics.records))
     return found

@@ -35,6 +35,7 @@ def test_all_open_with_their_classes_and_labels(sets: dict[str, object], tmp_pat
         assert sorted(map(str, called)) == sorted(map(str, wanted)), name
 
 
+@pytest.mark.slow
 def test_all_are_dumped_and_at_most_two_are_warned_of(sets: dict[str, object], tmp_path: Path) -> None:
     warned: dict[str, list[str]] = {}
     for number, (name, honest) in enumerate(sets.items()):

@@ -234,6 +234,7 @@ def test_the_list_of_classes_is_short_for_many(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- a map, in every verb
 
 
+@pytest.mark.slow
 def test_one_map_serves_every_verb(quick_dump: QuickDump, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     german = "Ameise+Biene+Hund+Katze"
     path = tmp_path / "map.tsv"

@@ -275,6 +275,7 @@ def test_old_files_and_the_old_id_stay(quick_dump: QuickDump, extend: QuickDump,
         open_before.gather(np.array([0]), np.array([2]))
 
 
+@pytest.mark.slow
 def test_a_repeated_extension_changes_nothing(
     quick_dump: QuickDump, extend: QuickDump, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +301,7 @@ def test_a_repeated_first_dump_does_not_take_the_extension_back(quick_dump: Quic
     assert quick_dump(policy=MIXED, views=2).id == new != old
 
 
+@pytest.mark.slow
 def test_the_manifest_of_an_extension_is_a_function_of_what_was_asked(quick_dump: QuickDump, extend: QuickDump) -> None:
     ids = set()
     for out in "ab":
@@ -438,6 +440,7 @@ def test_another_plan_for_a_half_done_extension(
     assert (done.num_views, verify.run(tmp_path / "cache", full=True, quiet=True).state) == (4, "whole")
 
 
+@pytest.mark.slow
 def test_what_was_fixed_stays_fixed_on_resume(
     quick_dump: QuickDump, extend: QuickDump, pieces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

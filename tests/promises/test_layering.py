@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": set(),
     "files": set(),
     "spec": set(),
+    "words": set(),
     "signals": set(),
     "machine": set(),
     "features": set(),
@@ -34,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"files"},
     "codecs": {"spec", "features"},
     "losses": {"spec", "features"},
-    "models": {"spec", "features", "files"},
-    "data": {"spec", "cache"},
+    "models": {"spec", "features", "files", "words"},
+    "data": {"spec", "cache", "words"},
+    "remote": {"cache", "files"},
     "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
@@ -66,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "signals",
     },
-    "share": {"files", "spec", "cache", "codecs", "data", "targets", "report", "machine", "config"},
+    "share": {"files", "spec", "cache", "codecs", "data", "targets", "remote", "report", "machine", "config"},
     "check": {"files", "spec", "cache", "codecs", "data", "targets", "dump", "report", "machine", "config"},
     "students": {
         "files",
@@ -114,6 +116,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "train",
         "share",
+        "remote",
         "check",
         "students",
         "reproduce",
@@ -140,6 +143,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "half_types": set(),
         "teacher_state": set(),
         "results": set(),
+        "output_scale": set(),
         "teacher": {"half_types", "results", "teacher_state"},
         "batch_composition": {"results", "teacher"},
         "progress": set(),
@@ -148,7 +152,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "layout": {"teacher"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher"},
-        "choose_codec": {"features_for", "job", "layout", "results", "teacher"},
+        "choose_codec": {"batch_composition", "features_for", "job", "layout", "output_scale", "results", "teacher"},
         "open_teachers": {"choose_codec", "batch_composition", "teacher"},
         "encode": {"layout", "results", "teacher"},
         "pixels": {"choose_codec"},
@@ -172,7 +176,7 @@ INNER: dict[str, dict[str, set[str]]] = {
     "train": {
         "ranks": set(),
         "fits": set(),
-        "terms": {"fits"},
+        "terms": {"fits", "pairs"},
         "pairs": set(),
         "checkpoint": {"ranks"},
         "pruning": set(),
@@ -186,7 +190,8 @@ INNER: dict[str, dict[str, set[str]]] = {
         "objective": {"pairs", "ranks", "stages", "term_modules", "terms"},
         "optimizer": {"objective", "stages"},
         "learner": {"checkpoint", "objective", "pairs", "ranks"},
-        "batches": {"fits", "objective", "ranks", "run_folder", "terms"},
+        "pieces": {"objective", "ranks"},
+        "batches": {"fits", "objective", "pieces", "ranks", "run_folder", "terms"},
         "student": {"batches", "run_folder"},
         "stop": {"checkpoint", "ranks"},
         "session": {
@@ -444,8 +449,8 @@ def test_the_promises_are_in_the_tables() -> None:
     for room in EVERYBODY | {"report", "files", "spec", "machine", "features"}:
         assert ALLOWED[room] == set()
     assert ALLOWED["cache"] == {"files"} and "torch" not in PACKAGES["cache"]
-    assert ALLOWED["config"] == {"spec"} and ALLOWED["models"] == {"spec", "features", "files"}
-    assert ALLOWED["data"] == {"spec", "cache"} and ALLOWED["targets"] == {
+    assert ALLOWED["config"] == {"spec"} and ALLOWED["models"] == {"spec", "features", "files", "words"}
+    assert ALLOWED["data"] == {"spec", "cache", "words"} and ALLOWED["targets"] == {
         "cache",
         "codecs",
         "data",
@@ -547,8 +552,9 @@ def test_a_planted_circle_is_found() -> None:
         ),
         ("softcache.cache.reader, softcache.cache.samples", {"h5py", "torch"}),
         ("softcache.check.verify", {"torch", "torchvision"}),
+        ("softcache.share.push, softcache.share.pull", {"torch", "torchvision", "h5py"}),
     ],
-    ids=["command line", "cache", "reading", "verify"],
+    ids=["command line", "cache", "reading", "verify", "sharing"],
 )
 def test_what_is_loaded_at_run_time(modules: str, heavy: set[str]) -> None:
     code = f"import sys, {modules}; print(*sorted({heavy} & set(sys.modules)))"

@@ -183,6 +183,7 @@ def test_every_target_is_the_parents(parents: Callable[[str], softcache.Cache], 
     assert (dense > 0) == codec.startswith("lowrank")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["float16", "topk:k=3", "lowrank:max_kl=0.001,at_temperature=4"])
 def test_statistics_are_those_of_the_stored_records(
     parents: Callable[[str], softcache.Cache], codec: str, tmp_path: Path
@@ -454,6 +455,7 @@ def test_views_that_do_not_begin_with_the_first_train_as_in_the_parent(
     assert [row["loss"] for row in mine] != [row["loss"] for row in other]
 
 
+@pytest.mark.slow
 def test_under_mixing_views_and_members_can_be_chosen_but_no_samples(pieces: str, tmp_path: Path) -> None:
     parent = dumped(
         pieces, tmp_path / "parent", data=f"{pieces}:images?count=50", policy=(*CROPPED, "cutmix"), features=()

@@ -408,6 +408,7 @@ def shrunk(run: Path | str, out: Path, *by: str, **settings: Any) -> shrink.Shri
     )
 
 
+@pytest.mark.slow
 def test_methods_compose_and_what_comes_out_is_a_run_folder(run: Path, tmp_path: Path, images: str) -> None:
     by = (
         "carve:depth=0.5",
@@ -430,6 +431,7 @@ def test_methods_compose_and_what_comes_out_is_a_run_folder(run: Path, tmp_path:
     assert again.after.parameters <= again.before.parameters == after.parameters
 
 
+@pytest.mark.slow
 def test_the_process_keeps_its_generators_and_threads(run: Path, tmp_path: Path) -> None:
     before = torch.get_rng_state(), torch.get_num_threads()
     shrunk(run, tmp_path / "out", "carve:depth=0.5", threads=before[1] + 1)
@@ -446,6 +448,7 @@ def test_of_several_labels_the_table_tells_decisions(tmp_path: Path) -> None:
     assert "right decisions, not healed" in text and "top-1" not in text
 
 
+@pytest.mark.slow
 def test_a_smaller_student_is_healed_from_a_cache(run: Path, tmp_path: Path, images: str, quick_dump: Any) -> None:
     from softcache import train
 

@@ -107,6 +107,35 @@ def test_rows_between_keeps_every_position_with_its_sample(targets: softcache.Ta
     assert torch.equal(some.embedding("embedder"), targets.embedding("embedder")[1:4])
 
 
+@pytest.mark.parametrize(("member", "index"), [("tagger", "words"), ("segmenter", "cells"), ("strided", "coarse")])
+def test_a_row_for_each_position_gives_the_same_numbers(targets: softcache.Targets, member: str, index: str) -> None:
+    """Of a batch and of any rows of it; one drawn member stays that of its sample."""
+    each, at = targets.per_position(index), targets.at(member)
+    assert each.members == tuple(name for name in targets.members if targets.index_of.get(name) == index)
+    assert torch.equal(each.logits(member), targets.flat(member)) and len(each.rows) == at.offsets[-1]
+    assert torch.equal(each.rows_between(2, 5).logits(member), targets.flat(member)[2:5])
+    assert each.rows.tolist() == np.repeat(ROWS, at.counts).tolist()
+    assert torch.equal(each._draws(3), targets._draws(3, index))
+
+
+def test_a_feature_over_the_index_of_its_member_comes_with_it(cache: softcache.Cache) -> None:
+    targets = cache.gather(ROWS, VIEWS, members=["layers", "embedder", "segmenter"], features=["trunk:map"])
+    assert targets.per_position("cells").members == ("segmenter",) and not targets.per_position("cells").features
+
+
+def test_places_among_all_positions_count_those_without_a_record(targets: softcache.Targets) -> None:
+    """Of the coarse grid every second position is listed."""
+    at, lengths = (
+        targets.at("strided"),
+        [indexed.length_of("coarse", int(r), int(v)) for r, v in zip(ROWS, VIEWS, strict=True)],
+    )
+    wanted = [sum(lengths[:i]) + number for i, (r, v) in enumerate(zip(ROWS, VIEWS, strict=True))
+              for number in indexed.listed_of("coarse", int(r), int(v))]  # fmt: skip
+    assert at.among(np.array(lengths)).tolist() == wanted
+    words = targets.at("tagger")
+    assert words.among(words.counts).tolist() == list(range(int(words.offsets[-1])))
+
+
 def test_members_over_several_indexes_are_not_combined(targets: softcache.Targets) -> None:
     with pytest.raises(CacheError, match=r"several indexes cannot be combined \(tagger: words, segmenter: cells\)"):
         targets.combined(weights={"tagger": 1.0, "segmenter": 1.0})
@@ -129,13 +158,42 @@ def test_eps_is_one_number_a_position(cache: softcache.Cache) -> None:
 
 
 def test_a_loss_of_classes_is_refused_with_the_members_name(cache: softcache.Cache) -> None:
-    for member, what in (
-        ("tagger", "member 'tagger' of the cache gives logits over the index 'words'"),
-        ("embedder", "loss 'kd' is on classes, and no member gave any: 'embedder' gave embedding"),
+    for member, error, what in (
+        (
+            "tagger",
+            CacheError,
+            r"member 'tagger' of the cache has an answer for each position of the index 'words'.*\n.*words=",
+        ),
+        ("embedder", LossError, "loss 'kd' is on classes, and no member gave any: 'embedder' gave embedding"),
     ):
         teacher = CachedTeacher(cache, weights={member: 1.0})
-        with pytest.raises(LossError, match=what):
+        with pytest.raises(error, match=what):
             check_term(teacher, make_term("kd"))
+
+
+def test_members_over_two_indexes_are_not_learned_from_together(cache: softcache.Cache) -> None:
+    """Nor one that answers about words with one that answers about whole samples; each refusal names who would do."""
+    for index, members, what in (
+        (
+            "words",
+            ("tagger", "segmenter"),
+            r"member 'segmenter' .* of 'cells', and tagger of 'words': .*\n.*--members tagger",
+        ),
+        (
+            "words",
+            ("tagger", "embedder"),
+            r"member 'embedder' .* one answer for each sample, and tagger one for each position",
+        ),
+        (
+            None,
+            ("tagger", "embedder"),
+            r"member 'tagger' .* of the index 'words', and the samples .*\n.*--members embedder",
+        ),
+    ):
+        teacher = CachedTeacher(cache, weights=dict.fromkeys(members, 1.0), index=index)
+        with pytest.raises(CacheError, match=what):
+            teacher.check_index()
+    CachedTeacher(cache, weights={"tagger": 1.0}, index="words").check_index()
 
 
 def test_inspect_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -417,6 +417,7 @@ def test_labels_changed_on_purpose_are_allowed_and_counted(quick_dump: QuickDump
     assert json.loads((tmp_path / "run/run.json").read_text())["labels_changed"] == 7
 
 
+@pytest.mark.slow
 def test_how_many_contents_are_checked(quick_dump: QuickDump, toy: Path, faults: Path) -> None:
     """`spread` looks at 64 samples, the first and the last among them; `full` at all; `none` at none."""
     cache = quick_dump(f"{toy}:images?count=200")

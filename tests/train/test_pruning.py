@@ -90,7 +90,7 @@ def test_a_rate_is_torchs_own_pruning_again_and_again(world: World, tmp_path: Pa
             twins.append(Twin(prepared.model.net, scope))
         batch = prepared.material.batch(loaded, prepared.config, live.objective.feature_names, prepared.device)
         twins[0].prune(0.1)
-        twins[0].step(batch.inputs, batch.labels.own)
+        twins[0].step(batch.inputs, batch.given.labels.own)
         values = one_step(prepared, live, loaded, *rest)
         for name in LAYERS:
             found, wanted = (net.get_submodule(name).weight for net in (prepared.model.net, twins[0].net))

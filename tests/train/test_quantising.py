@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_world import World
 from torch import Tensor
-from training import run_with, stopped_after
+from training import run_with, some_in_the_quick_tier, stopped_after
 
 from softcache.config import TrainConfig
 from softcache.errors import ConfigError
@@ -258,7 +258,7 @@ def undisturbed(world: World) -> Path:
     return out
 
 
-@pytest.mark.parametrize("saves", range(1, len(STAGES) * STEPS + 1))
+@pytest.mark.parametrize("saves", some_in_the_quick_tier(range(1, len(STAGES) * STEPS + 1)))
 def test_stopped_after_any_step_it_ends_as_one_that_was_not(
     saves: int, world: World, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import words_cache
 from safetensors.torch import load_file
 from small_world import Arrays, Outcome, World, arrays, joined, relative, trained, weights_of
 from training import at_each_save, run_with
@@ -174,6 +175,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> words_cache.World:
+    return words_cache.made_world(tmp_path_factory.mktemp("words"))
+
+
 # ---------------------------------------------------------------------------- each step from the same weights: one against two
 
 RKD = ("rkd_distance:weight=25,layer=late:pool", "rkd_angle:weight=50,layer=late:pool")
@@ -295,6 +301,30 @@ def test_a_batch_in_parts_is_the_whole_batch_on_one_and_two_ranks(world: World, 
     check_close("3 parts on one rank", differences(whole, [one, one]))
     two = pair(trained, replace(parts, out=str(tmp_path / "two")), starts_of(whole))
     check_close("3 parts on two ranks", differences(whole, two))
+
+
+WORDS = ("kd", "ce", "dkd:weight=0.5", "dist", "ctkd", "batch_correlation:weight=0.1")
+
+
+@pytest.mark.parametrize("cache", ["one", "second"])
+@pytest.mark.parametrize("batch_size", [8, 2])
+def test_a_step_of_two_ranks_over_words_is_that_of_one_process(
+    words: words_cache.World, pair: Group, tmp_path: Path, batch_size: int, cache: str
+) -> None:
+    """Sentences of unlike lengths; of two, one has no words, and its rank none. What is clipped is the gradient of all."""
+    config = words.config(tmp_path / "alone", *WORDS, cache=cache, batch_size=batch_size, clip_norm=0.5, lr=0.02)
+    alone = trained(config)
+    both = pair(trained, replace(config, out=str(tmp_path / "two")), starts_of(alone))
+    check_close(f"words in batches of {batch_size}", differences(alone, both))
+
+
+def test_words_in_pieces_on_three_ranks_are_those_of_one_process(
+    words: words_cache.World, trio: Group, tmp_path: Path
+) -> None:
+    config = words.config(tmp_path / "alone", "kd", "ce", "dkd:weight=0.5", "ctkd", cache="second", batch_size=7)
+    alone = trained(config)
+    three = trio(trained, replace(config, out=str(tmp_path / "three"), accumulate=2), starts_of(alone))
+    check_close("words in pieces on three ranks", differences(alone, three))
 
 
 def test_batch_statistics_are_each_ranks_own(world: World, pair: Group, tmp_path: Path) -> None:

@@ -425,6 +425,7 @@ def test_the_smallest_piece(count: int, batch_size: int, ranks: int, accumulate:
     assert min(pieces) == smallest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "more", "tip"),
     [

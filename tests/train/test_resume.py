@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import WORLDS, seed_everything
 from torch import nn
-from training import stopped_after
+from training import some_in_the_quick_tier, stopped_after
 
 from softcache import cli
 from softcache.errors import TrainingError
@@ -213,7 +213,7 @@ def differing(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [where]
 
 
-@pytest.mark.parametrize("saves", range(1, SAVES + 1))
+@pytest.mark.parametrize("saves", some_in_the_quick_tier(range(1, SAVES + 1)))
 def test_stopped_after_any_step_and_resumed(folder: Path, undisturbed: Path, tmp_path: Path, saves: int) -> None:
     out = tmp_path / "run"
     stop_after(saves, everything(folder, out, "--checkpoint-every", "1"))
@@ -291,6 +291,7 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, INT])
 def test_a_step_that_takes_too_long_is_given_up(
     folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, number: int
@@ -328,6 +329,7 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.slow
 def test_what_may_change_on_resume(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Workers and checkpoints may; anything that is part of the result may not."""
     assert cli.main(command(folder, tmp_path / "run")) == 0

@@ -366,6 +366,7 @@ def test_labels_of_some(world: World, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/run.json").read_text())["labelled"] == len(known)
 
 
+@pytest.mark.slow
 def test_several_labels_per_sample(world: World, tmp_path: Path) -> None:
     row, student, (pixels, labels) = first_step(
         world, tmp_path / "run", data=world.spec("toy?labels=many"), cache="many", loss=("bce:temperature=2", "ce")

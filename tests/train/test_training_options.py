@@ -74,6 +74,7 @@ def weights_after_steps(config: TrainConfig) -> list[dict[str, np.ndarray]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_what_is_evaluated_and_kept(world: World, tmp_path: Path) -> None:
     student, decay = world.spec("net?norm=true&dropout=0.2"), 0.8
     stages = ("epochs=2 loss=kd", "epochs=1 loss=ce freeze=early")
@@ -279,6 +280,7 @@ def test_when_it_ends_and_which_student_is_kept(
     assert not (tmp_path / "last/best.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_patience_is_a_stages_own_and_the_best_is_of_all(world: World, tmp_path: Path) -> None:
     stages = ("epochs=9 patience=1 loss=kd", "epochs=9 patience=2 loss=ce", "epochs=2 loss=ce")
     config = world.config(tmp_path / "run", stage=stages, eval_data=world.spec("toy"), keep="best")
@@ -289,6 +291,7 @@ def test_patience_is_a_stages_own_and_the_best_is_of_all(world: World, tmp_path:
     assert same_weights(tmp_path / "run", tmp_path / "short")
 
 
+@pytest.mark.slow
 def test_the_kept_student_is_the_one_that_is_reported(world: World, tmp_path: Path) -> None:
     data = world.spec("toy?count=200&seed=3")
     result = world.train(tmp_path / "run", "ce", epochs=6, lr=0.3, eval_data=data, keep="best")
@@ -342,6 +345,7 @@ def test_the_best_is_among_what_was_evaluated(scores: list[float | None], best: 
     assert not is_stale(rows, None, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scores", "every", "kept"),
     [pytest.param((0.0,) * 4, 2, 1, id="zero"), pytest.param((None,) * 4, 1, 3, id="no-labels")],
@@ -367,6 +371,7 @@ def test_a_finished_run_can_always_be_saved(
     assert "the last epoch's student is kept" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_channels_last_changes_the_memory_and_not_the_mathematics(world: World, tmp_path: Path) -> None:
     plain = world.config(tmp_path / "plain", "kd", "ce", epochs=2)
     last = replace(plain, out=str(tmp_path / "last"), channels_last=True)
@@ -388,6 +393,7 @@ def test_channels_last_changes_the_memory_and_not_the_mathematics(world: World, 
 CHOSEN = [1, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [("bee", "dog", "eel"), ("3-4", "1"), ("eel", "bee", "dog")])
 def test_a_student_of_some_classes(world: World, tmp_path: Path, said: tuple[str, ...]) -> None:
     """kd and ce at its first step, in float64 from the cache and the data: the teacher's softmax over the chosen alone."""
@@ -426,6 +432,7 @@ def everyone_of_the_first_batch(config: TrainConfig) -> list[int]:
     return [sample for sample, _ in visited(replace(config, out=config.out + "-again", eval_data=None))[0][0]]
 
 
+@pytest.mark.slow
 def test_a_student_of_some_classes_is_evaluated_on_all_of_the_data(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -474,6 +481,7 @@ def test_losses_on_the_teachers_classifier_take_the_chosen_rows(world: World, tm
 # -------------------------------------------------------------------------------------------------------------- init-from
 
 
+@pytest.mark.slow
 def test_a_student_begins_with_the_weights_of_a_run(world: World, tmp_path: Path) -> None:
     data, still = world.spec("toy?count=200&seed=3"), {"lr": 1e-12, "momentum": 0.0}
     source = world.train(tmp_path / "source", "kd", epochs=6, lr=0.5, eval_data=data)
@@ -606,6 +614,7 @@ def test_a_projector_is_trained_like_the_rest_in_stages(world: World, tmp_path: 
 # --------------------------------------------------------------------------------------------------- tensorboard, compile
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_metrics(world: World, tmp_path: Path) -> None:
     """Each epoch once, though the second was broken off after it was noted and done again."""
     calls = 0

@@ -1,0 +1,52 @@
+"""Labels of positions: which label each word of each sample has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PositionLabels:
+    """Which labels the positions of N samples have; P positions in all, sample after sample.
+
+    Attributes:
+        kind: "words".
+        offsets: (N + 1,) int64: sample i has the positions [offsets[i], offsets[i + 1]).
+        labels: (P,) int32 class index, -1 = none.
+    """
+
+    kind: Literal["words"]
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(N,) int64: how many positions each sample has."""
+        return np.diff(self.offsets)
+
+    @property
+    def labelled(self) -> int:
+        """How many samples have a position with a label."""
+        return len(np.unique(np.repeat(np.arange(len(self)), self.counts)[self.labels >= 0]))
+
+    def of(self, index: int) -> np.ndarray:
+        """(n,) int32 labels of one sample."""
+        found: np.ndarray = self.labels[self.offsets[index] : self.offsets[index + 1]]
+        return found
+
+    def take(self, rows: np.ndarray) -> PositionLabels:
+        """Those of these samples, in this order."""
+        counts = self.counts[rows]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], counts)
+        return PositionLabels(self.kind, offsets, self.labels[places])
+
+    def placed(self, place: np.ndarray) -> PositionLabels:
+        """The same under another class list: label i becomes place[i]; the last of `place` is for -1."""
+        return PositionLabels(self.kind, self.offsets, place[self.labels].astype(np.int32))
