@@ -37,7 +37,7 @@ class Answers:
         Args:
             measured: `largest` (B,), the largest column of each row; `alike` (B,), 1 where all columns of a row are equal, plus 2
                 where the row is the teacher's first one again; `decided` (2,), of several labels how many are right and known.
-            labels: (B,) class indices, -1 = none; or packed labels, several per sample.
+            labels: (B,) class indices, -1 = none; or (B, C), several per sample.
             ids: (B,) uint64 sample ids, which say in which half a row is.
         """
         largest, alike = measured["largest"], measured["alike"]
@@ -62,7 +62,8 @@ class Answers:
     def text(self) -> str:
         """For people: how its classes were matched, and how often it is right."""
         counted = f"{percent(self.top1)} of {self.labelled:,}"
-        right = f"{counted} decisions right" if self.teacher.multi_label else f"top-1 {counted}"
+        words = "" if self.teacher.index is None else f" {self.teacher.index}"
+        right = f"{counted} decisions right" if self.teacher.multi_label else f"top-1 {counted}{words}"
         right = "no labels to compare with" if self.top1 is None else right
         return f"teacher {self.teacher.name}: {right}; classes matched {self.teacher.match.how}"
 
@@ -79,9 +80,9 @@ class Answers:
         if self.rows < FEW_ROWS or self.num_classes < 2:
             return None
         if self.same == self.rows:
-            return f"{what} gives the same logits to all {self.rows:,} samples: they say nothing of any of them"
+            return f"{what} gives the same logits to all {self.rows:,} {self.teacher.asked}: they say nothing of any of them"
         if 2 * self.flat > self.rows:
-            return f"{what} gives all classes the same logit for {self.flat:,} of {self.rows:,} samples"
+            return f"{what} gives all classes the same logit for {self.flat:,} of {self.rows:,} {self.teacher.asked}"
         return None
 
     def _other_order(self, what: str, class_names: Sequence[str]) -> str | None:
@@ -121,8 +122,7 @@ class ClassReport:
         """A batch that was written, of one teacher; counted at the report's view alone, since views of a sample are no others."""
         if done.view == self.view and done.member in self.answers:
             measured = {name: done.measured[name].numpy() for name in ("largest", "alike", "decided")}
-            labels, ids = done.samples.labels[done.rows], done.samples.ids[done.rows]
-            self.answers[done.member].add(measured, labels, ids)
+            self.answers[done.member].add(measured, done.labels, done.samples.ids[done.rows])
 
     def warnings(self) -> list[str]:
         """Of the labels and of every teacher, each once."""

@@ -16,6 +16,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.choose_codec import Prober
 from softcache.dump.teacher import Teacher, member_name
+from softcache.dump.word_index import INDEX
 from softcache.errors import ConfigError, DataError, ModelError, faults_explained, warn_once
 from softcache.features.taps import classifier_of
 from softcache.machine import autocast_dtype
@@ -62,6 +63,7 @@ def open_teachers(
             classes_map=classes_map,
             items=prober.first_items,
         )
+        teacher.index = None if transfer_set.positions is None else INDEX
         if not teacher.has_weights:
             raise ModelError(
                 f"teacher {text!r} has no weights: what it gives would be random numbers",
