@@ -71,7 +71,8 @@ class Answers:
         """What is odd; empty for most teachers."""
         what = f"teacher {self.teacher.name!r}"
         one_each = not self.teacher.multi_label  # whose chance is no 1 / C, but how often each label is a yes
-        chance = chance_warning(what, self.correct, self.labelled, self.num_classes) if one_each else None
+        counted = self.correct, self.labelled, self.num_classes
+        chance = chance_warning(what, *counted, self.teacher.asked) if one_each else None
         found = [chance, self._constant(what)]
         found.append(self._other_order(what, class_names))
         return [text for text in found if text is not None]
@@ -98,8 +99,8 @@ class Answers:
         told = sorted(((int(i), int(order[i])) for i in moved), key=lambda pair: -second[pair])[:3]
         named = ", ".join(f"{class_names[i]!r} is told by the column of {class_names[column]!r}" for i, column in told)
         return (
-            f"{what}: another order of its columns explains the labels far better: of {int(second.sum()):,} samples that it "
-            f"was not found on, {then + int(np.trace(second)) - now:,} instead of {int(np.trace(second)):,} are right; {named}. "
+            f"{what}: another order of its columns explains the labels far better: of {int(second.sum()):,} "
+            f"{self.teacher.asked} that it was not found on, {then + int(np.trace(second)) - now:,} instead of {int(np.trace(second)):,} are right; {named}. "
             "If its columns stand in another order, say so: --classes-map FILE"
         )
 

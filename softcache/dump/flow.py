@@ -36,7 +36,7 @@ from softcache.dump.encode import Encoded, encode
 from softcache.dump.job import extension_job, is_of_version_1, make_plan, match_members, new_job
 from softcache.dump.layout import Storage, bytes_of_spans, sizes
 from softcache.dump.made_with import left_out_before, made_with, provenance, told_of
-from softcache.dump.open_teachers import left_out_of, open_teachers
+from softcache.dump.open_teachers import build_teachers, check_teachers, left_out_of
 from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
@@ -126,14 +126,15 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
             misfits=config.misfits,
         )
 
+    opened: list[Teacher] = []
     try:
-        teachers = match_members(job, open_teachers(config, prober, transfer_set, device))
-    except (
-        DataError
-    ):  # of one of the samples by which they are tried, maybe: then it and all others of its kind are named
+        opened = build_teachers(config, prober, transfer_set, device)
+        check_teachers(opened, prober)
+    except DataError:  # of one of the samples by which they are tried, maybe: then all of its kind are named
         if reads_all:
-            read(())
+            read([teacher.collate for teacher in opened if job.positions is not None])
         raise
+    teachers = match_members(job, opened)
     if not teachers:
         assert job.base is not None
         print(f"{out}: nothing to add, every teacher is a member already", file=sys.stderr)
@@ -143,7 +144,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
 
     @cache
     def read_samples() -> SampleTable:
-        return read([teacher.collate for teacher in teachers] if config.batch_size > 1 else ())
+        fits = config.batch_size > 1 or job.positions is not None
+        return read([teacher.collate for teacher in teachers] if fits else ())
 
     if reads_all:
         read_samples()  # what does not fit is told before a teacher runs over many samples
@@ -155,7 +157,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         words = None if job.positions is None else job.positions.total
         print(sizes(plan, storages, words), printable(described(transfer_set)), sep="\n", file=sys.stderr)
         if job.base is None and plan.format != int(config.format):
-            others = ", ".join(teacher.index or teacher.output for teacher in teachers if not is_of_version_1(teacher))
+            others = ", ".join(dict.fromkeys(t.index or t.output for t in teachers if not is_of_version_1(t)))
             print(f"written as format version {plan.format}, which is provisional: {others}", file=sys.stderr)
         for name, one in lost.items():
             print(f"teacher {name!r}: {one.text()}", file=sys.stderr)

@@ -46,6 +46,7 @@ from softcache.dump.layout import (
     feature_arrays,
     record_bytes,
 )
+from softcache.dump.open_teachers import open_teachers
 from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
 from softcache.dump.word_index import InPart, bytes_of_a_row, one_each, part_bytes, records_of
@@ -359,7 +360,7 @@ def _open(config: PlanConfig, measured_rows: int) -> tuple[TransferSet, Job, Vie
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
     prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows)
-    teachers = dump.open_teachers(config, prober, transfer_set, pick_device(config.device))
+    teachers = open_teachers(config, prober, transfer_set, pick_device(config.device))
     return transfer_set, job, viewed, prober, teachers
 
 
