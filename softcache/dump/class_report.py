@@ -100,7 +100,8 @@ class Answers:
         named = ", ".join(f"{class_names[i]!r} is told by the column of {class_names[column]!r}" for i, column in told)
         return (
             f"{what}: another order of its columns explains the labels far better: of {int(second.sum()):,} "
-            f"{self.teacher.asked} that it was not found on, {then + int(np.trace(second)) - now:,} instead of {int(np.trace(second)):,} are right; {named}. "
+            f"{self.teacher.asked} that it was not found on, {then + int(np.trace(second)) - now:,} instead of "
+            f"{int(np.trace(second)):,} are right; {named}. "
             "If its columns stand in another order, say so: --classes-map FILE"
         )
 
