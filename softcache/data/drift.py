@@ -100,8 +100,9 @@ def check_drift(
     named = first_offenders((reader.samples.key(int(rows[i])) for i in where), where.size)
     if not reader.probe():  # no pictures
         raise DriftError(
-            f"{where.size} of {len(rows)} checked samples are not what the teacher saw: {named}",
-            tip="they changed, or are cut into other words: restore them, or leave them out with --without",
+            f"{where.size} of {len(rows)} checked views are not what the teacher saw: {named}",
+            tip="they changed, or are cut into other words: restore them, or leave them out with --without; --on-drift warn "
+            "trains on them as they are",
         )
     if apart == 0:
         raise DriftError(

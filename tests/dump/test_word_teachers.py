@@ -85,7 +85,7 @@ def test_codecs_hold_words_within_what_they_say(quick_dump: QuickDump, data: str
         ids, logits, tail = targets.per_position("words").head("a", 1.0)
         best = wanted.log_softmax(1).topk(2)
         whole = torch.cat([logits, tail[:, None]], 1).logsumexp(1, keepdim=True)
-        torch.testing.assert_close(logits - whole, best.values, rtol=0, atol=5e-3)
+        torch.testing.assert_close(logits - whole, best.values, rtol=0, atol=2e-2)
         assert torch.equal(ids, best.indices)
         return
     apart = (targets.flat("a") - wanted).abs().amax()
@@ -152,7 +152,7 @@ def test_the_tags_must_be_those_that_a_dump_began_with(quick_dump: QuickDump, da
         ),
         (
             '{"words": ["x"], "tags": ["O"]}',
-            "1 of 40 checked samples are not what the teacher saw: s.jsonl/000000",
+            "1 of 40 checked views are not what the teacher saw: s.jsonl/000000",
         ),
     ):
         assert changed != lines[0]
@@ -161,7 +161,7 @@ def test_the_tags_must_be_those_that_a_dump_began_with(quick_dump: QuickDump, da
             quick_dump(data=data, teacher=[teacher(2, "b")], extend=True)
     words = lines[0].split('"words": ["', 1)[1].split('"', 1)[0]
     file.write_text("\n".join([lines[0].replace(f'"{words}"', f'"{words}x"', 1), *lines[1:]]) + "\n")
-    with pytest.raises(SoftcacheError, match=r"1 of 40 checked samples are not what the teacher saw: s\.jsonl/000000"):
+    with pytest.raises(SoftcacheError, match=r"1 of 40 checked views are not what the teacher saw: s\.jsonl/000000"):
         quick_dump(data=data, teacher=[teacher(2, "b")], extend=True)
 
 
