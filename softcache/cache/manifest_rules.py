@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from softcache.cache.file_entry import MEMBER, SETUP, VIEWS, FileList, StoredArray, StoredFile
-from softcache.cache.plan import MemberInfo, Plan
+from softcache.cache.plan import OTHER_OUTPUTS, MemberInfo, Plan
 from softcache.cache.plan_rules import DTYPES, GateError, check_plan, demand, fields_of, parts_of, width_of
 from softcache.cache.schema import (
     ALIGNMENT,
@@ -22,6 +22,7 @@ from softcache.cache.schema import (
     CANDIDATES,
     CRC_SUFFIX,
     MAX_LIST_BYTES,
+    OUTPUT_PREFIX,
     PROBE,
     PROBE_RECORDS,
     SAMPLES,
@@ -117,7 +118,7 @@ def _check_files(plan: Plan, files: Sequence[StoredFile], kinds: dict[str, Mappi
         elif file.kind == "views":
             _check_exactly(file, {name: ("<u4", _place(file)) for name in plan.views.digests})
         elif file.kind == "constants":
-            _check_constants(file)
+            _check_constants(file, plan)
         elif file.kind == "dense":
             _check_dense(plan, file)
         elif file.kind == "positions":
@@ -332,11 +333,14 @@ def _check_probe(file: StoredFile) -> None:
     _check_exactly(file, {**shapes, "pixels": ("|u1", (_length(file, "pixels"),))})
 
 
-def _check_constants(file: StoredFile) -> None:
+def _check_constants(file: StoredFile, plan: Plan) -> None:
     names = _data_sets(file)
     demand(bool(names), f"{file.path}: holds nothing")
+    assert file.member is not None
+    others = (OUTPUT_PREFIX,) if plan.member(file.member).output in OTHER_OUTPUTS else ()
     for name in names:
-        demand(name.startswith(("codec_", "head_")), f"{file.path}: {name!r} is neither a codec's nor the head's")
+        known = name.startswith(("codec_", "head_", *others))
+        demand(known, f"{file.path}: {name!r} is neither a codec's nor the head's, nor the scale of an output")
 
 
 def _check_dense(plan: Plan, file: StoredFile) -> None:

@@ -32,9 +32,11 @@ SAMPLES = "samples.h5"
 PROBE = "probe.h5"
 CANDIDATES = "candidates.h5"
 TOKENIZER = "tokenizer.json"
+PULLING = "pull.json"  # what is being pulled into a folder; gone once all is there
 WORK = "dump"  # plan, journals and locks of the dump that made the cache, and below it of every extension
 
 CRC_SUFFIX = "_crc32"
+OUTPUT_PREFIX = "output_"  # of constants: the scale of an output without classes
 
 MEMBER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 ARRAY_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")

@@ -273,18 +273,20 @@ def _mend_round(
         out.write(PROBE, make_probe(render, plan.samples.count, one.layout.num_views))
     spans = out.spans_of(number)
     unfitted = {m for m in one.members if _first_round(plan, m) == number and _lost_constants(manifest, m, damaged)}
-    names = unfitted.union(*map(out.members_of, spans))
+    wanted = unfitted.union(*map(out.members_of, spans))
     prober = Prober(viewed, order, config.batch_size)
     storages = {}
     if (
-        names
+        wanted
         and not means.teachers
         and (refusal := told_unasked(path, means.allow_code, teacher=_told(path, number)["teacher"]))
     ):
         raise refusal
-    for teacher in _teachers_of(manifest, names, config, prober, transfer_set):
+    for teacher in _teachers_of(manifest, wanted, config, prober, transfer_set):
         constants = None if teacher.name in unfitted else CacheReader(path).constants(teacher.name)
-        storage = storage_of(plan.member(teacher.name), teacher, constants, prober)
+        of_member = manifest.files_of("constants", teacher.name)
+        names = {name for file in of_member for name in file.arrays}
+        storage = storage_of(plan.member(teacher.name), teacher, constants, prober, names)
         if teacher.name in unfitted:
             for relative, arrays in constants_files(teacher.name, storage.constants(), plan.format):
                 out.write(relative, arrays)

@@ -46,6 +46,12 @@ def constant(constants: Mapping[str, Tensor], name: str, shape: tuple[int | None
     return found.cpu()
 
 
+def widened(weight: Tensor) -> Tensor:
+    """A stored weight as float32: of version 2 it may be float16, or bfloat16 as its bits (uint16)."""
+    weight = weight.view(torch.bfloat16) if weight.dtype == torch.uint16 else weight
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """How one member's logits are stored. Subclasses are frozen dataclasses; their fields are the parameters.

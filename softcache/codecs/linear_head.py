@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from softcache.codecs.codec import Codec, Probe, constant
+from softcache.codecs.codec import Codec, Probe, constant, widened
 from softcache.codecs.int8 import codes_of, from_codes, step_of
 from softcache.codecs.matmul import affine, affine_rounding
 from softcache.codecs.records import Field, lay_out, read_field, write_fields
@@ -50,6 +50,8 @@ class LinearHeadCodec(Codec):
 
     def with_constants(self, constants: Mapping[str, Tensor]) -> Self:
         fitted = replace(self)
+        if "weight" in constants:
+            constants = {**constants, "weight": widened(constants["weight"])}
         weight = constant(constants, "weight", (self.num_classes, None), torch.float32)
         fitted._layers["cpu"] = (weight, constant(constants, "bias", (self.num_classes,), torch.float32))
         return fitted

@@ -126,6 +126,13 @@ def explanation(name: str) -> str:
         ]
         if not loss.graft:
             facts += [("adapter", f"between the two: {loss.adapter}; adapter=identity, linear or mlp chooses")]
+    if loss.reads_output:
+        facts += [
+            (
+                "scale",
+                f"{'both sides' if loss.widths else 'the teacher'} as given; scale=member, each or whiten chooses",
+            )
+        ]
     if loss.graft:
         facts += [
             (

@@ -89,6 +89,9 @@ class StorageOptions(MachineOptions, DataOptions):
         "promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec",
         metavar="SHARE",
     )
+    whiten: bool = option(
+        False, "also store what whitens embeddings and values, for losses with scale=whiten: a matrix of D x D numbers"
+    )
     features: tuple[str, ...] = option(
         (), "also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool", metavar="F,F"
     )

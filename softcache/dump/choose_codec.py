@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from softcache.cache.plan import MemberInfo
+from softcache.cache.plan import OTHER_OUTPUTS, MemberInfo
+from softcache.cache.schema import OUTPUT_PREFIX
 from softcache.codecs import Codec, Probe, make_codec
 from softcache.codecs.fidelity import binary_kl_rows, eps_of, explained, kl_at, relative_errors, round_up_to_half
 from softcache.config import StorageOptions, flag_of
@@ -34,6 +36,7 @@ from softcache.dump.layout import (
     restore,
     stored_features,
 )
+from softcache.dump.output_scale import measure_scale
 from softcache.dump.results import not_finite
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, first_offenders, nearest
@@ -42,6 +45,7 @@ DEFAULT_CODEC = "float16"
 CHECKED_SAMPLES = 64  # of the first batch, which is run twice, and once more in another composition
 FITTED_ROWS = 2048  # on which codecs are fitted
 MEASURED_ROWS = 1024  # others, on which they are compared
+SCALED_ROWS = 256  # on which the deviation of an output is measured: to 4 per cent
 PROBE_NUMBERS = 2**26  # logits held at once: fewer rows where there are many classes
 HEADROOM = 2.0  # a codec is picked when its worst record on the probe is this far below the promise
 
@@ -115,6 +119,10 @@ class Prober:
         count = _at_most(self._measured_rows, teacher.width)
         start = min(_at_most(self._fitted_rows, teacher.width), max(0, int(self._counts.sum()) - count))
         return self._run(teacher, start, count)
+
+    def scaling_rows(self, teacher: Teacher, *, whiten: bool) -> torch.Tensor:
+        """(n, W) on which the scale of an output without classes is measured: few, unless directions are told apart."""
+        return (self.fitting_rows(teacher) if whiten else self._run(teacher, 0, SCALED_ROWS)).logits
 
     def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
         """What it says of the rows that have records [start, start + count)."""
@@ -237,7 +245,7 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
         return Surveyed(
             text,
             storage.arrays(),
-            _kinds(storage.constants()),
+            kinds_of(storage.constants()),
             storage.record_bytes + dense * 2 * num_classes,
             seconds,
             dense=dense,
@@ -258,7 +266,7 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     return Surveyed(
         text,
         storage.arrays(),
-        _kinds(storage.constants()),
+        kinds_of(storage.constants()),
         storage.record_bytes + dense * 2 * num_classes,
         seconds,
         {t: float(rows.mean()) for t, rows in kl.items()},
@@ -268,7 +276,8 @@ def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise |
     )
 
 
-def _kinds(constants: Mapping[str, np.ndarray]) -> Arrays:
+def kinds_of(constants: Mapping[str, np.ndarray]) -> Arrays:
+    """Data set -> (NumPy dtype string, shape)."""
     return {name: (array.dtype.newbyteorder("<").str, array.shape) for name, array in constants.items()}
 
 
@@ -345,8 +354,8 @@ def choose_storages(
     """
     known = {teacher.name: job.known_member(teacher.name) for teacher in teachers}
     if job.base is not None and job.new_views:
-        for name in ("codec", "max_kl", "max_relative_error", "features", "for_"):
-            if getattr(config, name) not in (None, ()):
+        for name in ("codec", "max_kl", "max_relative_error", "features", "for_", "whiten"):
+            if getattr(config, name) not in (None, (), False):
                 raise ConfigError(f"{flag_of(name)} cannot be given with more views: the cache's members keep theirs")
         return {t.name: _as_before(job, t, prober, out) for t in teachers}
     promises = promises_of(config, teachers)
@@ -372,8 +381,19 @@ def choose_storages(
                 f"feature {texts[0]} of teacher {teacher.name!r}: features are of samples, and here words are asked about",
                 tip="leave --features and --for out",
             )
-        storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober)
+        beside = _scale(teacher, prober, whiten=config.whiten)
+        storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober, beside)
+    if config.whiten and not any(teacher.output in OTHER_OUTPUTS for teacher in teachers):
+        raise ConfigError("--whiten is of embeddings and values, and no teacher gives any", tip="leave it out")
     return storages
+
+
+def _scale(teacher: Teacher, prober: Prober, *, whiten: bool) -> dict[str, np.ndarray]:
+    """Of an output without classes, measured on its first rows."""
+    if teacher.output not in OTHER_OUTPUTS:
+        return {}
+    measured = measure_scale(prober.scaling_rows(teacher, whiten=whiten), whiten=whiten)
+    return {f"{OUTPUT_PREFIX}{name}": value.numpy() for name, value in measured.items()}
 
 
 Promises = Mapping[bool, Promise | ErrorPromise | None]  # of members with classes, and of those without
@@ -431,9 +451,17 @@ def _as_before(job: Job, teacher: Teacher, prober: Prober, out: Path | None) -> 
 
 
 def storage_of(
-    member: MemberInfo, teacher: Teacher, constants: Mapping[str, np.ndarray] | None, prober: Prober
+    member: MemberInfo,
+    teacher: Teacher,
+    constants: Mapping[str, np.ndarray] | None,
+    prober: Prober,
+    names: Collection[str] = (),
 ) -> Storage:
-    """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None."""
+    """How a member is stored, as the manifest describes it; its codec is fitted again where `constants` is None.
+
+    Args:
+        names: of the data sets that its constants had, where they are made again.
+    """
     if constants is not None or member.codec is None:
         codec = restore(member, teacher.width, constants or {})
     else:
@@ -441,7 +469,9 @@ def storage_of(
         codec = codec.fit(prober.fitting_rows(teacher))
     promise = promise_from(member.promise)
     dtype = member.features[0].dtype if member.features else "float16"
-    return _tapped(teacher, codec, [feature.name for feature in member.features], dtype, promise, prober)
+    has_scale = constants is None and f"{OUTPUT_PREFIX}mean" in names
+    beside = _scale(teacher, prober, whiten=f"{OUTPUT_PREFIX}whitening" in names) if has_scale else {}
+    return _tapped(teacher, codec, [feature.name for feature in member.features], dtype, promise, prober, beside)
 
 
 def _tapped(
@@ -451,6 +481,7 @@ def _tapped(
     dtype: str,
     promise: Promise | ErrorPromise | None,
     prober: Prober,
+    beside: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Storage:
     """The storage, with the teacher's taps set to what it needs."""
     if codec is None and not texts:
@@ -467,7 +498,8 @@ def _tapped(
     if codec is None:  # only now is it known what of it must stay the same
         teacher.check_first_batch(batch)
         check_batch_composition(teacher, prober.first_items())
-    beside = _classifier_arrays(teacher, classifier) if features and teacher.has_classes else {}
+    if features and teacher.has_classes:
+        beside = _classifier_arrays(teacher, classifier)
     return Storage(codec, features, promise, beside, teacher.has_classes, teacher.index)
 
 

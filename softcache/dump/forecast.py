@@ -32,6 +32,7 @@ from softcache.dump.choose_codec import (
     Surveyed,
     candidates,
     choose_storages,
+    kinds_of,
     promises_of,
     survey_codec,
 )
@@ -325,8 +326,9 @@ def run(
             continue
         per_view = rates.per_view + sum(one.seconds for one in found.values()) - base
         seconds = replace(rates, per_view=max(0.0, per_view)).seconds(len(transfer_set), job.views)
+        scales = {name: kinds_of(s.beside) for name, s in storages.items() if not s.has_classes}
         has_layer = text != ALONE and asked_codec(text, classes, promise).needs_classifier  # linear_head
-        kept = {} if has_layer else classifiers
+        kept = {**({} if has_layer else classifiers), **scales}
         nbytes = probe_bytes + _cache_bytes(config, transfer_set, job, found, storages, kept)
         choices.append(Choice(text, found, nbytes, seconds))
     choices.sort(key=lambda one: (bool(one.refused), -one.nbytes))

@@ -90,7 +90,8 @@ class Storage:
 
     Attributes:
         codec: None where features alone are kept.
-        classifier: weight and bias of the teacher's final linear layer, kept beside features.
+        beside: what else stands once for all records: weight and bias of the teacher's final linear layer, kept beside
+            features; of an output without classes its scale.
         index: whose positions its records are of; None: one record of each sample and view.
         has_classes: what is stored are logits, of which a divergence between soft targets can be told.
     """
@@ -98,7 +99,7 @@ class Storage:
     codec: Codec | None
     features: Sequence[StoredFeature] = ()
     promise: Promise | ErrorPromise | None = None
-    classifier: Mapping[str, np.ndarray] = field(default_factory=dict)
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
     has_classes: bool = True
     index: str | None = None
 
@@ -135,9 +136,9 @@ class Storage:
         return self.record_bytes - sum(record_bytes(feature_arrays(feature)) for feature in self.features)
 
     def constants(self) -> dict[str, np.ndarray]:
-        """What stands once for all records: the codec's constants, and the final linear layer beside features."""
+        """What stands once for all records: the codec's constants, and what is beside."""
         fitted = {} if self.codec is None else self.codec.constants
-        return {**{f"codec_{name}": value.numpy() for name, value in fitted.items()}, **self.classifier}
+        return {**{f"codec_{name}": value.numpy() for name, value in fitted.items()}, **self.beside}
 
     def with_constants(self, constants: Mapping[str, np.ndarray]) -> Storage:
         """The same with the constants that lie on disk: equal for every part and every resume."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from softcache.errors import ConfigError, nearest
 
 Shape = tuple[int, ...]  # of one record, without the batch axis
+SCALES = ("member", "each", "whiten")  # to which an output without classes may be brought
 
 
 # ----------------------------------------------------------------------------------------------------------- reductions

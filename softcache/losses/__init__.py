@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from softcache.errors import LossError, nearest
+from softcache.features.spec import SCALES
 from softcache.losses.adapters import ADAPTERS
 from softcache.losses.batch import batch_correlation, class_correlation, dist
 from softcache.losses.contrast import Crd
@@ -63,7 +64,7 @@ OUTPUT = "output"  # in place of a layer: what an embedding network gives, or on
 LAYER_VECTORS = (CLASSIFIER, "pool", "flatten", "cls", "mean_tokens")
 VECTORS = (*LAYER_VECTORS, OUTPUT)
 CLASS_WEIGHTS = "class_weights"  # a setting that is a tensor: terms hold what it is made of, "balanced" or a file
-PLACEMENT = ("member", "layer", "student", "adapter")  # settings of every loss on features
+PLACEMENT = ("member", "layer", "student", "adapter", "scale")  # settings of every loss on features
 
 
 def middle(layers: Sequence[str]) -> str:
@@ -256,7 +257,7 @@ class LossTerm:
         name: in LOSSES.
         weight: in the sum of the terms.
         settings: of the loss; a scalar that may change over training is a Schedule.
-        placement: of a loss on features: member, layer, student (its layer), adapter, where they were said.
+        placement: of a loss on features: member, layer, student (its layer), adapter, scale, where they were said.
     """
 
     name: str
@@ -305,6 +306,8 @@ def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
         raise LossError(
             f"loss {name!r}: unknown adapter {placed['adapter']!r}", tip=nearest(placed["adapter"], ADAPTERS)
         )
+    if placed.get("scale", SCALES[0]) not in SCALES:
+        raise LossError(f"loss {name!r}: unknown scale {placed['scale']!r}", tip=nearest(placed["scale"], SCALES))
     term = LossTerm(name, Schedule.parse(weight, f"loss {name!r}: weight"), values, placed)
     if term.temperature is not None and not term.temperature.bounds[0] > 0:
         raise LossError(

@@ -82,6 +82,26 @@ class Model(nn.Module):
             return None
         return self.class_names or getattr(self.net, "class_names", None)
 
+    def check_gives(self, wanted: str, name: str) -> None:
+        """Raise ModelError where it answers for each sample and words have labels, or the other way round.
+
+        Args:
+            wanted: what the data has labels of, "sample" or "words".
+            name: of the data, for the message.
+        """
+        if self.gives == wanted:
+            return
+        if wanted == "words":
+            raise ModelError(
+                f"{self.spec}: gives one answer for each sample, and in {name} each word has a label",
+                tip="use a tagger: softcache:tagger, softcache:encoder_tagger or a token classifier of hf:; a network of your "
+                "own that gives a row for each word says so: gives = 'words'",
+            )
+        raise ModelError(
+            f"{self.spec}: gives an answer for each word, and the samples of {name} are no words with a label each",
+            tip="use data of words (conll:, table: with words= and tags=), or a model that answers for each sample",
+        )
+
     def check_trained(self, what: str) -> None:
         """Raise ModelError where some of its tensors are random; `what` it is called in the message."""
         if self.untrained:

@@ -27,7 +27,8 @@ from softcache.cache.plan import CLASS_OUTPUTS, FeatureInfo, MemberInfo
 from softcache.cache.reader import CacheReader
 from softcache.cache.row_table import ReadMode
 from softcache.cache.samples import SampleTable
-from softcache.cache.schema import MANIFEST, PROVISIONAL_FORMAT, WORK
+from softcache.cache.schema import MANIFEST, OUTPUT_PREFIX, PROVISIONAL_FORMAT, WORK
+from softcache.codecs.codec import widened
 from softcache.data.drift import Drift, Render, check_drift
 from softcache.data.foreign import check_map_style, dataset_keys, item_of, label_of, replace_item
 from softcache.data.identity import pixel_digest, sample_ids
@@ -38,10 +39,12 @@ from softcache.data.tables import item_column, with_columns
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, note_once, warn_once
+from softcache.features.spec import SCALES
 from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 from softcache.targets.described import member_codec, member_feature
 from softcache.targets.forms import JoinedForm, as_dict, as_pair
+from softcache.targets.output_scale import scale_factor
 from softcache.targets.positions import BatchPositions
 
 __all__ = ["Cache", "Joined", "Targets", "open"]
@@ -239,10 +242,46 @@ class Cache:
                     raise CacheError(
                         f"{self.reader.path}: the stored layer of member {member!r} is not one of its outputs"
                     )
-                return torch.tensor(stored[f"{prefix}weight"], device="cpu"), None if bias is None else torch.tensor(
-                    bias, device="cpu"
-                )
+                weight = widened(torch.tensor(stored[f"{prefix}weight"], device="cpu"))
+                return weight, None if bias is None else torch.tensor(bias, device="cpu")
         return None
+
+    def output_scale(self, member: str, kind: str) -> tuple[Tensor, Tensor]:
+        """(W,) mean and what (x - mean) is multiplied with, of a member's embedding or values: measured at the dump, stored once.
+
+        What is stored is as the teacher gave it; this brings numbers of any size to deviations of about 1.
+
+        Args:
+            kind: "member": by one number, the root of the mean variance, so that directions and proportions stay; "each": each
+                number by its own deviation; "whiten": and by the correlations between them, from a dump with `--whiten`.
+
+        Returns:
+            (W,) float32 mean, and (W,) float32 numbers, or for "whiten" a (W, W) matrix from the right; on the CPU.
+
+        Raises:
+            CacheError: no such member, kind or scale.
+
+        Example:
+            >>> embedded = softcache.open("caches/embedded")
+            >>> mean, factor = embedded.output_scale("teacher", "each")
+            >>> numbers = (embedded.gather(np.arange(64), np.zeros(64, np.int64)).embedding() - mean) * factor
+            >>> bool((numbers.std(dim=0) - 1).abs().max() < 0.1)
+            True
+        """
+        if kind not in SCALES:
+            raise CacheError(f"unknown scale {kind!r}", tip=nearest(kind, SCALES))
+        width, what = self.member(member).width, f"member {member!r}"
+        found = {
+            name.removeprefix(OUTPUT_PREFIX): torch.tensor(array, device="cpu")
+            for name, array in self.reader.constants(member).items()
+            if name.startswith(OUTPUT_PREFIX)
+        }
+        for name, value in found.items():
+            shape = (width, width) if name == "whitening" else (width,)
+            if tuple(value.shape) != shape or value.dtype != torch.float32 or not bool(value.isfinite().all()):
+                raise CacheError(f"{self.reader.path}: the stored {name} of {what} is not one of its {width} numbers")
+        factor = scale_factor(found, kind, what)
+        return found["mean"], factor
 
     def _gather(self, member: str, rows: np.ndarray, views: np.ndarray) -> dict[str, Tensor]:
         """What decoding takes of one member; the bounds are read only when asked for."""

@@ -293,6 +293,11 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
         eval_set = None if eval_set is None else eval_set.with_classes(config.classes)
         partners = replace(partners, transfer_set=partners.transfer_set.with_classes(config.classes))
     given, labelled = output_of(terms, teacher, transfer_set), transfer_set.labelled
+    if transfer_set.positions is not None and not given.has_classes:
+        raise LossError(
+            f"a student of words gives classes, and no term is on them: member {given.member!r} gave {given.kind}",
+            tip="learn from a member that gave classes, with kd and others on logits, or from labels with ce",
+        )
     beside = None if given.has_classes or eval_set is None else _beside(cache, eval_set, given)
     check_labels(terms, labelled=labelled, name=transfer_set.name)
     warnings = list(_class_warnings(transfer_set, cache))

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from softcache.data.class_counts import counted_labels
 from softcache.data.transfer_set import TransferSet
-from softcache.errors import LossError
+from softcache.errors import CacheError, LossError
 from softcache.features.spec import FeatureSpec
 from softcache.losses import CLASS_WEIGHTS, OUTPUT, Loss, LossTerm
 from softcache.losses.adapters import make_adapter
 from softcache.targets.batch import Targets
+from softcache.targets.output_scale import scaled
 from softcache.targets.teacher import CachedTeacher
 from softcache.train.class_weights import class_weights
 from softcache.train.pairs import SIZED, Pair
@@ -48,7 +49,7 @@ class Sizes:
 
 
 class TermModules(nn.Module):
-    """What a term has of its own: an adapter for each pair of layers, and the loss's module where it has state.
+    """What a term has of its own: an adapter for each pair of layers, scales, and the loss's module where it has state.
 
     Raises:
         LossError: widths or sizes that do not fit.
@@ -86,6 +87,8 @@ class TermModules(nn.Module):
                 )
                 raise
             self.adapters.append(adapter)
+        self._both = loss.widths
+        self.scales = nn.ModuleList(_scale(term, pair, teacher) for pair in self.pairs if "scale" in term.placement)
         asked = term.settings.get(CLASS_WEIGHTS)
         weights = class_weights(asked, sizes.sample_labels, sizes.class_names) if asked else None
         self.register_buffer(CLASS_WEIGHTS, weights, persistent=False)
@@ -135,6 +138,9 @@ class TermModules(nn.Module):
         assert targets is not None
         student = [self.student_tensor(index, outputs) for index in range(len(self.pairs))]
         teacher = [pair.teacher_tensor(targets) for pair in self.pairs]
+        for index, scale in enumerate(self.scales):
+            teacher[index] = scale(teacher[index])
+            student[index] = scale(student[index]) if self._both else student[index]
         if self._joint:
             return [(functions[0], {"student_maps": student, "teacher_maps": teacher})]
         classifier = dict(self.named_buffers(recurse=False))
@@ -151,6 +157,36 @@ class TermModules(nn.Module):
             return self.adapters[index](pair.student_vector(raw[0]))
         maps = [self.adapters[index](raw[0])] if len(raw) == 1 else raw
         return FeatureSpec(pair.student, pair.student_reduction).reduce(*maps)
+
+
+class _Scale(nn.Module):
+    """(B, W) numbers at the scale of a member; it learns nothing and is no part of a checkpoint, since the cache has it."""
+
+    def __init__(self, mean: Tensor, factor: Tensor) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.factor: Tensor
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("factor", factor, persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return scaled(values, self.mean, self.factor)
+
+
+def _scale(term: LossTerm, pair: Pair, teacher: CachedTeacher | None) -> nn.Module:
+    """What brings both sides of a comparison number by number to the member's scale, and of relations the teacher's side."""
+    assert teacher is not None
+    kind = term.placement["scale"]
+    if pair.stored != OUTPUT:
+        raise LossError(
+            f"loss {term.name!r}: scale={kind} is of what a member gave, an embedding or values, and {pair.stored} of member "
+            f"{pair.member!r} is a layer",
+            tip="leave scale= out, or dump the layer as an output: head=none is the input of the last one",
+        )
+    try:
+        return _Scale(*teacher.cache.output_scale(pair.member, kind))
+    except CacheError as exc:
+        raise LossError(f"loss {term.name!r}: scale={kind}: {exc.message}", tip=exc.tip) from exc
 
 
 def _adapter(loss: Loss, kind: str, pair: Pair) -> nn.Module:

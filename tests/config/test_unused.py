@@ -166,6 +166,7 @@ USED: dict[type[Any], set[str]] = {
             "codec",
             "max_kl",
             "max_relative_error",
+            "whiten",
             "features",
             "for_",
             "policy",

@@ -40,7 +40,7 @@ EXAMPLES = examples()
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/teacher, and of it caches/a with two views, and caches/ensemble with two members."""
+    """runs/teacher, and of it caches/a with two views, caches/ensemble with two members, and caches/embedded."""
     folder = tmp_path_factory.mktemp("docstrings")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -53,6 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         spec = "softcache:mlp?hidden=8&name={}@runs/teacher"
         two = DumpConfig(teacher=(spec.format("a"), spec.format("b")), out="caches/ensemble", **QUICK)
         dump.run(two, quiet=True)
+        dump.run(DumpConfig(teacher=("runs/teacher?head=none",), out="caches/embedded", **QUICK), quiet=True)
     return folder
 
 

@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"spec", "features"},
     "models": {"spec", "features", "files", "words"},
     "data": {"spec", "cache", "words"},
+    "remote": {"cache", "files"},
     "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
@@ -67,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "signals",
     },
-    "share": {"files", "spec", "cache", "codecs", "data", "targets", "report", "machine", "config"},
+    "share": {"files", "spec", "cache", "codecs", "data", "targets", "remote", "report", "machine", "config"},
     "check": {"files", "spec", "cache", "codecs", "data", "targets", "dump", "report", "machine", "config"},
     "students": {
         "files",
@@ -115,6 +116,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "train",
         "share",
+        "remote",
         "check",
         "students",
         "reproduce",
@@ -140,6 +142,7 @@ INNER: dict[str, dict[str, set[str]]] = {
     "dump": {
         "teacher_state": set(),
         "results": set(),
+        "output_scale": set(),
         "teacher": {"results", "teacher_state"},
         "batch_composition": {"results", "teacher"},
         "progress": set(),
@@ -149,7 +152,7 @@ INNER: dict[str, dict[str, set[str]]] = {
         "layout": {"teacher", "word_index"},
         "features_for": {"teacher"},
         "job": {"layout", "teacher", "word_index"},
-        "choose_codec": {"batch_composition", "features_for", "job", "layout", "results", "teacher"},
+        "choose_codec": {"batch_composition", "features_for", "job", "layout", "output_scale", "results", "teacher"},
         "open_teachers": {"choose_codec", "batch_composition", "teacher", "word_index"},
         "encode": {"layout", "results", "teacher"},
         "pixels": {"choose_codec"},
@@ -559,8 +562,9 @@ def test_a_planted_circle_is_found() -> None:
         ),
         ("softcache.cache.reader, softcache.cache.samples", {"h5py", "torch"}),
         ("softcache.check.verify", {"torch", "torchvision"}),
+        ("softcache.share.push, softcache.share.pull", {"torch", "torchvision", "h5py"}),
     ],
-    ids=["command line", "cache", "reading", "verify"],
+    ids=["command line", "cache", "reading", "verify", "sharing"],
 )
 def test_what_is_loaded_at_run_time(modules: str, heavy: set[str]) -> None:
     code = f"import sys, {modules}; print(*sorted({heavy} & set(sys.modules)))"

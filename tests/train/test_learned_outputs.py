@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORLDS
-from torch import Tensor
+from torch import Tensor, nn
 from training import run_with
 
 import softcache
@@ -21,6 +22,7 @@ from softcache import dump
 from softcache.config import DumpConfig, EvalConfig, TrainConfig
 from softcache.errors import CacheError, LossError
 from softcache.evaluate import measure
+from softcache.losses import LOSSES
 from softcache.models import load_model
 from softcache.spec import load_user_file
 from softcache.train import flow
@@ -42,9 +44,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     for name, teachers in members.items():
         codec = "float16" if name == "half" else "float32"
-        made = DumpConfig(data=DATA, teacher=teachers, out=str(path / name), codec=codec, threads=1, workers=0)
+        made = DumpConfig(
+            data=DATA, teacher=teachers, out=str(path / name), codec=codec, threads=1, workers=0, whiten=True
+        )
         dump.run(made, quiet=True)
-    return {name: str(path / name) for name in members}
+    head = (f"{WORLD}:classifier", EMBEDDER)
+    beside = DumpConfig(data=DATA, teacher=head, out=str(path / "head"), for_=("hint",), threads=1, workers=0)
+    dump.run(beside, quiet=True)
+    return {name: str(path / name) for name in (*members, "head")}
 
 
 def config(cache: str, out: Path, *losses: str, **settings: Any) -> TrainConfig:
@@ -120,9 +127,25 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def at_scale(kind: str, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """By the rows (n, W) that the dump measured: here all of them."""
+    mean = rows.mean(dim=0)
+    deviation = (rows - mean).square().mean(dim=0).sqrt()
+    if kind == "member":
+        return lambda x: (x - mean) / deviation.square().mean().sqrt()
+    if kind == "each":
+        return lambda x: (x - mean) / deviation
+    each = (rows - mean) / deviation
+    root, inverse = each.T @ each / len(rows) + 0.01 * torch.eye(rows.shape[1]), torch.eye(rows.shape[1]).double()
+    for _ in range(40):  # Denman and Beavers: to the square root and its inverse
+        root, inverse = (root + inverse.inverse()) / 2, (inverse + root.inverse()) / 2
+    return lambda x: (x - mean) / deviation @ inverse
+
+
 @dataclass
 class Step:
     before: dict[str, Tensor]
+    parts: nn.Module
     inputs: Any
     index: np.ndarray
     value: float
@@ -136,6 +159,7 @@ def steps_of(made: TrainConfig) -> list[Step]:
     def noted(prepared: Any, live: Any, loaded: Any, *rest: Any) -> dict[str, Tensor]:
         before = {name: value.detach().clone() for name, value in live.learner.model.net.state_dict().items()}
         gradients: dict[str, Tensor] = {}
+        parts = copy.deepcopy(live.objective.term_modules)
 
         def note(*_: Any) -> None:
             for name, parameter in live.learner.model.net.named_parameters():
@@ -144,7 +168,7 @@ def steps_of(made: TrainConfig) -> list[Step]:
         hook = live.trained.optimizer.register_step_pre_hook(note)
         values = flow.one_step(prepared, live, loaded, *rest)
         hook.remove()
-        found.append(Step(before, loaded.inputs[0], loaded.index, values["loss"].item(), gradients))
+        found.append(Step(before, parts, loaded.inputs[0], loaded.index, values["loss"].item(), gradients))
         return values
 
     run_with(made, step=noted)
@@ -160,8 +184,26 @@ def live_teacher(member: str) -> Tensor:
         return network.double()(pictures).double()
 
 
+SCALED = [f"{loss}:scale={kind}" for kind, names in {
+    "member": ("hint", "huber", "pkt"), "each": ("cosine", "cc", "mse"), "whiten": ("hint", "rkd_angle", "relational_kl", "sp"),
+}.items() for loss in names]  # fmt: skip
+OF_VALUES = ("hint", "mse", "huber", "huber:scale=each", "mse:scale=each", "mse:scale=whiten")
+RELATIONS = (
+    "rkd_distance",
+    "rkd_angle",
+    "relational_kl",
+    "pkt",
+    "cc",
+    "sp",
+)  # of which the teacher's side is scaled alone
+
+
+PARITY = [*((loss, "one") for loss in (*FORMULAS, *SCALED)), *((loss, "values") for loss in OF_VALUES)]
+QUICK = (*FORMULAS, "hint:scale=whiten", "mse:scale=each")  # the others in the slow tier
+
+
 @pytest.mark.parametrize(
-    ("loss", "cache"), [*((loss, "one") for loss in FORMULAS), *((loss, "values") for loss in ("hint", "mse", "huber"))]
+    ("loss", "cache"), [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.slow) for case in PARITY]
 )
 def test_twenty_steps_are_those_of_the_live_teacher_in_float64(
     caches: dict[str, str], tmp_path: Path, loss: str, cache: str
@@ -173,14 +215,43 @@ def test_twenty_steps_are_those_of_the_live_teacher_in_float64(
     steps = steps_of(made)
     assert len(steps) == 21
     teacher, model = live_teacher(member), load_model(spec, num_classes=width, input_shape=(8, 8))
+    name, _, kind = loss.partition(":scale=")
+    scale = at_scale(kind, teacher) if kind else lambda x: x
     for step in steps:
         net = copy.deepcopy(model.net).double()
         net.load_state_dict({name: value.double() for name, value in step.before.items()})
-        value = FORMULAS[loss](net(model.input.prepare(step.inputs).double()), teacher[step.index])
+        own = net(model.input.prepare(step.inputs).double())
+        value = FORMULAS[name](own if name in RELATIONS else scale(own), scale(teacher[step.index]))
         assert step.value == pytest.approx(value.item(), rel=2e-5, abs=1e-7)
         wanted = torch.autograd.grad(value, list(net.parameters()))
         whole, found = (torch.cat([g.double().flatten() for g in gs]) for gs in (wanted, step.gradients.values()))
         assert float((whole - found).norm()) <= 2e-4 * float(whole.norm()) + 1e-9
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_crd_are_those_of_the_live_teacher_in_float64(caches: dict[str, str], tmp_path: Path) -> None:
+    """With what it had learned and remembered when a step began; its formula has an oracle of its own."""
+    spec = "softcache:mlp?hidden=16"
+    steps = steps_of(config(caches["one"], tmp_path / "run", "crd:negatives=16,width=8", epochs=7, student=spec))
+    teacher, model = live_teacher("embedder"), load_model(spec, num_classes=12, input_shape=(8, 8))
+    keys = load_user_file(WORLD).images().sample_keys
+    ids = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys]
+    for number, step in enumerate(steps):
+        net, core = copy.deepcopy(model.net).double(), copy.deepcopy(step.parts[0].cores[0]).double().train()
+        net.load_state_dict({name: value.double() for name, value in step.before.items()})
+        own = net(model.input.prepare(step.inputs).double())
+        place = torch.from_numpy(step.index)
+        sample_ids = torch.from_numpy(np.array([ids[i] for i in step.index], np.uint64).view(np.int64))
+        value = core(own, teacher[step.index], place, sample_ids, number)
+        assert step.value == pytest.approx(value.item(), rel=2e-5, abs=1e-7)
+        wanted = torch.autograd.grad(value, list(net.parameters()))
+        whole, found = (torch.cat([g.double().flatten() for g in gs]) for gs in (wanted, step.gradients.values()))
+        assert float((whole - found).norm()) <= 2e-4 * float(whole.norm()) + 1e-9
+    assert len(steps) == 21 and len({step.value for step in steps}) == 21
+
+
+def test_every_loss_that_may_be_asked_of_an_output_has_its_parity() -> None:
+    assert {name for name, loss in LOSSES.items() if loss.reads_output} == {*FORMULAS, "crd"}
 
 
 def test_what_float16_rounds_is_seen_and_small(caches: dict[str, str], tmp_path: Path) -> None:
@@ -210,6 +281,22 @@ def test_several_teachers_of_unlike_widths_with_an_adapter_each(caches: dict[str
     assert load_model(str(tmp_path / "run"), num_classes=3).num_classes == 8
 
 
+def test_at_a_members_scale_teachers_of_unlike_size_count_alike(tmp_path: Path) -> None:
+    """An embedding of 12 beside one of 5 that is a hundred times as large: without a scale one of the two is all there is."""
+    large = f"{EMBEDDER}&width=5&name=large&seed=1&times=100"
+    made = DumpConfig(
+        data=DATA, teacher=(EMBEDDER, large), out=str(tmp_path / "c"), codec="float32", threads=1, workers=0
+    )
+    dump.run(made, quiet=True)
+    first = {}
+    for scale in ("", ",scale=member"):
+        losses = tuple(f"hint:member={name},adapter=linear{scale}" for name in ("embedder", "large"))
+        out, student = tmp_path / f"run{scale[1:6]}", "softcache:mlp?hidden=16&outputs=8"
+        row = flow.run(config(str(tmp_path / "c"), out, *losses, student=student, lr=1e-3), quiet=True).metrics[0]
+        first[scale] = row["hint-2"] / row["hint"]
+    assert first[""] > 1000 and 0.5 < first[",scale=member"] < 2
+
+
 def test_classes_and_an_embedding_at_once(caches: dict[str, str], tmp_path: Path) -> None:
     """A term on classes makes a student of classes: kd takes the members that have some, cosine the input of its last layer."""
     losses = ("kd", "mse_logits", "ce", "cosine:member=embedder")
@@ -235,8 +322,17 @@ def test_classes_and_an_embedding_at_once(caches: dict[str, str], tmp_path: Path
         ("both", ("cosine:member=small", "hint:member=embedder"), {}, "features are 5 wide and the teacher's 12"),
         ("both", ("mse:member=classifier",), {}, "loss 'mse' is of members that gave an embedding or values; here gave"),
         ("both", ("ce", "cosine:member=small,student=output"), {}, "the student gives classes, and its output is compared"),
+        ("one", ("hint:scale=all",), {}, "loss 'hint': unknown scale 'all'"),
+        (
+            "head", ("kd", "hint:member=classifier,scale=each"), {},
+            "loss 'hint': scale=each is of what a member gave.* of member 'classifier' is a layer",
+        ),
+        ("head", ("hint:member=embedder,student=head,adapter=linear,scale=whiten", "kd"), {},
+         r"loss 'hint': scale=whiten: the cache holds nothing that whitens member 'embedder'\n.*--whiten"),
     ],
-    ids=["kd", "dkd", "srrl", "whose", "width", "unlike", "mse of classes", "output of classes"],
+    ids=[
+        "kd", "dkd", "srrl", "whose", "width", "unlike", "mse of classes", "output of classes", "no scale", "layer", "no matrix",
+    ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_the_first_step(
     caches: dict[str, str], tmp_path: Path, cache: str, losses: tuple[str, ...], settings: dict[str, Any], match: str

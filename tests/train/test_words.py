@@ -533,3 +533,37 @@ def test_words_without_a_label_learn_from_soft_targets_alone(world: World, tmp_p
     assert "kd" in flow.run(replace(config, cache=cache), quiet=True).metrics[0]
     with pytest.raises(LossError, match=r"loss 'ce' needs labels, and no sample of .* has one"):
         flow.run(world.config(tmp_path / "ce", "ce", data=data, cache=None), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "student", "match"),
+    [
+        (
+            "synthetic:words?count=8",
+            "softcache:textcnn",
+            "gives one answer for each sample, and in .* each word has a label",
+        ),
+        (
+            "synthetic:texts?count=8",
+            "softcache:tagger",
+            "gives an answer for each word, and the samples of .* are no words",
+        ),
+    ],
+)
+def test_a_student_answers_about_what_has_labels(tmp_path: Path, data: str, student: str, match: str) -> None:
+    config = TrainConfig(data=data, student=student, epochs=1, out=str(tmp_path / "run"), threads=1, workers=0)
+    with pytest.raises(SoftcacheError, match=match):
+        flow.run(config, quiet=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["tagger?width=8&embedding=8&layers=2", "encoder_tagger?width=8&heads=2&hidden=8"])
+def test_our_own_taggers_learn_in_pieces_and_with_sentences_of_no_words(
+    world: World, tmp_path: Path, student: str
+) -> None:
+    config = world.config(tmp_path / "whole", "kd", "ce", student=f"softcache:{student}&dropout=0")
+    whole = trained(config)
+    pieces = replace(config, out=str(tmp_path / "parts"), accumulate=8, eval_data=world.data)
+    parts = trained(pieces, [one.before for one in whole.steps])
+    assert apart(parts, whole) < 1e-5
+    assert parts.metrics[0]["eval_span_f1"] > 0

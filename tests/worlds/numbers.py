@@ -36,14 +36,14 @@ class Images(torch.utils.data.Dataset):
 
 
 class Embedder(nn.Module):
-    """(B, D) of a batch of images: tanh of a linear map; `loud`: every 100th number ten times as large."""
+    """(B, D) of a batch of images: tanh of a linear map, `times` some number; `loud`: every 100th ten times as large."""
 
-    def __init__(self, width: int, inputs: int, seed: int, loud: bool) -> None:
+    def __init__(self, width: int, inputs: int, seed: int, loud: bool, times: float) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(width, inputs, generator=draw) / inputs**0.5)
         self.scale: Tensor
-        self.register_buffer("scale", torch.where(torch.arange(width) % 100 == 0, 10.0 if loud else 1.0, 1.0))
+        self.register_buffer("scale", torch.where(torch.arange(width) % 100 == 0, 10.0 if loud else 1.0, 1.0) * times)
 
     def collate(self, items: Sequence[np.ndarray]) -> Tensor:
         return torch.stack([torch.as_tensor(np.asarray(item)) for item in items])
@@ -67,8 +67,10 @@ def images(count: int = 60, seed: int = 0, kind: str = "none") -> Images:
     return Images(count, seed, kind)
 
 
-def embedder(input_shape: tuple[int, ...], width: int = 12, seed: int = 0, loud: bool = False) -> Embedder:
-    return Embedder(width, prod(input_shape), seed, loud)
+def embedder(
+    input_shape: tuple[int, ...], width: int = 12, seed: int = 0, loud: bool = False, times: float = 1.0
+) -> Embedder:
+    return Embedder(width, prod(input_shape), seed, loud, times)
 
 
 def whole() -> Whole:

@@ -50,7 +50,7 @@ function _shtab_softcache_using
   test "$_shtab_softcache_cmdpath" = "$argv"
 end
 
-set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help
+set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull completion help
 set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
@@ -85,6 +85,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l codec -x -d 'how logit
 complete -c softcache -n '_shtab_softcache_using plan' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using plan' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
 complete -c softcache -n '_shtab_softcache_using plan' -l max-relative-error -x -d 'promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec'
+complete -c softcache -n '_shtab_softcache_using plan' -l whiten -d 'also store what whitens embeddings and values, for losses with scale=whiten: a matrix of D x D numbers'
 complete -c softcache -n '_shtab_softcache_using plan' -l features -x -d 'also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool'
 complete -c softcache -n '_shtab_softcache_using plan' -l for -x -d 'also store the cheapest features that these losses need: at,crd,dkd (see `softcache losses`)'
 complete -c softcache -n '_shtab_softcache_using plan' -l feature-dtype -xka "float16 int8" -d 'how features are stored (default: float16)'
@@ -121,6 +122,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l codec -x -d 'how logit
 complete -c softcache -n '_shtab_softcache_using dump' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using dump' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
 complete -c softcache -n '_shtab_softcache_using dump' -l max-relative-error -x -d 'promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec'
+complete -c softcache -n '_shtab_softcache_using dump' -l whiten -d 'also store what whitens embeddings and values, for losses with scale=whiten: a matrix of D x D numbers'
 complete -c softcache -n '_shtab_softcache_using dump' -l features -x -d 'also store features: layer3:pool,layer4:attention; of one member only: name=layer3:pool'
 complete -c softcache -n '_shtab_softcache_using dump' -l for -x -d 'also store the cheapest features that these losses need: at,crd,dkd (see `softcache losses`)'
 complete -c softcache -n '_shtab_softcache_using dump' -l feature-dtype -xka "float16 int8" -d 'how features are stored (default: float16)'
@@ -379,6 +381,24 @@ complete -c softcache -n '_shtab_softcache_using subset' -l quiet -d 'no progres
 complete -c softcache -n '_shtab_softcache_using subset' -l json -d 'the result for machines'
 complete -c softcache -n '_shtab_softcache_using subset; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
 complete -c softcache -n '_shtab_softcache_using subset; and test $_shtab_softcache_npos -eq 1' -ka "(__fish_complete_directories)" -d 'folder of the smaller cache'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a push -d 'send a cache to where others can pull it from'
+complete -c softcache -n '_shtab_softcache_using push' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using push' -l id -x -d 'of an older state of the cache (default: the newest)'
+complete -c softcache -n '_shtab_softcache_using push' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
+complete -c softcache -n '_shtab_softcache_using push' -l set -x -d 'one setting; repeat'
+complete -c softcache -n '_shtab_softcache_using push' -l print-config -d 'show every setting and where it came from, and stop'
+complete -c softcache -n '_shtab_softcache_using push' -l quiet -d 'no progress'
+complete -c softcache -n '_shtab_softcache_using push' -l json -d 'the result for machines'
+complete -c softcache -n '_shtab_softcache_using push; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a pull -d 'fetch a cache from somewhere else, every byte checked'
+complete -c softcache -n '_shtab_softcache_using pull' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using pull' -l id -x -d 'that the cache must have: 8 or more of its 64 digits'
+complete -c softcache -n '_shtab_softcache_using pull' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
+complete -c softcache -n '_shtab_softcache_using pull' -l set -x -d 'one setting; repeat'
+complete -c softcache -n '_shtab_softcache_using pull' -l print-config -d 'show every setting and where it came from, and stop'
+complete -c softcache -n '_shtab_softcache_using pull' -l quiet -d 'no progress'
+complete -c softcache -n '_shtab_softcache_using pull' -l json -d 'the result for machines'
+complete -c softcache -n '_shtab_softcache_using pull; and test $_shtab_softcache_npos -eq 1' -ka "(__fish_complete_directories)" -d 'folder of the cache'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a completion -d 'print the script that completes verbs and flags in bash, zsh or fish'
 complete -c softcache -n '_shtab_softcache_using completion' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using completion' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
@@ -394,4 +414,4 @@ complete -c softcache -n '_shtab_softcache_using help' -l set -x -d 'one setting
 complete -c softcache -n '_shtab_softcache_using help' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using help' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using help' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help" -d 'name of a page or of a verb (default: list the pages)'
+complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull completion help" -d 'name of a page or of a verb (default: list the pages)'

@@ -1,0 +1,121 @@
+"""The scale of outputs without classes: measured once at the dump, stored beside the records, which stay as they were given."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORLDS, QuickDump
+
+import softcache
+from softcache import cli, dump
+from softcache.config import DumpConfig, PlanConfig
+from softcache.dump import forecast
+from softcache.dump.output_scale import measure_scale
+from softcache.errors import CacheError, ConfigError
+from softcache.spec import load_user_file
+
+WORLD = WORLDS / "numbers.py"
+EMBEDDER, WHOLE = f"{WORLD}:embedder?output=embedding", f"{WORLD}:whole?output=values&names=sum,bright"
+DATA = f"{WORLD}:images"
+
+
+def given(count: int = 60, **settings: Any) -> np.ndarray:
+    """(count, W) float64 of what the embedder gives, in the order of its images."""
+    world = load_user_file(WORLD)
+    teacher = world.embedder((8, 8), **settings)
+    with torch.no_grad():
+        return teacher(teacher.collate(list(world.images(count).images))).double().numpy()
+
+
+@pytest.mark.parametrize("kind", ["member", "each", "whiten"])
+def test_a_scale_is_that_of_the_teachers_own_numbers(quick_dump: QuickDump, kind: str) -> None:
+    """Of the first 256 rows, here of all."""
+    cache = quick_dump(data=DATA, teacher=[EMBEDDER, WHOLE], codec="float32", whiten=True)
+    mean, factor = (one.double().numpy() for one in cache.output_scale("embedder", kind))
+    rows = given()
+    np.testing.assert_allclose(mean, rows.mean(axis=0), atol=1e-6)
+    made = (rows - mean) * factor if factor.ndim == 1 else (rows - mean) @ factor
+    each = (rows - rows.mean(axis=0)) / rows.std(axis=0)
+    if kind == "member":
+        np.testing.assert_allclose(made, (rows - rows.mean(axis=0)) / np.sqrt(rows.var(axis=0).mean()), atol=1e-5)
+    elif kind == "each":
+        np.testing.assert_allclose(made, each, atol=1e-5)
+    else:  # R**(-1/2) is the symmetric positive matrix whose square is the inverse
+        root = np.linalg.lstsq(each, made, rcond=None)[0]
+        correlations = each.T @ each / len(each) + 0.01 * np.eye(12)
+        np.testing.assert_allclose(root, root.T, atol=1e-5)
+        np.testing.assert_allclose(root @ root @ correlations, np.eye(12), atol=1e-4)
+        assert (np.linalg.eigvalsh(root) > 0).all()
+
+
+def test_what_is_stored_is_as_it_was_given_with_a_scale_or_more(quick_dump: QuickDump) -> None:
+    plain = quick_dump(data=DATA, teacher=[EMBEDDER], codec="float32", out="plain")
+    whitened = quick_dump(data=DATA, teacher=[EMBEDDER], codec="float32", whiten=True, out="whitened")
+    rows, views = np.arange(60), np.zeros(60, np.int64)
+    a, b = (one.gather(rows, views).embedding() for one in (plain, whitened))
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, torch.from_numpy(given()[[int(plain.samples.key(r)[4:]) for r in rows]]).float())
+    with pytest.raises(
+        CacheError, match=r"holds nothing that whitens member 'embedder'\n.*--whiten, or use scale=each"
+    ):
+        plain.output_scale("embedder", "whiten")
+    with pytest.raises(CacheError, match="unknown scale 'all'"):
+        plain.output_scale("embedder", "all")
+
+
+def test_a_number_that_never_changes_is_not_divided_by_nothing() -> None:
+    rows = torch.cat([torch.full((40, 1), 3.0), torch.randn(40, 2, generator=torch.Generator().manual_seed(0))], dim=1)
+    measured = measure_scale(rows, whiten=True)
+    assert measured["deviation"][0] == 0 and bool(measured["whitening"].isfinite().all())
+
+
+def test_it_goes_along_with_more_views_and_with_a_part_of_the_samples(quick_dump: QuickDump, tmp_path: Path) -> None:
+    settings = {"data": f"{DATA}?kind=classes", "policy": ("shift:pixels=1",), "codec": "float32"}
+    first = quick_dump(**settings, teacher=[EMBEDDER], views=2, whiten=True)
+    wanted = first.output_scale("embedder", "whiten")
+    with pytest.raises(ConfigError, match="--whiten cannot be given with more views"):
+        quick_dump(data=settings["data"], teacher=[EMBEDDER], views=3, extend=True, codec=None, policy=(), whiten=True)
+    quick_dump(data=settings["data"], teacher=[EMBEDDER], views=3, extend=True, codec=None, policy=())
+    path = str(tmp_path / "cache")
+    assert cli.main(["subset", path, str(tmp_path / "less"), "--keep-labels", "cat"]) == 0
+    assert cli.main(["verify", str(tmp_path / "less"), "--full"]) == 0
+    for one in (path, tmp_path / "less"):
+        found = softcache.open(one, quiet=True).output_scale("embedder", "whiten")
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_parts_have_the_scale_of_the_whole_and_a_lost_one_is_made_again(quick_dump: QuickDump, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data": f"{DATA}?count=300", "teacher": [EMBEDDER], "shard_rows": 256, "whiten": True}
+    whole = quick_dump(out="whole", **settings)
+    base = {**settings, "teacher": (EMBEDDER,), "threads": 1, "workers": 0, "codec": "float32"}
+    for part in ("2/2", "1/2"):
+        dump.run(DumpConfig(**base, out=str(tmp_path / "parts"), part=part), quiet=True)
+    assert softcache.open(tmp_path / "parts", quiet=True).id == whole.id
+    lost = tmp_path / "parts" / "members" / "embedder" / "constants-00000.h5"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert cli.main(["repair", str(tmp_path / "parts"), "--allow-code"]) == 0
+    assert lost.read_bytes() == before
+    shutil.rmtree(tmp_path / "parts")
+
+
+def test_plan_counts_it(quick_dump: QuickDump) -> None:
+    settings: dict[str, Any] = {"data": f"{DATA}?count=300", "teacher": (f"{EMBEDDER}&width=200",), "whiten": True}
+    cache = quick_dump(**settings, codec="int8")
+    plan = PlanConfig(**settings, codec="int8", threads=1, workers=0)
+    found = forecast.run(plan, quiet=True, codecs=("int8",), trial_rows=(256, 256), trial_seconds=0.1)
+    assert found.choice.nbytes == pytest.approx(cache.manifest.nbytes, rel=0.02)
+
+
+def test_teachers_of_classes_have_none(quick_dump: QuickDump) -> None:
+    labelled = f"{DATA}?kind=classes"
+    cache = quick_dump(data=labelled, teacher=[f"{WORLD}:classifier"])
+    with pytest.raises(CacheError, match="the cache holds no scale of member 'classifier'"):
+        cache.output_scale("classifier", "each")
+    with pytest.raises(ConfigError, match="--whiten is of embeddings and values, and no teacher gives any"):
+        quick_dump(data=labelled, teacher=[f"{WORLD}:classifier"], whiten=True, out="other")
