@@ -247,8 +247,8 @@ def _encoded(
 def _named(where: np.ndarray, samples: SampleTable, rows: np.ndarray, storage: Storage) -> str:
     """How many samples, or words, of the batch, and the keys of the first samples."""
     bad = np.flatnonzero(where)
-    what = "samples" if storage.index is None else f"{storage.index}"
-    return f"{len(bad)} {what} of this batch: " + _listed(samples, rows[bad])
+    counted = f"{len(bad)} samples of this batch: " if storage.index is None else f"{len(bad)} words of this batch: "
+    return counted + _listed(samples, rows[bad])
 
 
 def _listed(samples: SampleTable, rows: np.ndarray) -> str:
