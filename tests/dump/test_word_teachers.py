@@ -223,8 +223,8 @@ def test_what_does_not_go_with_words(quick_dump: QuickDump, data: str, settings:
         quick_dump(**given)
 
 
-def test_samples_that_a_teacher_cannot_answer_about_are_all_named(
-    quick_dump: QuickDump, data: str, tmp_path: Path
+def test_samples_that_a_tagger_cannot_answer_about_are_all_named(
+    quick_dump: QuickDump, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tagger = "softcache:encoder_tagger?width=4&heads=1&hidden=4&layers=1&max_words=9"
     out = str(tmp_path / "t")
@@ -237,6 +237,10 @@ def test_samples_that_a_teacher_cannot_answer_about_are_all_named(
     with pytest.raises(SoftcacheError, match=f"{len(wanted)} of 20 samples cannot be used: {wanted[0]}") as caught:
         quick_dump(data=long, teacher=[out], misfits=str(misfits))
     assert "the model takes 9" in str(caught.value) and misfits.read_text().split() == wanted
+    capsys.readouterr()
+    again = ["--out", str(tmp_path / "again"), "--epochs", "1", *QUIET]
+    assert cli.main(["train", "--data", long, "--student", tagger, *again]) == 2
+    assert f"{len(wanted)} of 20 samples do not fit the student: {wanted[0]}, {wanted[1]}" in capsys.readouterr().err
     cache = quick_dump(data=long, teacher=[out], without=str(misfits), out="rest")
     assert len(cache) == 20 - len(wanted)
 
