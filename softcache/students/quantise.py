@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,5 @@ def _watch(
             hook: Any = layer.register_forward_pre_hook(lambda _m, args, name=name: see((name, INPUT), args[0]))
             hooks.callback(hook.remove)
             if how.output:
-                hooks.callback(
-                    _seen_behind(net, name, how, lambda output, name=name: see((name, OUTPUT), output)).remove
-                )
+                hooks.callback(_seen_behind(net, name, how, partial(see, (name, OUTPUT))).remove)
         samples.run_all()

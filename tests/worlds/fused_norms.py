@@ -16,7 +16,7 @@ class NormAct(nn.BatchNorm2d):
         self.drop, self.act = nn.Identity(), act
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
+        return self.act(self.drop(super().forward(input)))
 
 
 class Hidden(nn.BatchNorm2d):
@@ -59,7 +59,7 @@ class Fused(nn.Module):
         x = self.norm1(self.conv1(x))
         x = x + self.norm3(self.conv3(self.norm2(self.conv2(x))))
         x = self.odd(self.norm4(self.conv4(x)))
-        return self.fc(self.flat(x.mean((2, 3))))  # type: ignore[no-any-return]
+        return self.fc(self.flat(x.mean((2, 3))))
 
 
 def fused(num_classes: int) -> Fused:

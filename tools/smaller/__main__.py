@@ -246,6 +246,10 @@ def with_row(page: str, spec: str, line: str) -> str:
     return before + begin + "".join(f"{one}\n" for one in lines) + end + after
 
 
+def not_installed(_name: str, _package: str | None = None) -> None:
+    """In the place of `find_spec`."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="a network; repeat (default: all)")
@@ -257,7 +261,7 @@ def main() -> int:
     if given.write and (given.method or given.full or given.quick):
         parser.error("--write takes neither --method nor --full nor --quick: the page has short rows of all methods")
     cost.SECONDS, cost.RUNS = 0.0, 1  # how fast they are is not asked, and int8 not timed in onnxruntime
-    shrink.find_spec = lambda _name: None  # type: ignore[assignment]
+    shrink.find_spec = not_installed  # type: ignore[assignment]
     methods: list[str] = given.method or list(METHODS)
     print("| network | " + " | ".join(f"`{method}`" for method in methods) + " |")
     print("|---" * (len(methods) + 1) + "|")
