@@ -106,6 +106,10 @@ class LinkedCacheError(DamagedCacheError):
     """A symbolic link in the place of a file or folder of a cache: it is not followed."""
 
 
+class RemoteError(SoftcacheError):
+    """A place that cannot be reached, or that gives other bytes than the manifest names."""
+
+
 class UntrustedError(ConfigError):
     """Something that a cache, a run folder or a weights file names, and that is used only where its user says so.
 

@@ -15,7 +15,7 @@ from softcache.cache.file_entry import StoredFile
 from softcache.cache.file_lists import FileList, ListedFiles
 from softcache.cache.manifest_rules import check_lists, check_manifest, check_plan
 from softcache.cache.plan import Plan
-from softcache.cache.schema import FORMAT_VERSION, FORMATS, MANIFEST, MANIFESTS, part_path
+from softcache.cache.schema import FORMAT_VERSION, FORMATS, MANIFEST, MANIFESTS, PULLING, part_path
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.strict_json import MANIFEST as MANIFEST_SHAPE
 from softcache.cache.strict_json import MAX_BYTES, check_shape, read_canonical
@@ -63,6 +63,12 @@ class Manifest:
                 tip="copy the cache again, or restore it with `softcache repair`",
             ) from None
         return cls(plan, files, hashlib.sha256(data).hexdigest())
+
+    @property
+    def named(self) -> dict[str, str]:
+        """path -> sha256 of what the manifest names itself: all files; of version 2 the lists of them."""
+        files = self.files.lists if isinstance(self.files, ListedFiles) else self.files
+        return {one.path: one.sha256 for one in files}
 
     def files_of(self, kind: str, member: str | None = None) -> Iterator[StoredFile]:
         files = self.files.among(kind, member) if isinstance(self.files, ListedFiles) else self.files
@@ -178,6 +184,11 @@ def _known_id(path: Path, prefix: str) -> str:
 def _without_manifest(path: Path) -> CacheError:
     work = work_folder(path, 0)
     planned = read_planned(path, 0)
+    if (path / PULLING).is_file():
+        return UnfinishedCacheError(
+            f"{path}: not all of the cache has been pulled",
+            tip="run the same `softcache pull` command again: it goes on",
+        )
     if planned is None:
         if work.is_dir():
             return UnfinishedCacheError(

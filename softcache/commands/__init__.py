@@ -16,6 +16,8 @@ VERBS = {
     "verify": "softcache.commands.verify",
     "repair": "softcache.commands.repair",
     "subset": "softcache.commands.subset",
+    "push": "softcache.commands.push",
+    "pull": "softcache.commands.pull",
     "completion": "softcache.commands.completion",
     "help": "softcache.commands.help",
 }

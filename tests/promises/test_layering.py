@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"spec", "features"},
     "models": {"spec", "features", "files", "words"},
     "data": {"spec", "cache", "words"},
+    "remote": {"cache", "files"},
     "targets": {"cache", "codecs", "data", "features", "report"},
     "dump": {
         "config",
@@ -67,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "signals",
     },
-    "share": {"files", "spec", "cache", "codecs", "data", "targets", "report", "machine", "config"},
+    "share": {"files", "spec", "cache", "codecs", "data", "targets", "remote", "report", "machine", "config"},
     "check": {"files", "spec", "cache", "codecs", "data", "targets", "dump", "report", "machine", "config"},
     "students": {
         "files",
@@ -115,6 +116,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "train",
         "share",
+        "remote",
         "check",
         "students",
         "reproduce",
@@ -549,8 +551,9 @@ def test_a_planted_circle_is_found() -> None:
         ),
         ("softcache.cache.reader, softcache.cache.samples", {"h5py", "torch"}),
         ("softcache.check.verify", {"torch", "torchvision"}),
+        ("softcache.share.push, softcache.share.pull", {"torch", "torchvision", "h5py"}),
     ],
-    ids=["command line", "cache", "reading", "verify"],
+    ids=["command line", "cache", "reading", "verify", "sharing"],
 )
 def test_what_is_loaded_at_run_time(modules: str, heavy: set[str]) -> None:
     code = f"import sys, {modules}; print(*sorted({heavy} & set(sys.modules)))"

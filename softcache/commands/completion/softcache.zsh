@@ -19,6 +19,8 @@ _shtab_softcache_commands() {
     inspect:'what made this cache, from what, how big; one sample'"'"'s soft target as bars'
     losses:'the losses a student can learn by: what they need of a cache, their settings, their papers'
     plan:'what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for'
+    pull:'fetch a cache from somewhere else, every byte checked'
+    push:'send a cache to where others can pull it from'
     repair:'make damaged or missing files again, and prove that they are the same bytes'
     reproduce:'a paper'"'"'s table again, from shared caches: ours beside the paper'"'"'s numbers, with spread and verdict'
     shrink:'make a trained model smaller: carve, prune, low rank, int8; what it costs before and after'
@@ -182,7 +184,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -257,6 +259,36 @@ _shtab_softcache_plan_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_plan_defaults_added=0
+
+_shtab_softcache_pull_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--id[that the cache must have\: 8 or more of its 64 digits]:ID:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":where from\: https\:\/\/HOST\/PATH or file\:PATH, with \@ID at its end:"
+  ":folder of the cache:_files -/"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_pull_defaults_added=0
+
+_shtab_softcache_push_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--id[of an older state of the cache (default\: the newest)]:ID:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":folder of the cache:_files -/"
+  ":where to\: file\:PATH:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_push_defaults_added=0
 
 _shtab_softcache_repair_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -486,6 +518,8 @@ _shtab_softcache() {
         inspect) _arguments -C -s $_shtab_softcache_inspect_options ;;
         losses) _arguments -C -s $_shtab_softcache_losses_options ;;
         plan) _arguments -C -s $_shtab_softcache_plan_options ;;
+        pull) _arguments -C -s $_shtab_softcache_pull_options ;;
+        push) _arguments -C -s $_shtab_softcache_push_options ;;
         repair) _arguments -C -s $_shtab_softcache_repair_options ;;
         reproduce) _arguments -C -s $_shtab_softcache_reproduce_options ;;
         shrink) _arguments -C -s $_shtab_softcache_shrink_options ;;

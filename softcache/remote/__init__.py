@@ -1,0 +1,1 @@
+"""Caches that lie somewhere else: transports, and what is fetched of them. No torch."""

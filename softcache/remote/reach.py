@@ -1,0 +1,34 @@
+"""Which transport reaches a place. A new one is a file like its neighbours, and a line here."""
+
+from __future__ import annotations
+
+from softcache.errors import ConfigError
+from softcache.remote.places import Place
+from softcache.remote.transport import Transport, WritableTransport
+
+
+def open_transport(place: Place) -> Transport:
+    """Reach a place. Nothing is read yet."""
+    if place.scheme == "file":
+        from softcache.remote.folder import Folder
+
+        return Folder(place)
+    from softcache.remote.web import Web
+
+    return Web(place)
+
+
+def open_writable(place: Place) -> WritableTransport:
+    """Reach a place to which something is pushed.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    if place.scheme in ("http", "https"):
+        raise ConfigError(
+            f"{place.url}: a web server is read from, and takes nothing",
+            tip="push to the folder that it serves (file:...), or copy the cache there and send its id",
+        )
+    from softcache.remote.folder import Folder
+
+    return Folder(place)

@@ -1,0 +1,152 @@
+"""http: and https: folders of a web server. Read only, with ranges; proxies as the environment names them."""
+
+from __future__ import annotations
+
+import http.client
+import netrc
+import re
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import closing
+from email.utils import mktime_tz, parsedate_tz
+from time import time
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+from softcache.errors import RemoteError
+from softcache.remote.patience import STALL_S
+from softcache.remote.places import Place
+from softcache.remote.transport import PIECE, FleetingError, NoRangesError, NotThereError
+from softcache.version import __version__
+
+REDIRECTS = 5
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_BROKEN = (http.client.HTTPException, urllib.error.URLError, OSError, EOFError)
+
+
+class Web:
+    """One folder of a web server, as a transport."""
+
+    def __init__(self, place: Place) -> None:
+        self.url = place.url
+        self._opener = urllib.request.build_opener(_Redirects())
+        self._opener.addheaders = [("User-Agent", f"softcache/{__version__}"), ("Accept-Encoding", "identity")]
+        self._secret = _secret_of(self.url)
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        url = f"{self.url}/{quote(path)}"
+        request = urllib.request.Request(url)
+        if self._secret:
+            request.add_unredirected_header("Authorization", self._secret)
+        if start or stop is not None:
+            request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
+        try:
+            with closing(self._opener.open(request, timeout=STALL_S)) as answer:
+                _check(answer, url, start)
+                at = start
+                while stop is None or at < stop:
+                    piece = answer.read1(PIECE if stop is None else min(PIECE, stop - at))
+                    if not piece:
+                        return
+                    yield piece
+                    at += len(piece)
+        except urllib.error.HTTPError as exc:
+            with exc:
+                raise _told(exc, url) from None
+        except _BROKEN as exc:
+            raise _told_broken(exc, url) from None
+
+
+def _check(answer: Any, url: str, start: int) -> None:
+    """That an answer is what was asked for, as far as its head tells."""
+    encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RemoteError(
+            f"{url}: comes packed ({encoding}) though it was asked for as it is",
+            tip="turn compression off for this folder of the server",
+        )
+    if answer.status == 206:
+        found = _RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
+        if found is None or int(found[1]) != start:
+            raise FleetingError(f"asked for bytes from {start} on, got {answer.headers.get('Content-Range')!r}")
+    elif answer.status != 200:
+        raise RemoteError(f"{url}: answers with status {answer.status}")
+    elif start:
+        raise NoRangesError
+
+
+def _told(exc: urllib.error.HTTPError, url: str) -> Exception:
+    """What a status means."""
+    if exc.code in (404, 410):
+        return NotThereError(f"{url}: is not there")
+    if exc.code in (401, 403, 407):
+        return RemoteError(
+            f"{url}: is not open to you ({exc.code} {exc.reason})",
+            tip="put the name and password of the host into ~/.netrc",
+        )
+    if exc.code in (408, 425, 429) or exc.code >= 500:
+        return FleetingError(f"{exc.code} {exc.reason}", _seconds(exc.headers.get("Retry-After")))
+    if exc.code in (301, 302, 303, 307, 308):
+        return _not_followed(url, exc.headers.get("Location", "nowhere"))
+    if exc.code == 416:
+        return FleetingError("416: it is shorter than the manifest says")
+    return RemoteError(f"{url}: {exc.code} {exc.reason}")
+
+
+def _not_followed(url: str, target: str) -> RemoteError:
+    return RemoteError(
+        f"{url}: leads to {target}, which is not followed",
+        tip=f"{REDIRECTS} redirects are, to other web servers, and from https: to https: only: give the address they end at",
+    )
+
+
+def _told_broken(exc: BaseException, url: str) -> Exception:
+    reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return RemoteError(f"{url}: its certificate is not trusted ({reason.verify_message})")
+    if isinstance(reason, socket.gaierror):
+        host = urlsplit(url).hostname
+        return FleetingError(f"there is no host {host!r}", hopeless=True)
+    if isinstance(reason, ConnectionRefusedError):
+        return FleetingError("nobody answers there", hopeless=True)
+    text = str(reason) or type(reason).__name__
+    return FleetingError("nothing came" if isinstance(reason, TimeoutError) else text)
+
+
+def _seconds(text: str | None) -> float:
+    """Of Retry-After: seconds, or a date."""
+    if not text:
+        return 0.0
+    if text.strip().isdigit():
+        return float(text)
+    date = parsedate_tz(text)
+    return max(0.0, mktime_tz(date) - time()) if date else 0.0
+
+
+def _secret_of(url: str) -> str | None:
+    """An Authorization header for this host of ~/.netrc; it is sent to no other host and printed nowhere."""
+    try:
+        found = netrc.netrc().authenticators(urlsplit(url).hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return None
+    if found is None or urlsplit(url).scheme != "https":
+        return None
+    return "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode("ascii")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """A few redirects, to web servers only, and never from an encrypted one to one that is not."""
+
+    max_redirections = REDIRECTS
+    max_repeats = REDIRECTS
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        scheme = urlsplit(urljoin(req.full_url, newurl)).scheme
+        if scheme not in ("http", "https") or (req.full_url.startswith("https:") and scheme != "https"):
+            fp.close()
+            raise _not_followed(req.full_url, newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -1,0 +1,194 @@
+"""softcache pull: a cache from somewhere else into a folder. Read it top to bottom.
+
+The manifest is read first, and must have the id that was asked for. It names every file with its size and sha256; what comes is
+hashed while it is written, and gets its name when it is right. manifest.json is written last: before that the folder is no cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from softcache.cache.card import card
+from softcache.cache.file_lists import ListedFiles
+from softcache.cache.manifest import Manifest, read_manifest
+from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, PULLING
+from softcache.cache.strict_json import MAX_BYTES
+from softcache.errors import (
+    CacheError,
+    DamagedCacheError,
+    LockedError,
+    RemoteError,
+    UnfinishedCacheError,
+)
+from softcache.files import durable
+from softcache.files.inside import refuse_linked_folders
+from softcache.files.locks import release_lock, take_lock
+from softcache.remote.fetch import PARTIAL, Wanted, fetch, read_small
+from softcache.remote.places import Place
+from softcache.remote.reach import open_transport
+from softcache.remote.transport import NotThereError, Transport
+from softcache.remote.work import Work
+from softcache.report.progress import Meter
+
+
+def run(place: Place, out: Path, *, quiet: bool = False) -> tuple[Manifest, int]:
+    """The whole cache of a place in the folder `out`, or what is missing of it there.
+
+    Returns:
+        its manifest, and how many bytes of files were fetched.
+
+    Raises:
+        RemoteError: it cannot be had, or is not what its id says.
+        CacheError, DumpError: `out` holds something else.
+    """
+    transport = open_transport(place)
+    data = read_named(transport, place)
+    id = hashlib.sha256(data).hexdigest()
+    manifest = parsed(data, place, out)
+    check_folder(out, id)
+    check_same_cache(out, manifest)
+    durable.make_folder(out)
+    with under_way(out, place, id):
+        refuse_linked_folders(out)
+        if isinstance(manifest.files, ListedFiles):
+            lists = [Wanted(one.path, one.nbytes, one.sha256) for one in manifest.files.lists]
+            fetch_all(transport, missing_of(out, lists), out, f"pull lists of {place}", quiet=quiet)
+        wanted = missing_of(out, [Wanted(file.path, file.nbytes, file.sha256) for file in manifest.files])
+        nbytes = sum(one.nbytes for one in wanted)
+        durable.require_room(out, nbytes - already(out, wanted), "what is to be pulled needs")
+        fetch_all(transport, wanted, out, f"pull {place}", quiet=quiet)
+        durable.make_folder(out / MANIFESTS)
+        durable.write_whole(out / CARD, card(manifest).encode("utf-8"))
+        durable.write_whole(out / MANIFESTS / f"{id}.json", data)
+        durable.write_whole(out / MANIFEST, data)
+    return manifest, nbytes
+
+
+def read_named(transport: Transport, place: Place) -> bytes:
+    """The bytes of the manifest that was asked for.
+
+    Raises:
+        RemoteError: there is none, or it has another id than was asked for.
+    """
+    whole = place.id is not None and len(place.id) == 64
+    path = f"{MANIFESTS}/{place.id}.json" if whole else MANIFEST
+    try:
+        data = read_small(transport, path, MAX_BYTES)
+    except NotThereError:
+        what = f"no cache with id {place.id}" if whole else f"no {MANIFEST}, so no cache, or one that is not whole yet"
+        raise RemoteError(
+            f"{place.url}: {what}", tip="ask for the URL of the folder with manifest.json, and for the id"
+        ) from None
+    id = hashlib.sha256(data).hexdigest()
+    if place.id is not None and not id.startswith(place.id):
+        raise RemoteError(
+            f"{place.url}: has a cache with id {id}, not {place.id}",
+            tip="all 64 digits of the id find an older state of the cache, where it has grown; or ask which id is meant",
+        )
+    return data
+
+
+def parsed(data: bytes, place: Place, out: Path) -> Manifest:
+    """The manifest of these bytes, whose lists lie in `out`; RemoteError where it is none that can be trusted."""
+    try:
+        return Manifest.from_bytes(data, out / MANIFEST, out)
+    except DamagedCacheError as exc:
+        told = exc.message.removeprefix(f"{out / MANIFEST}: ")
+        raise RemoteError(f"{place.url}/{MANIFEST}: {told}", tip="ask whoever pushed it for a whole one") from None
+
+
+def check_folder(out: Path, id: str) -> None:
+    """Raise CacheError unless a folder is empty, or holds this cache, an earlier state of it, or a pull of it under way."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise CacheError(f"{out}: is a file, not a folder", tip="choose another folder for the cache")
+    started = pulled_id(out)
+    if started is not None and started != id:
+        raise CacheError(
+            f"{out}: a pull of another cache (id {started[:12]}...) is not finished there",
+            tip="finish it with its own id, or choose another folder; this one may be deleted",
+        )
+    if started is None and not (out / MANIFEST).exists():
+        try:
+            read_manifest(out)
+        except UnfinishedCacheError as exc:
+            raise CacheError(f"{out}: {exc.message.removeprefix(f'{out}: ')}", tip="choose another folder") from None
+        except CacheError:
+            pass
+        raise CacheError(
+            f"{out}: is not empty, and holds no cache", tip="choose a folder that is empty or not there yet"
+        )
+
+
+def pulled_id(out: Path) -> str | None:
+    """Of the pull that is under way in a folder."""
+    try:
+        found = json.loads((out / PULLING).read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+@contextmanager
+def under_way(out: Path, place: Place, id: str) -> Iterator[None]:
+    """Hold the lock of a pull; its file says what is pulled, and goes when all is there."""
+    try:
+        lock = take_lock(out / PULLING)
+    except BlockingIOError:
+        raise LockedError(
+            f"{out}: another process pulls into it", tip="wait for it, or choose another folder"
+        ) from None
+    try:
+        durable.set_size(lock, 0)
+        durable.write_at(lock, json.dumps({"url": place.url, "id": id}).encode(), 0)
+        yield
+        durable.remove(out / PULLING)
+    finally:
+        release_lock(lock)
+
+
+def check_same_cache(out: Path, manifest: Manifest) -> None:
+    """Raise CacheError where `out` holds a cache that is no earlier state of this one."""
+    if not (out / MANIFEST).exists():
+        return
+    there = read_manifest(out)
+    new = manifest.named
+    other = next((path for path, sha256 in there.named.items() if new.get(path) != sha256), None)
+    if other is not None:
+        raise CacheError(
+            f"{out}: holds another cache (id {there.id[:12]}...): its {other} is none of {manifest.id[:12]}...",
+            tip="choose another folder",
+        )
+
+
+def missing_of(out: Path, wanted: Sequence[Wanted]) -> list[Wanted]:
+    """The files that are not there under their names with their sizes; a file gets its name once its bytes are right."""
+    return [one for one in wanted if _size(out, one.path) != one.nbytes]
+
+
+def _size(out: Path, path: str) -> int | None:
+    """Of a regular file; None of whatever else has the name, and of nothing."""
+    try:
+        found = os.lstat(out / path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def already(out: Path, wanted: Sequence[Wanted]) -> int:
+    """Bytes that an earlier pull fetched of files that are not whole yet."""
+    return sum(min(one.nbytes, _size(out, one.path + PARTIAL) or 0) for one in wanted)
+
+
+def fetch_all(transport: Transport, wanted: Sequence[Wanted], out: Path, what: str, *, quiet: bool) -> None:
+    """Several at once; the first fault ends them all, and what came is kept."""
+    with Meter(what, sum(one.nbytes for one in wanted), unit="B", quiet=quiet) as meter:
+        work = Work(meter.add)
+        work.over(wanted, lambda one: fetch(transport, one, out, work))

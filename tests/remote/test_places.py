@@ -1,0 +1,63 @@
+"""How places are written, and what is refused of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from softcache.errors import ConfigError
+from softcache.remote.folder import Folder
+from softcache.remote.places import Place, is_place, parse_place
+
+ID = "3f9a2b7c41d0e856" * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "id", "wanted"),
+    [
+        ("https://host/a/b", None, Place("https://host/a/b", "https")),
+        (f"https://host/a/b@{ID}", None, Place("https://host/a/b", "https", ID)),
+        (f"https://host/a/b@{ID[:8]}", ID, Place("https://host/a/b", "https", ID)),
+        ("http://host/a/", ID[:12], Place("http://host/a", "http", ID[:12])),
+        ("file:/a/b", None, Place("file:/a/b", "file")),
+        (f"file:a@b@{ID[:8]}", None, Place("file:a@b", "file", ID[:8])),
+        ("file:a@team", None, Place("file:a@team", "file")),
+    ],
+)
+def test_a_place_is_read(text: str, id: str | None, wanted: Place) -> None:
+    assert parse_place(text, id) == wanted
+    assert is_place(text)
+
+
+@pytest.mark.parametrize("text", ["caches/a", "/caches/a", "a@b", "C:\\caches", "hello:there"])
+def test_a_folder_is_no_place(text: str) -> None:
+    assert not is_place(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "id", "message"),
+    [
+        ("caches/a", None, "is no URL"),
+        ("ftp://host/a", None, "does not know ftp:"),
+        ("https://name:secret@host/a", None, "stands in the URL"),
+        ("https://host/a?token=b", None, "is no folder of a web server"),
+        ("https:///a", None, "is no folder of a web server"),
+        (f"https://host/a@{ID}", "0" * 64, "another id"),
+        ("https://host/a", "latest", "is no id"),
+        ("file:", None, "names no folder"),
+        ("file://other/a", None, "of another host"),
+    ],
+)
+def test_what_is_no_place_is_refused_and_no_secret_is_shown(text: str, id: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        Folder(parse_place(text, id))
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("file:a/b", "a/b"), ("file:/a/b", "/a/b"), ("file:///a%20b", "/a b"), ("file://localhost/a", "/a")],
+)
+def test_a_folder_is_found(text: str, path: str) -> None:
+    assert Folder(parse_place(text)).root == Path(path)
