@@ -26,7 +26,7 @@ CACHES: dict[str, dict[str, Any]] = {
     },
     "four": {"policy": ("shift:pixels=1",), "views": 4},
     "mixed": {"policy": ("mixup:alpha=1",)},
-    "embedding": {"teacher": "teacher?output=embedding"},
+    "embedding": {"teacher": "teacher?output=embedding", "whiten": True},
 }
 
 

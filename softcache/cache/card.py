@@ -435,16 +435,26 @@ that tells damage, and another file in its place; blocks that somebody *made* to
 alone"""
 
 
+def suggested_loss(plan: Plan) -> str:
+    """A loss that such a cache serves, as `--loss` takes it."""
+    of_classes = "kd_lower_bound:temperature=4" if _is_partial(plan) else "kd:temperature=4"
+    of_classes = "bce" if plan.samples.multi_label else of_classes
+    return LOSS_OF_OTHERS.get(plan.members[0].output or "features", of_classes)
+
+
+def _is_partial(plan: Plan) -> bool:
+    """Whether some member's codec keeps some classes only."""
+    return any(codec_text(member.codec).startswith("topk") for member in plan.members)
+
+
 def _how_to_use(plan: Plan) -> str:
     names = [member.name for member in plan.members]
-    partial = any(codec_text(member.codec).startswith("topk") for member in plan.members)
-    loss = "bce" if plan.samples.multi_label else "kd_lower_bound:temperature=4" if partial else "kd:temperature=4"
-    loss = LOSS_OF_OTHERS.get(plan.members[0].output or "features", loss)
+    partial = _is_partial(plan)
     return f"""## How to use it
 
 In one command, or in a training loop of your own, with a map-style data set that knows the names of its samples:
 
-    softcache train --cache . --data DATA --student MODEL --loss {loss} --out runs/student
+    softcache train --cache . --data DATA --student MODEL --loss {suggested_loss(plan)} --out runs/student
 
 ```python
 {_loop(plan, partial=partial)}

@@ -118,9 +118,10 @@ def explanation(name: str) -> str:
     one, loss = entry(name), LOSSES[name]
     facts = [("needs", one.needs), ("mean over", "the whole batch at once" if one.over == "batch" else one.over)]
     if loss.has_features:
-        first, *others = [f"LAYER:{kind}" for kind in one.features if kind != CLASSIFIER]
+        kinds = [f"LAYER:{kind}" for kind in one.features if kind not in (CLASSIFIER, OUTPUT)]
+        whole = ["the member's embedding or values"] if loss.reads_output else []
         facts += [
-            ("stored", f"{one.stored}, as {' or '.join([first, *others])}"),
+            ("stored", f"{one.stored}, as {' or '.join([*kinds, *whole])}"),
             ("layer", f"of the teacher: {_where(loss)}; {_chosen(loss)}"),
             ("student", "its layer at the same place; student=NAME chooses"),
         ]

@@ -10,6 +10,7 @@ from softcache.config import DumpConfig
 
 
 def run(config: DumpConfig, output: Output) -> int:
+    from softcache.cache.card import suggested_loss
     from softcache.dump import flow
     from softcache.report.tables import size
 
@@ -28,7 +29,9 @@ def run(config: DumpConfig, output: Output) -> int:
     else:
         print(f"{result.path}: {len(manifest.files)} files, {size(manifest.nbytes)}, id {manifest.id}")
         data = shlex.quote(config.data)
-        print(f"next: softcache train --cache {result.path} --data {data} --student ... --out runs/student")
+        loss = suggested_loss(manifest.plan)
+        asked = "" if loss == "kd:temperature=4" else f" --loss {loss}"  # what `train` takes by itself
+        print(f"next: softcache train --cache {result.path} --data {data} --student ...{asked} --out runs/student")
     return 0
 
 

@@ -189,6 +189,50 @@ def test_a_promise_picks_the_smallest_codec_that_keeps_it_and_plan_foresees_its_
     assert "relative error" in found.text() and "KL" not in found.text()
 
 
+@pytest.mark.slow
+def test_a_basis_over_the_numbers_keeps_its_promise_and_is_extended_and_foreseen(quick_dump: QuickDump) -> None:
+    """64 pixels, of which 40 numbers are a smooth map; rows that the basis misses are dense."""
+    settings = {
+        "data": f"{WORLD}:images?count=600",
+        "teacher": (f"{EMBEDDER}&width=200",),
+        "policy": ("shift:pixels=1",),
+    }
+    cache = quick_dump(**settings, codec="lowrank:max_relative_error=0.05", views=2)
+    assert cache.codecs["embedder"].parameters == {"max_relative_error": "0.05"}
+    rows = cache.find([f"n/0/{i:04d}" for i in range(600)])
+    plain = quick_dump(**settings, codec="float32", views=3, out="plain")
+    given, stored = (one.gather(rows, np.zeros(600, np.int64)).embedding().double() for one in (plain, cache))
+    assert float(((stored - given).norm(dim=1) / given.norm(dim=1)).max()) <= 0.05
+    eps = cache.eps("embedder", rows, np.zeros(600, np.int64))
+    assert bool(((stored - given).abs().amax(dim=1) <= torch.from_numpy(eps) + 1e-6).all())
+    assert record_bytes(cache.manifest, "embedder") < 200  # of int8 208
+    planned = PlanConfig(**settings, codec="lowrank:max_relative_error=0.05", views=2, threads=1, workers=0)
+    found = forecast.run(planned, quiet=True, codecs=("int8",), trial_rows=(512, 512), trial_seconds=0.1)
+    assert found.choice.nbytes == pytest.approx(cache.manifest.nbytes, rel=0.02)
+    assert "variance kept" in found.text() and found.to_json()["codecs"][found.chosen]["explained"] > 0.99  # type: ignore[index]
+    quick_dump(data=settings["data"], teacher=settings["teacher"], extend=True, views=3, codec=None, policy=())
+    grown = softcache.open(cache.reader.path, quiet=True)
+    third = grown.gather(rows, np.full(600, 2)).embedding().double()
+    wanted = plain.gather(rows, np.full(600, 2)).embedding().double()
+    assert float(((third - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) <= 0.05
+
+
+def test_lowrank_takes_its_promise_from_the_flag_or_from_itself(quick_dump: QuickDump) -> None:
+    data, wide = f"{WORLD}:images?count=300", f"{EMBEDDER}&width=200"
+    cache = quick_dump(data=data, teacher=[wide], codec="lowrank", max_relative_error=0.1)
+    assert cache.codecs["embedder"].text == "lowrank:max_relative_error=0.1"
+    assert dict(cache.member("embedder").promise or {}) == {"max_relative_error": "0.1"}
+    with pytest.raises(
+        ConfigError, match=r"is of logits, and teacher 'embedder' gives embedding\n.*--max-relative-error"
+    ):
+        quick_dump(data=data, teacher=[wide], codec="lowrank", out="other")
+    with pytest.raises(ConfigError, match="is of outputs without classes, and teacher 'classifier' gives logits"):
+        quick_dump(
+            data=f"{WORLD}:images?kind=classes", teacher=[f"{WORLD}:classifier"], out="third",
+            codec="lowrank:max_relative_error=0.1",
+        )  # fmt: skip
+
+
 def test_labels_with_fractions_are_values_and_a_mistaken_one_among_classes_is_refused(tmp_path: Path) -> None:
     scored = open_transfer_set(f"{WORLD}:images?kind=score")
     assert scored.values is not None and scored.values.shape == (60, 1) and scored.labelled == 0

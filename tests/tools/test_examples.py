@@ -104,6 +104,25 @@ def test_plain_loop_on_a_folder_of_images(
 
 
 @pytest.mark.slow
+def test_embedder_loop(
+    tmp_path: Path, teachers: Path, pictures: Path, run_example: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = dumped(
+        tmp_path / "cache", data=f"imagefolder:{pictures / 'train'}", teacher=(f"{teachers}:colours?head=none",),
+        policy=("to_rgb", "resized_crop_flip:size=32,scale_min=0.5"), views=2,
+    )  # fmt: skip
+    arguments = ["--cache", str(cache.reader.path), "--epochs", "12"]
+    arguments += ["--data", str(pictures / "train"), "--eval-data", str(pictures / "val")]
+    found = run_example("embedder_loop", *arguments)
+    assert found["accuracy"] > 0.7  # chance is 0.2
+    assert found["agreement"] > 0.8
+    shifted(monkeypatch)
+    assert run_example("embedder_loop", *arguments)["agreement"] < 0.6
+    monkeypatch.undo()
+    assert 0 <= run_example("embedder_loop", "--quick")["accuracy"] <= 1
+
+
+@pytest.mark.slow
 def test_plain_loop_on_digits(
     tmp_path: Path, teachers: Path, run_example: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

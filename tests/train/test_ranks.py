@@ -202,6 +202,7 @@ CASES = [
     pytest.param(("kd", "srrl:layer=late:pool"), {"freeze": ("early", "head.bias")}, id="frozen"),
     pytest.param(("fitnet:layer=early,student=early",), {}, id="some-alone"),
     pytest.param(("cosine", "relational_kl"), {"cache": "embedding"}, id="embedding"),
+    pytest.param(("crd:negatives=32,width=16", "hint:scale=whiten"), {"cache": "embedding"}, id="embedding-crd"),
 ]
 # every loss that relates samples of a batch to one another, and one of each other kind
 IN_BATCH = [
@@ -215,7 +216,10 @@ IN_BATCH = [
     pytest.param(("kd", "ce", "hint:layer=late:pool"), {"accumulate": 3}, id="pieces"),
     pytest.param(("ce", "kd"), {"cache": "mixed"}, id="mixed"),
     pytest.param(("cosine", "relational_kl"), {"cache": "embedding"}, id="embedding"),
-    pytest.param(("hint", "cosine"), {"cache": "embedding", "accumulate": 3}, id="embedding-pieces"),
+    pytest.param(("hint", "cosine:scale=each"), {"cache": "embedding", "accumulate": 3}, id="embedding-pieces"),
+    pytest.param(
+        ("pkt:scale=whiten", "sp", "crd:negatives=32,width=16"), {"cache": "embedding"}, id="embedding-relations"
+    ),
 ]
 # a term, the gradient as a whole and the banks; a tensor of which most cancels out is coarser in float32
 CLOSE, CLOSE_TENSOR = 1e-5, 1e-4

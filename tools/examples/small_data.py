@@ -39,8 +39,12 @@ def colours() -> Colours:
     return Colours()
 
 
-def make_small_data(arguments: argparse.Namespace) -> None:
-    """Set cache, data, eval_data and epochs to something small in a temporary folder."""
+def make_small_data(arguments: argparse.Namespace, head: str = "") -> None:
+    """Set cache, data, eval_data and epochs to something small in a temporary folder.
+
+    Args:
+        head: "none" of a cache of what the teacher's last layer takes, instead of its logits.
+    """
     scratch = tempfile.TemporaryDirectory(prefix="softcache-example-")
     atexit.register(scratch.cleanup)
     root, draw = Path(scratch.name), np.random.default_rng(0)
@@ -52,10 +56,10 @@ def make_small_data(arguments: argparse.Namespace) -> None:
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     made = DumpConfig(
         data=f"imagefolder:{root / 'train'}",
-        teacher=(f"{__file__}:colours",),
+        teacher=(f"{__file__}:colours" + (f"?head={head}" if head else ""),),
         policy=("to_rgb", "resized_crop_flip:size=32,scale_min=0.5"),
         views=2,
-        for_=("kd", "hint"),
+        for_=() if head else ("kd", "hint"),
         out=str(root / "cache"),
         threads=1,
         workers=0,
