@@ -84,6 +84,9 @@ def test_it_goes_along_with_more_views_and_with_a_part_of_the_samples(quick_dump
     path = str(tmp_path / "cache")
     assert cli.main(["subset", path, str(tmp_path / "less"), "--keep-labels", "cat"]) == 0
     assert cli.main(["verify", str(tmp_path / "less"), "--full"]) == 0
+    assert (
+        "deviation of its numbers, and what whitens them stand beside" in (tmp_path / "less" / "README.md").read_text()
+    )
     for one in (path, tmp_path / "less"):
         found = softcache.open(one, quiet=True).output_scale("embedder", "whiten")
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
