@@ -110,6 +110,10 @@ class RemoteError(SoftcacheError):
     """A place that cannot be reached, or that gives other bytes than the manifest names."""
 
 
+class SignatureError(CacheError):
+    """A cache that nobody of a list of allowed signers has signed."""
+
+
 class UntrustedError(ConfigError):
     """Something that a cache, a run folder or a weights file names, and that is used only where its user says so.
 

@@ -22,6 +22,7 @@ from softcache.cache.manifest import Manifest, known_ids, read_manifest
 from softcache.cache.open_file import open_checked
 from softcache.cache.reader import read_candidates, read_index, read_samples
 from softcache.cache.schema import CANDIDATES, CRC_SUFFIX, MANIFESTS, SAMPLES, part_path
+from softcache.cache.signatures import allowed_signers_of, count_of, read_signatures
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import DamagedCacheError, DriftError, LinkedCacheError, UnfinishedCacheError, first_offenders
 from softcache.files.inside import read_inside
@@ -80,14 +81,18 @@ def run(
     replay: int = 0,
     data: str | None = None,
     allow_code: bool = False,
+    signed_by: Path | None = None,
 ) -> Verdict:
     """Check a cache. A folder that is no cache, or holds links, raises CacheError; damage is a verdict, not an exception.
+
+    So does one that nobody of a list of signers has signed, where one is given.
 
     Args:
         full: every byte against its sha256, and the structure too.
         replay: how many records to render again; their pixels must be what the teacher saw.
         data: the transfer set for that; None: the one that provenance.json names, with `allow_code` only.
         allow_code: believe what the cache names, for that: open that data set, run transforms of its views.
+        signed_by: a list of allowed signers.
     """
     started = time.monotonic()
     try:
@@ -99,6 +104,7 @@ def run(
     except DamagedCacheError as exc:
         return Verdict(str(path), "damaged", [exc.message])
     verdict = Verdict(str(path), "whole", full=full, files=len(manifest.files), nbytes=manifest.nbytes, id=manifest.id)
+    verdict.notes += _signature_notes(path, manifest.id, signed_by)
     verdict.faults += _copy_faults(path)
     for one, why in manifest.list_faults():
         verdict.damaged.append(one.path)
@@ -123,6 +129,16 @@ def run(
         verdict.state = "damaged"
     verdict.seconds = time.monotonic() - started
     return verdict
+
+
+def _signature_notes(path: Path, id: str, signed_by: Path | None) -> Iterator[str]:
+    """Who has signed it; SignatureError where somebody must have, and has not."""
+    data = read_signatures(path, id)
+    if signed_by is not None:
+        yield f"signed by {', '.join(allowed_signers_of(data, id, signed_by))}"
+    elif data:
+        count = count_of(data)
+        yield f"{count} signature{'s' * (count != 1)}, not looked at: --signed-by FILE"
 
 
 def damaged_files(path: Path, manifest: Manifest, *, quiet: bool = False) -> list[StoredFile]:

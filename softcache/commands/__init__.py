@@ -18,6 +18,7 @@ VERBS = {
     "subset": "softcache.commands.subset",
     "push": "softcache.commands.push",
     "pull": "softcache.commands.pull",
+    "sign": "softcache.commands.sign",
     "completion": "softcache.commands.completion",
     "help": "softcache.commands.help",
 }

@@ -19,6 +19,7 @@ class PullConfig:
     )
     out: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
     id: str | None = option(None, "that the cache must have: 8 or more of its 64 digits", metavar="ID")
+    signed_by: str | None = option(None, "ask for a signature of somebody in this list of signers", metavar="FILE")
 
 
 def run(config: PullConfig, output: Output) -> int:
@@ -27,21 +28,18 @@ def run(config: PullConfig, output: Output) -> int:
     from softcache.share import pull
 
     place, out = parse_place(config.url, config.id), Path(config.out)
-    manifest, nbytes = pull.run(place, out, quiet=output.quiet or output.json)
+    signers = Path(config.signed_by) if config.signed_by else None
+    manifest, nbytes, names = pull.run(place, out, signed_by=signers, quiet=output.quiet or output.json)
     if output.json:
-        facts = {
-            "path": str(out),
-            "url": place.url,
-            "id": manifest.id,
-            "bytes": manifest.nbytes,
-            "fetched_bytes": nbytes,
-        }
-        print(json.dumps(facts))
+        sizes = {"bytes": manifest.nbytes, "fetched_bytes": nbytes}
+        print(json.dumps({"path": str(out), "url": place.url, "id": manifest.id, **sizes, "signed_by": list(names)}))
         return 0
     print(f"{out}: {len(manifest.files):,} files, {size(manifest.nbytes)}; {size(nbytes)} fetched")
+    if names:
+        print(f"signed by {', '.join(names)}")
+    asked = place.id or names
     print(
-        f"id {manifest.id}"
-        + ("" if place.id else ": nobody said which it must be; compare it with the one you were sent")
+        f"id {manifest.id}" + ("" if asked else ": nobody said which it must be; compare it with the one you were sent")
     )
     return 0
 

@@ -23,6 +23,7 @@ class VerifyConfig:
     replay: int = option(0, "also render N records and compare pixels", metavar="N")
     data: str | None = option(None, "for --replay (with --allow-code by default as the cache says)", metavar="DATA")
     allow_code: bool = option(False, ALLOW_CODE_HELP)
+    signed_by: str | None = option(None, "ask for a signature of somebody in this list of signers", metavar="FILE")
 
 
 def run(config: VerifyConfig, output: Output) -> int:
@@ -37,6 +38,7 @@ def run(config: VerifyConfig, output: Output) -> int:
         replay=config.replay,
         data=config.data,
         allow_code=config.allow_code,
+        signed_by=Path(config.signed_by) if config.signed_by else None,
     )
     print(json.dumps(dataclasses.asdict(verdict)) if output.json else verdict.text())
     return verdict.exit_code
@@ -50,6 +52,7 @@ VERB = Verb(
 softcache verify caches/digits --quick
 softcache verify caches/digits --full --json
 softcache verify caches/digits --replay 1000 --data digits
+softcache verify caches/signed --full --signed-by signers
 """,
     after_stop=STARTS_AGAIN,
     writes=False,

@@ -84,7 +84,7 @@ def unknown_warning(transfer_set: TransferSet) -> str | None:
     )
 
 
-def chance_warning(what: str, correct: float, labelled: float, classes: int) -> str | None:
+def chance_warning(what: str, correct: float, labelled: float, classes: int, unit: str = "samples") -> str | None:
     """Where the largest class is the label's no oftener than chance would have it; None where it is, or too few rows tell.
 
     Not above 1/C by three standard errors, while a fair teacher would have been right so seldom in less than 1 of 100 cases.
@@ -92,6 +92,7 @@ def chance_warning(what: str, correct: float, labelled: float, classes: int) -> 
     Args:
         what: who is right, for the message.
         correct: of `labelled` rows.
+        unit: what they are, in the plural.
     """
     if classes < 2 or labelled < 1:
         return None
@@ -105,7 +106,7 @@ def chance_warning(what: str, correct: float, labelled: float, classes: int) -> 
     if math.exp(-labelled * bits) > 0.01:  # Chernoff's bound on so few right answers of a fair teacher
         return None
     return (
-        f"{what} is right on {share:.2%} of {labelled:,.0f} labelled samples, and chance is {chance:.2%}: its "
+        f"{what} is right on {share:.2%} of {labelled:,.0f} labelled {unit}, and chance is {chance:.2%}: its "
         "columns may be other classes than the data's, or its weights or its input other than it was trained with"
     )
 

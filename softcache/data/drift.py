@@ -98,6 +98,12 @@ def check_drift(
     if on_drift == "warn" or (apart is not None and 0 < apart <= TOLERATED_DIFFERENCE):
         return drift
     named = first_offenders((reader.samples.key(int(rows[i])) for i in where), where.size)
+    if not reader.probe():  # no pictures
+        raise DriftError(
+            f"{where.size} of {len(rows)} checked views are not what the teacher saw: {named}",
+            tip="they changed, or are cut into other words: restore them, or leave them out with --without; --on-drift warn "
+            "trains on them as they are",
+        )
     if apart == 0:
         raise DriftError(
             f"{where.size} of {len(rows)} checked views have other pixels than the teacher saw, while the probe renders as it "

@@ -24,6 +24,7 @@ from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, SoftcacheError, first_offenders, place_of, warn_once
 from softcache.spec import load_user_file, user_files
+from softcache.words import Words
 
 MORE_SHARED_MEMORY = "in a container docker run --shm-size=2g"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -211,7 +212,8 @@ class ViewedSet(Dataset[Any]):
         """The items as every model takes them; a fault of a collate names the samples, those of an odd shape first."""
         try:
             return tuple(collate(items) for collate in self.collates)
-        except SoftcacheError:
+        except SoftcacheError as exc:
+            self._name_words(exc, items, index)
             raise
         except Exception as exc:
             shapes = [getattr(item, "shape", None) for item in items]
@@ -223,6 +225,19 @@ class ViewedSet(Dataset[Any]):
                 f"the model cannot take this batch: {type(exc).__name__}: {exc} ({place_of(exc)}); samples {why}{named}",
                 tip="make their items alike (--policy resize:size=N), or leave them out: --without FILE",
             ) from exc
+
+    def _name_words(self, exc: SoftcacheError, items: list[Any], index: np.ndarray) -> None:
+        """Of samples that are words: which of them a model cannot answer about alone either."""
+
+        def fits(item: Any) -> bool:
+            try:
+                return all(collate([item]) is not None for collate in self.collates)
+            except SoftcacheError:
+                return False
+
+        if isinstance(items[0], Words):
+            bad = [self.transfer_set.keys[i] for i, item in zip(index.tolist(), items, strict=True) if not fits(item)]
+            exc.add_note(f"samples {first_offenders(bad, len(bad))}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # classes from a user's file must be importable in a spawned worker before they are unpickled

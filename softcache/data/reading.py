@@ -53,22 +53,25 @@ class Contents:
 
 
 class ReadingSet(ViewedSet):
-    """A transfer set that is read as it is; what cannot be read is an answer too."""
+    """A transfer set that is read as it is; what cannot be read is an answer too, and so are words that a collate refuses."""
 
-    def __init__(self, transfer_set: Any) -> None:
-        super().__init__(transfer_set, Policy(), ())
+    def __init__(self, transfer_set: Any, collates: Sequence[Collate] = ()) -> None:
+        super().__init__(transfer_set, Policy(), collates)
 
     def __getitems__(self, pairs: list[Pair]) -> Read:  # type: ignore[override]
         digests, forms, faults = np.zeros((len(pairs), DIGEST_BYTES), np.uint8), [], []
         for place, (index, _) in enumerate(pairs):
             fault: SoftcacheError | None = None
-            form = ""
+            item, form = None, ""
             try:
                 item, digest = self.transfer_set.load(index)
                 digests[place] = np.frombuffer(digest, np.uint8)
                 form = _form(item)
+                for collate in self.collates if isinstance(item, Words) else ():
+                    collate([item])  # a network may take fewer words than a sample has
             except Exception as exc:  # of somebody's own code too
                 fault = _fault(exc, self.transfer_set.keys[index])
+                fault = _named(fault, self.transfer_set.keys[index]) if type(item) is Words else fault
             forms.append(form)
             faults.append(fault)
         return Read(np.array([index for index, _ in pairs], np.int64), digests, tuple(forms), tuple(faults))
@@ -90,7 +93,7 @@ def read_contents(
     numbers: dict[str, int] = {}  # of the forms
     form_of = np.full(count, -1, np.int32)
     pairs = ([(i, 0) for i in range(start, min(start + PIECE, count))] for start in range(0, count, PIECE))
-    loaded: Iterator[Any] = load_batches(ReadingSet(transfer_set), pairs, workers=workers)
+    loaded: Iterator[Any] = load_batches(ReadingSet(transfer_set, collates), pairs, workers=workers)
     seen = 0
     for one in loaded:
         digests[one.index] = one.digests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from softcache.dump.results import place_of
 from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
-from softcache.models.inputs import is_text
+from softcache.models.inputs import has_vocabulary
 
 # what another composition of the batch may change, of the largest logit: kernels that add up in another order, layer upon layer
 FLOAT32_APART = 1e-3
@@ -32,11 +33,8 @@ def check_batch_composition(teacher: Teacher, items: Sequence[Any]) -> None:
     """
     assert teacher.first_batch is not None, "check_first_batch comes first"
     together, count = teacher.first_batch[1], len(items)
-    if len(together) != count:
-        raise TeacherError(
-            f"teacher {teacher.name!r} gave {len(together)} rows for {count} samples",
-            tip="one row of logits per sample, in their order",
-        )
+    rows = _rows_of(teacher, items)
+    teacher.check_rows(len(together), int(rows[-1]))
     if count < 2:
         return
     before = teacher.autocast, teacher.compute_dtype
@@ -44,9 +42,15 @@ def check_batch_composition(teacher: Teacher, items: Sequence[Any]) -> None:
         if teacher.autocast is not None:
             together = _without_autocast(teacher, together)
         order, apart = _in_another_composition(teacher, items)
-        _check_alike(teacher, together[order], apart)
+        taken = [torch.arange(int(rows[i]), int(rows[i + 1])) for i in order]
+        _check_alike(teacher, together[torch.cat(taken).to(together.device)], apart)
     finally:
         teacher.autocast, teacher.compute_dtype = before
+
+
+def _rows_of(teacher: Teacher, items: Sequence[Any]) -> list[int]:
+    """Where the rows of each sample begin, and where the last one's end."""
+    return [0, *accumulate(1 if teacher.index is None else len(item) for item in items)]
 
 
 def _without_autocast(teacher: Teacher, logits: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ def _in_another_composition(teacher: Teacher, items: Sequence[Any]) -> tuple[lis
     """The logits of the first batch's samples in an order of two halves, and that order."""
     count = len(items)
     order = list(range(count))[::-1]
-    if is_text(items[0]):
+    if has_vocabulary(items[0]):
         order.sort(key=lambda i: len("".join(items[i])))
     halves = order[: count // 2], order[count // 2 :]
     try:
@@ -75,11 +79,7 @@ def _in_another_composition(teacher: Teacher, items: Sequence[Any]) -> tuple[lis
 
 
 def _check_alike(teacher: Teacher, together: Tensor, apart: Tensor) -> None:
-    if together.shape != apart.shape:
-        raise TeacherError(
-            f"teacher {teacher.name!r} gave {len(apart)} rows for {len(together)} samples",
-            tip="one row of logits per sample, in their order",
-        )
+    teacher.check_rows(len(apart), len(together))
     if teacher.has_classes and teacher.output != "logits":  # logarithms of the smallest probabilities are all rounding
         together, apart = ((v.sigmoid() if teacher.multi_label else v.exp()) for v in (together, apart))
     known = (together.isfinite() & apart.isfinite()).all(dim=1)

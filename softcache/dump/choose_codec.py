@@ -90,14 +90,21 @@ class Prober:
         self._viewed, self._order, self._batch_size = viewed, order, batch_size
         self._fitted_rows, self._measured_rows = fitted_rows, measured_rows
         self._rows: dict[tuple[str, int, int], Probe] = {}
+        positions = getattr(viewed.transfer_set, "positions", None)
+        self._counts = (
+            np.ones(len(order), np.int64) if positions is None else positions.counts[order]
+        )  # records of each row
 
     def items(self, start: int, count: int) -> list[Any]:
         """Rendered samples of rows [start, start + count), fewer at the end."""
-        return [self._viewed.render(int(i), 0) for i in self._order[start : start + count]]
+        return self._rendered(range(start, min(start + count, len(self._order))))
+
+    def _rendered(self, rows: Iterable[int]) -> list[Any]:
+        return [self._viewed.render(int(self._order[row]), 0) for row in rows]
 
     def first_items(self) -> list[Any]:
-        """Rendered samples of the first rows: what a teacher is looked at with before anything is written."""
-        return self.items(0, CHECKED_SAMPLES)
+        """Rendered samples of the first rows, without words none: what a teacher is looked at with before anything is written."""
+        return self._rendered(np.flatnonzero(self._counts)[:CHECKED_SAMPLES].tolist())
 
     def first_batch(self, teacher: Teacher) -> Any:
         """The collated inputs of the first rows."""
@@ -110,7 +117,7 @@ class Prober:
     def measuring_rows(self, teacher: Teacher) -> Probe:
         """Rows behind those of the fit, where there are enough; else the same."""
         count = _at_most(self._measured_rows, teacher.width)
-        start = min(_at_most(self._fitted_rows, teacher.width), max(0, len(self._order) - count))
+        start = min(_at_most(self._fitted_rows, teacher.width), max(0, int(self._counts.sum()) - count))
         return self._run(teacher, start, count)
 
     def scaling_rows(self, teacher: Teacher, *, whiten: bool) -> torch.Tensor:
@@ -118,15 +125,22 @@ class Prober:
         return (self.fitting_rows(teacher) if whiten else self._run(teacher, 0, SCALED_ROWS)).logits
 
     def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
+        """What it says of the rows that have records [start, start + count)."""
         key = (teacher.name, start, count)
         if key not in self._rows:
             classifier = teacher.find_classifier(self.first_batch(teacher))
             before, teacher.classifier = teacher.classifier, classifier
             logits, inputs = [], []
-            for begin in range(start, min(start + count, len(self._order)), self._batch_size):
-                size = min(self._batch_size, start + count - begin)
-                output = teacher(teacher.collated(self.items(begin, size)))
-                self._check_finite(teacher, output.logits, begin)
+            ends = np.cumsum(self._counts)
+            first, last = (
+                np.searchsorted(ends, start, side="right"),
+                np.searchsorted(ends, min(start + count, ends[-1])),
+            )
+            rows = first + np.flatnonzero(self._counts[first : last + 1])
+            for begin in range(0, len(rows), self._batch_size):
+                batch = rows[begin : begin + self._batch_size]
+                output = teacher(teacher.collated(self._rendered(batch.tolist())))
+                self._check_finite(teacher, output.logits, np.repeat(batch, self._counts[batch]))
                 logits.append(output.logits.cpu())
                 if output.classifier_input is not None:
                     inputs.append(output.classifier_input.cpu())
@@ -137,12 +151,13 @@ class Prober:
             self._rows[key] = Probe(torch.cat(logits), torch.cat(inputs) if inputs else None, weight, bias)
         return self._rows[key]
 
-    def _check_finite(self, teacher: Teacher, logits: torch.Tensor, begin: int) -> None:
+    def _check_finite(self, teacher: Teacher, logits: torch.Tensor, rows: np.ndarray) -> None:
+        """TeacherError naming the samples of records that are not finite."""
         bad = (~logits.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
-            keys = self._viewed.transfer_set.keys
-            named = first_offenders((keys[int(self._order[begin + i])] for i in bad), len(bad))
-            named = f"{len(bad)} samples of this batch: {named}"
+            keys, found = self._viewed.transfer_set.keys, dict.fromkeys(rows[bad].tolist())
+            named = first_offenders((keys[int(self._order[row])] for row in found), len(found))
+            named = f"{len(bad)} {teacher.asked} of this batch: {named}"
             raise not_finite(teacher.name, named, has_classes=teacher.has_classes)
 
 
@@ -361,6 +376,11 @@ def choose_storages(
         named = {str(spec) for spec in teacher.parse_features(texts)} if texts else set()
         needed = features_for(config.for_, teacher, prober.first_batch(teacher), codec)
         texts += [text for text in needed if text not in named]
+        if texts and teacher.index is not None:
+            raise ConfigError(
+                f"feature {texts[0]} of teacher {teacher.name!r}: features are of samples, and here words are asked about",
+                tip="leave --features and --for out",
+            )
         beside = _scale(teacher, prober, whiten=config.whiten)
         storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober, beside)
     if config.whiten and not any(teacher.output in OTHER_OUTPUTS for teacher in teachers):
@@ -480,7 +500,7 @@ def _tapped(
         check_batch_composition(teacher, prober.first_items())
     if features and teacher.has_classes:
         beside = _classifier_arrays(teacher, classifier)
-    return Storage(codec, features, promise, beside, teacher.has_classes)
+    return Storage(codec, features, promise, beside, teacher.has_classes, teacher.index)
 
 
 def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> list[str]:

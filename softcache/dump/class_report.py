@@ -37,7 +37,7 @@ class Answers:
         Args:
             measured: `largest` (B,), the largest column of each row; `alike` (B,), 1 where all columns of a row are equal, plus 2
                 where the row is the teacher's first one again; `decided` (2,), of several labels how many are right and known.
-            labels: (B,) class indices, -1 = none; or packed labels, several per sample.
+            labels: (B,) class indices, -1 = none; or (B, C), several per sample.
             ids: (B,) uint64 sample ids, which say in which half a row is.
         """
         largest, alike = measured["largest"], measured["alike"]
@@ -62,7 +62,8 @@ class Answers:
     def text(self) -> str:
         """For people: how its classes were matched, and how often it is right."""
         counted = f"{percent(self.top1)} of {self.labelled:,}"
-        right = f"{counted} decisions right" if self.teacher.multi_label else f"top-1 {counted}"
+        words = "" if self.teacher.index is None else f" {self.teacher.index}"
+        right = f"{counted} decisions right" if self.teacher.multi_label else f"top-1 {counted}{words}"
         right = "no labels to compare with" if self.top1 is None else right
         return f"teacher {self.teacher.name}: {right}; classes matched {self.teacher.match.how}"
 
@@ -70,7 +71,8 @@ class Answers:
         """What is odd; empty for most teachers."""
         what = f"teacher {self.teacher.name!r}"
         one_each = not self.teacher.multi_label  # whose chance is no 1 / C, but how often each label is a yes
-        chance = chance_warning(what, self.correct, self.labelled, self.num_classes) if one_each else None
+        counted = self.correct, self.labelled, self.num_classes
+        chance = chance_warning(what, *counted, self.teacher.asked) if one_each else None
         found = [chance, self._constant(what)]
         found.append(self._other_order(what, class_names))
         return [text for text in found if text is not None]
@@ -79,9 +81,9 @@ class Answers:
         if self.rows < FEW_ROWS or self.num_classes < 2:
             return None
         if self.same == self.rows:
-            return f"{what} gives the same logits to all {self.rows:,} samples: they say nothing of any of them"
+            return f"{what} gives the same logits to all {self.rows:,} {self.teacher.asked}: they say nothing of any of them"
         if 2 * self.flat > self.rows:
-            return f"{what} gives all classes the same logit for {self.flat:,} of {self.rows:,} samples"
+            return f"{what} gives all classes the same logit for {self.flat:,} of {self.rows:,} {self.teacher.asked}"
         return None
 
     def _other_order(self, what: str, class_names: Sequence[str]) -> str | None:
@@ -97,8 +99,9 @@ class Answers:
         told = sorted(((int(i), int(order[i])) for i in moved), key=lambda pair: -second[pair])[:3]
         named = ", ".join(f"{class_names[i]!r} is told by the column of {class_names[column]!r}" for i, column in told)
         return (
-            f"{what}: another order of its columns explains the labels far better: of {int(second.sum()):,} samples that it "
-            f"was not found on, {then + int(np.trace(second)) - now:,} instead of {int(np.trace(second)):,} are right; {named}. "
+            f"{what}: another order of its columns explains the labels far better: of {int(second.sum()):,} "
+            f"{self.teacher.asked} that it was not found on, {then + int(np.trace(second)) - now:,} instead of "
+            f"{int(np.trace(second)):,} are right; {named}. "
             "If its columns stand in another order, say so: --classes-map FILE"
         )
 
@@ -121,8 +124,7 @@ class ClassReport:
         """A batch that was written, of one teacher; counted at the report's view alone, since views of a sample are no others."""
         if done.view == self.view and done.member in self.answers:
             measured = {name: done.measured[name].numpy() for name in ("largest", "alike", "decided")}
-            labels, ids = done.samples.labels[done.rows], done.samples.ids[done.rows]
-            self.answers[done.member].add(measured, labels, ids)
+            self.answers[done.member].add(measured, done.labels, done.samples.ids[done.rows])
 
     def warnings(self) -> list[str]:
         """Of the labels and of every teacher, each once."""

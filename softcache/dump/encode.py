@@ -36,7 +36,7 @@ def measured_rows(count: int, format: int) -> slice | list[int]:
 
 @dataclass
 class Encoded:
-    """One member's encoded batch on its way to the host."""
+    """One member's encoded batch on its way to the host; `rows` and `labels` are of each record."""
 
     member: str
     storage: Storage
@@ -46,6 +46,7 @@ class Encoded:
     floored: int
     samples: SampleTable
     rows: np.ndarray
+    labels: np.ndarray
     view: int
     ready: Any = field(default=None)
 
@@ -101,7 +102,7 @@ class Encoded:
         return "logits" if self.storage.has_classes else "numbers"
 
     def _named(self, where: np.ndarray) -> str:
-        return _named(where, self.samples, self.rows)
+        return _named(where, self.samples, self.rows, self.storage)
 
     def _statistics(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> MemberStatistics:
         correct, labelled, entropy, agreed = measured["sums"].tolist()
@@ -137,16 +138,16 @@ def encode(
     view: int,
     format: int = FORMAT_VERSION,
 ) -> Encoded:
-    """Teacher, codec and measurements, on the teacher's device; the result is on its way to the host when this returns."""
+    """Teacher, codec and measurements, on the teacher's device; the result is on its way to the host when this returns.
+
+    Args:
+        labels, rows: (P,) of each record: of each word, where samples have many.
+    """
     try:
         output = teacher(inputs)
-        if len(output.logits) != len(rows):
-            raise TeacherError(
-                f"teacher {teacher.name!r} gave {len(output.logits)} rows for {len(rows)} samples",
-                tip="one row of logits per sample, in their order",
-            )
+        teacher.check_rows(len(output.logits), len(rows))
     except TeacherError as exc:
-        exc.add_note(f"in the batch of {_listed(samples, rows, len(rows))}")
+        exc.add_note(f"in the batch of {_listed(samples, rows)}")
         raise
     finite = output.logits.isfinite().all(dim=1)
     logits = torch.where(finite[:, None], output.logits, 0.0)
@@ -158,7 +159,7 @@ def encode(
     arrays: dict[str, Tensor] = {}
     decoded = None
     if codec is not None:
-        coded = _encoded(codec.encode, (logits, classifier_input), f"teacher {teacher.name!r}", samples, rows)
+        coded = _encoded(codec.encode, (logits, classifier_input), f"teacher {teacher.name!r}", samples, rows, storage)
         arrays = {name: coded[name] for name in codec.arrays}
         decoded = codec.decode(coded) if codec.complete else None
         if decoded is not None and codec.bounded:
@@ -167,7 +168,7 @@ def encode(
     for feature in storage.features:
         values = output.features[feature.name]
         what = f"feature {feature.name!r} of teacher {teacher.name!r}"
-        stored = _encoded(feature.codec.encode, (values,), what, samples, rows)
+        stored = _encoded(feature.codec.encode, (values,), what, samples, rows, storage)
         arrays |= {feature.names[name]: value for name, value in stored.items()}
         error = feature.codec.error(values, feature.codec.decode(stored))
         arrays[feature.error_name] = round_up_to_half(error.float())
@@ -183,7 +184,7 @@ def encode(
         arrays, dense, measured = ({n: _to_pinned(v) for n, v in part.items()} for part in (arrays, dense, measured))
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(logits.device))
-    return Encoded(teacher.name, storage, arrays, dense, measured, output.floored, samples, rows, view, ready)
+    return Encoded(teacher.name, storage, arrays, dense, measured, output.floored, samples, rows, labels, view, ready)
 
 
 def _of_classes(
@@ -223,6 +224,7 @@ def _encoded(
     what: str,
     samples: SampleTable,
     rows: np.ndarray,
+    storage: Storage,
 ) -> dict[str, Tensor]:
     """encode(*values); the error for numbers that it cannot hold names the samples that have them."""
 
@@ -237,17 +239,21 @@ def _encoded(
         return encode(*values)
     except CodecRangeError as exc:
         bad = np.array([not holds(i) for i in range(len(rows))])
-        raise CodecRangeError(f"{what}: {exc.message}, for {_named(bad, samples, rows)}", tip=exc.tip) from None
+        raise CodecRangeError(
+            f"{what}: {exc.message}, for {_named(bad, samples, rows, storage)}", tip=exc.tip
+        ) from None
 
 
-def _named(where: np.ndarray, samples: SampleTable, rows: np.ndarray) -> str:
-    """How many samples of the batch, and the keys of the first ones."""
+def _named(where: np.ndarray, samples: SampleTable, rows: np.ndarray, storage: Storage) -> str:
+    """How many samples, or words, of the batch, and the keys of the first samples."""
     bad = np.flatnonzero(where)
-    return f"{len(bad)} samples of this batch: " + _listed(samples, rows[bad], len(bad))
+    counted = f"{len(bad)} samples of this batch: " if storage.index is None else f"{len(bad)} words of this batch: "
+    return counted + _listed(samples, rows[bad])
 
 
-def _listed(samples: SampleTable, rows: np.ndarray, count: int) -> str:
-    return first_offenders((samples.key(int(row)) for row in rows), count)
+def _listed(samples: SampleTable, rows: np.ndarray) -> str:
+    found = dict.fromkeys(rows.tolist())  # of many words one sample
+    return first_offenders(map(samples.key, found), len(found))
 
 
 def _divergences(

@@ -33,14 +33,15 @@ from softcache.data.reading import Collate
 from softcache.dump.choose_codec import Prober, choose_storages
 from softcache.dump.class_report import ClassReport
 from softcache.dump.encode import Encoded, encode
-from softcache.dump.job import extension_job, make_plan, match_members, new_job
+from softcache.dump.job import extension_job, is_of_version_1, make_plan, match_members, new_job
 from softcache.dump.layout import Storage, bytes_of_spans, sizes
 from softcache.dump.made_with import left_out_before, made_with, provenance, told_of
-from softcache.dump.open_teachers import left_out_of, open_teachers
+from softcache.dump.open_teachers import build_teachers, check_teachers, left_out_of
 from softcache.dump.pixels import PixelCheck, renderer
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
 from softcache.dump.teacher import Teacher
+from softcache.dump.word_index import INDEX, InPart, check_same_words, one_each, records_of
 from softcache.errors import DataError, DumpError, printable
 from softcache.files.durable import require_room
 from softcache.machine import as_fresh, pick_device, pick_threads, pick_workers
@@ -125,14 +126,15 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
             misfits=config.misfits,
         )
 
+    opened: list[Teacher] = []
     try:
-        teachers = match_members(job, open_teachers(config, prober, transfer_set, device))
-    except (
-        DataError
-    ):  # of one of the samples by which they are tried, maybe: then it and all others of its kind are named
+        opened = build_teachers(config, prober, transfer_set, device)
+        check_teachers(opened, prober)
+    except DataError:  # of one of the samples by which they are tried, maybe: then all of its kind are named
         if reads_all:
-            read(())
+            read([teacher.collate for teacher in opened if job.positions is not None])
         raise
+    teachers = match_members(job, opened)
     if not teachers:
         assert job.base is not None
         print(f"{out}: nothing to add, every teacher is a member already", file=sys.stderr)
@@ -142,7 +144,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
 
     @cache
     def read_samples() -> SampleTable:
-        return read([teacher.collate for teacher in teachers] if config.batch_size > 1 else ())
+        fits = config.batch_size > 1 or job.positions is not None
+        return read([teacher.collate for teacher in teachers] if fits else ())
 
     if reads_all:
         read_samples()  # what does not fit is told before a teacher runs over many samples
@@ -151,9 +154,10 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     plan = replace(plan, license=job.base.plan.license if job.base else config.license)
     lost = left_out_of(teachers, prober)
     if not quiet:
-        print(sizes(plan, storages), printable(described(transfer_set)), sep="\n", file=sys.stderr)
+        words = None if job.positions is None else job.positions.total
+        print(sizes(plan, storages, words), printable(described(transfer_set)), sep="\n", file=sys.stderr)
         if job.base is None and plan.format != int(config.format):
-            others = ", ".join(teacher.output for teacher in teachers if not teacher.has_classes)
+            others = ", ".join(dict.fromkeys(t.index or t.output for t in teachers if not is_of_version_1(t)))
             print(f"written as format version {plan.format}, which is provisional: {others}", file=sys.stderr)
         for name, one in lost.items():
             print(f"teacher {name!r}: {one.text()}", file=sys.stderr)
@@ -162,21 +166,36 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
         if job.base is not None:
             return Setup(CacheReader(out).samples, {}, constants)
-        return Setup(read_samples(), make_probe(renderer(viewed, job.order), len(ids), job.views), constants)
+        probe = make_probe(renderer(viewed, job.order), len(ids), job.views)
+        return Setup(read_samples(), probe, constants, {} if job.positions is None else {INDEX: job.positions})
 
     with CacheWriter(out, plan, make_setup, part=part, base=job.base) as writer:
         check_same_samples(writer.samples, ids[job.order], transfer_set, job.order)
+        if job.positions is not None:
+            check_same_words(writer.index(INDEX), transfer_set, job.order, writer.samples.key)
+        in_part = records_of(job.positions, plan.rounds[-1].layout)
         storages = {n: s.with_constants(writer.constants(n)) for n, s in storages.items()}
         spans = writer.my_spans()
         finished = len(plan.rounds[-1].layout) - len(spans)
         if finished and spans and not quiet and part.count == 1:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
-        require_room(out, bytes_of_spans(spans, storages), "the shards to be written need")
+        require_room(out, bytes_of_spans(spans, storages, in_part), "the shards to be written need")
         clock = DumpProgress(writer, sum(span.rows * span.views for span in spans), quiet=quiet)
         pixels = None if job.new_views else PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed)
         report = ClassReport(transfer_set, teachers, job.first_view)
         write_spans(
-            writer, spans, viewed, job.order, teachers, storages, config.batch_size, workers, clock, pixels, report
+            writer,
+            spans,
+            viewed,
+            job.order,
+            teachers,
+            storages,
+            config.batch_size,
+            workers,
+            clock,
+            pixels,
+            report,
+            in_part=in_part,
         )
         for teacher in teachers:
             teacher.check_at_end()
@@ -204,6 +223,8 @@ def write_spans(
     clock: DumpProgress,
     pixels: PixelCheck | None,
     report: ClassReport | None = None,
+    *,
+    in_part: InPart = one_each,
 ) -> None:
     """Every batch of every span, through every teacher, into its shards. A batch never crosses a span's border.
 
@@ -211,17 +232,20 @@ def write_spans(
         order: (N,) position in the transfer set of each row.
         pixels: compares what is rendered with the digests that are there; None where the views are new.
         report: is shown the answers at its view.
+        in_part: how many records a part has.
     """
-    labels = viewed.transfer_set.labels
+    transfer_set = viewed.transfer_set
     collates = [teacher.collate for teacher in teachers]
-    viewed = ViewedSet(viewed.transfer_set, viewed.policy, collates, digests=True, partners=viewed.partners)
+    viewed = ViewedSet(transfer_set, viewed.policy, collates, digests=True, partners=viewed.partners)
     pairs = [_pairs(span, order, batch_size) for span in spans]
     pinned = any(teacher.device.type == "cuda" for teacher in teachers)
     loaded = load_batches(viewed, (batch for span in pairs for batch in span), workers=workers, pin_memory=pinned)
     row_of = np.empty(len(order), np.int64)
     row_of[order] = np.arange(len(order))
     for span in spans:
-        with writer.span(span, {name: storage.array_specs(span) for name, storage in storages.items()}) as out:
+        with writer.span(
+            span, {name: storage.array_specs(span, in_part(span)) for name, storage in storages.items()}
+        ) as out:
             pending: list[Encoded] = []  # the previous batch, copied to the host while the device computes the next
             for _ in range(-(-span.rows // batch_size) * span.views):
                 batch = clock.wait_for(loaded)
@@ -231,23 +255,33 @@ def write_spans(
                     out.append(None, {"pixel_digests": batch.pixel_digests})
                 else:
                     pixels.check(rows, batch)
+                labels, of_records = _labels_and_rows(transfer_set, batch.index, rows)
                 encoded = [
                     encode(
                         teacher,
                         storages[teacher.name],
                         inputs,
-                        labels[batch.index],
+                        labels,
                         writer.samples,
-                        rows,
+                        of_records,
                         int(batch.views[0]),
                         writer.plan.format,
                     )
                     for teacher, inputs in zip(teachers, batch.inputs, strict=True)
+                    if len(of_records)  # samples without words are not asked about
                 ]
                 _append(pending, out, report)
                 pending = encoded
                 clock.count(len(rows))
             _append(pending, out, report)
+
+
+def _labels_and_rows(transfer_set: Any, index: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each record of a batch its label and its row: of each sample, or of each of its words."""
+    if transfer_set.positions is None:
+        return transfer_set.labels[index], rows
+    found = transfer_set.positions.take(index)
+    return found.labels, np.repeat(rows, found.counts)
 
 
 def _append(pending: Sequence[Encoded], out: Any, report: ClassReport | None) -> None:

@@ -47,8 +47,10 @@ from softcache.dump.layout import (
     feature_arrays,
     record_bytes,
 )
+from softcache.dump.open_teachers import open_teachers
 from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
+from softcache.dump.word_index import InPart, bytes_of_a_row, one_each, part_bytes, records_of
 from softcache.errors import CodecFitError, ConfigError
 from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.report.progress import Meter
@@ -134,6 +136,7 @@ class Forecast:
         chosen: the codec that this command would dump with.
         promise: what --max-kl asks for.
         features: member -> feature -> bytes of a record.
+        words: of all samples, where each has a record; None: samples have one answer each.
         multi_label: the samples have several labels: KL is the binary one, mean over the labels of a record.
         outputs: what the members gave that gave no classes; a plan is of members with classes, or of others.
     """
@@ -148,6 +151,13 @@ class Forecast:
     features: Mapping[str, Mapping[str, int]]
     multi_label: bool = False
     outputs: Sequence[str] = ()
+    words: int | None = None
+
+    @property
+    def _size(self) -> str:
+        """What is to be dumped."""
+        words = "" if self.words is None else f" of {self.words:,} words"
+        return f"{self.samples:,} samples{words} x {self.views} views x {self.members} members"
 
     @property
     def choice(self) -> Choice:
@@ -164,7 +174,7 @@ class Forecast:
         rows = [self._row(one, grid) for one in self.choices if not one.refused]
         chosen = self.choice
         lines = [
-            f"{self.samples:,} samples x {self.views} views x {self.members} members, {self.classes:,} classes; "
+            f"{self._size}, {self.classes:,} classes; "
             f"{'binary KL of a label' if self.multi_label else 'KL'} in nats, mean / worst record",
             "",
             table(header, rows),
@@ -187,8 +197,7 @@ class Forecast:
         rows = [[*self._cells(one), *one.fidelity] for one in self.choices if not one.refused]
         chosen = self.choice
         lines = [
-            f"{self.samples:,} samples x {self.views} views x {self.members} members, {', '.join(self.outputs)}; "
-            "relative error of a record, mean / worst",
+            f"{self._size}, {', '.join(self.outputs)}; relative error of a record, mean / worst",
             "",
             table(header, rows),
         ]
@@ -225,6 +234,7 @@ class Forecast:
         """The same for machines."""
         return {
             "samples": self.samples,
+            **({} if self.words is None else {"words": self.words}),
             "views": self.views,
             "members": self.members,
             "classes": self.classes,
@@ -333,6 +343,7 @@ def run(
         features,
         transfer_set.multi_label,
         tuple(dict.fromkeys(teacher.output for teacher in teachers if not with_classes)),
+        None if job.positions is None else job.positions.total,
     )
 
 
@@ -351,7 +362,7 @@ def _open(config: PlanConfig, measured_rows: int) -> tuple[TransferSet, Job, Vie
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
     prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows)
-    teachers = dump.open_teachers(config, prober, transfer_set, pick_device(config.device))
+    teachers = open_teachers(config, prober, transfer_set, pick_device(config.device))
     return transfer_set, job, viewed, prober, teachers
 
 
@@ -367,11 +378,12 @@ def _cache_bytes(
     count, classes = len(transfer_set), transfer_set.num_classes
     records = {name: {**one.arrays, **_feature_arrays(storages[name])} for name, one in found.items()}
     largest = max(sum(ArraySpec("", d, s).nbytes for d, s in arrays.values()) for arrays in records.values())
-    others = any(not storage.has_classes for storage in storages.values())
+    others = any(not storage.has_classes or storage.index for storage in storages.values())
     format = PROVISIONAL_FORMAT if others else int(config.format)
-    layout = plan_layout(count, job.views, len(found), largest, shard_rows=config.shard_rows, format=format)
+    row_bytes = bytes_of_a_row(largest, job.positions)
+    layout = plan_layout(count, job.views, len(found), row_bytes, shard_rows=config.shard_rows, format=format)
     if format != FORMAT_VERSION:
-        layout = fit_layout(layout, lambda span: span.rows * span.views * largest)
+        layout = fit_layout(layout, part_bytes(largest, job.positions, layout))
     labels = ArraySpec("labels", "|u1", (count, -(-classes // 8))) if transfer_set.multi_label else None
     samples = [
         ArraySpec("ids", "<u8", (count,)),
@@ -381,12 +393,15 @@ def _cache_bytes(
     if not config.no_keys:
         key_bytes = sum(len(key.encode()) for key in transfer_set.keys)
         samples += [ArraySpec("key_bytes", "|u1", (key_bytes,)), ArraySpec("key_offsets", "<u8", (count + 1,))]
-    total = file_bytes(samples)
+    total, in_part = file_bytes(samples), records_of(job.positions, layout)
     for name, arrays in records.items():
-        total += _parts_bytes(layout, arrays)
+        total += _parts_bytes(layout, arrays, in_part)
         if (codec := storages[name].codec) is not None:
-            total += _dense_bytes(layout, found[name].dense, codec.num_classes)
+            total += _dense_bytes(layout, found[name].dense, codec.num_classes, in_part)
         total += constants_bytes({**found[name].constants, **classifiers.get(name, {})})
+    if job.positions is not None:
+        numbers = job.positions.arrays()
+        total += file_bytes([ArraySpec(name, one.dtype.str, one.shape) for name, one in numbers.items()])
     return total + _parts_bytes(layout, {"pixel_digests": ("<u4", ())})
 
 
@@ -404,21 +419,23 @@ def _feature_arrays(storage: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: spec for feature in storage.features for name, spec in feature_arrays(feature).items()}
 
 
-def _parts_bytes(layout: Layout, arrays: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+def _parts_bytes(layout: Layout, arrays: Mapping[str, tuple[str, tuple[int, ...]]], in_part: InPart = one_each) -> int:
     """Of one member's parts; parts of one shape are of one size."""
-    sizes: dict[tuple[int, int], int] = {}
+    sizes: dict[tuple[int, ...], int] = {}
     total = 0
     for span in layout.spans():
-        shape = (span.views, span.rows)
+        records = in_part(span)
+        shape = (span.views, span.rows) if records is None else (records,)
         if shape not in sizes:
             sizes[shape] = file_bytes([ArraySpec(n, d, (*shape, *tail)) for n, (d, tail) in arrays.items()])
         total += sizes[shape]
     return total
 
 
-def _dense_bytes(layout: Layout, share: float, classes: int) -> int:
+def _dense_bytes(layout: Layout, share: float, classes: int, in_part: InPart) -> int:
     """Of the rows that one member's codec will keep dense, if they are as many in every part as on the probe."""
-    counts = Counter(round(share * span.rows * span.views) for span in layout.spans())
+    records = ((span.rows * span.views, in_part(span)) for span in layout.spans())
+    counts = Counter(round(share * (whole if some is None else some)) for whole, some in records)
     return sum(n * file_bytes([ArraySpec("logits", "<f2", (rows, classes))]) for rows, n in counts.items() if rows)
 
 

@@ -15,6 +15,7 @@ from softcache.cache.canonical import canonical_json, differences
 from softcache.cache.dump_folder import Planned, read_planned
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
+from softcache.cache.positions import Positions
 from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
 from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, fit_layout, plan_layout
@@ -26,6 +27,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.dump.layout import Storage, member_info
 from softcache.dump.teacher import Teacher, member_name
+from softcache.dump.word_index import bytes_of_a_row, check_has_index, in_rows, index_of, part_bytes
 from softcache.errors import ConfigError, DataError, ModelError, first_offenders
 
 # settings that a cache fixed when it was made
@@ -42,6 +44,7 @@ class Job:
         first_view, views: the views to write are [first_view, first_view + views).
         base: the manifest that is extended; None for a new cache.
         planned: what an interrupted dump of the same round fixed; None if there is none.
+        positions: of the words of each row; None where samples have one answer each.
     """
 
     policy: Policy
@@ -50,6 +53,7 @@ class Job:
     views: int
     base: Manifest | None = None
     planned: Planned | None = None
+    positions: Positions | None = None
 
     @property
     def new_views(self) -> bool:
@@ -87,7 +91,8 @@ def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None 
             f"--views {views}, but every view of this policy is the same ({policy})",
             tip="add a random step such as --policy crop_flip, or leave --views out",
         )
-    return Job(policy, order, 0, views, None, read_planned(out, 0) if out is not None else None)
+    planned = read_planned(out, 0) if out is not None else None
+    return Job(policy, order, 0, views, None, planned, in_rows(transfer_set, order))
 
 
 def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
@@ -114,12 +119,14 @@ def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
         )
     if wanted is not None and wanted > there and not policy.is_random:
         raise ConfigError(f"--views {wanted}, but every view of this cache's policy is the same ({policy})")
+    check_has_index(transfer_set, base.plan)
     if base.plan.class_names:
         check_classes(transfer_set, base.plan.class_names)
     order = order_of(CacheReader(out).samples, transfer_set)
     more = wanted is not None and wanted > there
     first, views = (there, wanted - there) if more and wanted is not None else (0, there)
-    return Job(policy, order, first, views, base, read_planned(out, len(base.plan.rounds)))
+    planned = read_planned(out, len(base.plan.rounds))
+    return Job(policy, order, first, views, base, planned, in_rows(transfer_set, order))
 
 
 def order_of(table: SampleTable, transfer_set: TransferSet) -> np.ndarray:
@@ -205,15 +212,17 @@ def make_plan(
         len(transfer_set),
         job.views,
         len(infos),
-        record_bytes,
+        bytes_of_a_row(record_bytes, job.positions),
         shard_rows=config.shard_rows,
         first_view=job.first_view,
         first_part=first_part,
         format=format,
     )
     if format != FORMAT_VERSION:
-        layout = fit_layout(layout, lambda span: span.rows * span.views * record_bytes)
-    this = Round(layout, tuple(info.name for info in infos), job.new_views, made_with)
+        layout = fit_layout(layout, part_bytes(record_bytes, job.positions, layout))
+    index = index_of(transfer_set)
+    indexes = () if index is None or not job.new_views else (index.name,)  # which has them in all its views
+    this = Round(layout, tuple(info.name for info in infos), job.new_views, made_with, indexes)
     if base is not None:
         if job.new_views:
             for info in infos:
@@ -241,6 +250,7 @@ def make_plan(
         members=tuple(infos),
         rounds=(this,),
         format=format,
+        indexes=() if index is None else (index,),
     )
 
 
@@ -253,7 +263,7 @@ def _format(
         ConfigError: a codec that the version of the cache does not know.
         ModelError: a teacher without classes, for whose answers it has no place.
     """
-    others = [teacher for teacher in teachers if not teacher.has_classes]
+    others = [teacher for teacher in teachers if not is_of_version_1(teacher)]
     needed = max(PROVISIONAL_FORMAT if others else FORMAT_VERSION, *map(_codec_format, storages.values()))
     if base is None:
         return max(int(config.format), needed)
@@ -271,6 +281,11 @@ def _format(
             tip="choose another codec, or make a new cache",
         )
     return base.plan.format
+
+
+def is_of_version_1(teacher: Teacher) -> bool:
+    """Whether version 1 has a place for what it gives: a row of logits for each sample."""
+    return teacher.has_classes and teacher.index is None
 
 
 def _codec_format(storage: Storage) -> int:

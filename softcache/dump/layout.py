@@ -17,6 +17,7 @@ from softcache.codecs.features import StoredFeature
 from softcache.codecs.fidelity import grid_of
 from softcache.config import StorageOptions
 from softcache.dump.teacher import Teacher
+from softcache.dump.word_index import InPart
 from softcache.errors import ConfigError
 from softcache.features.taps import shapes_of
 from softcache.report.tables import size, table
@@ -91,6 +92,7 @@ class Storage:
         codec: None where features alone are kept.
         beside: what else stands once for all records: weight and bias of the teacher's final linear layer, kept beside
             features; of an output without classes its scale.
+        index: whose positions its records are of; None: one record of each sample and view.
         has_classes: what is stored are logits, of which a divergence between soft targets can be told.
     """
 
@@ -99,6 +101,7 @@ class Storage:
     promise: Promise | ErrorPromise | None = None
     beside: Mapping[str, np.ndarray] = field(default_factory=dict)
     has_classes: bool = True
+    index: str | None = None
 
     def arrays(self) -> Arrays:
         """Data set -> (dtype, shape of one record): the codec's, the bound of each record, and the features'."""
@@ -117,9 +120,10 @@ class Storage:
         asked = {self.promise.temperature} if isinstance(self.promise, Promise) else set()
         return tuple(sorted({*grid_of(self.codec), *asked}))
 
-    def array_specs(self, span: Span) -> list[ArraySpec]:
-        """The data sets of one part."""
-        return [ArraySpec(name, dtype, (span.views, span.rows, *tail)) for name, (dtype, tail) in self.arrays().items()]
+    def array_specs(self, span: Span, records: int | None = None) -> list[ArraySpec]:
+        """The data sets of one part; `records` is how many positions it has, where there is an index."""
+        place = (span.views, span.rows) if records is None else (records,)
+        return [ArraySpec(name, dtype, (*place, *tail)) for name, (dtype, tail) in self.arrays().items()]
 
     @property
     def record_bytes(self) -> int:
@@ -220,6 +224,7 @@ def member_info(teacher: Teacher, storage: Storage) -> MemberInfo:
         },
         features=tuple(_feature_info(feature) for feature in storage.features),
         promise=None if storage.promise is None else storage.promise.to_json(),
+        index=storage.index,
         value_names=teacher.value_names,
         input=teacher.told_input,
     )
@@ -230,16 +235,21 @@ def _feature_info(feature: StoredFeature) -> FeatureInfo:
     return FeatureInfo(feature.name, feature.codec.form, names, feature.codec.dtype, feature.shapes)
 
 
-def bytes_of_spans(spans: Iterable[Span], storages: Mapping[str, Storage]) -> int:
+def bytes_of_spans(spans: Iterable[Span], storages: Mapping[str, Storage], in_part: InPart) -> int:
     """What these spans will take on the disk at least: without rows that a codec keeps dense."""
-    specs = (spec for span in spans for storage in storages.values() for spec in storage.array_specs(span))
+    counted = [(span, in_part(span)) for span in spans]
+    specs = (s for span, records in counted for one in storages.values() for s in one.array_specs(span, records))
     return sum(spec.nbytes + spec.checksums.nbytes for spec in specs)
 
 
-def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:
-    """What this round will write, as a table: bytes of a record and of the whole, for each member and each thing kept."""
+def sizes(plan: Plan, storages: Mapping[str, Storage], words: int | None = None) -> str:
+    """What this round will write, as a table: bytes of a record and of the whole, for each member and each thing kept.
+
+    Args:
+        words: of all samples; None where each has one record a view.
+    """
     layout = plan.rounds[-1].layout
-    records = layout.num_rows * layout.num_views
+    records = (layout.num_rows if words is None else words) * layout.num_views
     rows, total = [], 0
     for name, storage in storages.items():
         parts = [] if storage.codec is None else [(storage.codec.text, storage.codec_bytes)]
@@ -249,6 +259,7 @@ def sizes(plan: Plan, storages: Mapping[str, Storage]) -> str:
         rows += [[name, what, f"{nbytes:,}", size(nbytes * records)] for what, nbytes in parts]
         total += sum(nbytes for _, nbytes in parts)
     title = (
-        f"{layout.num_rows:,} samples x {layout.num_views} views, {len(layout)} parts; {size(total * records)} in all"
+        f"{layout.num_rows:,} samples x {layout.num_views} views{'' if words is None else f', {words:,} words'}, "
+        f"{len(layout)} parts; {size(total * records)} in all"
     )
     return title + "\n" + table(["member", "stored", "bytes a record", "bytes"], rows)

@@ -16,6 +16,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.choose_codec import Prober
 from softcache.dump.teacher import Teacher, member_name
+from softcache.dump.word_index import INDEX
 from softcache.errors import ConfigError, DataError, ModelError, faults_explained, warn_once
 from softcache.features.taps import classifier_of
 from softcache.machine import autocast_dtype
@@ -42,6 +43,15 @@ def open_teachers(
         again: they made a cache that is there, to whose records more of the same is written: what an older version let pass
             is told, and not refused.
     """
+    teachers = build_teachers(config, prober, transfer_set, device, again=again)
+    check_teachers(teachers, prober, again=again)
+    return teachers
+
+
+def build_teachers(
+    config: StorageOptions, prober: Prober, transfer_set: TransferSet, device: torch.device, *, again: bool = False
+) -> list[Teacher]:
+    """The teachers of the config, with weights and with items in the scale that they take; not yet asked."""
     if not config.teacher and not again:
         raise ConfigError("no teacher is given", tip="MODEL@WEIGHTS or a run folder; several for an ensemble")
     (item,) = prober.items(0, 1)
@@ -62,6 +72,7 @@ def open_teachers(
             classes_map=classes_map,
             items=prober.first_items,
         )
+        teacher.index = None if transfer_set.positions is None else INDEX
         if not teacher.has_weights:
             raise ModelError(
                 f"teacher {text!r} has no weights: what it gives would be random numbers",
@@ -71,12 +82,16 @@ def open_teachers(
             told = check_scale(teacher.network, text, prober.first_items(), lenient=again)
             teacher.warnings += [told] if told is not None else []
         teachers.append(teacher)
+    return teachers
+
+
+def check_teachers(teachers: Sequence[Teacher], prober: Prober, *, again: bool = False) -> None:
+    """Ask each about the first batch, twice and in another composition."""
     for teacher in teachers:
         teacher.check_first_batch(prober.first_batch(teacher))
         if not again:
             check_batch_composition(teacher, prober.first_items())
             _tell_twins(teacher, teachers)
-    return teachers
 
 
 def _tell_twins(teacher: Teacher, teachers: Sequence[Teacher]) -> None:

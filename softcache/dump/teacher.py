@@ -90,6 +90,7 @@ class Teacher:
         features: what is tapped at each call.
         classifier: the final linear layer, where its input is tapped at each call.
         warnings: what was told of it, for provenance.
+        index: "words" where it gives a row for each word of a sample; None: one for each sample.
         first_batch: the inputs that `check_first_batch` saw, and its logits; None before.
     """
 
@@ -126,6 +127,7 @@ class Teacher:
         self.features: tuple[FeatureSpec, ...] = ()
         self.classifier: nn.Linear | None = None
         self.warnings: list[str] = []
+        self.index: str | None = None
         self.first_batch: tuple[Any, Tensor] | None = None
         self._half: torch.dtype | None = None
         self._last: nn.Linear | None = None
@@ -181,6 +183,22 @@ class Teacher:
     def has_classes(self) -> bool:
         """Whether each of its outputs is of a class."""
         return self.output in CLASS_OUTPUTS
+
+    @property
+    def asked(self) -> str:
+        """What each of its rows is of, in words for people."""
+        return "samples" if self.index is None else self.index
+
+    def check_rows(self, found: int, wanted: int) -> None:
+        """TeacherError unless it gave a row for each sample, or for each word."""
+        if found == wanted:
+            return
+        tip = "one row of logits per sample, in their order"
+        if self.index is not None:
+            tip = "a row for each word, sample after sample, and none for padding: logits[mask]"
+        raise TeacherError(
+            f"teacher {self.name!r} gave {found} rows for {wanted} {self.asked}{place_of(self.function)}", tip=tip
+        )
 
     @property
     def has_output(self) -> bool:

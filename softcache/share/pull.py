@@ -18,6 +18,7 @@ from softcache.cache.card import card
 from softcache.cache.file_lists import ListedFiles
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, PULLING
+from softcache.cache.signatures import MAX_SIGNATURES, allowed_signers_of, signatures_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import (
     CacheError,
@@ -37,19 +38,27 @@ from softcache.remote.work import Work
 from softcache.report.progress import Meter
 
 
-def run(place: Place, out: Path, *, quiet: bool = False) -> tuple[Manifest, int]:
+def run(
+    place: Place, out: Path, *, signed_by: Path | None = None, quiet: bool = False
+) -> tuple[Manifest, int, tuple[str, ...]]:
     """The whole cache of a place in the folder `out`, or what is missing of it there.
 
+    Args:
+        signed_by: a list of signers, of whom one must have signed the id; this is asked before the first file is fetched.
+
     Returns:
-        its manifest, and how many bytes of files were fetched.
+        its manifest, how many bytes of files were fetched, and the names of those who signed, where that was asked.
 
     Raises:
         RemoteError: it cannot be had, or is not what its id says.
+        SignatureError: nobody of the list has signed it.
         CacheError, DumpError: `out` holds something else.
     """
     transport = open_transport(place)
     data = read_named(transport, place)
     id = hashlib.sha256(data).hexdigest()
+    signatures = read_its_signatures(transport, id)
+    names = () if signed_by is None else tuple(allowed_signers_of(signatures, id, signed_by))
     manifest = parsed(data, place, out)
     check_folder(out, id)
     check_same_cache(out, manifest)
@@ -66,8 +75,10 @@ def run(place: Place, out: Path, *, quiet: bool = False) -> tuple[Manifest, int]
         durable.make_folder(out / MANIFESTS)
         durable.write_whole(out / CARD, card(manifest).encode("utf-8"))
         durable.write_whole(out / MANIFESTS / f"{id}.json", data)
+        if signatures:
+            durable.write_whole(out / signatures_path(id), signatures)
         durable.write_whole(out / MANIFEST, data)
-    return manifest, nbytes
+    return manifest, nbytes, names
 
 
 def read_named(transport: Transport, place: Place) -> bytes:
@@ -92,6 +103,14 @@ def read_named(transport: Transport, place: Place) -> bytes:
             tip="all 64 digits of the id find an older state of the cache, where it has grown; or ask which id is meant",
         )
     return data
+
+
+def read_its_signatures(transport: Transport, id: str) -> bytes:
+    """The signatures of a manifest; empty where there are none."""
+    try:
+        return read_small(transport, signatures_path(id), MAX_SIGNATURES)
+    except NotThereError:
+        return b""
 
 
 def parsed(data: bytes, place: Place, out: Path) -> Manifest:

@@ -15,6 +15,7 @@ from softcache.cache.checksums import sha256_of
 from softcache.cache.file_lists import ListedFiles
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.schema import CARD, MANIFEST, MANIFESTS
+from softcache.cache.signatures import read_signatures, signatures_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import ConfigError, DamagedCacheError, RemoteError, SoftcacheError
 from softcache.files.inside import open_inside, read_inside
@@ -71,7 +72,10 @@ def run(cache: Path, place: Place, *, id: str | None = None, quiet: bool = False
         work.over(files, send)
     data = read_inside(cache, f"{MANIFESTS}/{manifest.id}.json", MAX_BYTES)
     shown = {CARD: card(manifest).encode("utf-8"), MANIFEST: data}
-    if was != data and not transport.publish({f"{MANIFESTS}/{manifest.id}.json": data}, shown, was):
+    signed = read_signatures(cache, manifest.id)
+    if signed:
+        shown = {signatures_path(manifest.id): signed} | shown
+    if (was != data or signed) and not transport.publish({f"{MANIFESTS}/{manifest.id}.json": data}, shown, was):
         raise RemoteError(
             f"{place}: somebody else pushed there at the same time; their cache is what is there now",
             tip="pull it and extend it, or push to another place; your files are there, and are not sent again",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from signing import Key
 
 from softcache import cli, demo
 from softcache.commands import VERBS
@@ -26,6 +27,7 @@ from softcache.dump import forecast
 from softcache.files import durable
 from softcache.models import load_model
 from softcache.report import progress
+from softcache.share import sign
 
 # what stands in examples -> what it is in the world below
 SUBSTITUTIONS = {
@@ -53,7 +55,7 @@ SUBSTITUTIONS = {
 # the example that does a verb's longest work, where it is not the first
 WORK = {"reproduce": 1, "verify": 1, "export": 2}
 # verbs that are done before a progress could be shown
-INSTANT = {"losses", "inspect", "views", "completion", "help"}
+INSTANT = {"losses", "inspect", "views", "sign", "completion", "help"}
 # verbs that need no file of the world
 ANYWHERE = {"demo", "reproduce", "losses", "completion", "help"}
 # what takes more than a few seconds: a verb's longest work, and single examples
@@ -108,6 +110,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "caches/digits", folder / "backup/digits")
     model = load_model("softcache:cnn", num_classes=10, class_names=[*"0123456789"], input_shape=(8, 8))
     torch.save(model.net.state_dict(), folder / "weights.pt")
+    key = Key(folder / "id_ed25519")
+    (folder / "signers").write_text(f"carol {key.public}\n")
+    shutil.copytree(folder / "caches/digits", folder / "caches/signed")
+    sign.run(folder / "caches/signed", key.file)
     (folder / "keys.txt").write_text("0/0001.png\n3/0002.png\n")
     return folder
 

@@ -76,9 +76,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(plan, "time", clock)
-    monkeypatch.setattr(
-        plan, "dump", SimpleNamespace(open_samples=dump.open_samples, open_teachers=dump.open_teachers, run=clock.run)
-    )
+    monkeypatch.setattr(plan, "dump", SimpleNamespace(run=clock.run))
     return clock
 
 

@@ -467,7 +467,7 @@ def test_modules_are_listed_and_nothing_is_written(
 def test_sizes_are_told_before_the_first_row(
     pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dump, "write_spans", lambda *_: pytest.fail("printed too late"))
+    monkeypatch.setattr(dump, "write_spans", lambda *_, **__: pytest.fail("printed too late"))
     with pytest.raises(pytest.fail.Exception, match="printed too late"):
         dump.run(config(pieces, tmp_path / "c", features=("wide:gram,deep:sign",), policy=POLICY, views=3))
     told = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]

@@ -45,7 +45,8 @@ def server() -> Iterator[Server]:
 
 
 def pulled(server: Server, out: Path, cache: str = "indexed", id: str | None = None) -> tuple[Any, int]:
-    return pull.run(parse_place(f"{server.url}/{cache}", id), out, quiet=True)
+    manifest, nbytes, _ = pull.run(parse_place(f"{server.url}/{cache}", id), out, quiet=True)
+    return manifest, nbytes
 
 
 def error_of(server: Server, out: Path, id: str | None = None) -> SoftcacheError | None:
@@ -82,7 +83,7 @@ def test_it_is_the_cache_byte_for_byte(server: Server, tmp_path: Path, cache: Pa
     assert verify.run(tmp_path / "a", full=True, quiet=True).state == "whole"
     server.asked.clear()
     assert pulled(server, tmp_path / "a", name)[1] == 0  # once more: all is there
-    assert [path for path, _ in server.asked] == [f"{name}/{MANIFEST}"]
+    assert [path for path, _ in server.asked] == [f"{name}/{MANIFEST}", f"{name}/manifests/{id}.sig"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -98,7 +99,7 @@ def test_one_wrong_answer_is_found_and_asked_for_again(server: Server, tmp_path:
         server.changed.clear()
     manifest, _ = pulled(server, tmp_path / "a")
     assert contents(tmp_path / "a") == newest(GOLDEN / "indexed")
-    others = [path for path, _ in server.asked if not path.endswith((MANIFEST, "samples.h5"))]
+    others = [path for path, _ in server.asked if not path.endswith((MANIFEST, ".sig", "samples.h5"))]
     # nothing else was asked for twice, but for what was under way when all had to end
     assert hopeless or len(others) == len({*others}) == len(manifest.files.lists) + len(manifest.files) - 1  # type: ignore[attr-defined]
 

@@ -8,6 +8,8 @@
     python tools/faults fulldisk                  a really full small file system, at many fill levels
     python tools/faults many                      8 dumpers and 16 readers on one folder
     python tools/faults term --count 50           SIGTERM of `softcache train`, on one process and two, with workers and without
+    python tools/faults pulls --count 1000        `softcache pull` from a web server that does wrong
+    python tools/faults pulls --kill --count 100  SIGKILL of it at random times
     python tools/faults --quick                   a few trials of each; `kill --quick`: of one
     python tools/faults kill --format 2           of version 2 (prefixes and errno too): indexes, lists, embeddings
 
@@ -34,13 +36,14 @@ from faults.failing_calls import errnos
 from faults.fulldisk import fill_up, fulldisk
 from faults.kill import kill, kill_full_command
 from faults.prefixes import prefixes
+from faults.pulls import killed_pulls, pulls
 from faults.report import Report
 from faults.small_dump import use
 from faults.strace import may_trace, record_of, strace
 from faults.term import term
 from faults.watched import Call, one_of_each
 
-COMMANDS = ("kill", "prefixes", "strace", "errno", "fulldisk", "many", "term")
+COMMANDS = ("kill", "prefixes", "strace", "errno", "fulldisk", "many", "term", "pulls")
 OF_BOTH = ("kill", "prefixes", "errno")  # versions of the format
 MEMORY = Path("/dev/shm")  # an fsync costs nothing there
 
@@ -89,6 +92,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     subs["many"].add_argument("--dumpers", type=int, default=8)
     subs["many"].add_argument("--readers", type=int, default=16)
     subs["term"].add_argument("--count", type=int, default=50)
+    subs["pulls"].add_argument("--count", type=int, default=1000)
+    subs["pulls"].add_argument("--kill", action="store_true", help="kill it instead")
     subs["write"].add_argument("path", type=Path)
     subs["write"].add_argument("--record", type=Path, required=True)
     arguments = parser.parse_args(argv)
@@ -115,6 +120,8 @@ def run(arguments: argparse.Namespace, root: Path) -> Report:
         return fill_up(arguments.inside, steps) if arguments.inside else fulldisk(root, steps)
     if arguments.command == "term":
         return term(root, 4 if quick else arguments.count, arguments.seed)
+    if arguments.command == "pulls":
+        return (killed_pulls if arguments.kill else pulls)(root, 4 if quick else arguments.count, arguments.seed)
     return many(root, 4, 3) if quick else many(root, arguments.dumpers, arguments.readers)
 
 

@@ -117,7 +117,7 @@ class Rewriter:
             self._put_back(made)
 
     def write(self, relative: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write one whole file again (samples, probe, constants)."""
+        """Write one whole file again (samples, probe, positions, constants)."""
         if relative not in self._wanted:
             return
         wanted = self._wanted[relative]
@@ -130,6 +130,8 @@ class Rewriter:
                 tag=self.tag,
                 format=wanted.format,
                 member=wanted.member,
+                index=wanted.index,
+                views=wanted.views,
             )
         )
 

@@ -50,8 +50,8 @@ function _shtab_softcache_using
   test "$_shtab_softcache_cmdpath" = "$argv"
 end
 
-set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --labels --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull sign completion help
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -343,6 +343,7 @@ complete -c softcache -n '_shtab_softcache_using verify' -l full -d 'hashes, blo
 complete -c softcache -n '_shtab_softcache_using verify' -l replay -x -d 'also render N records and compare pixels'
 complete -c softcache -n '_shtab_softcache_using verify' -l data -x -d 'for --replay (with --allow-code by default as the cache says)'
 complete -c softcache -n '_shtab_softcache_using verify' -l allow-code -d 'believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data'
+complete -c softcache -n '_shtab_softcache_using verify' -l signed-by -xka "(__fish_complete_path (commandline -ct))" -d 'ask for a signature of somebody in this list of signers'
 complete -c softcache -n '_shtab_softcache_using verify' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
 complete -c softcache -n '_shtab_softcache_using verify' -l set -x -d 'one setting; repeat'
 complete -c softcache -n '_shtab_softcache_using verify' -l print-config -d 'show every setting and where it came from, and stop'
@@ -393,12 +394,23 @@ complete -c softcache -n '_shtab_softcache_using push; and test $_shtab_softcach
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a pull -d 'fetch a cache from somewhere else, every byte checked'
 complete -c softcache -n '_shtab_softcache_using pull' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using pull' -l id -x -d 'that the cache must have: 8 or more of its 64 digits'
+complete -c softcache -n '_shtab_softcache_using pull' -l signed-by -xka "(__fish_complete_path (commandline -ct))" -d 'ask for a signature of somebody in this list of signers'
 complete -c softcache -n '_shtab_softcache_using pull' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
 complete -c softcache -n '_shtab_softcache_using pull' -l set -x -d 'one setting; repeat'
 complete -c softcache -n '_shtab_softcache_using pull' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using pull' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using pull' -l json -d 'the result for machines'
 complete -c softcache -n '_shtab_softcache_using pull; and test $_shtab_softcache_npos -eq 1' -ka "(__fish_complete_directories)" -d 'folder of the cache'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a sign -d 'a signature of a cache'"'"'s id, as ssh-keygen makes and checks them'
+complete -c softcache -n '_shtab_softcache_using sign' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using sign' -l key -xka "(__fish_complete_path (commandline -ct))" -d 'private Ed25519 key in OpenSSH'"'"'s form, without a passphrase'
+complete -c softcache -n '_shtab_softcache_using sign' -l id -x -d 'of an older state of the cache (default: the newest)'
+complete -c softcache -n '_shtab_softcache_using sign' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
+complete -c softcache -n '_shtab_softcache_using sign' -l set -x -d 'one setting; repeat'
+complete -c softcache -n '_shtab_softcache_using sign' -l print-config -d 'show every setting and where it came from, and stop'
+complete -c softcache -n '_shtab_softcache_using sign' -l quiet -d 'no progress'
+complete -c softcache -n '_shtab_softcache_using sign' -l json -d 'the result for machines'
+complete -c softcache -n '_shtab_softcache_using sign; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a completion -d 'print the script that completes verbs and flags in bash, zsh or fish'
 complete -c softcache -n '_shtab_softcache_using completion' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using completion' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
@@ -414,4 +426,4 @@ complete -c softcache -n '_shtab_softcache_using help' -l set -x -d 'one setting
 complete -c softcache -n '_shtab_softcache_using help' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using help' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using help' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull completion help" -d 'name of a page or of a verb (default: list the pages)'
+complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull sign completion help" -d 'name of a page or of a verb (default: list the pages)'

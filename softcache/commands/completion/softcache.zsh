@@ -24,6 +24,7 @@ _shtab_softcache_commands() {
     repair:'make damaged or missing files again, and prove that they are the same bytes'
     reproduce:'a paper'"'"'s table again, from shared caches: ours beside the paper'"'"'s numbers, with spread and verdict'
     shrink:'make a trained model smaller: carve, prune, low rank, int8; what it costs before and after'
+    sign:'a signature of a cache'"'"'s id, as ssh-keygen makes and checks them'
     subset:'write some views, members or samples of a cache as a smaller cache of its own'
     train:'train a student from a cache, or on hard labels without one'
     verify:'is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished'
@@ -184,7 +185,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull sign completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -263,6 +264,7 @@ _shtab_softcache_plan_defaults_added=0
 _shtab_softcache_pull_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--id[that the cache must have\: 8 or more of its 64 digits]:ID:"
+  "--signed-by[ask for a signature of somebody in this list of signers]:FILE:_files"
   "--config[settings from a TOML file]:FILE:_files"
   "*--set[one setting\; repeat]:KEY=VALUE:"
   "--print-config[show every setting and where it came from, and stop]"
@@ -359,6 +361,21 @@ _shtab_softcache_shrink_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_shrink_defaults_added=0
+
+_shtab_softcache_sign_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--key[private Ed25519 key in OpenSSH\'s form, without a passphrase]:FILE:_files"
+  "--id[of an older state of the cache (default\: the newest)]:ID:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":folder of the cache:_files -/"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_sign_defaults_added=0
 
 _shtab_softcache_subset_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -462,6 +479,7 @@ _shtab_softcache_verify_options=(
   "--replay[also render N records and compare pixels]:N:"
   "--data[for --replay (with --allow-code by default as the cache says)]:DATA:"
   "--allow-code[believe what a cache, a run folder or a weights file names\: call its factories and transforms, open its data]"
+  "--signed-by[ask for a signature of somebody in this list of signers]:FILE:_files"
   "--config[settings from a TOML file]:FILE:_files"
   "*--set[one setting\; repeat]:KEY=VALUE:"
   "--print-config[show every setting and where it came from, and stop]"
@@ -523,6 +541,7 @@ _shtab_softcache() {
         repair) _arguments -C -s $_shtab_softcache_repair_options ;;
         reproduce) _arguments -C -s $_shtab_softcache_reproduce_options ;;
         shrink) _arguments -C -s $_shtab_softcache_shrink_options ;;
+        sign) _arguments -C -s $_shtab_softcache_sign_options ;;
         subset) _arguments -C -s $_shtab_softcache_subset_options ;;
         train) _arguments -C -s $_shtab_softcache_train_options ;;
         verify) _arguments -C -s $_shtab_softcache_verify_options ;;
