@@ -15,6 +15,7 @@ from softcache.cache.provenance import read_provenance
 from softcache.cache.reader import CacheReader
 from softcache.cache.schema import PROVISIONAL_FORMAT
 from softcache.cache.statistics import MemberStatistics
+from softcache.check.word_targets import WordTargets, word_targets
 from softcache.data.identity import sample_id
 from softcache.data.label_kind import log_soft_target
 from softcache.errors import ConfigError, MissingSampleError, nearest
@@ -226,8 +227,8 @@ class SoftTarget:
         return "\n".join(lines)
 
 
-def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> SoftTarget:
-    """One sample's soft target at several temperatures: of each member, then of the ensemble."""
+def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> SoftTarget | WordTargets:
+    """One sample's soft target at several temperatures: of each member, then of the ensemble; or those of its words at T=1."""
     cache = open_cache(path)
     if not 0 <= view < cache.num_views:
         raise ConfigError(f"--view {view}: the cache has views 0 to {cache.num_views - 1}")
@@ -236,6 +237,8 @@ def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_pro
     alone = [
         (m.name, f.name) for m in cache.manifest.plan.members if m.output is None for f in m.features if f.index is None
     ]
+    if not plain and not alone and (of_words := word_targets(cache, row, view)) is not None:
+        return of_words
     if not plain and not alone:
         raise ConfigError(
             f"{path}: no member has an answer of its own for a sample", tip="softcache.open(...).gather reads them"

@@ -12,12 +12,14 @@ from PIL import Image
 from softcache.data.label_column import NUMBERS, LabelColumn, read_labels, read_lists, read_several, read_values
 from softcache.data.sources import Source, StringTable, image_array, numbered
 from softcache.data.tables import (
+    WORD_COLUMNS,
     Table,
     check_words,
     indices_of,
     is_frame,
     is_missing,
     names_of,
+    only,
     refuse_missing,
     tag_column,
     value_name,
@@ -175,10 +177,10 @@ def _check_known(table: Table, name: str, item: str, *, asked: bool) -> None:
     told = f"There are {first_offenders(map(repr, table.columns), len(table.columns))}"
     if table.item is None:
         if len(table.columns) > 1:
-            raise DataError(
-                f"{name}: which of its columns is the item? {told[0].upper()}{told[1:]}",
-                tip="item=NAME; label=NAME for the label",
-            )
+            tip = "item=NAME; label=NAME for the label"
+            if words := only(WORD_COLUMNS, table.columns):
+                tip += f"; of lists of words words={words}&tags=NAME"
+            raise DataError(f"{name}: which of its columns is the item? {told[0].upper()}{told[1:]}", tip=tip)
         table.item = table.columns[0]
     used = {table.key, *((table.item,) if isinstance(table.item, str) else table.item)}
     if table.label is None and not asked and set(table.columns) - used:

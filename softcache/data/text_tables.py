@@ -15,7 +15,16 @@ import numpy as np
 from softcache.data.hf_datasets import hf_dataset, is_columns_file
 from softcache.data.label_column import NUMBERS, LabelColumn, read_labels, read_lists, read_several, read_values
 from softcache.data.sources import PACKINGS, Source, StringTable, numbered
-from softcache.data.tables import ITEM_COLUMNS, LABEL_COLUMNS, check_words, names_of, only, tag_column, value_name
+from softcache.data.tables import (
+    ITEM_COLUMNS,
+    LABEL_COLUMNS,
+    WORD_COLUMNS,
+    check_words,
+    names_of,
+    only,
+    tag_column,
+    value_name,
+)
 from softcache.data.tagged_words import TagsFound
 from softcache.data.text_rows import TSV, Layout, Record, TextFile, TextRows, find_rows, layout_of, records
 from softcache.errors import ConfigError, DataError, first_offenders, nearest, warn_once
@@ -320,6 +329,8 @@ class _Wanted:
             what = "label" if text else "text"
             tip = f"name it: {what}=NAME" + ("" if text else ", and the label's: label=NAME")
             tip += "; label=none where there are no labels" if not label else ""
+            if words := only(WORD_COLUMNS, first):
+                tip += f"; of lists of words words={words}&tags=NAME"
             raise DataError(
                 f"{self.path}: which of its columns is the {what}? There are {first_offenders(map(repr, first), len(first))}",
                 tip=tip,

@@ -189,6 +189,11 @@ def _rows(cache: Cache, choice: Choice) -> np.ndarray:
         wanted &= _listed(table, choice.samples)
     if choice.without is not None:
         wanted &= ~_listed(table, choice.without)
+    if (choice.keep_labels or choice.drop_labels) and any(one.labels for one in cache.manifest.plan.indexes):
+        raise ConfigError(
+            "--keep-labels and --drop-labels choose samples by their class, and here words have classes",
+            tip="--samples FILE and --without FILE choose by key",
+        )
     if choice.keep_labels or choice.drop_labels:
         labels = table.labels_of(np.arange(len(table)))
         if choice.keep_labels:

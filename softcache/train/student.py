@@ -11,7 +11,8 @@ import torch
 from softcache.config import TrainConfig
 from softcache.data.classes import match_classes, read_classes_map
 from softcache.data.loading import ViewedSet, item_shape, spread_items
-from softcache.errors import ConfigError, DataError, ModelError, faults_explained, note_once
+from softcache.data.transfer_set import TransferSet
+from softcache.errors import ConfigError, DataError, ModelError, faults_explained, first_offenders, note_once
 from softcache.features.taps import eval_mode
 from softcache.models import Initialised, Model, build_vocabulary, load_model, path_alone, read_saved, split_weights
 from softcache.models.initialise import initialise, reorder_classes
@@ -53,6 +54,9 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
     if material.eval_set is not None and not began:
         evaluated = spread_items(ViewedSet(material.eval_set, material.policy.for_evaluation(), ()))
         check_same_scale(model.input, material.some_items, evaluated)
+    if transfer_set.positions is not None and model.gives == "words":
+        for one in filter(None, (transfer_set, material.eval_set)):
+            refuse_unfit(model, one)
     with faults_explained(DataError, f"the collate of the student {config.student!r}"):
         sample = model.input.collate([item, item])
     try_student(model, config.student, sample, item_shape(item))
@@ -61,6 +65,24 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
         reorder_classes(model, order, transfer_set.class_names, sample)
     taken = initialise(model, config.init_from, config.init_map) if config.init_from else None
     return model, sample, taken
+
+
+def refuse_unfit(model: Model, transfer_set: TransferSet) -> None:
+    """Raise DataError, naming them, where some samples have words that the student cannot answer about."""
+    faults: dict[str, DataError] = {}
+    for index, key in enumerate(transfer_set.keys):
+        try:
+            model.input.collate([transfer_set.read(index)[0]])
+        except DataError as exc:
+            faults[key] = exc
+    if faults:
+        first = next(iter(faults.values()))
+        raise DataError(
+            f"{transfer_set.name}: {len(faults):,} of {len(transfer_set):,} samples do not fit the student: "
+            f"{first_offenders(faults, len(faults))}. "
+            f"For example: {first.message}",
+            tip=first.tip,
+        )
 
 
 def split_width(text: str, width: int) -> tuple[str, int]:

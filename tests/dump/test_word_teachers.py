@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORLDS, QuickDump
-from words_cache import NAMES, sentences
+from words_cache import NAMES, sentences, write_cache
 
 import softcache
 from softcache import cli, dump
 from softcache.cache.reader import CacheReader
-from softcache.check import repair, verify
+from softcache.check import inspect, repair, verify
 from softcache.config import DumpConfig, PlanConfig
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.dump import forecast
 from softcache.errors import CodecRangeError, SoftcacheError
+from softcache.share import subset
 from softcache.spec import load_user_file
 
 WORLD, ODD = WORLDS / "words.py", WORLDS / "odd_taggers.py"
@@ -221,8 +223,8 @@ def test_what_does_not_go_with_words(quick_dump: QuickDump, data: str, settings:
         quick_dump(**given)
 
 
-def test_samples_that_a_teacher_cannot_answer_about_are_all_named(
-    quick_dump: QuickDump, data: str, tmp_path: Path
+def test_samples_that_a_tagger_cannot_answer_about_are_all_named(
+    quick_dump: QuickDump, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tagger = "softcache:encoder_tagger?width=4&heads=1&hidden=4&layers=1&max_words=9"
     out = str(tmp_path / "t")
@@ -235,6 +237,10 @@ def test_samples_that_a_teacher_cannot_answer_about_are_all_named(
     with pytest.raises(SoftcacheError, match=f"{len(wanted)} of 20 samples cannot be used: {wanted[0]}") as caught:
         quick_dump(data=long, teacher=[out], misfits=str(misfits))
     assert "the model takes 9" in str(caught.value) and misfits.read_text().split() == wanted
+    capsys.readouterr()
+    again = ["--out", str(tmp_path / "again"), "--epochs", "1", *QUIET]
+    assert cli.main(["train", "--data", long, "--student", tagger, *again]) == 2
+    assert f"{len(wanted)} of 20 samples do not fit the student: {wanted[0]}, {wanted[1]}" in capsys.readouterr().err
     cache = quick_dump(data=long, teacher=[out], without=str(misfits), out="rest")
     assert len(cache) == 20 - len(wanted)
 
@@ -296,3 +302,43 @@ def test_the_report_counts_words(data: str, tmp_path: Path, capsys: pytest.Captu
     labelled = int((found.positions.labels >= 0).sum())
     assert code == 0 and f"of {labelled} words" in told and "provisional: words\n" in told
     assert f"40 samples x 1 views, {len(found.positions.labels)} words" in told
+
+
+def test_a_dump_of_words_is_the_cache_that_was_written_from_arrays(
+    quick_dump: QuickDump, data: str, tmp_path: Path
+) -> None:
+    cache = quick_dump(data=data, teacher=[f"{teacher()}&double=true"])
+    written = softcache.open(write_cache(tmp_path / "written", data))
+    keys = list(open_transfer_set(data).keys)
+    assert torch.equal(all_of(cache, keys).flat("a"), all_of(written, keys).flat("a"))
+    assert cache.manifest.plan.samples.fingerprint == written.manifest.plan.samples.fingerprint
+
+
+def test_the_words_of_a_sample_are_shown(quick_dump: QuickDump, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, found = quick_dump(data=data, teacher=[teacher()]), open_transfer_set(data)
+    path = str(cache.reader.path)
+    assert cli.main(["inspect", path, "--sample", "s.jsonl/000002", "--json", "--quiet"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    wanted, tags = live(found)[2].double().softmax(1), found[2][1]
+    np.testing.assert_allclose(told["probabilities"]["a"], wanted.numpy(), atol=1e-6)
+    assert told["labels"] == [NAMES[i] if i >= 0 else "none" for i in tags] and told["words"] == list(range(len(tags)))
+    assert cli.main(["inspect", path, "--sample", "s.jsonl/000002", "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"{len(tags)} words" in shown
+        and f"{NAMES[int(wanted[0].argmax())]} {100 * float(wanted[0].max()):.2f} %" in shown
+    )
+    quick_dump(data=data, teacher=[teacher()], codec="topk:k=2", out="head")
+    with pytest.raises(SoftcacheError, match="no member keeps every class of a word"):
+        inspect.soft_target(path.replace("cache", "head"), "s.jsonl/000002")  # type: ignore[arg-type]
+
+
+def test_a_cut_of_a_cache_of_words(quick_dump: QuickDump, data: str, tmp_path: Path) -> None:
+    cache, found = quick_dump(data=data, teacher=[teacher()]), open_transfer_set(data)
+    keys = [found.keys[i] for i in (3, 4, 20)]
+    (tmp_path / "keys").write_text("\n".join(keys) + "\n")
+    with pytest.raises(SoftcacheError, match="here words have classes"):
+        subset.run(cache.reader.path, tmp_path / "cut", subset.Choice(keep_labels=("O",)), quiet=True)
+    subset.run(cache.reader.path, tmp_path / "cut", subset.Choice(samples=tmp_path / "keys"), quiet=True)
+    cut = softcache.open(tmp_path / "cut")
+    assert torch.equal(all_of(cut, keys).flat("a"), all_of(cache, keys).flat("a"))
