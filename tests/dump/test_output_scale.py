@@ -84,11 +84,15 @@ def test_it_goes_along_with_more_views_and_with_a_part_of_the_samples(quick_dump
     path = str(tmp_path / "cache")
     assert cli.main(["subset", path, str(tmp_path / "less"), "--keep-labels", "cat"]) == 0
     assert cli.main(["verify", str(tmp_path / "less"), "--full"]) == 0
+    assert (
+        "deviation of its numbers, and what whitens them stand beside" in (tmp_path / "less" / "README.md").read_text()
+    )
     for one in (path, tmp_path / "less"):
         found = softcache.open(one, quiet=True).output_scale("embedder", "whiten")
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_parts_have_the_scale_of_the_whole_and_a_lost_one_is_made_again(quick_dump: QuickDump, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"data": f"{DATA}?count=300", "teacher": [EMBEDDER], "shard_rows": 256, "whiten": True}
     whole = quick_dump(out="whole", **settings)
@@ -104,6 +108,7 @@ def test_parts_have_the_scale_of_the_whole_and_a_lost_one_is_made_again(quick_du
     shutil.rmtree(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_plan_counts_it(quick_dump: QuickDump) -> None:
     settings: dict[str, Any] = {"data": f"{DATA}?count=300", "teacher": (f"{EMBEDDER}&width=200",), "whiten": True}
     cache = quick_dump(**settings, codec="int8")
