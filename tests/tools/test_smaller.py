@@ -34,7 +34,7 @@ def test_the_table_has_every_method_every_family_of_ours_and_six_of_each_library
     assert head == ["network", *(f"`{method}`" for method in tool["METHODS"])]
     names = [row[0].strip("`") for row in rows]
     ours = {family(name.removeprefix("softcache:")) for name in names if name.startswith("softcache:")}
-    assert ours == {family(name) for name in MODELS}
+    assert ours == {family(name) for name in MODELS} - {"tagger", "encoder_tagger"}  # which answer for each word
     count = Counter(name.partition(":")[0] for name in names)
     assert min(count["torchvision"], count["timm"], count["hf"]) >= 6 and len(set(names)) == len(names)
 
