@@ -14,7 +14,7 @@ from typing import Any
 
 from softcache.cache.manifest import Manifest
 from softcache.cache.plan import CLASS_OUTPUTS, MemberInfo, Plan
-from softcache.cache.schema import CRC_SUFFIX, FORMAT_VERSION
+from softcache.cache.schema import CRC_SUFFIX, FORMAT_VERSION, OUTPUT_PREFIX
 from softcache.cache.statistics import MemberStatistics
 
 SHOWN_CLASSES, SHOWN_CHARACTERS = 20, 200
@@ -295,6 +295,12 @@ def _teacher_details(manifest: Manifest, member: MemberInfo, left_out: str | Non
     if member.input:
         did = ", ".join(f"{_escaped(name)} {_escaped(value)}" for name, value in sorted(member.input.items()))
         said.append(f"of its own beside the network: {did}")
+    beside = {name for file in manifest.files_of("constants", member.name) for name in file.arrays}
+    if f"{OUTPUT_PREFIX}mean" in beside:
+        more = ", and what whitens them" if f"{OUTPUT_PREFIX}whitening" in beside else ""
+        said.append(
+            f"the mean and deviation of its numbers{more} stand beside the records, which they were not applied to"
+        )
     said.append(f"computed in {_escaped(member.compute_dtype)}")
     if member.class_order is not None:
         said.append("its classes were put into the order below")

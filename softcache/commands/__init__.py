@@ -16,6 +16,7 @@ VERBS = {
     "verify": "softcache.commands.verify",
     "repair": "softcache.commands.repair",
     "subset": "softcache.commands.subset",
+    "diff": "softcache.commands.diff",
     "push": "softcache.commands.push",
     "pull": "softcache.commands.pull",
     "sign": "softcache.commands.sign",

@@ -23,6 +23,7 @@ from softcache.evaluate import measure
 from softcache.evaluate.bias import parse_bias
 from softcache.models import Model, build_vocabulary, load_model, own_classes, split_weights
 from softcache.models.class_names import gives_classes
+from softcache.models.inputs import has_vocabulary
 from softcache.reproduce.recipe import DATA, STUDENT, Recipe, Step
 from softcache.reproduce.steps import Bench, Data, settings_of
 from softcache.spec import parse_spec
@@ -167,7 +168,7 @@ def _check_train(step: Step, config: TrainConfig, data: TransferSet, bench: Benc
     if given is not None:
         model, names = given, own_classes(given) or names
     with faults_explained(DataError, f"reading the texts of {data.name}"):
-        vocabulary = build_vocabulary(data.load(i)[0] for i in range(len(data))) if isinstance(item, str) else None
+        vocabulary = build_vocabulary(data.load(i)[0] for i in range(len(data))) if has_vocabulary(item) else None
     if model in tried:
         made = copy.deepcopy(tried[model].model)
     else:

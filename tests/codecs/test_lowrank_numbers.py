@@ -26,7 +26,8 @@ def odd_rows() -> Tensor:
     some = rows(6, 9)
     alone = torch.zeros(1, 48)
     alone[0, 7] = 300.0
-    return torch.cat([some[:2] * 100, some[2:4] * 1e-3, torch.zeros(1, 48), alone, -some[4:]])
+    near = some.repeat(3, 1) + 0.08 * torch.randn(18, 48, generator=torch.Generator().manual_seed(4))  # just beyond
+    return torch.cat([near, some[:2] * 100, some[2:4] * 1e-3, torch.zeros(1, 48), alone, -some[4:]])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_every_record_keeps_the_promise_and_has_no_level(fitted: LowRankCodec) -
     errors = (decoded - given.double()).norm(dim=1) / given.double().norm(dim=1).clamp(min=1e-300)
     assert float(errors.max()) <= 0.02
     assert float(errors[:300].mean()) > 1e-4  # it is no exact copy
-    assert 0 < len(coded["dense_at"]) < 20 and int(coded["dense_at"].max()) >= 300
+    assert 0 < len(coded["dense_at"]) < 40 and int(coded["dense_at"].max()) >= 300
     assert not coded["records"][:, :4].any()  # the level
     assert coded["records"].shape[1] < 40  # of 48 numbers, where int8 takes 56
 

@@ -51,6 +51,7 @@ def test_features_are_stored_as_the_module_gave_them_and_nothing_else(quick_dump
         targets.output("backbone")
 
 
+@pytest.mark.slow
 def test_parts_of_a_dump_and_more_views_later_are_the_same_records(quick_dump: QuickDump, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"data": f"{DATA}?count=300", "teacher": [BACKBONE], "features": POOLED, "codec": None}
     settings |= {"policy": ("shift:pixels=1",), "shard_rows": 256}
@@ -113,6 +114,7 @@ def test_a_student_gives_the_vector_and_is_measured_by_it(quick_dump: QuickDump,
     assert ("nearest_neighbour" in of_teacher) == ("classes" in data)
 
 
+@pytest.mark.slow
 def test_plan_foresees_its_size(quick_dump: QuickDump) -> None:
     settings: dict[str, Any] = {"data": f"{DATA}?count=600", "teacher": (BACKBONE,), "features": ("stem:map",)}
     cache = quick_dump(**settings, codec=None)

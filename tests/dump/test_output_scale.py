@@ -15,6 +15,7 @@ import softcache
 from softcache import cli, dump
 from softcache.config import DumpConfig, PlanConfig
 from softcache.dump import forecast
+from softcache.dump.layout import Storage
 from softcache.dump.output_scale import measure_scale
 from softcache.errors import CacheError, ConfigError
 from softcache.spec import load_user_file
@@ -84,11 +85,15 @@ def test_it_goes_along_with_more_views_and_with_a_part_of_the_samples(quick_dump
     path = str(tmp_path / "cache")
     assert cli.main(["subset", path, str(tmp_path / "less"), "--keep-labels", "cat"]) == 0
     assert cli.main(["verify", str(tmp_path / "less"), "--full"]) == 0
+    assert (
+        "deviation of its numbers, and what whitens them stand beside" in (tmp_path / "less" / "README.md").read_text()
+    )
     for one in (path, tmp_path / "less"):
         found = softcache.open(one, quiet=True).output_scale("embedder", "whiten")
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 def test_parts_have_the_scale_of_the_whole_and_a_lost_one_is_made_again(quick_dump: QuickDump, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"data": f"{DATA}?count=300", "teacher": [EMBEDDER], "shard_rows": 256, "whiten": True}
     whole = quick_dump(out="whole", **settings)
@@ -104,12 +109,47 @@ def test_parts_have_the_scale_of_the_whole_and_a_lost_one_is_made_again(quick_du
     shutil.rmtree(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_plan_counts_it(quick_dump: QuickDump) -> None:
     settings: dict[str, Any] = {"data": f"{DATA}?count=300", "teacher": (f"{EMBEDDER}&width=200",), "whiten": True}
     cache = quick_dump(**settings, codec="int8")
     plan = PlanConfig(**settings, codec="int8", threads=1, workers=0)
     found = forecast.run(plan, quiet=True, codecs=("int8",), trial_rows=(256, 256), trial_seconds=0.1)
     assert found.choice.nbytes == pytest.approx(cache.manifest.nbytes, rel=0.02)
+
+
+def test_a_dump_that_goes_on_keeps_the_scale_it_began_with(tmp_path: Path) -> None:
+    made: dict[str, Any] = {
+        "data": f"{DATA}?count=300",
+        "teacher": (EMBEDDER,),
+        "shard_rows": 256,
+        "out": str(tmp_path / "c"),
+    }
+    made |= {"threads": 1, "workers": 0}
+    dump.run(DumpConfig(**made, part="1/2"), quiet=True)
+    with pytest.raises(ConfigError, match=r"was begun without --whiten, and its constants are written\n.*leave it out"):
+        dump.run(DumpConfig(**made, part="2/2", whiten=True), quiet=True)
+    assert dump.run(DumpConfig(**made, part="2/2"), quiet=True).manifest is not None
+
+
+@pytest.mark.parametrize("wrong", ["length", "dtype", "nan"])
+def test_a_scale_that_is_none_is_refused_when_it_is_asked_for(
+    quick_dump: QuickDump, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """Somebody else's cache may hold anything."""
+    whole = Storage.constants
+
+    def others(self: Storage) -> dict[str, np.ndarray]:
+        found = whole(self)
+        mean = found["output_mean"]
+        bad = {"length": mean[:-1], "dtype": mean.astype(np.float16), "nan": mean * np.float32("nan")}
+        return found | {"output_mean": bad[wrong]}
+
+    monkeypatch.setattr(Storage, "constants", others)
+    cache = quick_dump(data=DATA, teacher=[EMBEDDER], codec="float32")
+    assert cache.gather(np.arange(3), np.zeros(3, np.int64)).embedding().shape == (3, 12)
+    with pytest.raises(CacheError, match="the stored mean of member 'embedder' is not one of its 12 numbers"):
+        cache.output_scale("embedder", "each")
 
 
 def test_teachers_of_classes_have_none(quick_dump: QuickDump) -> None:

@@ -123,6 +123,12 @@ def test_embedder_loop(
 
 
 @pytest.mark.slow
+def test_tagger_loop_learns_word_by_word(run_example: Run) -> None:
+    found = run_example("tagger_loop", "--quick")
+    assert found["accuracy"] > 0.7 and found["agreement"] > 0.7  # the most frequent tag alone: 0.62
+
+
+@pytest.mark.slow
 def test_plain_loop_on_digits(
     tmp_path: Path, teachers: Path, run_example: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from small_world import Outcome, joined, relative, trained
 from torch import Tensor
-from training import run_with
+from training import run_with, stopped_after
 from words_cache import (
     COUNT,
     NAMES,
@@ -35,13 +35,21 @@ from words_cache import (
 import softcache
 from softcache.config import EvalConfig, TrainConfig
 from softcache.data.transfer_set import open_transfer_set
-from softcache.errors import CacheError, ContentMismatchError, LabelMismatchError, LossError, SoftcacheError
+from softcache.errors import (
+    CacheError,
+    ContentMismatchError,
+    LabelMismatchError,
+    LossError,
+    SoftcacheError,
+    TrainingError,
+)
 from softcache.evaluate import measure
 from softcache.losses import LOSSES
 from softcache.models import load_model
 from softcache.spec import load_user_file
 from softcache.targets.positions import BatchPositions
 from softcache.train import flow
+from softcache.train.metrics import score_of
 
 STEPS = 20
 
@@ -567,3 +575,24 @@ def test_our_own_taggers_learn_in_pieces_and_with_sentences_of_no_words(
     parts = trained(pieces, [one.before for one in whole.steps])
     assert apart(parts, whole) < 1e-5
     assert parts.metrics[0]["eval_span_f1"] > 0
+
+
+def test_an_epoch_is_judged_by_its_spans_where_tags_mark_some() -> None:
+    assert score_of({"eval_top1": 0.9, "eval_span_f1": 0.5}) == 0.5
+    assert score_of({"eval_top1": 0.9, "eval_span_f1": None}) == 0.9
+    assert score_of({"eval_top1": 0.9}) == 0.9
+
+
+def test_a_run_does_not_go_on_with_other_labels_of_words(world: World, tmp_path: Path) -> None:
+    text = (world.path / "s.jsonl").read_text()
+    (tmp_path / "s.jsonl").write_text(text)
+    data = world.data.replace(str(world.path), str(tmp_path))
+    config = world.config(tmp_path / "run", "ce", cache=None, data=data, epochs=2)
+    with stopped_after(1), pytest.raises(KeyboardInterrupt):
+        flow.run(config, quiet=True)
+    (tmp_path / "s.jsonl").write_text(text.replace('"B-LOC"', '"B-PER"', 1))
+    with pytest.raises(TrainingError, match="began with other samples, labels"):
+        flow.run(config, quiet=True)
+    (tmp_path / "s.jsonl").write_text(text)
+    whole = flow.run(replace(config, out=str(tmp_path / "whole")), quiet=True)
+    assert [row["ce"] for row in flow.run(config, quiet=True).metrics] == [row["ce"] for row in whole.metrics]

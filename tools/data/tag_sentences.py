@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,30 @@ def tagged(tagger: Any, words: Sequence[str]) -> list[str]:
     return [tag.removesuffix("|-").replace("|", ".") for tag in found]
 
 
+class ByLength:
+    """In the model's place, to see how the file looks: long words are nouns."""
+
+    def tag(self, words: Sequence[str]) -> list[str]:
+        return ["NOUN|-" if len(word) > 4 else "DET|-" for word in words]
+
+
+def written(words: Sequence[str], tags: Sequence[str]) -> str:
+    """A sentence as a CoNLL file has it."""
+    return "".join(f"{word}\t{tag}\n" for word, tag in zip(words, tags, strict=True)) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, help="tab-separated, with a header; .gz too")
-    parser.add_argument("out", type=Path, help="a CoNLL file: word, tab, tag")
+    needed = None if "--quick" not in sys.argv else "?"
+    parser.add_argument("table", type=Path, nargs=needed, help="tab-separated, with a header; .gz too")
+    parser.add_argument("out", type=Path, nargs=needed, help="a CoNLL file: word, tab, tag")
     parser.add_argument("--column", default="sentence", help="of the sentences (default: sentence)")
+    parser.add_argument("--quick", action="store_true", help="show a sentence, tagged by a rule in the model's place")
     arguments = parser.parse_args()
+    if arguments.quick:
+        words = ["a", "charming", "journey", ",", "and", "often", "affecting", "."]
+        print(written(words, tagged(ByLength(), words)), end="")
+        return
     try:
         model, count = importlib.import_module("denckring_en_pos").tagger(), 0
     except ImportError:
@@ -50,8 +69,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with open(arguments.out, "w", encoding="utf-8", newline="\n") as out:
         for words in sentences(arguments.table, arguments.column):
-            out.writelines(f"{word}\t{tag}\n" for word, tag in zip(words, tagged(model, words), strict=True))
-            out.write("\n")
+            out.write(written(words, tagged(model, words)))
             count += 1
     print(f"{arguments.out}: {count:,} sentences")
 

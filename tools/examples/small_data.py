@@ -1,4 +1,4 @@
-"""A few small images in folders by class, a teacher that needs no training, and its cache: for the examples' --quick."""
+"""A few small images in folders by class, or made-up sentences; a teacher, and its cache: for the examples' --quick."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from softcache import dump
-from softcache.config import DumpConfig
+from softcache import dump, train
+from softcache.config import DumpConfig, TrainConfig
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 
@@ -67,3 +67,21 @@ def make_small_data(arguments: argparse.Namespace, head: str = "") -> None:
     dump.run(made, quiet=True)
     arguments.cache, arguments.epochs = str(root / "cache"), 2
     arguments.data, arguments.eval_data = str(root / "train"), str(root / "val")
+
+
+def make_small_words(arguments: argparse.Namespace) -> None:
+    """Set cache, data and epochs to something small in a temporary folder: sentences, and what a small tagger says of them."""
+    scratch = tempfile.TemporaryDirectory(prefix="softcache-example-")
+    atexit.register(scratch.cleanup)
+    root, data = Path(scratch.name), "synthetic:words?count=96"
+    student = "softcache:tagger?width=16&embedding=16&dropout=0"
+    train.run(
+        TrainConfig(
+            data=data, student=student, epochs=15, batch_size=16, lr=1e-2, out=str(root / "run"), threads=1, workers=0
+        ),
+        quiet=True,
+    )
+    dump.run(
+        DumpConfig(data=data, teacher=(str(root / "run"),), out=str(root / "cache"), threads=1, workers=0), quiet=True
+    )
+    arguments.cache, arguments.data, arguments.epochs = str(root / "cache"), data, 10

@@ -12,6 +12,7 @@ _shtab_softcache_commands() {
   local _commands=(
     completion:'print the script that completes verbs and flags in bash, zsh or fish'
     demo:'the whole main job on scikit-learn'"'"'s digits: teachers, one dump, students with and without the cache'
+    diff:'what differs between two caches, and how far apart their teachers are'
     dump:'run a teacher or an ensemble once over a transfer set and write its logits to a cache'
     eval:'measure a model: accuracy, likelihood, calibration, closeness to a cache'
     export:'write a model as safetensors, torch.export program or ONNX, verified by running it on an evaluation set'
@@ -67,6 +68,22 @@ _shtab_softcache_demo_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_demo_defaults_added=0
+
+_shtab_softcache_diff_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "*--members[members to compare, NAME or NAME\=OTHER (default\: of the same name)]:NAMES:"
+  "*--temperatures[of the KL (default\: 1.0,4.0)]:T:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":folder of a cache:"
+  ":folder of another:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_diff_defaults_added=0
 
 _shtab_softcache_dump_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -185,7 +202,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset push pull sign completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -529,6 +546,7 @@ _shtab_softcache() {
       case $line[1] in
         completion) _arguments -C -s $_shtab_softcache_completion_options ;;
         demo) _arguments -C -s $_shtab_softcache_demo_options ;;
+        diff) _arguments -C -s $_shtab_softcache_diff_options ;;
         dump) _arguments -C -s $_shtab_softcache_dump_options ;;
         eval) _arguments -C -s $_shtab_softcache_eval_options ;;
         export) _arguments -C -s $_shtab_softcache_export_options ;;
