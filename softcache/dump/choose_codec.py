@@ -381,11 +381,26 @@ def choose_storages(
                 f"feature {texts[0]} of teacher {teacher.name!r}: features are of samples, and here words are asked about",
                 tip="leave --features and --for out",
             )
-        beside = _scale(teacher, prober, whiten=config.whiten)
+        if before is None:
+            beside = _scale(teacher, prober, whiten=config.whiten)
+        else:
+            assert out is not None
+            beside = _scale_before(job.known_constants(out, teacher.name), whiten=config.whiten)
         storages[teacher.name] = _tapped(teacher, codec, texts, config.feature_dtype, promise, prober, beside)
     if config.whiten and not any(teacher.output in OTHER_OUTPUTS for teacher in teachers):
         raise ConfigError("--whiten is of embeddings and values, and no teacher gives any", tip="leave it out")
     return storages
+
+
+def _scale_before(constants: Mapping[str, np.ndarray], *, whiten: bool) -> dict[str, np.ndarray]:
+    """As an interrupted dump measured it; ConfigError where this one asks for another."""
+    found = {name: value for name, value in constants.items() if name.startswith(OUTPUT_PREFIX)}
+    if whiten != (f"{OUTPUT_PREFIX}whitening" in found):
+        raise ConfigError(
+            f"this dump was begun {'without' if whiten else 'with'} --whiten, and its constants are written",
+            tip=f"{'leave it out' if whiten else 'give it'} as before, or use another --out",
+        )
+    return found
 
 
 def _scale(teacher: Teacher, prober: Prober, *, whiten: bool) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ import softcache
 from softcache import cli, dump
 from softcache.config import DumpConfig, PlanConfig
 from softcache.dump import forecast
+from softcache.dump.layout import Storage
 from softcache.dump.output_scale import measure_scale
 from softcache.errors import CacheError, ConfigError
 from softcache.spec import load_user_file
@@ -115,6 +116,40 @@ def test_plan_counts_it(quick_dump: QuickDump) -> None:
     plan = PlanConfig(**settings, codec="int8", threads=1, workers=0)
     found = forecast.run(plan, quiet=True, codecs=("int8",), trial_rows=(256, 256), trial_seconds=0.1)
     assert found.choice.nbytes == pytest.approx(cache.manifest.nbytes, rel=0.02)
+
+
+def test_a_dump_that_goes_on_keeps_the_scale_it_began_with(tmp_path: Path) -> None:
+    made: dict[str, Any] = {
+        "data": f"{DATA}?count=300",
+        "teacher": (EMBEDDER,),
+        "shard_rows": 256,
+        "out": str(tmp_path / "c"),
+    }
+    made |= {"threads": 1, "workers": 0}
+    dump.run(DumpConfig(**made, part="1/2"), quiet=True)
+    with pytest.raises(ConfigError, match=r"was begun without --whiten, and its constants are written\n.*leave it out"):
+        dump.run(DumpConfig(**made, part="2/2", whiten=True), quiet=True)
+    assert dump.run(DumpConfig(**made, part="2/2"), quiet=True).manifest is not None
+
+
+@pytest.mark.parametrize("wrong", ["length", "dtype", "nan"])
+def test_a_scale_that_is_none_is_refused_when_it_is_asked_for(
+    quick_dump: QuickDump, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """Somebody else's cache may hold anything."""
+    whole = Storage.constants
+
+    def others(self: Storage) -> dict[str, np.ndarray]:
+        found = whole(self)
+        mean = found["output_mean"]
+        bad = {"length": mean[:-1], "dtype": mean.astype(np.float16), "nan": mean * np.float32("nan")}
+        return found | {"output_mean": bad[wrong]}
+
+    monkeypatch.setattr(Storage, "constants", others)
+    cache = quick_dump(data=DATA, teacher=[EMBEDDER], codec="float32")
+    assert cache.gather(np.arange(3), np.zeros(3, np.int64)).embedding().shape == (3, 12)
+    with pytest.raises(CacheError, match="the stored mean of member 'embedder' is not one of its 12 numbers"):
+        cache.output_scale("embedder", "each")
 
 
 def test_teachers_of_classes_have_none(quick_dump: QuickDump) -> None:
