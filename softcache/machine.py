@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.errors import ConfigError
+from softcache.errors import ConfigError, warn_once
 
 INT8_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
 HALF_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,8 +101,21 @@ def pick_workers(wanted: int | None, device: torch.device) -> int:
     return min(4, len(os.sched_getaffinity(0))) if device.type == "cuda" else 0
 
 
-def autocast_dtype(name: str) -> torch.dtype | None:
-    return HALF_TYPES[name]
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The half type that is asked for. Of a processor that cannot compute in it, it is said once that this takes long."""
+    half = HALF_TYPES[name]
+    if half is not None and device.type == "cpu" and not _computes_in(name):
+        warn_once(
+            f"--autocast {name}: this processor has no instructions for it ({torch.backends.cpu.get_cpu_capability()}), so that "
+            "torch takes ten times as long as in float32, or longer; --autocast none is faster and more exact"
+        )
+    return half
+
+
+def _computes_in(half: str) -> bool:
+    """Whether torch's layers have kernels of a half type on this processor; True where torch does not tell."""
+    told = getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported", None)
+    return told is None or bool(told())
 
 
 def processor_flags() -> tuple[str, ...]:

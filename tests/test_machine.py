@@ -11,7 +11,7 @@ import torch
 
 from softcache import machine
 from softcache.errors import ConfigError
-from softcache.students.export import _exact_float32
+from softcache.students.compare import exact_float32
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_what_equal_bytes_depend_on_is_said_of_a_gpu_alone(monkeypatch: pytest.M
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     told = machine.describe_device(torch.device("cuda", 0))
     assert told == "cuda Tesla, cuDNN 91002, convolutions tf32, products ieee"  # torch's defaults
-    with _exact_float32(torch.device("cpu")):
+    with exact_float32(torch.device("cpu")):
         told = machine.describe_device(torch.device("cuda", 0))
         assert told.endswith("convolutions ieee, products ieee")
 
@@ -136,7 +136,7 @@ def _put_back() -> Any:
 def test_exports_are_compared_in_float32_whatever_is_set(set_by: Any) -> None:
     set_by()
     before = settings()
-    with _exact_float32(torch.device("cpu")):
+    with exact_float32(torch.device("cpu")):
         assert set(settings().values()) == {"ieee"}
     assert settings() == before
 
@@ -170,3 +170,29 @@ def test_threads(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     assert machine.pick_threads(wanted) == shared
     assert machine.pick_threads(wanted, shared=False) == alone
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "able", "said"),
+    [
+        ("bf16", "cpu", False, True),
+        ("fp16", "cpu", False, True),
+        ("bf16", "cpu", True, False),
+        ("none", "cpu", False, False),
+        ("bf16", "cuda", False, False),
+    ],
+)
+def test_a_half_type_that_the_processor_cannot_compute_in_is_told(
+    name: str, device: str, able: bool, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "_computes_in", lambda _half: able)
+    monkeypatch.setattr("softcache.errors._TOLD", set())
+    for _ in range(2):
+        assert machine.autocast_dtype(name, torch.device(device)) == machine.HALF_TYPES[name]
+    told = capsys.readouterr().err
+    assert told.count("ten times as long as in float32") == said
+    assert (f"--autocast {name}" in told) == said
+
+
+def test_what_torch_does_not_tell_of_a_processor_is_not_warned_of() -> None:
+    assert machine._computes_in("no such type")

@@ -67,7 +67,7 @@ def build_teachers(
             multi_label=transfer_set.multi_label,
             input_shape=shape,
             device=str(device),
-            autocast=autocast_dtype(config.autocast),
+            autocast=autocast_dtype(config.autocast, device),
             allow_code=config.allow_code,
             classes_map=classes_map,
             items=prober.first_items,

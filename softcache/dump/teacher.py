@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softcache.data.classes import Match
-from softcache.data.loading import map_tensors, to_device
+from softcache.data.loading import to_device
+from softcache.dump.half_types import HALF_ROUNDING, HalfInputs, half_type, last_in_float32, last_layer
 from softcache.dump.results import described, likely_meant, numbers, place_of
 from softcache.dump.teacher_state import StandsStill, fingerprint
 from softcache.errors import (
@@ -43,7 +43,6 @@ from softcache.models.model import CLASS_OUTPUTS, FEATURES, OTHER_OUTPUTS, OUTPU
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # counts, as of votes
 ASKED_ROWS = 512  # of the first batches, on which an object's own `predict` is asked
 PROBABILITY_FLOOR = 2.0**-24  # a probability of exactly zero is stored as the logarithm of this
-HALF_ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of a last layer in a half type
 
 
 @dataclass
@@ -139,7 +138,7 @@ class Teacher:
             state = fingerprint(network)
             if state is not None:
                 self.fingerprint = hashlib.sha256(f"{state} {described}".encode()).hexdigest()
-            self._half = _half_type(network)
+            self._half = half_type(network)
             self._state = StandsStill(network)
 
     @torch.inference_mode()
@@ -352,7 +351,8 @@ class Teacher:
 
     def _run_tapped(self, batch: Any) -> tuple[Any, Tensor | None, dict[str, Tensor]]:
         if self.autocast is not None and self._last is None and isinstance(self.network, nn.Module):
-            self._last = self._last_layer(to_device(batch, self.device))  # a run of its own, before anything is tapped
+            # a run of its own, before anything is tapped
+            self._last = last_layer(self.network, to_device(batch, self.device))
         with ExitStack() as stack:
             taps = stack.enter_context(Taps(self._net, self.features)) if self.features else None
             tap = stack.enter_context(ClassifierTap(self.classifier)) if self.classifier is not None else None
@@ -412,7 +412,7 @@ class Teacher:
         inputs = to_device(batch, self.device)
         if self.autocast is None:
             return self._run_module(inputs)
-        with torch.autocast(self.device.type, dtype=self.autocast), _in_float32(self._last):
+        with torch.autocast(self.device.type, dtype=self.autocast), last_in_float32(self._last):
             return self._run_module(inputs)
 
     def _run_module(self, inputs: Any) -> Any:
@@ -424,7 +424,7 @@ class Teacher:
         except RuntimeError as exc:
             if "type" not in str(exc):  # "mat1 and mat2 must have the same dtype", "Input type and bias type ..."
                 raise
-        hook = self._net.register_forward_pre_hook(_HalfInputs(self._half), with_kwargs=True)
+        hook = self._net.register_forward_pre_hook(HalfInputs(self._half), with_kwargs=True)
         self._half = None
         try:
             return self._forward(inputs)
@@ -437,15 +437,6 @@ class Teacher:
         if self.has_output:
             return self.network(inputs)
         return self._net(self._prepared(inputs))
-
-    def _last_layer(self, inputs: Any) -> nn.Linear | None:
-        """The linear layer that gives the logits; where none does, value for value, the last one that it has."""
-        try:
-            found = classifier_of(self.network, inputs)
-        except Exception:  # it may run under autocast alone
-            found = None
-        layers = [m for m in self.network.modules() if isinstance(m, nn.Linear)]
-        return found or (layers[-1] if layers else None)
 
     def _log(self, probabilities: Tensor) -> tuple[Tensor, int]:
         if bool((probabilities < 0).any()) or bool((probabilities > 1 + 1e-6).any()):
@@ -546,49 +537,6 @@ def _count(batch: Any) -> int:
     while isinstance(batch, Mapping | tuple):
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return len(batch)
-
-
-@contextmanager
-def _in_float32(layer: nn.Linear | None) -> Iterator[None]:
-    """Within autocast, the layer computes in float32: its rounding would cost more than any codec."""
-    if layer is None:
-        yield
-        return
-    before, forward = layer.__dict__.get("forward"), layer.forward
-    weight, bias = layer.weight, layer.bias
-
-    def in_float32(inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs.device.type, enabled=False):
-            if weight.dtype in HALF_ROUNDING:  # which no float32 can be multiplied with
-                return F.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
-            return forward(inputs.float())
-
-    layer.forward = in_float32  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        del layer.__dict__["forward"]
-        if before is not None:  # somebody else's, as of a hook
-            layer.__dict__["forward"] = before
-
-
-@dataclass(frozen=True)
-class _HalfInputs:
-    """A hook before a module's forward: its floating-point inputs in the module's own type."""
-
-    dtype: torch.dtype
-
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        def change(one: Tensor) -> Tensor:
-            return one.to(self.dtype) if one.is_floating_point() else one
-
-        return map_tensors((args, kwargs), change)
-
-
-def _half_type(network: nn.Module) -> torch.dtype | None:
-    """The half type that all its floating-point parameters have; None for every other network."""
-    found = {p.dtype for p in network.parameters() if p.is_floating_point()}
-    return next(iter(found)) if len(found) == 1 and found <= set(HALF_ROUNDING) else None
 
 
 def member_name(wanted: str, taken: Sequence[str]) -> str:

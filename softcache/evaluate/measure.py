@@ -323,7 +323,7 @@ def _how(config: EvalConfig) -> dict[str, Any]:
         "device": device,
         "batch_size": config.batch_size,
         "workers": pick_workers(config.workers, device),
-        "autocast": autocast_dtype(config.autocast),
+        "autocast": autocast_dtype(config.autocast, device),
     }
 
 

@@ -68,7 +68,7 @@ def the_vector(cache: Cache, member: str) -> str:
 
 
 def member_of(cache: Cache, wanted: Mapping[str, float] | None, kind: str | None = None) -> str:
-    """The member without classes that is meant: the only one, or the only one that was named; without an output as an embedding.
+    """The member without classes that is meant: the only one, or the only one that was named; else one of features alone.
 
     Args:
         wanted: members that were named; None: all.
@@ -78,7 +78,10 @@ def member_of(cache: Cache, wanted: Mapping[str, float] | None, kind: str | None
         CacheError: none, or several.
     """
     kinds = OTHER_OUTPUTS if kind is None else (kind,)
-    found = [name for name in (wanted or cache.members) if (cache.member(name).output or "embedding") in kinds]
+    meant = list(wanted or cache.members)
+    found = [name for name in meant if cache.member(name).output in kinds]
+    if not found and "embedding" in kinds:
+        found = [name for name in meant if cache.member(name).output is None]
     if len(found) != 1:
         gave = ", ".join(f"{name!r} gave {cache.member(name).output or 'features alone'}" for name in cache.members)
         raise CacheError(

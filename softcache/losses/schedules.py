@@ -47,7 +47,8 @@ class Place:
     def parse(cls, text: str, where: str) -> Place:
         """`5`, `7.5` epochs or `300steps`."""
         in_steps = text.endswith(STEPS)
-        return cls(_number(text.removesuffix(STEPS), where, lowest=0.0), in_steps)
+        tip = "a place is a number of epochs, 15 or 7.5, or of steps, 500steps"
+        return cls(_number(text.removesuffix(STEPS), where, lowest=0.0, tip=tip), in_steps)
 
     def epochs(self, steps: int) -> float:
         return self.value / steps if self.in_steps else self.value
@@ -371,9 +372,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _number(text: str, where: str, lowest: float = -math.inf) -> float:
+def _number(text: str, where: str, lowest: float = -math.inf, tip: str = "") -> float:
     number = float(text) if _is_number(text) else math.nan
     if not math.isfinite(number) or number < lowest:
         least = "" if lowest == -math.inf else f" of at least {lowest:g}"
-        raise ConfigError(f"{where}: {text!r} is not a finite number{least}")
+        if not tip and text.endswith("%") and _is_number(text[:-1]):
+            tip = f"a share is written as a number: {float(text[:-1]) / 100:g}"
+        raise ConfigError(f"{where}: {text!r} is not a finite number{least}", tip=tip)
     return number

@@ -58,9 +58,9 @@ class Flow:
             return False
         return all(use.layer == norm for use in self.uses.get(given[0], []))
 
-    def is_taken_only_by(self, layer: str, others: Iterable[str]) -> bool:
-        """Whether what `layer` gives reaches nobody but these layers (or the end), as it is or through `PASSED_ON`."""
-        return all(self._reaches_only(number, set(others)) for number in self.given.get(layer, []))
+    def is_taken_only_by(self, numbers: Iterable[int], others: Iterable[str]) -> bool:
+        """Whether these tensors reach nobody but these layers (or the end), as they are or through `PASSED_ON`."""
+        return all(self._reaches_only(number, set(others)) for number in numbers)
 
     def _reaches_only(self, number: int, layers: set[str]) -> bool:
         return all(

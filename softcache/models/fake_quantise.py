@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from softcache.errors import ModelError
+from softcache.models.norms import has_statistics, what_follows, without_normalising
 
 BITS = 8
 WEIGHTS = (-128, 127)
@@ -33,7 +34,6 @@ BIAS = (
 )  # a bias has at most so many times the product of its layer's scales, so that a program may hold it as int32
 SLOWEST = 0.01  # weight of a batch in the moving averages of the ends
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 WEIGHT, SCALE, INPUT, OUTPUT, OBSERVED = "weight", "weight_scale", "input_range", "output_range", "observed"
 
 
@@ -77,6 +77,13 @@ class QuantisedLinear(nn.Linear):
 
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: QuantisedConv2d, nn.Linear: QuantisedLinear}
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Which of the kinds that can be quantised it is, or is made of, with a weight and a bias at most."""
+    if "weight" not in module._parameters or not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
+        return None
+    return next((kind for kind in KINDS if isinstance(module, kind) and type(module) not in KINDS.values()), None)
 
 
 def quantised_layers(net: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -178,17 +185,20 @@ def learn(net: nn.Module, name: str, how: Quantised) -> None:
     layer: Any = net.get_submodule(name)
     _begin(layer, name)
     layer.register_buffer(SCALE, None)
-    _hold(layer, INPUT)
+    _hold(layer, INPUT, layer.weight.device)
     if how.output and how.norm is None:
-        _hold(layer, OUTPUT)
+        _hold(layer, OUTPUT, layer.weight.device)
     elif how.output:
-        norm = net.get_submodule(str(how.norm))
-        _hold(norm, OUTPUT)
-        norm.register_forward_hook(_round_given)
+        norm: Any = net.get_submodule(str(how.norm))
+        follows = what_follows(norm)
+        _hold(norm if follows is None else follows, OUTPUT, norm.running_mean.device)
+        if follows is None:
+            norm.register_forward_hook(_round_given)
+        else:
+            follows.register_forward_pre_hook(_round_taken)
 
 
-def _hold(module: Any, ends: str) -> None:
-    where = next((tensor.device for tensor in module.parameters()), None)
+def _hold(module: Any, ends: str, where: torch.device) -> None:
     module.register_buffer(ends, torch.zeros(2, device=where))
     module.register_buffer(OBSERVED, torch.zeros(2, dtype=torch.int64, device=where))
     module.observes = False
@@ -196,6 +206,16 @@ def _hold(module: Any, ends: str) -> None:
 
 def _round_given(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return given(module, output)
+
+
+def _round_taken(module: nn.Module, args: Any) -> Any:
+    return given(module, args[0]), *args[1:]
+
+
+def holder_of(net: nn.Module, name: str, how: Quantised) -> nn.Module:
+    """Which module has the ends of what a layer gives, while it learns: itself, its BatchNorm, or what follows in that."""
+    norm = net.get_submodule(name if how.norm is None else how.norm)
+    return norm if how.norm is None else what_follows(norm) or norm
 
 
 def fix(net: nn.Module, name: str, how: Quantised) -> None:
@@ -221,7 +241,10 @@ def fix(net: nn.Module, name: str, how: Quantised) -> None:
         elif layer.bias is not None:
             layer.bias.copy_(bias)
     if norm is not None and how.output:
-        layer.register_buffer(OUTPUT, getattr(norm, OUTPUT))
+        holder: Any = holder_of(net, name, how)
+        layer.register_buffer(OUTPUT, getattr(holder, OUTPUT))
+        if holder is not norm:
+            _release(holder)
     elif not how.output:
         layer.register_buffer(OUTPUT, None)
     layer.register_buffer(SCALE, scale)
@@ -229,6 +252,15 @@ def fix(net: nn.Module, name: str, how: Quantised) -> None:
     for ends in (getattr(layer, INPUT), getattr(layer, OUTPUT)):
         if ends is not None and ends[0] == ends[1]:  # of what was never seen, or never anything but 0
             ends.copy_(torch.tensor([0.0, 1.0]))
+
+
+def _release(module: Any) -> None:
+    """Let what followed in a BatchNorm be as it was: the layer itself rounds what it gives."""
+    for buffer in (OUTPUT, OBSERVED):
+        del module._buffers[buffer]
+    del module.observes
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _round_taken]:
+        del module._forward_pre_hooks[key]
 
 
 def loosen(net: nn.Module) -> int:
@@ -240,22 +272,23 @@ def loosen(net: nn.Module) -> int:
 
 
 def _begin(module: nn.Module, name: str) -> None:
-    if type(module) not in KINDS or not {*module._parameters, *module._buffers} <= {"weight", "bias"}:
+    kind = kind_of(module)
+    if kind is None:
         raise ModelError(
             f"its record quantises {name!r}, a {type(module).__name__}: only nn.Conv2d and nn.Linear can be quantised"
         )
-    module.__class__ = KINDS[type(module)]  # in place: whoever holds the layer goes on holding it
+    module.__class__ = KINDS[kind]  # in place: whoever holds the layer goes on holding it
 
 
 def without_norm(module: Any, name: str) -> nn.Module:
-    """What stands in the place of a BatchNorm that is folded.
+    """What stands in the place of a BatchNorm that is folded; an activation inside of it stays.
 
     Raises:
         ModelError: another kind of module, or one without statistics.
     """
-    if type(module) not in NORMS or module.running_mean is None:
+    if not has_statistics(module):
         raise ModelError(f"its record folds {name!r}, a {type(module).__name__}, which is no BatchNorm with statistics")
-    return nn.Identity()
+    return without_normalising(module)
 
 
 def check_int8(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

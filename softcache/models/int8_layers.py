@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from softcache.features.taps import eval_mode
-from softcache.models.data_flow import Flow, flow_of
-from softcache.models.fake_quantise import KINDS, NORMS, OBSERVED, Quantised, fix, learn
+from softcache.models.data_flow import flow_of
+from softcache.models.fake_quantise import KINDS, OBSERVED, Quantised, fix, kind_of, learn
+from softcache.models.norms import has_statistics, what_follows, without_normalising
 from softcache.models.shrunk import is_below, put
 
 CLOSE = 1e-3  # of the largest logit: what a folded BatchNorm may change in floats
@@ -24,8 +25,9 @@ def plan_int8(
 ) -> tuple[dict[str, Quantised], list[str]]:
     """How each convolution and linear layer is quantised, and the names of those layers with weights that stay floats.
 
-    Quantised are nn.Conv2d and nn.Linear themselves, where they are called and share no weight. A BatchNorm is folded where it
-    alone takes what a layer gives. A convolution's answers are rounded too where somebody else takes them than quantised layers.
+    Quantised are nn.Conv2d and nn.Linear, and a library's kinds that answer as these do, where they are called and share no
+    weight. A BatchNorm is folded where it alone takes what a layer gives; what follows in it stays. A convolution's answers are
+    rounded too where somebody else takes them than quantised layers.
 
     Args:
         net: in floats, in eval mode; as it was afterwards.
@@ -38,17 +40,23 @@ def plan_int8(
 
 def _plan(net: nn.Module, run: Callable[[], Tensor], keep: Sequence[str]) -> tuple[dict[str, Quantised], list[str]]:
     shared = _shared_weights(net)
-    able = [
-        n for n, m in net.named_modules() if type(m) in KINDS and id(m.weight) not in shared and not is_below(n, keep)
-    ]
-    norms = [name for name, m in net.named_modules() if type(m) in NORMS and m.running_mean is not None]
-    flow = flow_of(net, [*able, *norms], run)
-    called = [name for name in able if name in flow.given]
-    folded = _folded(net, run, {layer: norm for norm in norms for layer in called if flow.follows(layer, norm)})
-    plan = {
-        name: Quantised(folded.get(name), _is_heard_elsewhere(net, flow, name, folded.get(name), called))
-        for name in called
+    able = {n: m for n, m in net.named_modules() if kind_of(m) and id(m.weight) not in shared and not is_below(n, keep)}
+    names = {id(module): name for name, module in net.named_modules()}
+    norms = {name: names.get(id(what_follows(m))) for name, m in net.named_modules() if has_statistics(m)}
+    flow = flow_of(net, [*able, *norms, *filter(None, norms.values())], run)
+    # what each has normalised, once: what it gives, or what follows in it takes
+    normalised = {
+        norm: flow.given.get(norm, []) if after is None else flow.taken.get(after, []) for norm, after in norms.items()
     }
+    called = _as_torchs_own({name: module for name, module in able.items() if name in flow.given}, run)
+    once = [norm for norm, numbers in normalised.items() if len(numbers) == 1]
+    folded = _folded(net, run, {layer: norm for norm in once for layer in called if flow.follows(layer, norm)})
+    plan = {}
+    for name in called:
+        given = normalised[folded[name]] if name in folded else flow.given[name]
+        # a linear layer multiplies int8 and gives floats in one step
+        heard = isinstance(able[name], nn.Conv2d) and not flow.is_taken_only_by(given, called)
+        plan[name] = Quantised(folded.get(name), heard)
     done = {*plan, *folded.values()}
     return plan, [name for name, module in net.named_modules() if name not in done and _has_matrix(module)]
 
@@ -63,10 +71,26 @@ def _shared_weights(net: nn.Module) -> set[int]:
     return {one for one in seen if seen.count(one) > 1}
 
 
-def _is_heard_elsewhere(net: nn.Module, flow: Flow, layer: str, norm: str | None, quantised: Sequence[str]) -> bool:
-    """Whether a convolution's answers, behind its BatchNorm, reach others than quantised layers."""
-    # a linear layer multiplies int8 and gives floats in one step
-    return isinstance(net.get_submodule(layer), nn.Conv2d) and not flow.is_taken_only_by(norm or layer, quantised)
+def _as_torchs_own(layers: Mapping[str, Any], run: Callable[[], Tensor]) -> list[str]:
+    """Those of the layers that answer as torch's own kind does; of a library's kinds it is tried."""
+    odd = [name for name, layer in layers.items() if type(layer) not in KINDS]
+    if not odd:
+        return list(layers)
+    expected = run()
+
+    def same(*names: str) -> bool:
+        kinds = {name: type(layers[name]) for name in names}
+        try:
+            for name in names:
+                layers[name].__class__ = kind_of(layers[name])
+            return torch.equal(run(), expected)
+        except Exception:  # of somebody else's code
+            return False
+        finally:
+            for name, kind in kinds.items():
+                layers[name].__class__ = kind
+
+    return list(layers) if same(*odd) else [name for name in layers if name not in odd or same(name)]
 
 
 def _folded(net: nn.Module, run: Callable[[], Tensor], pairs: Mapping[str, str]) -> dict[str, str]:
@@ -83,7 +107,7 @@ def _same(net: nn.Module, run: Callable[[], Tensor], pairs: Mapping[str, str], e
         for layer, norm in pairs.items():
             fuse: Any = fuse_conv_bn_eval if isinstance(whole[layer], nn.Conv2d) else fuse_linear_bn_eval
             put(net, layer, fuse(whole[layer], whole[norm]))
-            put(net, norm, nn.Identity())
+            put(net, norm, without_normalising(whole[norm]))
         found = run()
     finally:
         for name, module in whole.items():
@@ -110,4 +134,4 @@ def fix_int8(net: nn.Module, plan: Plan) -> None:
         fix(net, name, how)
     for how in plan.values():
         if how.norm is not None:
-            put(net, how.norm, nn.Identity())
+            put(net, how.norm, without_normalising(net.get_submodule(how.norm)))

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from softcache.errors import ModelError
 from softcache.models.fake_quantise import BITS, Quantised, quantise, without_norm
+from softcache.models.norms import is_batch_norm, width_of
 
 MOST_NAMES = 2**14  # modules that a record may name
 STRETCH, ROOM = 64, 2**24  # the whole network has at most so many times the numbers of its weights, or so many more
 FIRST, SECOND = "first", "second"  # the two modules that stand for one
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 DENSE = (nn.Linear, nn.Conv2d)
 SIDES = ("in", "out")
 TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
@@ -257,8 +257,8 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether it is one of the kinds whose channels can be told apart: its tensors are all that the kind has."""
-    if not isinstance(module, (*DENSE, *BATCH_NORMS)) or any(list(child.parameters()) for child in module.children()):
-        return False  # timm's BatchNorm has its activation inside
+    if not (isinstance(module, DENSE) or is_batch_norm(module)) or any(list(m.parameters()) for m in module.children()):
+        return False  # an activation inside, as in timm's BatchNorm, has no channels of its own
     return {*module._parameters, *module._buffers} <= TENSORS
 
 
@@ -272,7 +272,7 @@ def keep_channels(module: nn.Module, name: str, sides: Mapping[str, Channels]) -
         raise ModelError(
             f"its record chooses channels of {name!r}, a {type(module).__name__}, which has none to choose"
         )
-    if isinstance(module, BATCH_NORMS) or is_depthwise(module):
+    if is_batch_norm(module) or is_depthwise(module):
         _keep_each(module, _chosen(sides, "out", _width(module), name, only=True))
         return
     assert isinstance(module, nn.Conv2d | nn.Linear)
@@ -290,8 +290,7 @@ def keep_channels(module: nn.Module, name: str, sides: Mapping[str, Channels]) -
 
 
 def _width(module: nn.Module) -> int:
-    width: int = module.num_features if isinstance(module, BATCH_NORMS) else module.out_channels  # type: ignore[assignment]
-    return width
+    return width_of(module) if is_batch_norm(module) else int(module.out_channels)  # type: ignore[arg-type]
 
 
 def _chosen(sides: Mapping[str, Channels], side: str, count: int, name: str, *, only: bool = False) -> Channels:
@@ -311,7 +310,7 @@ def _keep_each(module: Any, channels: Channels) -> None:
         _take(module, tensor, channels, 0)
     if isinstance(module, nn.Conv2d):
         module.in_channels = module.out_channels = module.groups = len(channels)
-    else:
+    elif hasattr(module, "num_features"):
         module.num_features = len(channels)
 
 

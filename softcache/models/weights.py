@@ -36,6 +36,7 @@ from softcache.spec import Spec, outside_quotes, parse_spec, quoted, unquoted
 
 STUDENT = "student.safetensors"  # its name in a run folder
 METADATA_KEY = "softcache_model"
+BEFORE_STUDENT = {"shrink.json": "shrink", "run.json": "train"}  # what is in a folder before it, and who wrote that
 MAX_SPEC = 2**12  # characters
 MANY_NUMBERS = 2**18  # one for each feature of an item
 IN_RUN = replace(RUN, misfit=ModelError, linked=ModelError)
@@ -285,14 +286,23 @@ def weights_file(weights: str) -> Path:
         if is_inside(path, STUDENT, IN_RUN):
             return path / STUDENT
         there = [name for name in sorted(os.listdir(path)) if name.endswith((*SUFFIXES, ".safetensors.index.json"))]
-        unfinished = "`train` or `shrink` writes it last: run the same command again, until it has finished"
         raise ModelError(
             f"the folder {path} holds no {STUDENT}",
-            tip=f"name a file in it: {path / there[0]}" if there else unfinished,
+            tip=f"name a file in it: {path / there[0]}" if there else _what_it_is(path),
         )
     if not os.path.isfile(path):  # unlike Path.is_file, no error for what is longer than a file name can be
         raise ModelError(f"there are no weights {path}", tip="give a weights file or a run folder that exists")
     return path
+
+
+def _what_it_is(folder: Path) -> str:
+    """A tip for a folder without weights: a run that is not finished, a cache, or neither."""
+    names = set(os.listdir(folder))
+    if verb := next((verb for name, verb in BEFORE_STUDENT.items() if name in names), None):
+        return f"`{verb}` writes it last: run the same command again, until it has finished"
+    if "manifest.json" in names:
+        return f"it is a cache, which a student learns from (--cache {folder}); a model is a run folder of `train` or `shrink`"
+    return "nothing of a run is in it either: name the folder that `train` or `shrink` wrote, or a weights file"
 
 
 def names_torchvision_weights(spec: Spec, weights: str) -> bool:

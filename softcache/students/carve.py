@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, first_offenders
-from softcache.models.shrunk import BATCH_NORMS, Factored, Shrunk, is_below, is_plain, shrink_by
+from softcache.models.norms import is_batch_norm, width_of
+from softcache.models.shrunk import Factored, Shrunk, is_below, is_plain, shrink_by
 from softcache.students.channels import Group
 from softcache.students.prune import Cut, free_groups, leave_channels
 from softcache.students.samples import Samples
@@ -202,7 +203,7 @@ def _cut_all_but(net: nn.Module, samples: Samples, stacks: Sequence[Stack], keep
         name, given = misfit
         module: Any = net.get_submodule(name)
         is_last = module is samples.classifier
-        if given >= _taken(module) or name in narrowed or not (is_last or isinstance(module, BATCH_NORMS)):
+        if given >= _taken(module) or name in narrowed or not (is_last or is_batch_norm(module)):
             raise ModelError(
                 f"carve:keep={','.join(keep)}: {name} takes {_taken(module):,} channels and would be given {given:,}",
                 tip="keep the layers before it too: a stack begins with what the one before it gives",
@@ -218,7 +219,7 @@ def _cut_all_but(net: nn.Module, samples: Samples, stacks: Sequence[Stack], keep
 
 
 def _taken(module: Any) -> int:
-    taken: int = module.num_features if isinstance(module, BATCH_NORMS) else module.weight.shape[1]
+    taken: int = width_of(module) if is_batch_norm(module) else module.weight.shape[1]
     return taken
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from softcache.features.taps import eval_mode
-from softcache.models.shrunk import BATCH_NORMS, DENSE, FIRST, Factored, is_depthwise, is_plain
+from softcache.models.norms import is_batch_norm, width_of
+from softcache.models.shrunk import DENSE, FIRST, Factored, is_depthwise, is_plain
 
 Side = tuple[str, str]  # a module's name, and "in" or "out"
 Element = tuple[str, str, int]
@@ -141,7 +142,11 @@ class _Probe:
             if isinstance(output, Tensor):
                 self.clean[name] = output.clone()
 
-        weighty = {n: m for n, m in net.named_modules() if any(p is not None for p in m._parameters.values())}
+        weighty = {
+            n: m
+            for n, m in net.named_modules()
+            if is_batch_norm(m) or any(p is not None for p in m._parameters.values())
+        }
         with ExitStack() as hooks:
             for name, module in weighty.items():
                 hook = module.register_forward_hook(lambda _m, _i, output, name=name: note(name, output))
@@ -150,7 +155,7 @@ class _Probe:
         weighty = {name: module for name, module in weighty.items() if calls[name]}
         between = {f"{name}.{FIRST}" for name, module in net.named_modules() if isinstance(module, Factored)}
         once = {name: m for name, m in weighty.items() if calls[name] == 1 and name in self.clean and is_plain(m)}
-        self.through = {n: m for n, m in once.items() if isinstance(m, BATCH_NORMS) or is_depthwise(m)}
+        self.through = {n: m for n, m in once.items() if is_batch_norm(m) or is_depthwise(m)}
         self.dense: dict[str, Any] = {
             n: m for n, m in once.items() if isinstance(m, DENSE) and getattr(m, "groups", 1) == 1 and n not in between
         }
@@ -244,9 +249,7 @@ def kept_without(
     kept: dict[str, dict[str, tuple[int, ...]]] = {}
     for (name, where), lost in gone.items():
         module: Any = net.get_submodule(name)
-        count = (
-            module.num_features if isinstance(module, BATCH_NORMS) else module.weight.shape[0 if where == "out" else 1]
-        )
+        count = width_of(module) if is_batch_norm(module) else module.weight.shape[0 if where == "out" else 1]
         kept.setdefault(name, {})[where] = tuple(i for i in range(count) if i not in lost)
     return kept
 

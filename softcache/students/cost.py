@@ -72,10 +72,17 @@ def multiply_adds(samples: Samples) -> int:
     """Of one sample, counted while the model runs on it."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a kernel of its own, in which nothing is counted
+    learning = [parameter for parameter in samples.model.parameters() if parameter.requires_grad]
+    for (
+        parameter
+    ) in learning:  # torch's counter looks for the gradients of what a module takes, and a parameter has none here
+        parameter.requires_grad_(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             samples.run(1)
     finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() // 2
 

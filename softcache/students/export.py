@@ -9,25 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from softcache.codecs.matmul import full_float32
 from softcache.config import ExportConfig, parse_toml
 from softcache.config.unused import check_used
 from softcache.data.classes import match_classes, places_in, read_classes_map
-from softcache.data.join import batches
-from softcache.data.label_kind import answers
-from softcache.data.loading import ViewedSet, item_shape, load_batches, spread_items, to_device
+from softcache.data.loading import ViewedSet, item_shape, spread_items, to_device
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.data.views import Policy
 from softcache.errors import (
@@ -42,13 +34,11 @@ from softcache.errors import (
 )
 from softcache.evaluate.evaluation import Evaluation
 from softcache.evaluate.measure import run_policy
-from softcache.evaluate.outputs import numbers_of
-from softcache.evaluate.sums import Sums, labels_of
 from softcache.files import durable
 from softcache.files.durable import require_room
 from softcache.files.inside import RUN as IN_RUN
 from softcache.files.inside import is_inside, read_inside
-from softcache.machine import as_fresh, exact_convolutions, pick_device, pick_threads, pick_workers
+from softcache.machine import as_fresh, pick_device, pick_threads, pick_workers
 from softcache.models import (
     METADATA_KEY,
     Model,
@@ -63,9 +53,9 @@ from softcache.models import (
 )
 from softcache.models.item_range import check_scale
 from softcache.models.model import OTHER_OUTPUTS
-from softcache.report.progress import track
 from softcache.report.tables import percent, size, table
 from softcache.spec import parse_spec
+from softcache.students.compare import ABSOLUTE, LEAST_AGREEMENT, RELATIVE, compare
 from softcache.students.int8_forms import LEAST_OPSET, for_onnx, for_torch, in_floats, is_quantised
 from softcache.students.int8_speed import Speed, speed_of
 from softcache.students.traced_program import (
@@ -77,7 +67,6 @@ from softcache.students.traced_program import (
     dtype_name,
     open_onnx,
     open_program,
-    reason_of,
     trace,
     write_onnx,
     write_program,
@@ -86,10 +75,7 @@ from softcache.train.run_folder import CONFIG, MOST_BYTES
 from softcache.version import __version__
 
 SUFFIXES = {"safetensors": ".safetensors", "program": ".pt2", "onnx": ".onnx"}
-ABSOLUTE, RELATIVE = 1e-3, 1e-3  # |difference| of a logit at most this much, and this share of it
 EXPORT_KEY = "softcache_export"
-# of int8 in another program, whose sums are rounded otherwise: share of samples with the same answer, and of right ones
-LEAST_AGREEMENT, MOST_LOST = 0.995, 0.001
 TIMED = 64  # samples of the batch that is timed
 
 
@@ -228,7 +214,7 @@ def run(model_text: str, config: ExportConfig, *, quiet: bool = False) -> Export
             else:
                 opset = write_onnx(program, batch, output, metadata, aside, model_text, config.opset)
                 exported = open_onnx(aside, threads)
-        found = _compare(
+        found = compare(
             model.to(device),
             exported,
             transfer_set,
@@ -280,125 +266,6 @@ def _metadata(
         "output": asdict(output),
     }
     return {**carried, METADATA_KEY: json.dumps(describe_model(model)), EXPORT_KEY: json.dumps(call)}
-
-
-# --------------------------------------------------------------------------------------------------------------- verifying
-
-
-@torch.inference_mode()
-def _compare(
-    model: Model,
-    exported: Forward,
-    transfer_set: TransferSet,
-    policy: Policy,
-    *,
-    device: torch.device,
-    batch_size: int,
-    workers: int,
-    where: str,
-    rounded: bool,
-    quiet: bool,
-) -> tuple[Evaluation, Evaluation, float, int, float]:
-    """Model and file over every sample: two evaluations, agreement, how many answers changed, the largest difference.
-
-    Args:
-        rounded: the file computes with int8: its answers are compared instead of its logits.
-
-    The first batch is one sample, so that the file is seen to take batches of other sizes than it was traced with.
-
-    Raises:
-        ExportError: a logit differs by more than the bound. An answer that changes within it is a near-tie.
-    """
-    count, order = len(transfer_set), np.arange(len(transfer_set))
-    several = transfer_set.multi_label
-    before, after = (Sums.of(transfer_set) for _ in range(2))
-    seconds = [0.0, 0.0]
-    changed, largest = 0, 0.0
-    rows: tuple[list[Tensor], list[Tensor]] = ([], [])  # of a model whose outputs are no classes
-    viewed = ViewedSet(transfer_set, policy, [model.input.collate])
-    pairs = chain(batches(order[:1], 0, 1), batches(order[1:], 0, batch_size))
-    loaded = load_batches(viewed, pairs, workers=workers, pin_memory=False)
-    steps = 1 + -(-(count - 1) // batch_size)
-    with _exact_float32(device):
-        for batch in track(loaded, f"verify {where}", steps, unit="batches", quiet=quiet):
-            outputs = []
-            for place, forward in enumerate((lambda x: model(to_device(x, device)), exported)):
-                started = time.monotonic()
-                try:
-                    outputs.append(forward(batch.inputs[0]).float().cpu())
-                except Exception as exc:
-                    if place == 0:
-                        with faults_explained(ModelError, f"the model {model.spec!r}"):
-                            raise
-                    raise ExportError(
-                        f"{where}: the file cannot take a batch of {len(batch.index)}: {reason_of(exc)}",
-                        tip="the network fixes a size that its batches do not have; --to safetensors exports weights alone",
-                    ) from None
-                seconds[place] += time.monotonic() - started
-            reference, found = outputs
-            keys = [transfer_set.keys[i] for i in batch.index]
-            difference = _differences(reference, found, keys, where, bounded=not rounded)
-            largest = max(largest, float(difference.max()))
-            if not model.has_classes:
-                for own, one in zip(rows, outputs, strict=True):
-                    own.append(one)
-                continue
-            labels = labels_of(transfer_set, batch.index)
-            before.add(reference, *labels)
-            after.add(found, *labels)
-            said = (answers(logits, multi_label=several) for logits in (reference, found))
-            changed += int(torch.ne(*said).sum())
-    if not model.has_classes:
-        told = [numbers_of(model.output, torch.cat(own), transfer_set, None) for own in rows]
-        both = (Evaluation(count, transfer_set.labelled, t, numbers=n) for t, n in zip(seconds, told, strict=True))
-        return (*both, 1.0, 0, largest)  # type: ignore[return-value]
-    names = transfer_set.class_names
-    evaluations = [s.result(count, t, 1.0, names) for s, t in zip((before, after), seconds, strict=True)]
-    asked = count * (len(names) if several else 1)
-    if rounded:
-        _check_answers(evaluations[0], evaluations[1], changed, asked, where)
-    return (*evaluations, 1 - changed / asked, changed, largest)  # type: ignore[return-value]
-
-
-def _check_answers(before: Evaluation, after: Evaluation, changed: int, asked: int, where: str) -> None:
-    """Raise ExportError for int8 that answers otherwise than the model more often than rounding does; of few, one may."""
-    right, kept = before.top1 or 0.0, after.top1 or 0.0  # of several labels neither is counted
-    if changed > max(1, (1 - LEAST_AGREEMENT) * asked) or abs(right - kept) * asked > max(1.001, MOST_LOST * asked):
-        raise ExportError(
-            f"{where}: int8 answers otherwise than the model for {changed:,} of {asked:,}, with a top-1 of {percent(kept)} "
-            f"where the model has {percent(right)}; allowed are {percent(1 - LEAST_AGREEMENT)} of them, and a top-1 that "
-            f"differs by {percent(MOST_LOST)}",
-            tip="try a newer onnxruntime; nothing was written",
-        )
-
-
-def _differences(reference: Tensor, found: Tensor, keys: Sequence[str], where: str, *, bounded: bool) -> Tensor:
-    """(B, C) float64 |found - reference|; ExportError where it is over the bound."""
-    if reference.shape != found.shape:
-        raise ExportError(
-            f"{where}: gives {tuple(found.shape)} where the model gives {tuple(reference.shape)}",
-            tip="the network fixes the size of a batch; --to safetensors exports weights alone",
-        )
-    reference, found = reference.double(), found.double()
-    difference = torch.where(reference == found, 0.0, (found - reference).abs())  # equal infinities do not differ
-    if not bounded and bool(difference.isfinite().all()):
-        return difference
-    over = ~(difference <= ABSOLUTE + RELATIVE * reference.abs())  # so that NaN is over it
-    if over.any():
-        row, column = over.nonzero()[0].tolist()
-        raise ExportError(
-            f"{where}: output {column} of sample {keys[row]} is {found[row, column]:.6g} where the model gives "
-            f"{reference[row, column]:.6g}; allowed is a difference of {ABSOLUTE:g} + {RELATIVE:g} |logit|",
-            tip="does the network depend on something else than its input? nothing was written",
-        )
-    return difference
-
-
-@contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
-    """A GPU's convolutions and products without TF32, whose rounding is as large as the bound."""
-    with exact_convolutions(), full_float32(device):
-        yield
 
 
 # ------------------------------------------------------------------------------------------------------- names and places

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from softcache.errors import ConfigError, first_offenders
 from softcache.models import Shrunk
-from softcache.models.fake_quantise import INPUT, OUTPUT, Quantised
+from softcache.models.fake_quantise import INPUT, OUTPUT, Quantised, holder_of
 from softcache.models.int8_layers import begin_int8, fix_int8, plan_int8
+from softcache.models.norms import what_follows
 from softcache.students.samples import Samples
 
 Place = tuple[str, str]  # a layer's name, and which of its activations
@@ -52,7 +54,7 @@ def quantise_int8(net: nn.Module, samples: Samples, *, keep: tuple[str, ...] = (
     begin_int8(net, plan)
     for (name, which), two in ends.items():
         how = plan[name]
-        getattr(net.get_submodule(how.norm if which == OUTPUT and how.norm else name), which).copy_(two)
+        getattr(holder_of(net, name, how) if which == OUTPUT else net.get_submodule(name), which).copy_(two)
     fix_int8(net, plan)
     folded = sum(how.norm is not None for how in plan.values())
     told = f"{len(plan)} layers of int8, {folded} of them with their BatchNorm, on {samples.count:,} samples"
@@ -78,6 +80,15 @@ def ends_of(net: nn.Module, plan: Mapping[str, Quantised], samples: Samples) -> 
     return {place: two if two[0] < two[1] else never.to(two) for place, two in widest.items()}
 
 
+def _seen_behind(net: nn.Module, name: str, how: Quantised, see: Callable[[Tensor], None]) -> Any:
+    """A hook that shows what a layer gives, behind the BatchNorm that is folded into it."""
+    last = net.get_submodule(name if how.norm is None else how.norm)
+    follows = None if how.norm is None else what_follows(last)
+    if follows is None:
+        return last.register_forward_hook(lambda _m, _a, output: see(output))
+    return follows.register_forward_pre_hook(lambda _m, args: see(args[0]))
+
+
 def _watch(
     net: nn.Module, plan: Mapping[str, Quantised], samples: Samples, see: Callable[[Place, Tensor], None]
 ) -> None:
@@ -87,7 +98,5 @@ def _watch(
             hook: Any = layer.register_forward_pre_hook(lambda _m, args, name=name: see((name, INPUT), args[0]))
             hooks.callback(hook.remove)
             if how.output:
-                last = layer if how.norm is None else net.get_submodule(how.norm)
-                hook = last.register_forward_hook(lambda _m, _a, output, name=name: see((name, OUTPUT), output))
-                hooks.callback(hook.remove)
+                hooks.callback(_seen_behind(net, name, how, partial(see, (name, OUTPUT))).remove)
         samples.run_all()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softcache.data.loading import to_device
 from softcache.features.taps import classifier_of, eval_mode
 from softcache.models import Model
-from softcache.models.shrunk import BATCH_NORMS
+from softcache.models.norms import BATCH_NORMS
 
 
 @dataclass(frozen=True)

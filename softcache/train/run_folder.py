@@ -102,7 +102,7 @@ def locked(out: Path) -> Iterator[None]:
     """Make the folder and hold its lock; a folder in which nothing came to be is removed again.
 
     Raises:
-        LockedError: another process trains here.
+        LockedError: another process writes here: `train` or `shrink`.
     """
     durable.make_folder(out)
     refuse_link(out / TENSORBOARD, "run folder")  # the only folder in it that is written into
@@ -110,7 +110,7 @@ def locked(out: Path) -> Iterator[None]:
         fd = take_lock(out / LOCK)
     except BlockingIOError:
         raise LockedError(
-            f"{out}: another process is training in this folder", tip="wait for it, or choose another --out"
+            f"{out}: another process is writing into this folder", tip="wait for it, or choose another --out"
         ) from None
     try:
         yield

@@ -97,7 +97,7 @@ class Prepared:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        return autocast_dtype(self.config.autocast)
+        return autocast_dtype(self.config.autocast, self.device)
 
     @property
     def workers(self) -> int:

@@ -247,7 +247,7 @@ MISTAKES = [
     row("model without scheme", train_on(student="resnet20"), "neither a run folder nor a model", "softcache:resnet20"),
     row("model parameter", train_on(student="softcache:mlp?hiden=3"), "unknown parameter 'hiden'", "'hidden'"),
     row("weights", dump_of("softcache:mlp@none.pt"), "there are no weights none.pt", "exists"),
-    row("run unfinished", dump_of("cache"), "holds no student.safetensors", "finished"),
+    row("a cache as a run", dump_of("cache"), "holds no student.safetensors", "it is a cache"),
     row("teacher not a module as student", train_on(student="pieces.py:good"), "must be an nn.Module", "teachers"),
     row("classes of a run", dump_of("run", data="pieces.py:four"), "trained on 3 classes, the data has 4", ""),
     row("classes of a teacher", dump_of("pieces.py:wide"), r"shape \(40, 5\).*3 classes", "these classes"),

@@ -27,6 +27,7 @@ from softcache.cache.manifest import Manifest
 from softcache.config import DumpConfig, TrainConfig
 from softcache.data.views import Policy, make_step
 from softcache.dump import flow as dump
+from softcache.dump.made_with import made_with
 from softcache.errors import (
     CodecRangeError,
     ConfigError,
@@ -43,6 +44,7 @@ from softcache.errors import (
 )
 from softcache.files import durable
 from softcache.models import load_model
+from softcache.version import __version__
 
 CLASSES = ("ant", "bee", "cat", "dog")
 SHARD_ROWS = 256
@@ -626,6 +628,22 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> World:
     with pytest.MonkeyPatch.context() as patch:
         interrupt(world, patch, 2, **SIX_SPANS)
     return world
+
+
+def test_a_dump_that_another_version_began_is_told_what_finishes_it(
+    started: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To repeat the command would not help; nor would another --out in a recipe."""
+    monkeypatch.setattr(dump, "made_with", lambda *given: made_with(*given) | {"softcache": "9.0", "torch": "9.1.0"})
+    with pytest.raises(PlanMismatchError, match=r"made_with\.softcache was '.*', is now '9.0'") as caught:
+        started.dump(**SIX_SPANS)
+    wanted = f"pip install softcache=={__version__} torch=={torch.__version__.partition('+')[0]}"
+    assert wanted in caught.value.tip and f"delete {started.path / 'cache'}" in caught.value.tip
+    assert "repeat the command" not in caught.value.tip
+    monkeypatch.setattr(dump, "made_with", lambda *given: made_with(*given) | {"softcache": "9.0", "device": "another"})
+    with pytest.raises(PlanMismatchError) as caught:
+        started.dump(**SIX_SPANS)
+    assert "repeat the command" in caught.value.tip and "pip" not in caught.value.tip
 
 
 def test_data_that_changed_since_the_kill_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,26 @@ def test_a_student_gives_the_vector_and_is_measured_by_it(quick_dump: QuickDump,
     assert ("nearest_neighbour" in of_teacher) == ("classes" in data)
 
 
+def test_beside_an_embedding_that_is_what_is_measured(quick_dump: QuickDump, tmp_path: Path) -> None:
+    quick_dump(
+        data=DATA, teacher=[f"{WORLD}:embedder?output=embedding", BACKBONE], features=("backbone=pooled:flatten",),
+        codec="float16",
+    )  # fmt: skip
+    config = TrainConfig(
+        cache=str(tmp_path / "cache"), data=DATA, eval_data=DATA, student="softcache:mlp?hidden=16", epochs=1,
+        loss=("cosine:member=embedder", "hint:member=backbone,adapter=linear"), out=str(tmp_path / "run"), threads=1, workers=0,
+        check_content="none",
+    )  # fmt: skip
+    row = flow.run(config, quiet=True).metrics[-1]
+    assert {"cosine", "hint", "eval_cosine"} <= row.keys()
+    assert load_model(str(tmp_path / "run"), num_classes=3).num_classes == 12
+    asked = EvalConfig(data=DATA, cache=str(tmp_path / "cache"), threads=1, workers=0)
+    assert measure.run(str(tmp_path / "run"), asked, quiet=True).numbers["cosine"] == pytest.approx(
+        row["eval_cosine"], abs=1e-9
+    )
+    assert measure.run(str(tmp_path / "cache"), EvalConfig(data=DATA, threads=1, workers=0), quiet=True).samples == 60
+
+
 @pytest.mark.slow
 def test_plan_foresees_its_size(quick_dump: QuickDump) -> None:
     settings: dict[str, Any] = {"data": f"{DATA}?count=600", "teacher": (BACKBONE,), "features": ("stem:map",)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -34,11 +35,13 @@ from softcache.models.fake_quantise import (
     whole_weights,
 )
 from softcache.models.int8_layers import begin_int8, fix_int8, observe, plan_int8
+from softcache.models.norms import is_batch_norm
 from softcache.models.seal import digest
+from softcache.models.shrunk import shrink_by
 from softcache.models.weights import student_bytes
 
 SPEC = "softcache:resnet8?in_channels=1"
-JOINED = WORLDS / "joined_channels.py"
+JOINED, FUSED = WORLDS / "joined_channels.py", f"{WORLDS / 'fused_norms.py'}:fused"
 
 
 def run_of(model: Model, size: int = 8) -> Callable[[], Tensor]:
@@ -230,6 +233,35 @@ def test_a_batch_norm_that_is_not_all_that_takes_an_answer_stays() -> None:
     assert plan == {"conv": Quantised(output=True), "last": Quantised(output=True)}
 
 
+def test_a_batch_norm_with_an_activation_inside_and_a_frozen_one_are_folded() -> None:
+    model = load_model(FUSED, num_classes=4, input_shape=(8, 8))
+    plan, floats = plan_int8(model.net, run_of(model))
+    assert plan == {
+        "conv1": Quantised("norm1", output=True),  # SiLU takes floats
+        "conv2": Quantised("norm2"),  # through its ReLU the next convolution alone takes it
+        "conv3": Quantised("norm3", output=True),
+        "conv4": Quantised(output=True),  # what its BatchNorm does behind is no module
+        "flat": Quantised(),
+        "fc": Quantised(),
+    }
+    assert floats == ["odd"]  # which answers otherwise than torch's own kind
+
+
+def test_what_follows_in_a_batch_norm_stays_as_it_was() -> None:
+    model = learning(FUSED)
+    net: Any = model.net
+    saved, silu = copy.deepcopy(model), net.norm1.act
+    assert hasattr(net.norm1.drop, OUTPUT) and model.shrunk is not None
+    fix_int8(net, model.shrunk.quantised)
+    assert isinstance(net.norm1, nn.Sequential) and net.norm1.act is silu
+    assert not net.norm1.drop._buffers and not net.norm1.drop._forward_pre_hooks
+    assert getattr(net.conv1, OUTPUT).tolist() == saved.net.norm1.drop.output_range.tolist()
+    again = load_model(FUSED, num_classes=4, input_shape=(8, 8))
+    shrink_by(again.net, model.shrunk)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(run_of(again)(), run_of(model)())
+
+
 def test_layers_that_share_a_weight_or_are_not_called_stay_floats() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -256,7 +288,7 @@ def test_names_that_are_kept_stay_floats() -> None:
     assert "conv1" in plan and floats == ["layer1.0.conv1", "layer1.0.conv2", "fc"]
 
 
-@pytest.mark.parametrize("spec", [SPEC, f"{JOINED}:ways", "softcache:cnn?width=8"])
+@pytest.mark.parametrize("spec", [SPEC, f"{JOINED}:ways", "softcache:cnn?width=8", FUSED])
 def test_folding_changes_nothing_of_what_a_network_answers(spec: str) -> None:
     """To the rounding of a last bit, which an addition may bring to the next of 256 numbers."""
     model = learning(spec)
@@ -269,7 +301,7 @@ def test_folding_changes_nothing_of_what_a_network_answers(spec: str) -> None:
     for name, layer in quantised_layers(model.net):
         same = (whole_weights(layer) == whole[name]) | (whole_weights(layer) == -whole[name])
         assert same.all()  # the factor of BatchNorm, of either sign, is in the scales
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert not any(is_batch_norm(m) for name, m in model.net.named_modules() if name != "norm4")  # of FUSED
 
 
 # ---- saved and opened -----------------------------------------------------------------------------------------------

@@ -642,3 +642,22 @@ def test_a_mistyped_run_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_model(f"{tmp_path}/zzz", num_classes=4)
     assert "softcache:mlp" in caught.value.tip
+
+
+@pytest.mark.parametrize(
+    ("holds", "tip"),
+    [
+        ((), "nothing of a run is in it either"),
+        (("notes.txt",), "nothing of a run is in it either"),
+        (("run.json", "lock"), "`train` writes it last: run the same command again"),
+        (("shrink.json",), "`shrink` writes it last: run the same command again"),
+        (("manifest.json",), "it is a cache, which a student learns from"),
+        (("w.pt",), "name a file in it"),
+    ],
+)
+def test_a_folder_without_weights_is_told_by_what_it_holds(tmp_path: Path, holds: tuple[str, ...], tip: str) -> None:
+    for name in holds:
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=r"holds no student.safetensors") as caught:
+        load_model(str(tmp_path), num_classes=4)
+    assert tip in caught.value.tip

@@ -140,10 +140,11 @@ ONLY_TO: dict[tuple[str, str], set[str]] = {
 # module of train/ or dump/ -> the modules of the same room that it may import
 INNER: dict[str, dict[str, set[str]]] = {
     "dump": {
+        "half_types": set(),
         "teacher_state": set(),
         "results": set(),
         "output_scale": set(),
-        "teacher": {"results", "teacher_state"},
+        "teacher": {"half_types", "results", "teacher_state"},
         "batch_composition": {"results", "teacher"},
         "progress": set(),
         "samples": set(),
@@ -473,7 +474,7 @@ def test_the_promises_are_in_the_tables() -> None:
     assert "dump" not in ALLOWED["train"] and ALLOWED["dump"] & {"train", "targets", "evaluate"} == set()
     assert ALLOWED["evaluate"] & {"dump", "train", "cache"} == set()
     assert INNER["train"]["ranks"] == INNER["dump"]["teacher_state"] == set()
-    assert INNER["dump"]["teacher"] == {"results", "teacher_state"}
+    assert INNER["dump"]["teacher"] == {"half_types", "results", "teacher_state"} and not INNER["dump"]["half_types"]
     assert "learner" not in INNER["train"]["objective"] and "flow" not in INNER["train"]["run_folder"]
     assert DOORS["h5py"] == {"softcache.cache.write.shard", "softcache.cache.hdf5_check"}
 

@@ -40,7 +40,7 @@ def settings(toy: str, out: Path, **more: Any) -> TrainConfig:
 
 def test_a_second_training_in_a_folder_is_refused(toy: str, tmp_path: Path) -> None:
     fd = hold(tmp_path / "run" / "lock")
-    with pytest.raises(LockedError, match="another process is training in this folder"):
+    with pytest.raises(LockedError, match="another process is writing into this folder"):
         train.run(settings(toy, tmp_path / "run"), quiet=True)
     os.close(fd)
     assert train.run(settings(toy, tmp_path / "run"), quiet=True).metrics

@@ -21,7 +21,7 @@ from softcache.data.loading import ViewedSet
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import ConfigError, SoftcacheError
 from softcache.models import Model, load_model, save_student
-from softcache.models.shrunk import BATCH_NORMS
+from softcache.models.norms import BATCH_NORMS
 from softcache.students import scan, shrink
 from softcache.students.channels import channel_groups
 from softcache.students.cost import multiply_adds

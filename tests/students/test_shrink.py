@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORLDS
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from softcache import cli
@@ -21,7 +21,9 @@ from softcache.config import ShrinkConfig, TrainConfig
 from softcache.errors import ConfigError, ModelError, SoftcacheError
 from softcache.files import durable
 from softcache.models import Model, Projector, Shrunk, graft, initialise, load_model, save_student
-from softcache.models.shrunk import BATCH_NORMS, shrink_by
+from softcache.models.inputs import AnyInput
+from softcache.models.norms import BATCH_NORMS
+from softcache.models.shrunk import shrink_by
 from softcache.models.weights import reshrink
 from softcache.students import cost, shrink
 from softcache.students.carve import carve, find_stacks, spread_blocks
@@ -60,6 +62,7 @@ def samples_of(model: Model, count: int = 0, size: int = 8, channels: int = 1) -
 NETS = [
     f"{JOINED}:ways",
     f"{JOINED}:groups",
+    f"{WORLDS / 'fused_norms.py'}:fused",
     "softcache:cnn?width=8",
     "softcache:mlp?hidden=24,16",
     "softcache:resnet8?in_channels=1",
@@ -336,6 +339,25 @@ def test_multiply_adds_are_counted() -> None:
     model = load_model("softcache:encoder?width=8&layers=1&heads=2&hidden=16", num_classes=2, vocabulary=tuple("abc"))
     text = Samples.of(model.eval(), "it", "a b c", 0, lambda _: "", 4)
     assert multiply_adds(text) == 3 * 8 * 8 * 4 + 2 * 3 * 3 * 8 + 2 * 3 * 8 * 16 + 8 * 2
+
+
+def test_multiply_adds_are_counted_where_a_layer_takes_a_parameter() -> None:
+    """As one that pools by attention does: its query is learned."""
+
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latent, self.query = nn.Parameter(torch.ones(1, 2, 3)), nn.Linear(3, 5)
+            self.still = nn.Parameter(torch.ones(1), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.query(self.latent.expand(len(x), -1, -1)).flatten(1)
+
+    net = Pool()
+    assert (
+        multiply_adds(Samples.of(Model(net, AnyInput(None)), "it", torch.zeros(3), 0, lambda _i: None, 1)) == 2 * 3 * 5
+    )
+    assert net.latent.requires_grad and not net.still.requires_grad
 
 
 def test_what_is_judged_by_blocks_is_near_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,26 @@ def world_run(made: TrainConfig) -> Any:
     return flow.run(made, quiet=True)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's compiler
+def test_a_compiled_student_learns_the_same_int8(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the compiler sees; its kernels, which take minutes to be made, are those of every compiled student."""
+    compiled, torchs = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(1) or torchs(model, backend="aot_eager"))
+    stages = ("epochs=1", "epochs=2 quantise=int8", "epochs=1 prune='unstructured:amount=0.5'")
+    both = []
+    for name, asked in (("eager", False), ("compiled", True)):
+        world_run(config(world, tmp_path / name, quantise=None, stage=stages, lr=0.01, compile=asked))
+        both.append(load_file(tmp_path / name / "student.safetensors"))
+    eager, found = both
+    assert len(compiled) == 3 and eager.keys() == found.keys()
+    for name, tensor in eager.items():
+        if tensor.dtype == torch.int8:
+            assert int((tensor.int() - found[name].int()).abs().max()) <= 1  # on the border of two
+        else:
+            assert torch.allclose(tensor, found[name], rtol=1e-3, atol=1e-5), name
+
+
 def test_zeros_that_are_held_are_zeros_of_int8(world: World, tmp_path: Path) -> None:
     stages = ("epochs=1 prune='unstructured:amount=0.6'", "epochs=1 quantise=int8", "epochs=1")
     world_run(config(world, tmp_path / "run", quantise=None, stage=stages))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -55,6 +56,15 @@ from softcache.files import durable
 from softcache.files.durable import OpenFile
 from softcache.files.inside import open_inside, refuse_linked_folders
 from softcache.files.locks import holder_of, release_lock, sign, take_lock, waiting_lock
+
+PACKAGES = {
+    "softcache",
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+}  # of what equal bytes depend on, which can be installed
+VERSION = re.compile(r"[0-9][0-9A-Za-z.+]{0,30}")
 
 
 @dataclass(frozen=True)
@@ -225,10 +235,21 @@ class CacheWriter:
             listing = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, new, old in changed[:6])
             raise PlanMismatchError(
                 f"{self.path}: was started with another plan: {listing}",
-                tip="repeat the command it was started with to resume it, or "
-                + (f"delete {self.work} to give it up" if self.base else "choose another --out"),
+                tip=self._way_on({name: old for name, _, old in changed}),
             )
         return found, read_samples(BoundFiles(self.path, [*found.files, *self._base_setup()]), found.plan)
+
+    def _way_on(self, before: Mapping[str, Any]) -> str:
+        """What to do with a round that was begun otherwise: told what it was, of all that is another now."""
+        packages = {name.rpartition(".made_with.")[2]: str(version) for name, version in before.items()}
+        if set(packages) <= PACKAGES and all(VERSION.fullmatch(version) for version in packages.values()):
+            wanted = " ".join(f"{name}=={version.partition('+')[0]}" for name, version in packages.items())
+            finish = f"finish it with what it was begun with: pip install {wanted}"
+        else:
+            finish = "repeat the command it was started with to resume it"
+        if self.base:
+            return f"{finish}; or delete {self.work} to give it up"
+        return f"{finish}; or choose another --out, or delete {self.path}, in which nothing is finished"
 
     def _check_positions(self, plan: Plan, setup: Setup) -> None:
         """What no reader would take is found before the first row is paid for."""
