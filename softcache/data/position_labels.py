@@ -42,7 +42,7 @@ class PositionLabels:
 
     def take(self, rows: np.ndarray) -> PositionLabels:
         """Those of these samples, in this order."""
-        counts = self.counts[rows]
+        counts = self.offsets[rows + 1] - self.offsets[rows]  # of these alone: it is asked for each batch
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], counts)
         return PositionLabels(self.kind, offsets, self.labels[places])

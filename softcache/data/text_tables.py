@@ -33,6 +33,7 @@ from softcache.words import Words, as_words
 
 Empty = Literal["", "unlabelled", "class"]
 Place = int | str  # of a column: its number, of JSON lines its name
+CONLL_ENDINGS = (".conll", ".conllu", ".bio", ".iob", ".iob2")
 LOOKED_AT = 4096  # rows of TSV, for quotes
 NAMED_WITHIN = 100  # JSON lines, by which the columns are known
 
@@ -149,6 +150,11 @@ def table(
             or label, else of two columns the other one.
     """
     check_words(words, tags, text, label, empty, str(path))
+    if path.suffix.lower() in CONLL_ENDINGS:
+        raise ConfigError(
+            f"{path}: by its ending it has a word a line, and blank lines between sentences; a table has a sample a line",
+            tip=f"read it as conll:{path}",
+        )
     if is_columns_file(path):
         if separator or quotes or header:
             raise ConfigError(f"{path}: separator=, quotes= and header= are of text files", tip="leave them out")

@@ -43,7 +43,8 @@ def mlp(
     width = in_features or from_shape
     if width is None:
         raise ModelError(
-            "softcache:mlp does not know how many numbers an item has", tip="add in_features=... to the spec"
+            "softcache:mlp does not know how many numbers an item has",
+            tip="add in_features=... to the spec; texts want softcache:textcnn or another model of texts, words softcache:tagger",
         )
     if in_features and from_shape and in_features != from_shape:
         raise ModelError(

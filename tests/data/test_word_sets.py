@@ -308,3 +308,10 @@ def test_the_classes_of_words_are_counted_by_word(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(JSON)
     found = open_transfer_set(f"table:{tmp_path}/x.jsonl?words=tokens")
     assert described(found) == "2 classes: B-X 1, O 1; 1 words without a tag; 3 words in 3 samples"
+
+
+def test_a_table_that_is_a_file_of_words_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.conll").write_text("a O\nb B-X\n\nc O\n")
+    with pytest.raises(ConfigError) as caught:
+        open_transfer_set(f"table:{tmp_path}/x.conll")
+    assert len(open_transfer_set(caught.value.tip.removeprefix("read it as "))) == 2

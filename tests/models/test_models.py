@@ -538,6 +538,9 @@ def test_files_that_hold_no_weights(name: str, content: Any, message: str, tmp_p
 
 
 def test_runs_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no student.safetensors[\s\S]*nothing of a run is in it either"):
+        load_model(str(tmp_path), num_classes=3)
+    (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ModelError, match=r"holds no student.safetensors[\s\S]*finished"):
         load_model(str(tmp_path), num_classes=3)
     model = load_model("softcache:mlp?hidden=3&mean=0.25", num_classes=3, input_shape=(2, 2))

@@ -139,6 +139,20 @@ BUGS = (
         "tests/train/test_shares.py",
     ),
     Bug(
+        "a piece of a batch counts by its sentences, and not by its words",
+        "train/pieces.py",
+        '"samples": float(counts[ranks.rank, piece] * ranks.size / total),',
+        '"samples": (last - first) * ranks.size / (count * self.views),',
+        "tests/train/test_words.py",
+    ),
+    Bug(
+        "a word's record is looked for among those of the words that have one",
+        "targets/positions.py",
+        "        starts = np.cumsum(counts) - counts\n        found",
+        "        starts = np.cumsum(self.counts) - self.counts\n        found",
+        "tests/targets",
+    ),
+    Bug(
         "the parts of a dump are dealt out from the second process on",
         "cache/write/writer.py",
         "        return span % self.count == self.index - 1\n",
