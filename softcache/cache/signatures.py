@@ -11,13 +11,11 @@ import base64
 import binascii
 import hashlib
 import re
-import shlex
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from softcache.cache.schema import MANIFESTS
@@ -32,6 +30,8 @@ MAX_SIGNERS = 1 << 22  # bytes of a list of allowed signers
 _MAGIC = b"SSHSIG"
 _BEGIN, _END = "-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----"
 _ARMOUR = re.compile(f"{_BEGIN}\n(.*?)\n{_END}", re.DOTALL)
+_KEY_TYPE = re.compile(r"(?:sk-)?(?:ssh|ecdsa)-[a-z0-9@.-]+")
+_OPTION = re.compile(r'(namespaces|valid-after|valid-before|cert-authority)(?:="((?:[^"\\]|\\.)*)")?', re.IGNORECASE)
 _TIME = re.compile(r"(\d{8})(\d{4}(?:\d{2})?)?(Z)?")
 
 
@@ -63,13 +63,13 @@ class Signer:
     Attributes:
         principals: names that it stands for, as they were written.
         key: in ssh's binary form.
-        namespaces: patterns; empty: any.
+        namespaces: patterns, with `*`, `?` and a `!` in front that forbids; None: any.
         after, before: seconds since 1970 between which the key is good.
     """
 
     principals: str
     key: bytes
-    namespaces: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] | None = None
     after: float | None = None
     before: float | None = None
 
@@ -189,13 +189,13 @@ def _judged(found: Signature, id: str, signers: list[Signer]) -> tuple[str, str]
     known = [one for one in signers if one.key == found.key]
     if not known:
         return "", "its key is not in the list"
-    allowed = [
-        one for one in known if not one.namespaces or any(fnmatchcase(NAMESPACE, pattern) for pattern in one.namespaces)
-    ]
+    allowed = [one for one in known if one.namespaces is None or _matches(NAMESPACE, one.namespaces)]
     if not allowed:
         return "", f"the list does not allow its key for {NAMESPACE!r}"
     now = time.time()
-    timely = [one for one in allowed if (one.after or now) <= now and now <= (one.before or now)]
+    timely = [
+        one for one in allowed if (one.after is None or one.after <= now) and (one.before is None or now <= one.before)
+    ]
     if not timely:
         return "", "the list allows its key at another time"
     if not _is_good(found, id):
@@ -214,6 +214,17 @@ def _is_good(found: Signature, id: str) -> bool:
     except InvalidSignature:
         return False
     return True
+
+
+def merged(*several: bytes) -> bytes:
+    """All signatures of several files, each once; whatever else stands in them is left out."""
+    texts = (data.decode("ascii", "replace").replace("\r\n", "\n") for data in several)
+    whole = b""
+    for block in dict.fromkeys(block for text in texts for block in _ARMOUR.findall(text)):
+        one = f"{_BEGIN}\n{block}\n{_END}\n".encode("ascii", "replace")
+        if len(whole) + len(one) <= MAX_SIGNATURES:
+            whole += one
+    return whole
 
 
 def count_of(data: bytes) -> int:
@@ -283,19 +294,18 @@ def read_signers(path: Path) -> list[Signer]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_SIGNERS + 1)
-        text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else "is not UTF-8"
+        text = data.decode("utf-8", "surrogateescape")  # a comment may be anything
+    except OSError as exc:
         raise ConfigError(
-            f"{path}: {why}", tip="a list of signers has lines as: alice@example.org ssh-ed25519 AAAA..."
+            f"{path}: {exc.strerror}", tip="a list of signers has lines as: alice@example.org ssh-ed25519 AAAA..."
         ) from None
     if len(data) > MAX_SIGNERS:
         raise ConfigError(f"{path}: is too long for a list of signers")
     signers: list[Signer] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
-                signers += _signer(line)
+                signers += _signer(line.removesuffix("\r"))
             except ValueError as exc:
                 raise ConfigError(
                     f"{path}, line {number}: {exc}",
@@ -305,39 +315,68 @@ def read_signers(path: Path) -> list[Signer]:
 
 
 def _signer(line: str) -> Iterator[Signer]:
-    lexer = shlex.shlex(line, posix=True)
-    lexer.whitespace_split, lexer.commenters = True, ""
-    principals, *words = list(lexer)
-    options = "" if not words or _is_key_type(words[0]) else words.pop(0)
-    if len(words) < 2:
+    """Of one line, as ssh reads it: principals, options in one word, the kind of key, the key; what follows is a comment."""
+    principals, rest = _word(line.lstrip(" \t"))
+    if not principals:
+        raise ValueError("names nobody")
+    options: dict[str, str] = {}
+    if rest and not _KEY_TYPE.match(rest):
+        options, rest = _options(rest)
+    words = rest.split(None, 2)
+    if len(words) < 2 or not _KEY_TYPE.fullmatch(words[0]):
         raise ValueError("has no key")
-    given = _options(options)
-    if words[0] != KEY_TYPE or "cert-authority" in given:
+    if words[0] != KEY_TYPE or "cert-authority" in options:
         return
     try:
         key = base64.b64decode(words[1], validate=True)
     except binascii.Error:
         raise ValueError("its key is not base64") from None
     _check_key(key)
-    spaces = tuple(one.strip() for one in given.get("namespaces", "").split(",") if one.strip())
-    yield Signer(principals, key, spaces, _seconds(given.get("valid-after")), _seconds(given.get("valid-before")))
+    spaces = tuple(options["namespaces"].split(",")) if "namespaces" in options else None
+    yield Signer(principals, key, spaces, _seconds(options.get("valid-after")), _seconds(options.get("valid-before")))
 
 
-def _is_key_type(word: str) -> bool:
-    return re.fullmatch(r"(sk-)?(ssh|ecdsa)-[a-z0-9@.-]+", word) is not None
+def _word(text: str) -> tuple[str, str]:
+    """The first word, which may stand in double quotes, and what follows it."""
+    if text.startswith('"'):
+        word, quote, rest = text[1:].partition('"')
+        if not quote:
+            raise ValueError("a quote is not closed")
+        return word, rest.lstrip(" \t")
+    word, *more = text.split(None, 1)
+    return word, more[0] if more else ""
 
 
-def _options(text: str) -> dict[str, str]:
-    """`namespaces=a,b` and others; the lexer took the quotes away, so a comma before a known name ends a value."""
+def _options(text: str) -> tuple[dict[str, str], str]:
+    """`namespaces="a,b",valid-after="20260101"` at the beginning, each at most once, and what follows them."""
     found: dict[str, str] = {}
-    for part in re.split(
-        r",(?=(?:namespaces|valid-after|valid-before)=|cert-authority(?:,|$))", text, flags=re.IGNORECASE
-    ):
-        name, _, value = part.partition("=")
-        if part and name.lower() not in ("namespaces", "valid-after", "valid-before", "cert-authority"):
-            raise ValueError(f"has an unknown option {name!r}")
-        if part:
-            found[name.lower()] = value
+    while True:
+        option = _OPTION.match(text)
+        if option is None:
+            raise ValueError("has no key, or an option that ssh does not know")
+        name = option[1].lower()
+        if name in found:
+            raise ValueError(f"has {name} twice")
+        if (name == "cert-authority") != (option[2] is None):
+            raise ValueError(f"{name} is written " + ("alone" if name == "cert-authority" else f'{name}="..."'))
+        found[name] = (option[2] or "").replace('\\"', '"')
+        text = text[option.end() :]
+        if not text.startswith(","):
+            if text[:1] not in (" ", "\t"):
+                raise ValueError(f"what follows {name} is no option")
+            return found, text.lstrip(" \t")
+        text = text[1:]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a list of patterns has a name: one of them must, and none with a `!`."""
+    found = False
+    for pattern in patterns:
+        one = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern.removeprefix("!"))
+        if re.fullmatch(one, name, re.DOTALL):
+            if pattern.startswith("!"):
+                return False
+            found = True
     return found
 
 
@@ -353,4 +392,7 @@ def _seconds(text: str | None) -> float | None:
         when = datetime.strptime(found[1] + clock, "%Y%m%d%H%M%S")
     except ValueError:
         raise ValueError(f"{text!r} is no time") from None
-    return when.replace(tzinfo=UTC).timestamp() if found[3] else when.timestamp()
+    seconds = when.replace(tzinfo=UTC).timestamp() if found[3] else when.timestamp()
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is before 1970")
+    return seconds

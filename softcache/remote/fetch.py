@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.cache.checksums import READ_BYTES
+from softcache.cache.signatures import MAX_SIGNATURES, merged, signatures_path
 from softcache.errors import RemoteError
 from softcache.files import durable
 from softcache.files.durable import OpenFile
@@ -34,7 +35,7 @@ def read_small(transport: Transport, path: str, limit: int) -> bytes:
     Raises:
         RemoteError: it has more than `limit` bytes, or cannot be had; NotThereError: it is not there.
     """
-    patience = Patience(f"{transport.url}/{path}", Work())
+    patience, longest = Patience(f"{transport.url}/{path}", Work()), 0
     while True:
         data = bytearray()
         patience.begins()
@@ -43,10 +44,19 @@ def read_small(transport: Transport, path: str, limit: int) -> bytes:
                 data += piece
                 if len(data) > limit:
                     raise RemoteError(f"{transport.url}/{path}: has more than {limit:,} bytes, too many for it")
-                patience.came(len(piece))
+                patience.came(max(0, len(data) - max(longest, len(data) - len(piece))))  # beyond all earlier tries
             return bytes(data)
         except FleetingError as exc:
+            longest = max(longest, len(data))
             patience.failed(exc)
+
+
+def signatures_there(transport: Transport, id: str) -> bytes:
+    """The signatures of a manifest, and nothing else that a server may send for them; empty where none can be had."""
+    try:
+        return merged(read_small(transport, signatures_path(id), MAX_SIGNATURES))
+    except RemoteError:  # a bucket says "forbidden" of what is not there
+        return b""
 
 
 def fetch(transport: Transport, wanted: Wanted, root: Path, work: Work) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
 from softcache.cache.checksums import sha256_of
+from softcache.cache.schema import MANIFEST
 from softcache.errors import ConfigError, RemoteError
 from softcache.files import durable
 from softcache.files.inside import CACHE, open_inside, read_inside, refuse_linked_folders
-from softcache.files.locks import waiting_lock
+from softcache.files.locks import holder_of, release_lock, sign, take_lock
 from softcache.remote.places import Place
 from softcache.remote.transport import PIECE, FleetingError, NotThereError
 
 LOCK = "push.lock"
+PUSHING = "push.json"  # what is being pushed; gone once all is there
 
 
 class Folder:
@@ -26,6 +32,8 @@ class Folder:
         self.root = _path_of(place)
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        if not self.root.is_dir():
+            raise NotThereError(f"{self.root}: there is no such folder")
         try:
             fd = open_inside(self.root, path)
         except (FileNotFoundError, NotADirectoryError):
@@ -45,6 +53,59 @@ class Folder:
         finally:
             os.close(fd)
 
+    @contextmanager
+    def claim(self, id: str) -> Iterator[None]:
+        durable.make_folder(self.root)
+        refuse_linked_folders(self.root)
+        try:
+            lock = take_lock(self.root / LOCK)
+        except BlockingIOError:
+            raise RemoteError(
+                f"{self.url}: somebody else pushes there ({holder_of(self.root / LOCK)})",
+                tip="wait until they have done",
+            ) from None
+        try:
+            sign(lock)
+            self._check_whose(id)
+            if not (self.root / MANIFEST).exists():
+                durable.write_whole(self.root / PUSHING, json.dumps({"id": id}).encode())
+            for left in self.root.rglob("*.tmp-push-*"):  # of a push that was killed: nobody else writes here now
+                durable.remove(left)
+            yield
+            durable.remove(self.root / PUSHING)
+        finally:
+            release_lock(lock)
+
+    def _check_whose(self, id: str) -> None:
+        """RemoteError where files lie there that are no cache's, or of a cache that is not finished."""
+        if (self.root / MANIFEST).exists():
+            return
+        there = sorted(path.name for path in self.root.iterdir() if path.name != LOCK)
+        if not there:
+            return
+        try:
+            started = json.loads(read_inside(self.root, PUSHING, 1 << 16)).get("id")
+        except (OSError, ValueError, AttributeError):
+            raise RemoteError(
+                f"{self.url}: is not empty, and holds no whole cache ({', '.join(there[:3])})",
+                tip="push to an empty place",
+            ) from None
+        if started != id:
+            raise RemoteError(
+                f"{self.url}: a push of another cache (id {str(started)[:12]}...) is not finished there",
+                tip="finish it, or push to another place; this one may be deleted",
+            )
+
+    def require_room(self, nbytes: int) -> None:
+        durable.require_room(self.root, nbytes, "what is to be pushed needs")
+
+    def size(self, path: str) -> int | None:
+        try:
+            found = os.lstat(self.root / path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
     def digest(self, path: str) -> str | None:
         try:
             fd = open_inside(self.root, path)
@@ -56,30 +117,27 @@ class Folder:
             os.close(fd)
 
     def put(self, path: str, source: Path, note: Callable[[int], None]) -> None:
-        refuse_linked_folders(self.root)
         target = self.root / path
         durable.make_folder(target.parent)
         at = 0
-        with source.open("rb") as given, durable.written_aside(target, tag=f"push-{os.getpid()}") as file:
+        with source.open("rb") as given, durable.written_aside(target, tag=f"push-{secrets.token_hex(8)}") as file:
             while piece := given.read(1 << 20):
                 durable.write_at(file, piece, at)
                 at += len(piece)
                 note(len(piece))
 
     def publish(self, create: Mapping[str, bytes], replace: Mapping[str, bytes], was: bytes | None) -> bool:
-        durable.make_folder(self.root)
         *_, last = replace
-        with waiting_lock(self.root / LOCK):
-            if self._bytes(last) != was:
-                return False
-            for path, data in create.items():
-                durable.make_folder((self.root / path).parent)
-                found = self._bytes(path)
-                if found is not None and found != data:
-                    raise RemoteError(f"{self.root / path}: has other bytes than its name says", tip=CACHE.tip)
-                durable.write_whole(self.root / path, data)
-            for path, data in replace.items():
-                durable.write_whole(self.root / path, data)
+        if self._bytes(last) != was:
+            return False
+        for path, data in create.items():
+            durable.make_folder((self.root / path).parent)
+            found = self._bytes(path)
+            if found is not None and found != data:
+                raise RemoteError(f"{self.root / path}: has other bytes than its name says", tip=CACHE.tip)
+            durable.write_whole(self.root / path, data)
+        for path, data in replace.items():
+            durable.write_whole(self.root / path, data)
         return True
 
     def _bytes(self, path: str) -> bytes | None:

@@ -11,7 +11,8 @@ from softcache.remote.work import Work
 
 HOPELESS_S = 40.0  # without any progress; with one last try of STALL_S that is less than a minute
 NOBODY_S = 5.0  # where nobody answers at all
-STALL_S = 10.0  # in which nothing comes at all
+STALL_S = 7.0  # in which nothing comes at all
+HEAD_S = 12.0  # for the head of an answer, all of it
 SLOW_S, LEAST = 15.0, 1 << 16  # seconds in which so many bytes have to come
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.3, 8.0
 

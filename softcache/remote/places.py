@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from softcache.errors import ConfigError, nearest
 
 SCHEMES = ("file", "http", "https")
-_ID = re.compile(r"(.+)@([0-9a-f]{8,64})")
+_ID = re.compile(r"(.+)@([0-9a-f]{12,64})")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(?!\\)")
 
 
@@ -67,7 +67,16 @@ def parse_place(text: str, id: str | None = None) -> Place:
 
 
 def _check_http(url: str) -> None:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 it is read, and may be none
+        url.encode("ascii")
+    except ValueError as exc:
+        raise ConfigError(
+            f"{url}: is no URL ({exc})", tip="write letters that are not ASCII as %.., as a browser shows them"
+        ) from None
+    if re.search(r"\s", url):
+        raise ConfigError(f"{url}: has a blank in it", tip="write it as %20")
     if "@" in parts.netloc:
         host = parts.netloc.rpartition("@")[2]
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -55,6 +56,22 @@ class Transport(Protocol):
 
 class WritableTransport(Transport, Protocol):
     """One to which a cache can be pushed."""
+
+    def claim(self, id: str) -> AbstractContextManager[None]:
+        """While it lasts nobody else pushes there, as far as the place can see to that.
+
+        Raises:
+            RemoteError: somebody does, or what lies there is neither a cache, nor nothing, nor a push of this id that was cut.
+        """
+        ...
+
+    def require_room(self, nbytes: int) -> None:
+        """Raise DiskSpaceError where the place knows that there is less."""
+        ...
+
+    def size(self, path: str) -> int | None:
+        """Of a file; None where there is none."""
+        ...
 
     def digest(self, path: str) -> str | None:
         """Hex sha256 of a file as far as the other side can tell it; None where it cannot, or where there is no such file."""

@@ -11,20 +11,21 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from email.utils import mktime_tz, parsedate_tz
+from threading import Timer, local
 from time import time
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from softcache.errors import RemoteError
-from softcache.remote.patience import STALL_S
+from softcache.remote.patience import HEAD_S, STALL_S
 from softcache.remote.places import Place
 from softcache.remote.transport import PIECE, FleetingError, NoRangesError, NotThereError
 from softcache.version import __version__
 
 REDIRECTS = 5
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 _BROKEN = (http.client.HTTPException, urllib.error.URLError, OSError, EOFError)
 
 
@@ -33,7 +34,7 @@ class Web:
 
     def __init__(self, place: Place) -> None:
         self.url = place.url
-        self._opener = urllib.request.build_opener(_Redirects())
+        self._opener = urllib.request.build_opener(_Redirects(), _Plain(), _Secure())
         self._opener.addheaders = [("User-Agent", f"softcache/{__version__}"), ("Accept-Encoding", "identity")]
         self._secret = _secret_of(self.url)
 
@@ -45,12 +46,14 @@ class Web:
         if start or stop is not None:
             request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
         try:
-            with closing(self._opener.open(request, timeout=STALL_S)) as answer:
+            with closing(self._open(request)) as answer:
                 _check(answer, url, start)
                 at = start
                 while stop is None or at < stop:
                     piece = answer.read1(PIECE if stop is None else min(PIECE, stop - at))
                     if not piece:
+                        if answer.length:
+                            raise FleetingError(f"it ended {answer.length:,} bytes too early")
                         return
                     yield piece
                     at += len(piece)
@@ -59,6 +62,50 @@ class Web:
                 raise _told(exc, url) from None
         except _BROKEN as exc:
             raise _told_broken(exc, url) from None
+        except ValueError as exc:  # of what a server wrote where a number or an address should be
+            raise RemoteError(f"{url}: its answer cannot be read ({exc})") from None
+
+    def _open(self, request: urllib.request.Request) -> Any:
+        """The answer once its head is there, which has to be soon: a head may come byte by byte."""
+        _OF_THREAD.sockets = sockets = []
+        timer = Timer(HEAD_S, _shut, [sockets])
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._opener.open(request, timeout=STALL_S)
+        finally:
+            timer.cancel()
+
+
+_OF_THREAD = local()  # the sockets of the request that a thread makes
+
+
+def _shut(sockets: list[socket.socket]) -> None:
+    for one in sockets:
+        with suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
+
+
+class _PlainConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _OF_THREAD.sockets.append(self.sock)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _OF_THREAD.sockets.append(self.sock)
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_PlainConnection, req)
+
+
+class _Secure(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_SecureConnection, req, context=self._context)  # type: ignore[attr-defined]
 
 
 def _check(answer: Any, url: str, start: int) -> None:
@@ -98,8 +145,10 @@ def _told(exc: urllib.error.HTTPError, url: str) -> Exception:
 
 
 def _not_followed(url: str, target: str) -> RemoteError:
+    parts = urlsplit(target)  # what else stands in an address may be a secret
+    where = f"{parts.scheme}://{parts.hostname or ''}" if parts.scheme else "itself or another folder"
     return RemoteError(
-        f"{url}: leads to {target}, which is not followed",
+        f"{url}: leads to {where}, which is not followed",
         tip=f"{REDIRECTS} redirects are, to other web servers, and from https: to https: only: give the address they end at",
     )
 
@@ -108,6 +157,10 @@ def _told_broken(exc: BaseException, url: str) -> Exception:
     reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
     if isinstance(reason, ssl.SSLCertVerificationError):
         return RemoteError(f"{url}: its certificate is not trusted ({reason.verify_message})")
+    if isinstance(reason, ssl.SSLError) and "WRONG_VERSION" in str(reason):
+        return RemoteError(f"{url}: does not speak https there", tip="write http: if it is to be so")
+    if isinstance(reason, http.client.InvalidURL):
+        return RemoteError(f"{url}: is no address ({reason})")
     if isinstance(reason, socket.gaierror):
         host = urlsplit(url).hostname
         return FleetingError(f"there is no host {host!r}", hopeless=True)
@@ -121,7 +174,7 @@ def _seconds(text: str | None) -> float:
     """Of Retry-After: seconds, or a date."""
     if not text:
         return 0.0
-    if text.strip().isdigit():
+    if re.fullmatch("[0-9]{1,9}", text.strip()):
         return float(text)
     date = parsedate_tz(text)
     return max(0.0, mktime_tz(date) - time()) if date else 0.0
@@ -131,7 +184,7 @@ def _secret_of(url: str) -> str | None:
     """An Authorization header for this host of ~/.netrc; it is sent to no other host and printed nowhere."""
     try:
         found = netrc.netrc().authenticators(urlsplit(url).hostname or "")
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return None
     if found is None or urlsplit(url).scheme != "https":
         return None

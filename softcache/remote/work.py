@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from threading import Event, Lock
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 from typing import TypeVar
 
 AT_ONCE = 8  # files
+LEAVE_S = 1.0  # that a stopped thread is waited for: what it still does gives no file a name
 
 Item = TypeVar("Item")
 
@@ -28,10 +30,14 @@ class Work:
 
     def add(self, nbytes: int) -> None:
         """So many bytes are done, less than nothing where they were wrong; StoppedError where nobody waits."""
-        if self._stopped.is_set():
-            raise StoppedError
+        self.check()
         with self._lock:
             self._note(nbytes)
+
+    def check(self) -> None:
+        """StoppedError where nobody waits any more."""
+        if self._stopped.is_set():
+            raise StoppedError
 
     def sleep(self, seconds: float) -> None:
         """Wait; StoppedError as soon as nobody waits."""
@@ -39,11 +45,35 @@ class Work:
             raise StoppedError
 
     def over(self, items: Iterable[Item], do: Callable[[Item], None]) -> None:
-        """Do it with each item, several at once; the first fault is raised when all have ended."""
-        pool = ThreadPoolExecutor(AT_ONCE)
+        """Do it with each item, several at once. The first fault is raised at once; the threads die with this process."""
+        waiting = deque(items)
+        total, ended = len(waiting), SimpleQueue[BaseException | None]()
+
+        def work() -> None:
+            while not self._stopped.is_set():
+                try:
+                    one = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    do(one)
+                except BaseException as exc:
+                    ended.put(exc)
+                    return
+                ended.put(None)
+
+        threads = [Thread(target=work, daemon=True) for _ in range(min(AT_ONCE, total))]
         try:
-            for done in as_completed([pool.submit(do, one) for one in items]):
-                done.result()
-        finally:
+            for thread in threads:
+                thread.start()
+            for _ in range(total):
+                fault = ended.get()
+                if fault is not None:
+                    raise fault
+        except BaseException:
             self._stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            for thread in threads:
+                thread.join(LEAVE_S / AT_ONCE)
+            raise
+        for thread in threads:
+            thread.join()

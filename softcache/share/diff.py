@@ -86,6 +86,8 @@ def run(
         ConfigError: a member that is not there, or two that give unlike things.
         JoinError: the caches have no sample in common.
     """
+    if not all(0 < one < float("inf") for one in temperatures):
+        raise ConfigError(f"temperatures {temperatures}: one is no number above 0", tip="--temperatures 1,4")
     first, second = open_cache(a, quiet=quiet), open_cache(b, quiet=quiet)
     rows_a, rows_b = common_rows(first, second)
     if not len(rows_a):
@@ -99,12 +101,15 @@ def run(
     with Meter(f"diff {a} {b}", len(chosen) * len(views) * len(rows_a), unit="records", quiet=quiet) as meter:
         for name_a, name_b in chosen:
             why = unlike(first, second, name_a, name_b)
-            if why is None:
-                found.append(compare(first, second, (name_a, name_b), (rows_a, rows_b), views, temperatures, meter))
+            told = why or compare(first, second, (name_a, name_b), (rows_a, rows_b), views, temperatures, meter)
+            if isinstance(told, str):
+                notes.append(f"{name_a} and {name_b}: {told}")
             else:
-                notes.append(f"{name_a} and {name_b}: {why}")
+                found.append(told)
     labels = [cache.samples.labels_of(rows) for cache, rows in ((first, rows_a), (second, rows_b))]
-    same_shape = labels[0].shape == labels[1].shape and first.class_names == second.class_names
+    comparable = labels[0].shape == labels[1].shape and first.class_names == second.class_names
+    if not comparable:
+        notes.append("the class lists differ, and labels are not compared")
     digests = [cache.samples.digests[rows] for cache, rows in ((first, rows_a), (second, rows_b))]
     kinds = {cache.manifest.plan.samples.digest_kind for cache in (first, second)}
     if len(kinds) > 1:
@@ -113,7 +118,7 @@ def run(
         (first.id, second.id),
         list(fields_of(first, second)),
         (len(rows_a), len(first) - len(rows_a), len(second) - len(rows_b)),
-        int((labels[0] != labels[1]).reshape(len(rows_a), -1).any(axis=1).sum()) if same_shape else 0,
+        int((labels[0] != labels[1]).reshape(len(rows_a), -1).any(axis=1).sum()) if comparable else 0,
         int((digests[0] != digests[1]).any(axis=1).sum()) if len(kinds) == 1 else 0,
         len(views),
         found,
@@ -137,6 +142,9 @@ def common_views(a: Cache, b: Cache) -> tuple[list[tuple[int, int]], list[str]]:
     if not alike:
         what = f"the views differ ({a.policy} and {b.policy})"
         return [(0, 0)], [f"{what}: the first of each is compared, and it may be of other pixels"]
+    samples = [cache.manifest.plan.samples for cache in (a, b)]
+    if a.policy.mixing is not None and samples[0].fingerprint != samples[1].fingerprint:
+        return [], ["views are mixed with partners of the cache's own samples, which differ: no records are compared"]
     first, stop = max(one.first, other.first), min(one.first + one.count, other.first + other.count)
     if first >= stop:
         return [], ["the caches have other views of the samples: no records are compared"]
@@ -170,6 +178,10 @@ def unlike(a: Cache, b: Cache, name_a: str, name_b: str) -> str | None:
         return "they have other classes"
     if kinds[0] and a.multi_label != b.multi_label:
         return "one has several labels a sample"
+    for info, cache in ((one, a), (other, b)):
+        codec = cache.codecs.get(info.name)
+        if codec is not None and not codec.complete:
+            return f"codec {codec.name!r} of {info.name} keeps some classes only"
     if not kinds[0] and (one.width, one.value_names) != (other.width, other.value_names):
         return f"one gave {one.width} numbers, the other {other.width}, or others"
     if (one.index is None) != (other.index is None):
@@ -197,30 +209,31 @@ def compare(
     views: Sequence[tuple[int, int]],
     temperatures: Sequence[float],
     meter: Meter,
-) -> MemberDifference:
-    """How far apart two members are that give the same kind of thing."""
+) -> MemberDifference | str:
+    """How far apart two members are that give the same kind of thing; or why they cannot be compared after all."""
     classes = a.member(names[0]).output not in OTHER_OUTPUTS
-    order = [b.class_names.index(name) for name in a.class_names] if classes else []
+    place = {name: number for number, name in enumerate(b.class_names)}
+    order = [place[name] for name in a.class_names] if classes else []
     width = a.num_classes if classes else a.member(names[0]).width or 1
-    batch = max(1, BATCH_NUMBERS // max(1, width))
+    statistics = a.manifest.statistics[names[0]]
+    answers = max(1, statistics.records // max(1, len(a) * a.num_views))  # a sample, on the average
+    batch = max(1, BATCH_NUMBERS // (max(1, width) * answers))
     sums: dict[str, float] = {}
     count, farthest = 0, _Farthest()
     for places in views:
         for start in range(0, len(rows[0]), batch):
             own = [one[start : start + batch] for one in rows]
-            sides, at = [], own[0]
+            sides, at, listed = [], own[0], []
             for cache, name, chosen, view in zip((a, b), names, own, places, strict=True):
                 targets = cache.gather(chosen, np.full(len(chosen), view), members=(name,))
                 index = cache.member(name).index
                 if index is not None:
-                    counts = targets.positions[index].counts
-                    at, targets = np.repeat(own[0], counts), targets.per_position(index)
+                    found = targets.positions[index]
+                    listed.append((found.counts, found.numbers))
+                    at, targets = np.repeat(own[0], found.counts), targets.per_position(index)
                 sides.append((targets.logits(name) if classes else targets.output(name)).double())
-            if len(sides[0]) != len(sides[1]):
-                raise ConfigError(
-                    f"{names[0]} and {names[1]} answer about other positions of the same samples",
-                    tip="compare members that were dumped over the same words",
-                )
+            if listed and not all(np.array_equal(x, y) for x, y in zip(*listed, strict=True)):
+                return "they answer about other positions of the same samples"
             x, y = sides[0], sides[1][:, order] if classes else sides[1]
             measured, far = _of_classes(x, y, temperatures, a.multi_label) if classes else _of_numbers(x, y)
             for key, value in measured.items():
@@ -259,7 +272,8 @@ def _kl(x: Tensor, y: Tensor, several: bool) -> Tensor:
 
 def _of_numbers(x: Tensor, y: Tensor) -> tuple[dict[str, float], Tensor]:
     """Sums over (B, D) vectors, and (B,) |x - y| / |x|."""
-    relative = (x - y).norm(dim=1) / x.norm(dim=1).clamp(min=1e-12)
+    size, far = x.norm(dim=1), (x - y).norm(dim=1)
+    relative = torch.where(size > 0, far / size.clamp(min=1e-300), (far > 0).double())  # of zeros: all or nothing
     cosine = torch.nn.functional.cosine_similarity(x, y, dim=1)
     return {"relative": float(relative.sum()), "cosine": float(cosine.sum())}, relative
 
@@ -328,7 +342,7 @@ def _member_lines(one: MemberDifference, views: int) -> Iterator[str]:
     over = f"{one.records:,} records" + (f" of {views} views" if views > 1 else "")
     if one.agreement is not None:
         kl = ", ".join(f"{value:.3g} nats at T={temperature}" for temperature, value in one.kl.items())
-        yield f"{name}: the same class in {percent(one.agreement)} of {over}; mean KL(a || b) {kl}"
+        yield f"{name}: the same decision in {percent(one.agreement)} of {over}; mean KL(a || b) {kl}"
         unit = "KL"
     else:
         yield f"{name}: mean cosine {one.cosine:.4f}, mean relative difference {one.relative:.3g} over {over}"

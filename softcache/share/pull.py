@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from softcache.cache.card import card
+from softcache.cache.checksums import sha256_of
+from softcache.cache.dump_folder import read_planned
 from softcache.cache.file_lists import ListedFiles
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, PULLING
-from softcache.cache.signatures import MAX_SIGNATURES, allowed_signers_of, signatures_path
+from softcache.cache.signatures import allowed_signers_of, merged, read_signatures, signatures_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import (
     CacheError,
@@ -28,9 +30,9 @@ from softcache.errors import (
     UnfinishedCacheError,
 )
 from softcache.files import durable
-from softcache.files.inside import refuse_linked_folders
+from softcache.files.inside import open_inside, refuse_linked_folders
 from softcache.files.locks import release_lock, take_lock
-from softcache.remote.fetch import PARTIAL, Wanted, fetch, read_small
+from softcache.remote.fetch import PARTIAL, Wanted, fetch, read_small, signatures_there
 from softcache.remote.places import Place
 from softcache.remote.reach import open_transport
 from softcache.remote.transport import NotThereError, Transport
@@ -57,26 +59,30 @@ def run(
     transport = open_transport(place)
     data = read_named(transport, place)
     id = hashlib.sha256(data).hexdigest()
-    signatures = read_its_signatures(transport, id)
+    signatures = signatures_there(transport, id)
     names = () if signed_by is None else tuple(allowed_signers_of(signatures, id, signed_by))
     manifest = parsed(data, place, out)
-    check_folder(out, id)
+    check_folder(out, place, id)
     check_same_cache(out, manifest)
     durable.make_folder(out)
     with under_way(out, place, id):
+        check_folder(out, place, id)  # once more, now that nobody else pulls into it
+        check_same_cache(out, manifest)
         refuse_linked_folders(out)
         if isinstance(manifest.files, ListedFiles):
             lists = [Wanted(one.path, one.nbytes, one.sha256) for one in manifest.files.lists]
-            fetch_all(transport, missing_of(out, lists), out, f"pull lists of {place}", quiet=quiet)
-        wanted = missing_of(out, [Wanted(file.path, file.nbytes, file.sha256) for file in manifest.files])
+            fetch_all(transport, missing_of(out, lists, quiet=quiet), out, f"pull lists of {place}", quiet=quiet)
+        files = [Wanted(file.path, file.nbytes, file.sha256) for file in manifest.files]
+        wanted = missing_of(out, files, quiet=quiet)
         nbytes = sum(one.nbytes for one in wanted)
         durable.require_room(out, nbytes - already(out, wanted), "what is to be pulled needs")
         fetch_all(transport, wanted, out, f"pull {place}", quiet=quiet)
         durable.make_folder(out / MANIFESTS)
         durable.write_whole(out / CARD, card(manifest).encode("utf-8"))
         durable.write_whole(out / MANIFESTS / f"{id}.json", data)
-        if signatures:
-            durable.write_whole(out / signatures_path(id), signatures)
+        own = read_signatures(out, id)
+        if merged(own, signatures) != own:
+            durable.write_whole(out / signatures_path(id), merged(own, signatures))
         durable.write_whole(out / MANIFEST, data)
     return manifest, nbytes, names
 
@@ -105,14 +111,6 @@ def read_named(transport: Transport, place: Place) -> bytes:
     return data
 
 
-def read_its_signatures(transport: Transport, id: str) -> bytes:
-    """The signatures of a manifest; empty where there are none."""
-    try:
-        return read_small(transport, signatures_path(id), MAX_SIGNATURES)
-    except NotThereError:
-        return b""
-
-
 def parsed(data: bytes, place: Place, out: Path) -> Manifest:
     """The manifest of these bytes, whose lists lie in `out`; RemoteError where it is none that can be trusted."""
     try:
@@ -122,19 +120,21 @@ def parsed(data: bytes, place: Place, out: Path) -> Manifest:
         raise RemoteError(f"{place.url}/{MANIFEST}: {told}", tip="ask whoever pushed it for a whole one") from None
 
 
-def check_folder(out: Path, id: str) -> None:
+def check_folder(out: Path, place: Place, id: str) -> None:
     """Raise CacheError unless a folder is empty, or holds this cache, an earlier state of it, or a pull of it under way."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists():
         return
     if not out.is_dir():
         raise CacheError(f"{out}: is a file, not a folder", tip="choose another folder for the cache")
     started = pulled_id(out)
-    if started is not None and started != id:
+    if started not in (None, "", id):
         raise CacheError(
             f"{out}: a pull of another cache (id {started[:12]}...) is not finished there",
-            tip="finish it with its own id, or choose another folder; this one may be deleted",
+            tip=f"finish it with `softcache pull {place.url}@{started} {out}`, or choose another folder; this one may be deleted",
         )
-    if started is None and not (out / MANIFEST).exists():
+    if started is not None or not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).exists():
         try:
             read_manifest(out)
         except UnfinishedCacheError as exc:
@@ -144,29 +144,49 @@ def check_folder(out: Path, id: str) -> None:
         raise CacheError(
             f"{out}: is not empty, and holds no cache", tip="choose a folder that is empty or not there yet"
         )
+    rounds = len(read_manifest(out).plan.rounds)
+    if read_planned(out, rounds) is not None:
+        raise CacheError(
+            f"{out}: an extension of its cache is under way there, whose files would be replaced",
+            tip="finish it with its own command, or choose another folder",
+        )
 
 
 def pulled_id(out: Path) -> str | None:
-    """Of the pull that is under way in a folder."""
+    """Of the pull that is under way in a folder: "" where it was stopped before it could say; None without one."""
     try:
-        found = json.loads((out / PULLING).read_text(encoding="utf-8"))["id"]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = (out / PULLING).read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return None
-    return found if isinstance(found, str) else None
+    try:
+        found = json.loads(text)["id"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 @contextmanager
 def under_way(out: Path, place: Place, id: str) -> Iterator[None]:
     """Hold the lock of a pull; its file says what is pulled, and goes when all is there."""
+    told = json.dumps({"url": place.url, "id": id}).encode()
+    while True:
+        try:
+            lock = take_lock(out / PULLING)
+        except BlockingIOError:
+            raise LockedError(
+                f"{out}: another process pulls into it", tip="wait for it, or choose another folder"
+            ) from None
+        try:
+            same = os.fstat(lock.fd).st_ino == os.stat(out / PULLING).st_ino
+        except FileNotFoundError:
+            same = False
+        if same:  # else whoever had it has just done with it
+            break
+        release_lock(lock)
     try:
-        lock = take_lock(out / PULLING)
-    except BlockingIOError:
-        raise LockedError(
-            f"{out}: another process pulls into it", tip="wait for it, or choose another folder"
-        ) from None
-    try:
-        durable.set_size(lock, 0)
-        durable.write_at(lock, json.dumps({"url": place.url, "id": id}).encode(), 0)
+        if pulled_id(out) != id:
+            durable.write_at(lock, told, 0)
+            durable.set_size(lock, len(told))
         yield
         durable.remove(out / PULLING)
     finally:
@@ -187,9 +207,24 @@ def check_same_cache(out: Path, manifest: Manifest) -> None:
         )
 
 
-def missing_of(out: Path, wanted: Sequence[Wanted]) -> list[Wanted]:
-    """The files that are not there under their names with their sizes; a file gets its name once its bytes are right."""
-    return [one for one in wanted if _size(out, one.path) != one.nbytes]
+def missing_of(out: Path, wanted: Sequence[Wanted], *, quiet: bool) -> list[Wanted]:
+    """The files that are not there; one that has the name and the size is hashed."""
+    there = [one for one in wanted if _size(out, one.path) == one.nbytes]
+    right: set[str] = set()
+    with Meter(f"hash what is in {out}", sum(one.nbytes for one in there), unit="B", quiet=quiet) as meter:
+        work = Work(meter.add)
+
+        def look(one: Wanted) -> None:
+            fd = open_inside(out, one.path)
+            try:
+                if sha256_of(fd) == one.sha256:
+                    right.add(one.path)
+            finally:
+                os.close(fd)
+            work.add(one.nbytes)
+
+        work.over(there, look)
+    return [one for one in wanted if one.path not in right]
 
 
 def _size(out: Path, path: str) -> int | None:

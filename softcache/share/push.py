@@ -15,11 +15,11 @@ from softcache.cache.checksums import sha256_of
 from softcache.cache.file_lists import ListedFiles
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.schema import CARD, MANIFEST, MANIFESTS
-from softcache.cache.signatures import read_signatures, signatures_path
+from softcache.cache.signatures import merged, read_signatures, signatures_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import ConfigError, DamagedCacheError, RemoteError, SoftcacheError
 from softcache.files.inside import open_inside, read_inside
-from softcache.remote.fetch import Wanted, read_small
+from softcache.remote.fetch import Wanted, read_small, signatures_there
 from softcache.remote.places import Place
 from softcache.remote.reach import open_writable
 from softcache.remote.transport import NotThereError, WritableTransport
@@ -53,34 +53,43 @@ def run(cache: Path, place: Place, *, id: str | None = None, quiet: bool = False
             f"{place}: the id is the cache's own", tip=f"push to {place.url}; --id pushes an older state of the cache"
         )
     manifest = read_manifest(cache, id=id)
-    transport = open_writable(place)
-    was = current(transport)
-    files = files_of(manifest)
-    known = {} if was is None else known_there(was, place, cache, manifest)
-    with Meter(f"push to {place}", sum(one.nbytes for one in files), unit="B", quiet=quiet) as meter:
-        work = Work(meter.add)
-        sent: list[Wanted] = []
+    transport, files = open_writable(place), files_of(manifest)
+    sent: list[Wanted] = []
+    with transport.claim(manifest.id):
+        was = current(transport)
+        known = {} if was is None else known_there(was, place, cache, manifest)
+        missing = [one for one in files if known.get(one.path) != one.sha256 or transport.size(one.path) != one.nbytes]
+        transport.require_room(sum(one.nbytes for one in missing))
+        with Meter(f"push to {place}", sum(one.nbytes for one in missing), unit="B", quiet=quiet) as meter:
+            work = Work(meter.add)
 
-        def send(one: Wanted) -> None:
-            if known.get(one.path) == one.sha256 or transport.digest(one.path) == one.sha256:
-                work.add(one.nbytes)
-                return
-            check_whole(cache, one)
-            transport.put(one.path, cache / one.path, work.add)
-            sent.append(one)
+            def send(one: Wanted) -> None:
+                if transport.digest(one.path) == one.sha256:
+                    work.add(one.nbytes)
+                    return
+                check_whole(cache, one)
+                transport.put(one.path, cache / one.path, work.add)
+                sent.append(one)
 
-        work.over(files, send)
-    data = read_inside(cache, f"{MANIFESTS}/{manifest.id}.json", MAX_BYTES)
+            work.over(missing, send)
+        publish(transport, place, cache, manifest, was)
+    return Pushed(manifest.id, len(files), sum(f.nbytes for f in files), len(sent), sum(f.nbytes for f in sent))
+
+
+def publish(transport: WritableTransport, place: Place, cache: Path, manifest: Manifest, was: bytes | None) -> None:
+    """Make the cache visible: card, signatures of both sides, the manifest last."""
+    path = f"{MANIFESTS}/{manifest.id}.json"
+    data = read_inside(cache, path, MAX_BYTES)
     shown = {CARD: card(manifest).encode("utf-8"), MANIFEST: data}
-    signed = read_signatures(cache, manifest.id)
-    if signed:
+    there = signatures_there(transport, manifest.id)
+    signed = merged(there, read_signatures(cache, manifest.id))
+    if signed != there:
         shown = {signatures_path(manifest.id): signed} | shown
-    if (was != data or signed) and not transport.publish({f"{MANIFESTS}/{manifest.id}.json": data}, shown, was):
+    if (was != data or signed != there) and not transport.publish({path: data}, shown, was):
         raise RemoteError(
             f"{place}: somebody else pushed there at the same time; their cache is what is there now",
-            tip="pull it and extend it, or push to another place; your files are there, and are not sent again",
+            tip="pull it and extend it, or push to another place",
         )
-    return Pushed(manifest.id, len(files), sum(f.nbytes for f in files), len(sent), sum(f.nbytes for f in sent))
 
 
 def files_of(manifest: Manifest) -> list[Wanted]:
@@ -111,6 +120,11 @@ def known_there(data: bytes, place: Place, cache: Path, manifest: Manifest) -> d
     except SoftcacheError:
         raise RemoteError(f"{place}: holds a {MANIFEST} that is none", tip="push to another place") from None
     ours = manifest.named
+    if there.id != manifest.id and all(there.named.get(path) == sha256 for path, sha256 in ours.items()):
+        raise RemoteError(
+            f"{place}: holds a later state of this cache (id {there.id[:12]}...)",
+            tip=f"all that it has of this state is there: softcache pull {place.url}@{manifest.id}",
+        )
     if any(ours.get(path) != sha256 for path, sha256 in there.named.items()):
         raise RemoteError(
             f"{place}: holds another cache (id {there.id[:12]}...), which this one (id {manifest.id[:12]}...) does not extend",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from softcache.cache.manifest import read_manifest
-from softcache.cache.signatures import MAX_SIGNATURES, read_signatures, sign_id, signatures_path
+from softcache.cache.signatures import merged, read_signatures, sign_id, signatures_path
 from softcache.errors import ConfigError
 from softcache.files import durable
 
@@ -23,11 +23,10 @@ def run(cache: Path, key_file: Path, *, id: str | None = None) -> tuple[str, str
     manifest = read_manifest(cache, id=id)
     armoured, fingerprint = sign_id(manifest.id, key_file)
     there, new = read_signatures(cache, manifest.id), armoured.encode("ascii")
-    if new in there:
-        return manifest.id, fingerprint
-    if there and not there.endswith(b"\n"):
-        there += b"\n"
-    if len(there) + len(new) > MAX_SIGNATURES:
+    both = merged(there, new)
+    if new not in both:
         raise ConfigError(f"{cache / signatures_path(manifest.id)}: has as many signatures as are read")
-    durable.write_whole(cache / signatures_path(manifest.id), there + new)
+    if both != there:
+        durable.require_room(cache, len(both), "the signatures need")
+        durable.write_whole(cache / signatures_path(manifest.id), both)
     return manifest.id, fingerprint

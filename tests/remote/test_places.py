@@ -18,11 +18,12 @@ ID = "3f9a2b7c41d0e856" * 4
     [
         ("https://host/a/b", None, Place("https://host/a/b", "https")),
         (f"https://host/a/b@{ID}", None, Place("https://host/a/b", "https", ID)),
-        (f"https://host/a/b@{ID[:8]}", ID, Place("https://host/a/b", "https", ID)),
+        (f"https://host/a/b@{ID[:12]}", ID, Place("https://host/a/b", "https", ID)),
         ("http://host/a/", ID[:12], Place("http://host/a", "http", ID[:12])),
         ("file:/a/b", None, Place("file:/a/b", "file")),
-        (f"file:a@b@{ID[:8]}", None, Place("file:a@b", "file", ID[:8])),
+        (f"file:a@b@{ID[:12]}", None, Place("file:a@b", "file", ID[:12])),
         ("file:a@team", None, Place("file:a@team", "file")),
+        ("file:a@20261130", None, Place("file:a@20261130", "file")),
     ],
 )
 def test_a_place_is_read(text: str, id: str | None, wanted: Place) -> None:
@@ -42,6 +43,10 @@ def test_a_folder_is_no_place(text: str) -> None:
         ("ftp://host/a", None, "does not know ftp:"),
         ("https://name:secret@host/a", None, "stands in the URL"),
         ("https://host/a?token=b", None, "is no folder of a web server"),
+        ("http://[::1/a", None, "is no URL"),
+        ("http://h:abc/a", None, "is no URL"),
+        ("http://h/ü", None, "is no URL"),
+        ("http://h/a b", None, "has a blank"),
         ("https:///a", None, "is no folder of a web server"),
         (f"https://host/a@{ID}", "0" * 64, "another id"),
         ("https://host/a", "latest", "is no id"),

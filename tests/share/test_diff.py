@@ -133,6 +133,23 @@ def test_what_cannot_be_compared_is_said_or_refused(quick_dump: QuickDump, toy: 
         diff.run(tmp_path / "c", tmp_path / "d", quiet=True)
 
 
+def test_what_cannot_be_compared_of_some_is_a_note(quick_dump: QuickDump, toy: Path) -> None:
+    two = [f"{toy}:exact?name=one", f"{toy}:exact?name=two&seed=3"]
+    a = quick_dump(out="a", teacher=two)
+    b = quick_dump(out="b", teacher=two, codec="topk:k=2")
+    found = diff.run(a.reader.path, b.reader.path, quiet=True)
+    assert not found.members and "keeps some classes only" in found.notes[0]
+    with pytest.raises(ConfigError, match="is no number above 0"):
+        diff.run(a.reader.path, b.reader.path, temperatures=(1.0, 0.0), quiet=True)
+
+
+def test_mixed_views_of_other_sample_tables_are_not_compared(quick_dump: QuickDump, toy: Path) -> None:
+    settings = {"policy": "mixup:alpha=0.4", "views": 2}
+    caches = [quick_dump(out=f"m{n}", data=f"{toy}:images?count={n}", **settings) for n in (30, 40)]
+    found = diff.run(caches[0].reader.path, caches[1].reader.path, quiet=True)
+    assert found.views == 0 and "mixed with partners" in found.notes[0]
+
+
 def test_on_the_command_line(quick_dump: QuickDump, capsys: pytest.CaptureFixture[str]) -> None:
     a = quick_dump(out="a")
     assert cli.main(["diff", str(a.reader.path), str(a.reader.path)]) == 0

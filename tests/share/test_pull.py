@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from softcache.cache.manifest import read_manifest
 from softcache.cache.schema import MANIFEST, PULLING
 from softcache.check import verify
 from softcache.errors import CacheError, RemoteError, SoftcacheError, UnfinishedCacheError
+from softcache.files import durable
 from softcache.remote import patience, web
 from softcache.remote.fetch import PARTIAL
 from softcache.remote.places import parse_place
@@ -36,6 +38,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(patience, "SLOW_S", 0.3)
     monkeypatch.setattr(web, "STALL_S", 0.3)
+    monkeypatch.setattr(web, "HEAD_S", 0.5)
 
 
 @pytest.fixture
@@ -262,7 +265,7 @@ def test_pushed_and_pulled_it_is_the_same_and_known_files_stay(tmp_path: Path) -
     assert (again.sent_files, again.id) == (0, done.id)
     later = push.run(grown, place, quiet=True)
     assert later.sent_files == later.files - done.files > 0
-    pull.run(parse_place(f"file:{tmp_path / 'there'}@{later.id[:10]}"), tmp_path / "a", quiet=True)
+    pull.run(parse_place(f"file:{tmp_path / 'there'}@{later.id[:12]}"), tmp_path / "a", quiet=True)
     assert contents(tmp_path / "a") == newest(grown)
     pull.run(parse_place(f"file:{tmp_path / 'there'}@{done.id}"), tmp_path / "b", quiet=True)  # an older state
     assert newest(tmp_path / "b") == newest(first)
@@ -275,6 +278,13 @@ def test_a_push_that_was_cut_goes_on(tmp_path: Path) -> None:
     (there / "candidates.h5").write_bytes(
         bytes((GOLDEN / "indexed/candidates.h5").stat().st_size)
     )  # as long, and another one
+    (there / "positions" / "list.tmp-push-0").write_bytes(b"left by a kill")
+    with pytest.raises(RemoteError, match="is not empty, and holds no whole cache"):
+        push.run(GOLDEN / "indexed", parse_place(f"file:{there}"), quiet=True)
+    (there / "push.json").write_text(json.dumps({"id": read_manifest(CACHES["version 1"]).id}))
+    with pytest.raises(RemoteError, match="a push of another cache"):
+        push.run(GOLDEN / "indexed", parse_place(f"file:{there}"), quiet=True)
+    (there / "push.json").write_text(json.dumps({"id": read_manifest(GOLDEN / "indexed").id}))
     done = push.run(GOLDEN / "indexed", parse_place(f"file:{there}"), quiet=True)
     assert done.sent_files == done.files - 1
     assert contents(there) == newest(GOLDEN / "indexed")
@@ -305,19 +315,84 @@ def test_of_two_who_push_at_once_one_is_told(tmp_path: Path, monkeypatch: pytest
     indexed.make_indexed(first, rounds=2)
     indexed.make_indexed(grown, rounds=3)
     place, current = parse_place(f"file:{tmp_path / 'there'}"), push.current
+    told = []
 
     def looked(transport: Any) -> bytes | None:
-        """What the slower one sees; then the faster one comes."""
-        found = current(transport)
-        monkeypatch.setattr(push, "current", current)
-        push.run(grown, place, quiet=True)
-        return found
+        """While the first one works the second one comes."""
+        with pytest.raises(RemoteError, match="somebody else pushes there") as caught:
+            push.run(grown, place, quiet=True)
+        told.append(caught.value)
+        return current(transport)
 
     monkeypatch.setattr(push, "current", looked)
-    with pytest.raises(RemoteError, match="somebody else pushed there at the same time"):
-        push.run(first, place, quiet=True)
-    assert newest(tmp_path / "there")[MANIFEST] == (grown / MANIFEST).read_bytes()
+    push.run(first, place, quiet=True)
+    assert len(told) == 1
+    assert newest(tmp_path / "there")[MANIFEST] == (first / MANIFEST).read_bytes()
     assert verify.run(tmp_path / "there", full=True, quiet=True).state == "whole"
+    # where a place has no locks, the last step sees that another manifest is there
+    monkeypatch.setattr(push, "current", lambda transport: None)
+    with pytest.raises(RemoteError, match="somebody else pushed there at the same time"):
+        push.run(grown, place, quiet=True)
+    assert newest(tmp_path / "there")[MANIFEST] == (first / MANIFEST).read_bytes()
+
+
+def test_somebody_elses_folder_is_not_pushed_into(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    with pytest.raises(RemoteError, match=r"holds no whole cache \(README.md\)"):
+        push.run(CACHES["version 1"], parse_place(f"file:{tmp_path / 'project'}"), quiet=True)
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
+
+
+def test_what_was_lost_or_damaged_on_either_side_is_sent_again(tmp_path: Path) -> None:
+    place = parse_place(f"file:{tmp_path / 'there'}")
+    push.run(CACHES["version 2"], place, quiet=True)
+    (tmp_path / "there" / "samples.h5").unlink()
+    assert push.run(CACHES["version 2"], place, quiet=True).sent_files == 1
+    pull.run(place, tmp_path / "a", quiet=True)
+    data = bytearray((tmp_path / "a" / "samples.h5").read_bytes())
+    data[5000] ^= 1
+    (tmp_path / "a" / "samples.h5").write_bytes(data)
+    assert pull.run(place, tmp_path / "a", quiet=True)[1] == len(data)
+    assert contents(tmp_path / "a") == newest(CACHES["version 2"])
+
+
+def test_an_extension_under_way_is_not_pulled_over(tmp_path: Path) -> None:
+    from golden import indexed
+
+    place = parse_place(f"file:{tmp_path / 'grown'}")
+    indexed.make_indexed(tmp_path / "grown", rounds=3)
+    indexed.make_indexed(tmp_path / "mine", rounds=2)
+    shutil.copytree(tmp_path / "grown" / "dump" / "extend-2", tmp_path / "mine" / "dump" / "extend-2")
+    with pytest.raises(CacheError, match="an extension of its cache is under way"):
+        pull.run(place, tmp_path / "mine", quiet=True)
+
+
+def test_a_pull_that_had_no_room_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = parse_place(f"file:{CACHES['version 1']}")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "free_bytes", lambda folder: 10)
+        with pytest.raises(SoftcacheError, match=r"the disk has 0\.0 MB left"):
+            pull.run(place, tmp_path / "a", quiet=True)
+    (tmp_path / "a" / PULLING).write_bytes(b"")  # as a full disk leaves it
+    pull.run(place, tmp_path / "a", quiet=True)
+    assert contents(tmp_path / "a") == newest(CACHES["version 1"])
+
+
+def test_a_cut_manifest_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    server.faults["indexed/manifest.json"] = ["cut", "cut"]
+    pulled(server, tmp_path / "a")
+    assert contents(tmp_path / "a") == newest(GOLDEN / "indexed")
+
+
+def test_a_page_in_the_place_of_signatures_is_none(tmp_path: Path) -> None:
+    served = tmp_path / "served" / "a"
+    shutil.copytree(CACHES["version 1"], served)
+    id = read_manifest(served).id
+    (served / "manifests" / f"{id}.sig").write_text("<html>" + "x" * 100_000)
+    with serving(tmp_path / "served") as server:
+        pulled(server, tmp_path / "b", "a")
+    assert not (tmp_path / "b" / "manifests" / f"{id}.sig").exists()
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

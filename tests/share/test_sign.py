@@ -111,8 +111,12 @@ def test_no_flipped_bit_is_taken(tmp_path: Path, byte: int) -> None:
             "is not in the list",
         ),
         (ID, f'alice namespaces="git" {ALICE}', "does not allow its key for 'softcache'"),
-        (ID, f"alice valid-before=20200101 {ALICE}", "at another time"),
-        (ID, f"alice valid-after=29990101Z {ALICE}", "at another time"),
+        (ID, f'alice namespaces="*,!softcache" {ALICE}', "does not allow its key for 'softcache'"),
+        (ID, f'alice namespaces="" {ALICE}', "does not allow its key for 'softcache'"),
+        (ID, f'alice namespaces="[s]oftcache" {ALICE}', "does not allow its key for 'softcache'"),
+        (ID, f'alice namespaces="git, softcache" {ALICE}', "does not allow its key for 'softcache'"),
+        (ID, f'alice valid-before="20200101" {ALICE}', "at another time"),
+        (ID, f'alice valid-after="29990101Z" {ALICE}', "at another time"),
         (ID, f"alice cert-authority {ALICE}", "is not in the list"),
     ],
 )
@@ -125,8 +129,8 @@ def test_who_is_not_allowed_is_refused(tmp_path: Path, id: str, line: str, why: 
     "line",
     [
         f'alice namespaces="soft*" {ALICE}',
-        f'"alice,al ice" valid-after=20200101,valid-before="29990101120000Z" {ALICE}',
-        f"alice Namespaces=git,softcache,valid-before=29990101 {ALICE}",
+        f'"alice,al ice" valid-after="20200101",valid-before="29990101120000Z" {ALICE} alice\'s laptop "',
+        f'o\'brien Namespaces="git,softcache",valid-before="29990101" {ALICE}',
         f"alice cert-authority {ALICE}\nalice {ALICE}",
     ],
 )
@@ -143,7 +147,7 @@ def test_a_time_of_a_list_is_local_or_of_utc(tmp_path: Path, monkeypatch: pytest
             ("202601020304Z", 1767323040.0),
             ("20260102030405", 1767290645.0),
         ):
-            (signer,) = signatures.read_signers(listed(tmp_path, f"alice valid-after={text} {ALICE}"))
+            (signer,) = signatures.read_signers(listed(tmp_path, f'alice valid-after="{text}" {ALICE}'))
             assert signer.after == seconds
     finally:
         monkeypatch.undo()
@@ -157,10 +161,14 @@ def test_a_time_of_a_list_is_local_or_of_utc(tmp_path: Path, monkeypatch: pytest
         ("alice ssh-ed25519", "has no key"),
         ("alice ssh-ed25519 !!!!", "not base64"),
         ("alice ssh-ed25519 AAAA", "has another number of parts|ends too early|key of type"),
-        (f"alice colour=red {ALICE}", "unknown option 'colour'"),
-        (f"alice valid-before=tomorrow {ALICE}", "no time of the form"),
-        (f"alice valid-before=20261301 {ALICE}", "is no time"),
-        (f'alice namespaces="git {ALICE}', "No closing quotation"),
+        (f"alice colour=red {ALICE}", "an option that ssh does not know"),
+        (f'alice valid-before="tomorrow" {ALICE}', "no time of the form"),
+        (f'alice valid-before="20261301" {ALICE}', "is no time"),
+        (f'alice valid-before="19700101Z" {ALICE}', "before 1970"),
+        (f'alice valid-before="20200101",valid-before="29990101" {ALICE}', "has valid-before twice"),
+        (f'alice namespaces="git", {ALICE}', "an option that ssh does not know"),
+        (f'"alice {ALICE}', "a quote is not closed"),
+        (f'alice namespaces="git {ALICE}', "is written namespaces"),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path: Path, line: str, message: str) -> None:
@@ -220,6 +228,20 @@ def test_signatures_travel_and_are_asked_for_before_the_first_file(cache: Path, 
     with pytest.raises(SignatureError, match="it has no signature"):  # other bytes have another id
         pull.run(there, tmp_path / "b", signed_by=signers, quiet=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_signatures_of_several_people_meet(cache: Path, key: Key, tmp_path: Path) -> None:
+    place, other = parse_place(f"file:{tmp_path / 'there'}"), Key(tmp_path / "other")
+    push.run(cache, place, quiet=True)
+    for name, who in (("a", key), ("b", other)):
+        pull.run(place, tmp_path / name, quiet=True)
+        sign.run(tmp_path / name, who.file)
+    for name in ("a", "b"):
+        push.run(tmp_path / name, place, quiet=True)
+    id = read_manifest(cache).id
+    assert count_of(read_signatures(tmp_path / "there", id)) == 2
+    pull.run(place, tmp_path / "a", quiet=True)
+    assert count_of(read_signatures(tmp_path / "a", id)) == 2
 
 
 @pytest.mark.parametrize(

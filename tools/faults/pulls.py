@@ -162,4 +162,4 @@ def hasty() -> Iterator[None]:
 
 
 WAITS = [(patience, name) for name in ("HOPELESS_S", "NOBODY_S", "SLOW_S", "FIRST_PAUSE_S", "LONGEST_PAUSE_S")]
-WAITS.append((web, "STALL_S"))
+WAITS += [(web, "STALL_S"), (web, "HEAD_S")]

@@ -27,6 +27,7 @@ FAULTS = (
     "endless",  # never ends
     "long",  # more bytes than there are
     "drip",  # a byte now and then
+    "slow head",  # its head comes a byte now and then
     "no answer",  # the connection ends before a word
     "page",  # a page that says something, with 200
 )
@@ -122,6 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "no answer":
             return
+        if fault == "slow head":
+            for byte in b"HTTP/1.1 200 OK\r\nServer: " + b"x" * 10_000:
+                self.wfile.write(bytes([byte]))
+                if self.server.stopped.wait(0.05):
+                    return
         body = data[start:stop]
         if fault == "whole":
             ranged, start, body = False, 0, data
