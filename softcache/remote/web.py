@@ -67,7 +67,8 @@ class Web:
 
     def _open(self, request: urllib.request.Request) -> Any:
         """The answer once its head is there, which has to be soon: a head may come byte by byte."""
-        _OF_THREAD.sockets = sockets = []
+        sockets: list[socket.socket] = []
+        _OF_THREAD.sockets = sockets
         timer = Timer(HEAD_S, _shut, [sockets])
         timer.daemon = True
         timer.start()

@@ -28,17 +28,26 @@ from faults.web_server import FAULTS, Server, serving
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CACHES = {"version 1": GOLDEN / "v1" / "extended", "version 2": GOLDEN / "indexed"}
-HOPELESS = {"busy", "down", "stall", "cut", "no answer", "other range"}  # when it is always so
+
+
+SLOW = ("stall", "drip", "slow head")
+
+
+def param(fault: str) -> Any:
+    return pytest.param(fault, marks=() if fault in ("cut", "corrupt") else pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "HOPELESS_S", 1.0)
+def impatient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short times: only where something is slow on purpose so short that a busy machine may be too slow as well."""
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    slow, hopeless = params.get("fault") in SLOW, "always" in request.node.name or "is_not_the_one" in request.node.name
+    monkeypatch.setattr(patience, "HOPELESS_S", 1.0 if hopeless else 30.0)
     monkeypatch.setattr(patience, "NOBODY_S", 0.1)
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(patience, "SLOW_S", 0.3)
-    monkeypatch.setattr(web, "STALL_S", 0.3)
-    monkeypatch.setattr(web, "HEAD_S", 0.5)
+    monkeypatch.setattr(patience, "SLOW_S", 0.3 if slow else 30.0)
+    monkeypatch.setattr(web, "STALL_S", 0.3 if slow else 10.0)
+    monkeypatch.setattr(web, "HEAD_S", 0.3 if slow else 10.0)
 
 
 @pytest.fixture
@@ -89,7 +98,7 @@ def test_it_is_the_cache_byte_for_byte(server: Server, tmp_path: Path, cache: Pa
     assert [path for path, _ in server.asked] == [f"{name}/{MANIFEST}", f"{name}/manifests/{id}.sig"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [param(fault) for fault in FAULTS])
 def test_one_wrong_answer_is_found_and_asked_for_again(server: Server, tmp_path: Path, fault: str) -> None:
     server.faults["indexed/samples.h5"] = [fault]
     hopeless = fault in ("changed", "packed", "to a file", "to ftp")
@@ -104,10 +113,14 @@ def test_one_wrong_answer_is_found_and_asked_for_again(server: Server, tmp_path:
     assert contents(tmp_path / "a") == newest(GOLDEN / "indexed")
     others = [path for path, _ in server.asked if not path.endswith((MANIFEST, ".sig", "samples.h5"))]
     # nothing else was asked for twice, but for what was under way when all had to end
-    assert hopeless or len(others) == len({*others}) == len(manifest.files.lists) + len(manifest.files) - 1  # type: ignore[attr-defined]
+    assert (
+        hopeless
+        or fault in SLOW
+        or len(others) == len({*others}) == len(manifest.files.lists) + len(manifest.files) - 1
+    )  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [param(fault) for fault in FAULTS])
 def test_always_wrong_it_ends_soon_with_an_error_or_with_the_right_bytes(
     server: Server, tmp_path: Path, fault: str
 ) -> None:
@@ -127,6 +140,7 @@ def test_always_wrong_it_ends_soon_with_an_error_or_with_the_right_bytes(
         assert contents(tmp_path / "a") == newest(GOLDEN / "indexed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("busy", "down", "cut", "no answer")])
 def test_a_manifest_that_is_not_the_one_asked_for_is_refused_before_any_file(
     server: Server, tmp_path: Path, fault: str
@@ -142,8 +156,11 @@ def test_a_manifest_that_is_not_the_one_asked_for_is_refused_before_any_file(
         assert fault in ("whole", "other range", "shifted")
 
 
-def test_what_came_before_a_stop_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
+def test_what_came_before_a_stop_is_not_fetched_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.always["indexed/samples.h5"] = "down"
+    monkeypatch.setattr(patience, "HOPELESS_S", 1.0)
     with pytest.raises(RemoteError, match=r"samples\.h5: 503"):
         pulled(server, tmp_path / "a")
     size = (GOLDEN / "indexed/samples.h5").stat().st_size
