@@ -94,7 +94,7 @@ def multiply_adds(samples: Samples) -> int:
 
 @contextmanager
 def _recurrent_counted(model: nn.Module, counter: FlopCounterMode) -> Iterator[list[int]]:
-    """Multiply-adds of recurrent layers that the counter does not see: to it some of torch's kernels for them are one operation."""
+    """Multiply-adds of recurrent layers that the counter does not see, since some of torch's kernels are one operation to it."""
     missed: list[int] = []
     seen: list[int] = []
 
