@@ -208,9 +208,8 @@ def read_labels(dataset: Any, places: Sequence[int], class_names: Sequence[str])
     """(n,) or (n, C) labels of some samples as they are read, -1 where there is none; None where they give no class labels."""
     try:
         samples = [plain_sample(dataset, i) for i in places]
-        values = [
-            None if are_tagged(*sample) else sample[1] for sample in samples
-        ]  # labels of words are no row of classes
+        # labels of words are no row of classes
+        values: list[Any] = [None if are_tagged(*sample) else sample[1] for sample in samples]
     except Exception:  # as above
         return None
     plain = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]

@@ -96,6 +96,13 @@ def test_words_that_are_right_are_joined_and_looked_at_without_a_word(
     assert joined.labels_changed == 0 and capsys.readouterr().err == ""
 
 
+def test_as_many_words_as_classes_are_no_row_of_yes_and_no(cache: Cache, data: TransferSet) -> None:
+    own = Pairs(data)
+    own.samples = [(words, np.array(tags)) for words, tags in own.samples]
+    chosen = [i for i, (words, _) in enumerate(own.samples) if len(words) == len(NAMES)]
+    assert chosen and len(cache.join(Subset(own, chosen))) == len(chosen)
+
+
 def test_a_table_of_words_is_joined_by_its_columns(cache: Cache, data: TransferSet) -> None:
     assert len(cache.join(table(data), key="k", item="w", label="t", check_content="full")) == COUNT
 
