@@ -185,6 +185,20 @@ def test_a_data_set_of_somebodys_gives_words(dataset: Any) -> None:
     assert rows(again) == wanted and list(again.keys) == list(found.keys)
 
 
+def test_some_samples_of_a_set_of_words_keep_their_keys_and_tags() -> None:
+    whole = open_transfer_set("synthetic:words?count=9")
+    found = from_dataset(Subset(Subset(whole, [8, 3, 5]), [2, 0]), "mine", "mine")
+    assert rows(TransferSet("mine", found)) == [rows(whole)[5], rows(whole)[8]]
+    assert list(found.keys) == [whole.keys[5], whole.keys[8]]
+
+
+@pytest.mark.parametrize("samples", [[(["a", "b"], ["O", "B"])], [(["a", "b"], [0, 2]), (["c"], [1])]])
+def test_words_that_are_not_said_to_be_such_are_refused_with_what_to_say(samples: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        from_dataset(samples, "mine", "mine")
+    assert "words = True" in caught.value.tip
+
+
 def test_contents_are_told_apart_by_where_words_end(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"words": ["a b", "c"]}\n{"words": ["a", "b c"]}\n{"words": ["a", "b", "c"]}\n')
     found = open_transfer_set(f"table:{tmp_path}/x.jsonl?words=words&tags=none")
