@@ -441,11 +441,17 @@ that tells damage, and another file in its place; blocks that somebody *made* to
 alone"""
 
 
-def suggested_loss(plan: Plan) -> str:
-    """A loss that such a cache serves, as `--loss` takes it."""
+def suggested_loss(plan: Plan) -> str | None:
+    """A loss that such a cache serves, as `--loss` takes it; None of words without classes, which `train` does not learn."""
+    member = plan.members[0]
+    if member.index is not None:
+        of_words = [one for one in plan.members if one.index is not None and one.output in CLASS_OUTPUTS]
+        if not of_words:
+            return None
+        member = of_words[0]
     of_classes = "kd_lower_bound:temperature=4" if _is_partial(plan) else "kd:temperature=4"
     of_classes = "bce" if plan.samples.multi_label else of_classes
-    return LOSS_OF_OTHERS.get(plan.members[0].output or "features", of_classes)
+    return LOSS_OF_OTHERS.get(member.output or "features", of_classes)
 
 
 def _is_partial(plan: Plan) -> bool:
@@ -455,12 +461,16 @@ def _is_partial(plan: Plan) -> bool:
 
 def _how_to_use(plan: Plan) -> str:
     names = [member.name for member in plan.members]
-    partial = _is_partial(plan)
+    partial, suggested = _is_partial(plan), suggested_loss(plan)
+    own = "a training loop of your own, with a map-style data set that knows the names of its samples"
+    if suggested is None:
+        ways = f"`softcache train` learns of words their classes alone, and here are none.\nIn {own}:"
+    else:
+        command = f"softcache train --cache . --data DATA --student MODEL --loss {suggested} --out runs/student"
+        ways = f"In one command, or in {own}:\n\n    {command}"
     return f"""## How to use it
 
-In one command, or in a training loop of your own, with a map-style data set that knows the names of its samples:
-
-    softcache train --cache . --data DATA --student MODEL --loss {suggested_loss(plan)} --out runs/student
+{ways}
 
 ```python
 {_loop(plan, partial=partial)}

@@ -30,6 +30,11 @@ def run(config: DumpConfig, output: Output) -> int:
         print(f"{result.path}: {len(manifest.files)} files, {size(manifest.nbytes)}, id {manifest.id}")
         data = shlex.quote(config.data)
         loss = suggested_loss(manifest.plan)
+        if loss is None:
+            print(
+                f"softcache train learns of words their classes alone; {result.path}/README.md has a loop of your own"
+            )
+            return 0
         asked = "" if loss == "kd:temperature=4" else f" --loss {loss}"  # what `train` takes by itself
         print(f"next: softcache train --cache {result.path} --data {data} --student ...{asked} --out runs/student")
     return 0

@@ -14,6 +14,7 @@ from softcache.data.sources import Source, StringTable, image_array, numbered
 from softcache.data.tables import (
     WORD_COLUMNS,
     Table,
+    check_two_columns,
     check_words,
     indices_of,
     is_frame,
@@ -124,6 +125,7 @@ def _source_of_words(
         raise ConfigError(f"{name}: words={words} names several columns", tip="words are one column of lists")
     if tags == "none":
         table.label = None
+    check_two_columns(table.item, table.label or "", name=name)
     found = TagsFound(name, table.class_names, empty)
     for row, (one, *said) in enumerate(table.several((words, tags) if table.label else (words,))):
         where = f"{name}, row {row}"

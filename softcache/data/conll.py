@@ -30,7 +30,8 @@ def conll(
     path: Path, words: str = "", tags: str = "", classes: tuple[str, ...] = (), empty: Literal["", "unlabelled"] = ""
 ) -> Source:
     """Sentences of a file in UTF-8, plain or packed: a line a word, columns divided by tabs or by spaces, a blank line between
-    sentences. Keys are the file's name and the number of the sentence. -DOCSTART- lines and comments are passed over.
+    sentences. Keys are the file's name and the number of the sentence. -DOCSTART- lines end a sentence, and
+    are passed over as comments are.
 
     Args:
         words: column of the words, from 0; of negative ones -1 is the last. Empty: 0, of CoNLL-U (10 columns, numbered words) 1.
@@ -132,16 +133,14 @@ def _sentences(file: TextFile, form: _Form) -> Iterator[tuple[int, list[list[str
     rows: list[list[str]] = []
     first = 0
     for number, line in _lines(file):
-        if not line:
+        if not line or line.startswith(DOCUMENT):
             if rows:
                 yield first, rows
             rows = []
             continue
-        if line.startswith(DOCUMENT):
-            continue
         cells = form.cells(line)
-        if line.startswith("#") and (len(cells) != form.count or COMMENT.match(line)):
-            continue
+        if COMMENT.match(line) or (not rows and len(cells) != form.count and (line + " ").startswith("# ")):
+            continue  # inside a sentence # is a word, whose line lacks columns
         if len(cells) != form.count:
             raise DataError(
                 f"{file.shown}, line {number}: {len(cells)} columns, where the first word has {form.count}: {line[:60]!r}",

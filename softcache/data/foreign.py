@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 
 from softcache.data.identity import file_digest, item_digest, sample_ids
 from softcache.data.sources import image_array
-from softcache.data.tables import Items, Table
+from softcache.data.tables import WORD_COLUMNS, Items, Table, only
 from softcache.errors import DataError, JoinError, first_offenders
 
 ITEM_NAMES = ("item", "image", "text")
@@ -238,7 +238,7 @@ def plain_sample(dataset: Any, index: int) -> tuple[Any, Any]:
             if getattr(dataset, name, None) is not None:
                 setattr(dataset, name, None)
     sample = dataset[index]
-    return item_of(sample), label_of(sample)
+    return content_of(sample), label_of(sample)
 
 
 def changes_labels(dataset: Any) -> bool:
@@ -279,6 +279,14 @@ def item_of(sample: Any, column: Items = None) -> Any:
     if isinstance(sample, dict):
         return next((sample[name] for name in (column, *ITEM_NAMES) if name in sample), sample)
     return sample
+
+
+def content_of(sample: Any) -> Any:
+    """The item of what a data set returns, as a dump takes it: of a dict of words these."""
+    item = item_of(sample)
+    words = only(WORD_COLUMNS, tuple(sample)) if item is sample and isinstance(sample, dict) else None
+    item = item if words is None else sample[words]
+    return item.tolist() if isinstance(item, np.ndarray) and item.dtype.kind in "UO" else item
 
 
 def label_of(sample: Any, column: str | None = None) -> Any:

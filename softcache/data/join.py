@@ -16,11 +16,11 @@ from softcache.data.foreign import (
     changes_labels,
     check_positions,
     checked_keys,
+    content_of,
     dataset_digest,
     dataset_keys,
     dataset_labels,
     digest_of,
-    item_of,
     parts_of,
     plain_sample,
     torchvision_split,
@@ -29,6 +29,7 @@ from softcache.data.identity import item_digest, sample_ids
 from softcache.data.label_kind import has_several, is_known, is_yes
 from softcache.data.sources import image_array
 from softcache.data.tables import Table, indices_of, labels_by_name
+from softcache.data.word_samples import are_tagged, gives_words
 from softcache.errors import (
     ClassMismatchError,
     ContentMismatchError,
@@ -206,7 +207,9 @@ def _read_digest(dataset: Any, index: int) -> bytes | None:
 def read_labels(dataset: Any, places: Sequence[int], class_names: Sequence[str]) -> np.ndarray | None:
     """(n,) or (n, C) labels of some samples as they are read, -1 where there is none; None where they give no class labels."""
     try:
-        values = [plain_sample(dataset, i)[1] for i in places]
+        samples = [plain_sample(dataset, i) for i in places]
+        # labels of words are no row of classes
+        values: list[Any] = [None if are_tagged(*sample) else sample[1] for sample in samples]
     except Exception:  # as above
         return None
     plain = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
@@ -284,7 +287,7 @@ def join(
         unseen = check_contents(table, rows, dataset, how, kind=digest_kind, as_dumped=as_dumped)
         if unseen and _have_same_pixels(dataset, rows, how, same_pixels):
             unseen = ""
-        _tell_unseen(dataset, unseen, check_content, labels_seen=kept is not None)
+        _tell_unseen(dataset, unseen, check_content, labels_seen=kept is not None or gives_words(dataset))
     return Found(rows, changed, watch and not changed)
 
 
@@ -367,7 +370,7 @@ def _digest_to_join(dataset: Any, index: int, kind: str) -> bytes:
             "the cache knows contents by the bytes of their files, and this data set gives none",
             tip="join by key, or open the data as it was dumped (imagefolder:PATH)",
         )
-    item = item_of(dataset[index])
+    item = content_of(dataset[index])
     return item_digest(image_array(item, f"sample {index}") if isinstance(item, Image.Image) else item)
 
 

@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from softcache.data.classes import dataset_classes
 from softcache.data.columns_source import source_of_columns
 from softcache.data.label_column import MANY
 from softcache.data.label_kind import yes_or_no
-from softcache.data.position_labels import PositionLabels
 from softcache.data.sources import ArrayReader, Reader, Source, StringTable, image_array, numbered, read_idx
 from softcache.data.tables import WORD_COLUMNS, is_frame, is_table, only, refuse_missing
-from softcache.data.word_samples import gives_words, tags_of, words_and_tags
+from softcache.data.word_samples import gives_words, kept_positions, looks_like_words, tags_of, words_and_tags
 from softcache.errors import (
     ConfigError,
     DataError,
@@ -142,11 +141,32 @@ def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str
         if not set(ITEM_NAMES) & set(dataset.column_names) and (own := only(WORD_COLUMNS, dataset.column_names)):
             return source_of_columns(dataset, name, prefix, words=own)
         _tell_unused(dataset, name)
+    dataset = _selected(dataset)
     keys = _keys(dataset, name, prefix)
     if gives_words(dataset):
         tags, class_names = tags_of(dataset, keys, name)
         none = np.full(len(keys), -1, np.int32)
         return Source(MapStyleReader(dataset, name, of_words=True), keys, none, class_names, positions=tags)
+    try:
+        return _one_label_each(dataset, keys, name)
+    except DataError as exc:
+        if looks_like_words(dataset):
+            tip = "samples that are words with a tag each: let the data set say words = True, or give dicts of words and tags"
+            raise DataError(exc.message, tip=tip) from None
+        raise
+
+
+def _selected(dataset: Any) -> Any:
+    """A `Subset` of a TransferSet of words as that set selects samples itself, with their keys and tags; all else as it is."""
+    if not isinstance(dataset, Subset):
+        return dataset
+    whole = _selected(dataset.dataset)
+    known = kept_positions(whole) is not None
+    return whole.select(np.asarray(dataset.indices, np.int64)) if known else dataset
+
+
+def _one_label_each(dataset: Any, keys: StringTable, name: str) -> Source:
+    """Samples that have one label, or one row of yes and no, or values."""
     found = _labels(dataset, name)
     values = _values(dataset, found, name)
     labels = _label_array(np.full(len(keys), -1) if values is found else found, keys, name)
@@ -155,9 +175,7 @@ def from_dataset(dataset: Any, name: str, prefix: str, columns: Mapping[str, str
     reader: Reader = (
         dataset if hasattr(dataset, "read") and hasattr(dataset, "digest_kind") else MapStyleReader(dataset, name)
     )
-    positions = getattr(dataset, "positions", None)
-    positions = positions if isinstance(positions, PositionLabels) else None  # of a TransferSet
-    return Source(reader, keys, labels, class_names, _as_values(values, keys, name), positions)
+    return Source(reader, keys, labels, class_names, _as_values(values, keys, name), kept_positions(dataset))
 
 
 def _values(dataset: Any, labels: Any, name: str) -> Any:

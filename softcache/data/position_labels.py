@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from softcache.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,16 @@ class PositionLabels:
     def placed(self, place: np.ndarray) -> PositionLabels:
         """The same under another class list: label i becomes place[i]; the last of `place` is for -1."""
         return PositionLabels(self.kind, self.offsets, place[self.labels].astype(np.int32))
+
+
+def one_after_the_other(parts: Sequence[PositionLabels]) -> PositionLabels:
+    """Those of several data sets, as of one; of one at least."""
+    counts = np.concatenate([part.counts for part in parts])
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return PositionLabels(parts[0].kind, offsets, np.concatenate([part.labels for part in parts]))
+
+
+def check_some_word(positions: PositionLabels | None, name: str) -> None:
+    """Raise DataError where samples are words, and none has one."""
+    if positions is not None and not len(positions.labels):
+        raise DataError(f"{name}: none of its {len(positions)} samples has a word", tip="give some")

@@ -209,6 +209,12 @@ def check_words(words: str, tags: str, item: str, label: str, empty: str, name: 
         raise ConfigError(f"{name}: empty=class, and an empty tag is no class", tip="empty=unlabelled")
 
 
+def check_two_columns(words: int | str, tags: int | str = "", *, name: str) -> None:
+    """Raise ConfigError where words and their tags are one column."""
+    if words == tags:
+        raise ConfigError(f"{name}: words= and tags= are the same column", tip="tags=none where there are no tags")
+
+
 def tag_column(words: str, key: str, columns: Sequence[str], name: str) -> str:
     """The column of tags as it is called, else of two columns the other one; DataError where nobody can tell."""
     rest = [column for column in columns if column not in (words, key)]

@@ -17,7 +17,8 @@ from softcache.data.tables import is_missing, value_name
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.words import Words
 
-NONE = ("-1", "-100")  # among numbers: no label; -100 is what torch's cross entropy passes over
+NO_LABEL = (-1, -100)  # as a number; -100 is what torch's cross entropy passes over
+NONE = tuple(map(str, NO_LABEL))  # as strings, where all tags are numbers
 
 
 class TagsFound:
@@ -57,7 +58,12 @@ class TagsFound:
         self._tags.extend(self._number(where, tag) for tag in tags)
 
     def _number(self, where: str, tag: Any) -> int:
-        name = "" if is_missing(tag) and tag != -1 else tag if type(tag) is str else self._name(where, tag)
+        if isinstance(tag, int | float | np.number) and tag in NO_LABEL:
+            return -1
+        text = isinstance(tag, str)
+        name = (
+            str(tag) if text else "" if is_missing(tag) else self._name(where, tag)
+        )  # str: NumPy has strings of its own
         if name == "" and tag is not None and not self.empty:
             raise DataError(f"{where}: a tag is empty", tip="empty=unlabelled takes such words as unlabelled")
         if name == "":
@@ -70,7 +76,7 @@ class TagsFound:
         if isinstance(tag, bool) or not isinstance(tag, int | float | np.generic):
             raise DataError(f"{where}: the tag {tag!r:.60} is neither a string nor a number", tip="mend it")
         name = value_name(tag)
-        if self.known is None or name in NONE:
+        if self.known is None:
             return name
         if not (name.isdecimal() and int(name) < len(self.known)):
             raise DataError(
@@ -97,7 +103,8 @@ class TagsFound:
         place = np.full(len(self._numbers) + 1, -1, np.int32)
         for name, number in self._numbers.items():
             if name not in index:
-                raise DataError(f"{self._first[name][0]}: tag {name!r} is not in classes=", tip=nearest(name, names))
+                among = f"one of the {len(names)} classes" if self.known is not None else "in classes="
+                raise DataError(f"{self._first[name][0]}: tag {name!r} is not {among}", tip=nearest(name, names))
             place[number] = index[name]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.frombuffer(self._counts, np.int64))])
         labels = PositionLabels("words", offsets, np.frombuffer(self._tags, np.int32) if self._tags else place[:0])

@@ -19,6 +19,7 @@ from softcache.data.tables import (
     ITEM_COLUMNS,
     LABEL_COLUMNS,
     WORD_COLUMNS,
+    check_two_columns,
     check_words,
     names_of,
     only,
@@ -205,6 +206,7 @@ def _source_of_words(file: TextFile, layout: Layout, wanted: _Wanted, classes: t
     columns = wanted.columns(ahead, layout)
     if len(columns.text) != 1 or len(columns.label) > 1:
         raise ConfigError(f"{file.shown}: words= and tags= are one column each", tip="each cell holds a list")
+    check_two_columns(columns.text[0], *columns.label, name=file.shown)
     body = chain(ahead[1:] if columns.has_header else ahead, found)
     tags = TagsFound(file.shown, empty=empty)
     picked = _PickedWords(file.shown, columns, tags)

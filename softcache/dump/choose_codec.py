@@ -89,7 +89,7 @@ class Prober:
     ) -> None:
         self._viewed, self._order, self._batch_size = viewed, order, batch_size
         self._fitted_rows, self._measured_rows = fitted_rows, measured_rows
-        self._rows: dict[tuple[str, int, int], Probe] = {}
+        self._rows: dict[tuple[str, bytes], Probe] = {}
         positions = getattr(viewed.transfer_set, "positions", None)
         self._counts = (
             np.ones(len(order), np.int64) if positions is None else positions.counts[order]
@@ -112,31 +112,45 @@ class Prober:
 
     def fitting_rows(self, teacher: Teacher) -> Probe:
         """What a codec is fitted on."""
-        return self._run(teacher, 0, _at_most(self._fitted_rows, teacher.width))
+        return self._run(teacher, self._having(0, _at_most(self._fitted_rows, teacher.width)))
 
     def measuring_rows(self, teacher: Teacher) -> Probe:
         """Rows behind those of the fit, where there are enough; else the same."""
         count = _at_most(self._measured_rows, teacher.width)
         start = min(_at_most(self._fitted_rows, teacher.width), max(0, int(self._counts.sum()) - count))
-        return self._run(teacher, start, count)
+        return self._run(teacher, self._having(start, count))
 
     def scaling_rows(self, teacher: Teacher, *, whiten: bool) -> torch.Tensor:
-        """(n, W) on which the scale of an output without classes is measured: few, unless directions are told apart."""
-        return (self.fitting_rows(teacher) if whiten else self._run(teacher, 0, SCALED_ROWS)).logits
+        """(n, W) on which the scale of an output without classes is measured: few, unless directions are told apart.
 
-    def _run(self, teacher: Teacher, start: int, count: int) -> Probe:
-        """What it says of the rows that have records [start, start + count)."""
-        key = (teacher.name, start, count)
+        They are spread over all rows, since the data may be sorted, and the first ones are then of one kind.
+        """
+        count = _at_most(self._fitted_rows, teacher.width) if whiten else SCALED_ROWS
+        return self._run(teacher, self._spread(count)).logits
+
+    def _spread(self, count: int) -> np.ndarray:
+        """Rows with about so many records together: one at random out of each of as many equal stretches, always the same."""
+        known = np.flatnonzero(self._counts)
+        stretches = min(len(known), -(-count * len(known) // max(1, int(self._counts.sum()))))
+        within = (np.random.Philox(key=0).random_raw(stretches) >> np.uint64(32)) / 2**32
+        return known[np.unique(((np.arange(stretches) + within) * len(known) / max(1, stretches)).astype(np.int64))]
+
+    def _having(self, start: int, count: int) -> np.ndarray:
+        """The rows that have records [start, start + count)."""
+        ends = np.cumsum(self._counts)
+        first, last = (
+            np.searchsorted(ends, start, side="right"),
+            np.searchsorted(ends, min(start + count, ends[-1])),
+        )
+        return first + np.flatnonzero(self._counts[first : last + 1])
+
+    def _run(self, teacher: Teacher, rows: np.ndarray) -> Probe:
+        """What it says of these rows."""
+        key = (teacher.name, rows.tobytes())
         if key not in self._rows:
             classifier = teacher.find_classifier(self.first_batch(teacher))
             before, teacher.classifier = teacher.classifier, classifier
             logits, inputs = [], []
-            ends = np.cumsum(self._counts)
-            first, last = (
-                np.searchsorted(ends, start, side="right"),
-                np.searchsorted(ends, min(start + count, ends[-1])),
-            )
-            rows = first + np.flatnonzero(self._counts[first : last + 1])
             for begin in range(0, len(rows), self._batch_size):
                 batch = rows[begin : begin + self._batch_size]
                 output = teacher(teacher.collated(self._rendered(batch.tolist())))
@@ -404,7 +418,7 @@ def _scale_before(constants: Mapping[str, np.ndarray], *, whiten: bool) -> dict[
 
 
 def _scale(teacher: Teacher, prober: Prober, *, whiten: bool) -> dict[str, np.ndarray]:
-    """Of an output without classes, measured on its first rows."""
+    """Of an output without classes, measured on rows spread over all of them."""
     if teacher.output not in OTHER_OUTPUTS:
         return {}
     measured = measure_scale(prober.scaling_rows(teacher, whiten=whiten), whiten=whiten)

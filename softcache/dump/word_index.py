@@ -10,6 +10,7 @@ import numpy as np
 from softcache.cache.plan import IndexInfo, Plan
 from softcache.cache.positions import PositionIndex, Positions, build_positions
 from softcache.cache.schema import Layout, Span
+from softcache.data.position_labels import check_some_word
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import DataError, first_offenders
 
@@ -31,8 +32,7 @@ def index_of(transfer_set: TransferSet) -> IndexInfo | None:
     positions = transfer_set.positions
     if positions is None:
         return None
-    if not len(positions.labels):
-        raise DataError(f"{transfer_set.name}: none of its {len(positions)} samples has a word", tip="give some")
+    check_some_word(positions, transfer_set.name)
     return IndexInfo(INDEX, INDEX, labels=bool((positions.labels >= 0).any()))
 
 

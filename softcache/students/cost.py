@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from softcache.models.weights import student_bytes
@@ -25,7 +29,7 @@ class Cost:
 
     Attributes:
         parameters: how many numbers it has learned; zeros: how many of them are 0.
-        multiply_adds: of convolutions, matrix products and attention, for one sample.
+        multiply_adds: of convolutions, matrix products, attention and recurrent layers, for one sample.
         nbytes, compressed: of its file, as it is and by zlib, which finds zeros.
         seconds_one, seconds_batch: median time for one sample, and for a batch.
     """
@@ -79,12 +83,40 @@ def multiply_adds(samples: Samples) -> int:
         parameter.requires_grad_(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            samples.run(1)
+            with _recurrent_counted(samples.model, counter) as missed:
+                samples.run(1)
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2 + sum(missed)
+
+
+@contextmanager
+def _recurrent_counted(model: nn.Module, counter: FlopCounterMode) -> Iterator[list[int]]:
+    """Multiply-adds of recurrent layers that the counter does not see, since some of torch's kernels are one operation to it."""
+    missed: list[int] = []
+    seen: list[int] = []
+
+    def begin(_module: nn.Module, _args: Any) -> None:
+        seen.append(counter.get_total_flops())
+
+    def end(module: Any, args: Any, named: Any, _output: Any) -> None:
+        given = args[0] if args else named["input"]
+        missed.append(_recurrent(module, given) - (counter.get_total_flops() - seen.pop()) // 2)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                hooks.callback(module.register_forward_pre_hook(begin).remove)
+                hooks.callback(module.register_forward_hook(end, with_kwargs=True).remove)
+        yield missed
+
+
+def _recurrent(module: nn.RNNBase, given: Any) -> int:
+    """Multiply-adds of an LSTM, a GRU or a plain one: its weights times what each step is given, and times its state."""
+    steps = len(given.data) if isinstance(given, PackedSequence) else given.shape[:-1].numel()  # of all texts together
+    return steps * sum(weight.numel() for weights in module.all_weights for weight in weights if weight.ndim == 2)
 
 
 def in_turns(runs: Sequence[Callable[[], object]]) -> list[float]:

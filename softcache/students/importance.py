@@ -29,6 +29,11 @@ def check_importance(kind: str, samples: Samples, what: str) -> None:
     if kind not in KINDS:
         known = ", ".join(f"importance={one}" for one in KINDS)
         raise ConfigError(f"{what}: there is no importance {kind!r}", tip=known)
+    if kind == "taylor" and samples.model.gives == "words":
+        raise ConfigError(
+            f"{what},importance=taylor: goes by one answer for each sample, and the model gives one for each word",
+            tip="importance=activation goes by what the samples are inside the network, l2 by the weights",
+        )
     if kind in SOURCES and (not samples.given or (kind == "taylor" and samples.answers is None)):
         missing = "there are no samples" if not samples.given else "the data have no labels"
         raise ConfigError(f"{what},importance={kind}: {missing}", tip=f"it goes by {SOURCES[kind]}")
@@ -103,7 +108,8 @@ def _sizes(net: nn.Module, samples: Samples, names: set[str]) -> Iterator[dict[s
     """Of each batch and layer, (batch, channels) mean sizes of what it is given."""
     with torch.no_grad(), eval_mode(samples.model), _taken(net, names, learns=False) as taken:
         for inputs, _ in samples.answered_batches():
-            count = len(samples.model(inputs))
+            answers = samples.model(inputs)
+            count = 1 if samples.model.gives == "words" else len(answers)  # of words, all of a batch together
             yield {name: _by_channel(net, name, given.abs(), count).mean(2) for name, given in taken.items()}
 
 

@@ -87,6 +87,7 @@ def _samples(
     known = data if data is not None else eval_set
     if shown is not None and known is not None:
         items = spread_items(shown)
+        items = [shown.render(int(_askable(known)[0]), 0), *items[1:]]
         example, num_classes, class_names = items[0], known.num_classes, known.class_names
     else:
         items = []
@@ -125,8 +126,15 @@ def _samples(
 
 def spread_over(data: TransferSet | None) -> np.ndarray:
     """Where the samples lie in the data that are looked at."""
-    count = 0 if data is None else len(data)
-    return np.linspace(0, count - 1, min(LOOKED_AT, count)).astype(np.int64)
+    if data is None:
+        return np.zeros(0, np.int64)
+    found = _askable(data)
+    return found[np.linspace(0, len(found) - 1, min(LOOKED_AT, len(found))).astype(np.int64)]
+
+
+def _askable(data: TransferSet) -> np.ndarray:
+    """Where the samples lie that a model answers about: of words, those that have some."""
+    return np.arange(len(data)) if data.positions is None else np.flatnonzero(data.positions.counts)
 
 
 def _viewed(data: TransferSet, joined: Joined | None, policy: Policy) -> ViewedSet:
@@ -138,7 +146,12 @@ def _viewed(data: TransferSet, joined: Joined | None, policy: Policy) -> ViewedS
 
 
 def _answers(data: TransferSet, joined: Joined | None, places: np.ndarray, seed: int) -> Tensor | None:
-    """What each sample is: its label, or with a cache a class drawn from its soft target; None where nobody knows any."""
+    """What each sample is: its label, or with a cache a class drawn from its soft target; None where nobody knows any.
+
+    None for words too, of which a sample has several.
+    """
+    if data.positions is not None:
+        return None
     if joined is None:
         labels = torch.from_numpy(np.array(data.labels[places], dtype=np.int64))
         return labels if bool((labels >= 0).any()) else None

@@ -46,7 +46,7 @@ class Scan:
     Attributes:
         source: the model.
         measured: what `right` counts: a data set's labels, or the whole model's own answers.
-        samples: how many were looked at.
+        samples: how many were looked at; of a tagger how many words, as `counted` says.
         importance: by which the channels were chosen.
         whole: what is right of the whole model.
         layers: in the network's order.
@@ -58,12 +58,13 @@ class Scan:
     importance: str
     whole: float
     layers: tuple[Layer, ...]
+    counted: str = "samples"
 
     def text(self) -> str:
         """For people."""
         rows = [[_short(one.layers), one.channels, *map(percent, one.right)] for one in self.layers]
         lost = [f"-{share:.0%}" for share in LOST]
-        said = f"{self.measured}, {self.samples:,} samples: {percent(self.whole)} with all channels"
+        said = f"{self.measured}, {self.samples:,} {self.counted}: {percent(self.whole)} with all channels"
         how = f"the least important by {self.importance} of one layer alone, neither healed nor BatchNorm measured anew"
         most = max(self.layers, key=lambda one: self.whole - one.right[-1])
         hint = f"next: softcache shrink {self.source} --by {STRUCTURED},amount=0.5,keep={most.layers[0]} --data ... --out ..."
@@ -116,6 +117,7 @@ def scan(config: ShrinkConfig, *, quiet: bool = False) -> Scan:
         importance,
         _right(whole, judged),
         tuple(layers),
+        "words" if samples.model.gives == "words" else "samples",
     )
 
 
@@ -148,7 +150,8 @@ def _batches(opened: Opened) -> list[tuple[Any, Tensor | None]]:
     found: list[tuple[Any, Tensor | None]] = []
     for at in np.array_split(places, -(-len(places) // samples.batch_size)):
         inputs = samples.model.input.collate([viewed.render(int(i), 0) for i in at])
-        labels = torch.from_numpy(np.array(data.labels[at], dtype=np.int64)).to(opened.device)
+        own = data.labels[at] if data.positions is None else data.positions.take(at).labels
+        labels = torch.from_numpy(np.array(own, dtype=np.int64)).to(opened.device)
         found.append((to_device(inputs, opened.device), labels))
     return found
 

@@ -36,8 +36,8 @@ from softcache.data.join import ContentCheck, JoinBy, find_ids, join
 from softcache.data.loading import Partners
 from softcache.data.same_positions import check_counts, check_position_labels
 from softcache.data.tables import item_column, with_columns
-from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
+from softcache.data.word_samples import are_strings, positions_of
 from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, note_once, warn_once
 from softcache.features.spec import SCALES
 from softcache.report.progress import Meter
@@ -381,18 +381,28 @@ class Cache:
 
     def _check_positions(self, dataset: Any, rows: np.ndarray, *, allow: bool) -> int:
         """The positions of the samples must be those of the cache's indexes of that kind; how many of their labels differ."""
-        own, changed = dataset.positions if isinstance(dataset, TransferSet) else None, 0
-        for info in self.manifest.plan.indexes:
-            if own is not None and info.kind == own.kind:
-                index = self.reader.index(info.name)
-                check_counts(index, rows, own.counts, self.samples.key)
-                changed += check_position_labels(index, rows, own.counts, own.labels, self.samples.key, allow=allow)
+        indexes = [self.reader.index(info.name) for info in self.manifest.plan.indexes if info.kind == "words"]
+        if not indexes or not len(rows):
+            return 0
+        own = positions_of(dataset, self.class_names)
+        if own is None:
+            warn_once(
+                f"the cache has answers about words, and whether {type(dataset).__name__} has the same ones is not known: give "
+                "its samples as dicts of 'words' and 'tags', or see to it that each has as many words, in their order"
+            )
+            return 0
+        changed = 0
+        for index in indexes:
+            check_counts(index, rows, own.counts, self.samples.key)
+            changed += check_position_labels(index, rows, own.counts, own.labels, self.samples.key, allow=allow)
         return changed
 
     def _as_dumped(self, item: Any) -> bool:
         """Whether an item is of the kind that the teacher was given, as far as the cache tells: by its probe, if it has one."""
         if isinstance(item, str | bytes | Image.Image):
             return True
+        if are_strings(item):
+            return any(info.kind == "words" for info in self.manifest.plan.indexes)
         shapes = self.reader.probe().get("shapes", np.zeros((0, 3)))
         kinds = {tuple(int(n) for n in shape if n) for shape in shapes}
         is_image = str(getattr(item, "dtype", "")).removeprefix("torch.") == "uint8"

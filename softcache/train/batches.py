@@ -29,7 +29,7 @@ from softcache.data.loading import (
     spread_items,
     to_device,
 )
-from softcache.data.position_labels import PositionLabels
+from softcache.data.position_labels import PositionLabels, check_some_word
 from softcache.data.transfer_set import TransferSet, open_transfer_set, under_classes
 from softcache.data.views import Policy
 from softcache.errors import CacheError, ConfigError, LossError, tell_once, warn
@@ -262,6 +262,9 @@ def open_material(config: TrainConfig, terms: Sequence[LossTerm], *, quiet: bool
     """
     transfer_set = open_transfer_set(config.data, **config.selection())
     eval_set = open_transfer_set(config.eval_data, download=config.download) if config.eval_data else None
+    for one in (transfer_set, eval_set):
+        if one is not None:
+            check_some_word(one.positions, one.name)
     cache, classes_map = _open_cache(config, quiet=quiet), read_classes_map(config.classes_map)
     if cache is not None:
         transfer_set = under_classes(transfer_set, cache.class_names, "the cache", classes_map)
@@ -353,7 +356,8 @@ def _class_warnings(transfer_set: TransferSet, cache: Cache | None) -> Iterator[
     for name, s in cache.manifest.statistics.items():
         # views of one sample are no further samples
         views = cache.num_views if cache.member(name).index else max(1, s.records // max(1, len(cache)))
-        told = chance_warning(f"member {name!r} of the cache", s.correct / views, s.labelled / views, cache.num_classes)
+        counted = s.correct / views, s.labelled / views, cache.num_classes
+        told = chance_warning(f"member {name!r} of the cache", *counted, cache.member(name).index or "samples")
         if told is not None:
             yield told
 

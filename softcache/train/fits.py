@@ -27,6 +27,7 @@ class Stored:
         output: what the teacher gave: logits, probs or log_probs; embedding or values; empty of features alone.
         floored: probabilities of (nearly) zero that are stored as the floor's logarithm.
         records: how many there are.
+        of_words: whether they are of words, not of samples.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stored:
     output: str = "logits"
     floored: int = 0
     records: int = 0
+    of_words: bool = False
 
     @property
     def has_classes(self) -> bool:
@@ -102,10 +104,10 @@ def _check_classes(term: LossTerm, members: Sequence[Stored]) -> None:
     on_output = (
         "mse or huber" if any(member.output == "values" for member in members) else "cosine, hint or relational_kl"
     )
-    raise LossError(
-        f"loss {term.name!r} is on classes, and no member gave any: {', '.join(others)}",
-        tip=f"learn from what they gave: --loss {on_output}",
-    )
+    tip = f"learn from what they gave: --loss {on_output}"
+    if any(member.of_words for member in members):  # of which a student learns classes alone
+        tip = "dump a teacher that gives each word logits, or learn from labels: --loss ce"
+    raise LossError(f"loss {term.name!r} is on classes, and no member gave any: {', '.join(others)}", tip=tip)
 
 
 def _check_stored(term: LossTerm, member: Stored, *, multi_label: bool) -> None:

@@ -100,5 +100,14 @@ def stored_members(teacher: CachedTeacher) -> list[Stored]:
     cache, found = teacher.cache, []
     for name in teacher.members:
         info, statistics = cache.member(name), cache.manifest.statistics[name]
-        found.append(Stored(name, cache.codecs.get(name), info.output or "", statistics.floored, statistics.records))
+        found.append(
+            Stored(
+                name,
+                cache.codecs.get(name),
+                info.output or "",
+                statistics.floored,
+                statistics.records,
+                of_words=info.index is not None,
+            )
+        )
     return found

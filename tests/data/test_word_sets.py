@@ -17,6 +17,7 @@ from softcache.data.class_counts import described
 from softcache.data.columns_source import source_of_columns
 from softcache.data.identity import item_digest
 from softcache.data.map_style import from_dataset
+from softcache.data.tagged_words import TagsFound
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ConfigError, DataError, SoftcacheError
 from softcache.words import Words
@@ -27,7 +28,6 @@ CONLL2003 = """-DOCSTART- -X- -X- O
 EU NNP B-NP B-ORG
 rejects VBZ B-VP O
 # NN B-NP O
-
 -DOCSTART- -X- -X- O
 Peter NNP B-NP B-PER
 Blackburn NNP I-NP I-PER
@@ -117,6 +117,26 @@ def test_rows_of_lists_are_words_with_a_tag_each(tmp_path: Path, name: str, cont
     assert rows(pickle.loads(pickle.dumps(found))) == WANTED
 
 
+@pytest.mark.parametrize("none", [-1, -100, -100.0, np.int64(-100), np.float32(-1)])
+def test_a_number_that_says_no_label_is_no_class_whatever_the_tags_are(none: Any) -> None:
+    for tags in (["O", none], [3, none], [np.str_("O"), none]):
+        found = TagsFound("x")
+        found.add("x", Words(["a", "b"]), tags)
+        labels, names = found.done()
+        assert names == (str(tags[0]),) and type(names[0]) is str and labels.labels.tolist() == [0, -1]
+    found = TagsFound("x")
+    found.add("x", Words(["a"]), [none])
+    assert found.done()[1] == ()
+
+
+def test_comments_stand_between_sentences(tmp_path: Path) -> None:
+    (tmp_path / "x.conll").write_text(
+        "# of a newspaper\na O\n# id = 3\nb B\n-DOCSTART-\n# another text of it\n#\n# O\n"
+    )
+    found = open_transfer_set(f"conll:{tmp_path}/x.conll")
+    assert rows(found) == [(["a", "b"], ["O", "B"]), (["#"], ["O"])]
+
+
 def test_a_table_of_hugging_face_brings_the_names_of_its_tags_by_key(tmp_path: Path) -> None:
     class Listed:
         feature = ClassLabel(["O", "B-X"])
@@ -163,6 +183,20 @@ def test_a_data_set_of_somebodys_gives_words(dataset: Any) -> None:
     assert rows(found) == wanted
     again = TransferSet("again", from_dataset(found, "again", "again"))  # as a factory may return it
     assert rows(again) == wanted and list(again.keys) == list(found.keys)
+
+
+def test_some_samples_of_a_set_of_words_keep_their_keys_and_tags() -> None:
+    whole = open_transfer_set("synthetic:words?count=9")
+    found = from_dataset(Subset(Subset(whole, [8, 3, 5]), [2, 0]), "mine", "mine")
+    assert rows(TransferSet("mine", found)) == [rows(whole)[5], rows(whole)[8]]
+    assert list(found.keys) == [whole.keys[5], whole.keys[8]]
+
+
+@pytest.mark.parametrize("samples", [[(["a", "b"], ["O", "B"])], [(["a", "b"], [0, 2]), (["c"], [1])]])
+def test_words_that_are_not_said_to_be_such_are_refused_with_what_to_say(samples: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        from_dataset(samples, "mine", "mine")
+    assert "words = True" in caught.value.tip
 
 
 def test_contents_are_told_apart_by_where_words_end(tmp_path: Path) -> None:
@@ -240,6 +274,11 @@ def test_the_made_up_words_follow_their_rule() -> None:
         ("x.conll", "a O\nb O\n", "conll:{}?tags=2", r"no column 2 for the tags, there are 2"),
         ("x.conll", "a O\nb O\n", "conll:{}?tags=NER", r"tags=NER is no number of a column"),
         ("x.conll", "a O\nb O\n", "conll:{}?words=1", r"words=1 and tags=-1 are one column"),
+        ("x.tsv", '["a"]\t["O"]\n', "table:{}?words=0&tags=0&header=false", r"words= and tags= are the same column"),
+        ("x.jsonl", '{"w": ["a"], "t": [1]}', "table:{}?words=w&tags=w", r"words= and tags= are the same column"),
+        ("x.conll", "a O\n#b\nc O\n", "conll:{}", r"line 2: 1 columns, where the first word has 2"),
+        ("x.conll", "a\tO\n# b\nc\tO\n", "conll:{}", r"line 2: 1 columns, where the first word has 2"),
+        ("x.conll", "a O\n\n#b\nc O\n", "conll:{}", r"line 3: 1 columns"),
         ("x.conll", "\n\n-DOCSTART- -X- O O\n\n", "conll:{}", r"holds no words"),
         ("x.conll", "a\tO\nb\t\n", "conll:{}", r"the sentence at line 1: a tag is empty"),
         ("x.conll", b"a O\n\xff O\n", "conll:{}", r"line 2: not UTF-8"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import WORLDS, QuickDump
 import softcache
 from softcache import cli, dump
 from softcache.config import DumpConfig, PlanConfig
-from softcache.dump import forecast
+from softcache.dump import choose_codec, forecast
 from softcache.dump.layout import Storage
 from softcache.dump.output_scale import measure_scale
 from softcache.errors import CacheError, ConfigError
@@ -35,7 +36,7 @@ def given(count: int = 60, **settings: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["member", "each", "whiten"])
 def test_a_scale_is_that_of_the_teachers_own_numbers(quick_dump: QuickDump, kind: str) -> None:
-    """Of the first 256 rows, here of all."""
+    """Of 256 rows, here of all."""
     cache = quick_dump(data=DATA, teacher=[EMBEDDER, WHOLE], codec="float32", whiten=True)
     mean, factor = (one.double().numpy() for one in cache.output_scale("embedder", kind))
     rows = given()
@@ -52,6 +53,39 @@ def test_a_scale_is_that_of_the_teachers_own_numbers(quick_dump: QuickDump, kind
         np.testing.assert_allclose(root, root.T, atol=1e-5)
         np.testing.assert_allclose(root @ root @ correlations, np.eye(12), atol=1e-4)
         assert (np.linalg.eigvalsh(root) > 0).all()
+
+
+@pytest.mark.parametrize("counts", [None, [0, 4, 0, 0, 1, 7, 2]])
+def test_a_scale_is_measured_on_rows_of_every_part_of_sorted_data(counts: list[int] | None) -> None:
+    """Numbers that rise from row to row: the first rows would have a tenth of the deviation."""
+    count = 3500
+    records = np.ones(count, np.int64) if counts is None else np.tile(counts, count // len(counts))
+    said = np.linspace(0, 1, count)
+
+    class Rising:
+        name, width, classifier = "rising", 1, None
+
+        def find_classifier(self, batch: Any) -> None:
+            return None
+
+        def collated(self, items: list[int]) -> list[int]:
+            return items
+
+        def __call__(self, batch: list[int]) -> Any:
+            rows = np.repeat(said[batch], records[batch])
+            return SimpleNamespace(logits=torch.from_numpy(rows)[:, None], classifier_input=None)
+
+    positions = None if counts is None else SimpleNamespace(counts=records)
+    viewed: Any = SimpleNamespace(transfer_set=SimpleNamespace(positions=positions), render=lambda i, _view: i)
+    for whiten in (False, True):
+        prober, teacher = choose_codec.Prober(viewed, np.arange(count), 64), cast(Any, Rising())
+        rows = prober.scaling_rows(teacher, whiten=whiten)
+        every = np.repeat(said, records)
+        assert 0.8 < len(rows) / (choose_codec.FITTED_ROWS if whiten else choose_codec.SCALED_ROWS) < 1.2
+        assert float(rows.mean()) == pytest.approx(every.mean(), abs=0.05)
+        assert float(rows.std()) == pytest.approx(every.std(), rel=0.1)
+        again = choose_codec.Prober(viewed, np.arange(count), 50).scaling_rows(teacher, whiten=whiten)
+        assert torch.equal(rows, again)
 
 
 def test_what_is_stored_is_as_it_was_given_with_a_scale_or_more(quick_dump: QuickDump) -> None:

@@ -286,6 +286,23 @@ def test_words_without_tags_and_a_teacher_that_names_its_classes(
     assert cache.manifest.statistics["t"].labelled == 0
 
 
+def test_of_vectors_of_words_no_loss_is_named_that_train_refuses(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by the dump nor on the card, nor in a tip; beside a tagger its classes are learned."""
+    vectors = f"{ODD}:odd?how=right&output=embedding"
+    for name, teachers in {"alone": (vectors,), "both": (vectors, teacher())}.items():
+        asked = [word for one in teachers for word in ("--teacher", one)]
+        assert cli.main(["dump", "--data", data, *asked, "--out", str(tmp_path / name), *QUIET]) == 0
+        said, card = capsys.readouterr().out, (tmp_path / name / "README.md").read_text()
+        assert ("next: softcache train" in said) == (name == "both") == ("--loss kd:temperature=4" in card)
+        assert "--loss cosine" not in said + card
+        assert ("train learns of words their classes alone" in said) == (name == "alone")
+    train = ["train", "--cache", str(tmp_path / "alone"), "--data", data, "--student", teacher(), *QUIET]
+    assert cli.main([*train, "--out", str(tmp_path / "r")]) == 2
+    assert "tip: dump a teacher that gives each word logits" in capsys.readouterr().err
+
+
 def test_no_words_at_all_are_no_transfer_set(quick_dump: QuickDump, tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text('{"words": [], "tags": []}\n' * 3)
     with pytest.raises(SoftcacheError, match="none of its 3 samples has a word"):

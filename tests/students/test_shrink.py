@@ -15,6 +15,7 @@ import torch
 from conftest import WORLDS
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from softcache import cli
 from softcache.config import ShrinkConfig, TrainConfig
@@ -339,6 +340,38 @@ def test_multiply_adds_are_counted() -> None:
     model = load_model("softcache:encoder?width=8&layers=1&heads=2&hidden=16", num_classes=2, vocabulary=tuple("abc"))
     text = Samples.of(model.eval(), "it", "a b c", 0, lambda _: "", 4)
     assert multiply_adds(text) == 3 * 8 * 8 * 4 + 2 * 3 * 3 * 8 + 2 * 3 * 8 * 16 + 8 * 2
+
+
+class Recurrent(nn.Module):
+    """Two layers, in both directions or one, over five steps of three numbers."""
+
+    def __init__(self, kind: type[nn.RNNBase], packed: bool, **settings: Any) -> None:
+        super().__init__()
+        self.cells, self.packed = kind(3, 4, num_layers=2, **settings), packed  # type: ignore[call-arg,arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.expand(5, *x.shape).clone() if not self.cells.batch_first else x[:, None].expand(-1, 5, -1)
+        if not self.packed:
+            return self.cells(steps)[0].flatten(1)  # type: ignore[no-any-return]
+        two = pack_padded_sequence(steps, torch.tensor([2] * len(x)), batch_first=self.cells.batch_first)
+        return self.cells(input=two)[0].data  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"bidirectional": True}, {"batch_first": True}, {"proj_size": 2}])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_multiply_adds_of_recurrent_layers_are_counted(
+    kind: type[nn.RNNBase], gates: int, settings: dict[str, Any], packed: bool
+) -> None:
+    if "proj_size" in settings and kind is not nn.LSTM:
+        return
+    model = Model(Recurrent(kind, packed, **settings), AnyInput(None))
+    ways, left = 1 + settings.get("bidirectional", False), settings.get("proj_size", 4)
+    projected = 4 * left if left != 4 else 0
+    each = [gates * 4 * (taken + left) + projected for taken in (3, ways * left)]
+    found = multiply_adds(Samples.of(model, "it", torch.zeros(3), 0, lambda _i: None, 1))
+    assert found == (2 if packed else 5) * ways * sum(each)
 
 
 def test_multiply_adds_are_counted_where_a_layer_takes_a_parameter() -> None:

@@ -33,6 +33,7 @@ from words_cache import (
 )  # fmt: skip
 
 import softcache
+from softcache.cache.statistics import MemberStatistics
 from softcache.config import EvalConfig, TrainConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import (
@@ -49,6 +50,7 @@ from softcache.models import load_model
 from softcache.spec import load_user_file
 from softcache.targets.positions import BatchPositions
 from softcache.train import flow
+from softcache.train.batches import _class_warnings
 from softcache.train.metrics import score_of
 
 STEPS = 20
@@ -497,6 +499,22 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
     with pytest.raises(error, match=match):
         flow.run(world.config(tmp_path / "run", *losses, cache=cache, **settings), quiet=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("which", ["data", "eval_data"])
+def test_sentences_none_of_which_has_a_word_are_refused(world: World, tmp_path: Path, which: str) -> None:
+    (tmp_path / "s.jsonl").write_text('{"words": [], "tags": []}\n' * 3)
+    empty = {which: world.data.replace(str(world.path), str(tmp_path))}
+    with pytest.raises(SoftcacheError, match="none of its 3 samples has a word"):
+        flow.run(world.config(tmp_path / "run", "ce", cache=None, **empty), quiet=True)
+
+
+def test_a_member_that_is_wrong_about_words_is_told_of_with_words(world: World) -> None:
+    found = softcache.open(world.caches["with a whole one"])
+    wrong = MemberStatistics(records=200, labelled=200, correct=1)
+    found.manifest.statistics.update({"a": wrong, "whole": wrong})
+    told = list(_class_warnings(open_transfer_set(world.data), found))
+    assert len(told) == 2 and "of 200 labelled words" in told[0] and "labelled samples" in told[1]
 
 
 def test_one_member_of_a_cache_of_two_kinds_is_learned_from(world: World, tmp_path: Path) -> None:
