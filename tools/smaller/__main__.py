@@ -78,7 +78,7 @@ TORCHVISION = (
     "densenet121",
     "convnext_tiny",
     "swin_t",
-    "vit_b_16?image_size=32",
+    "vit_b_16",
     "vgg11_bn",
 )
 TIMM = (
@@ -99,7 +99,7 @@ TIMM = (
     "test_vit3?img_size=32",
 )
 TRANSFORMERS = ("Bert", "Roberta", "DistilBert", "Electra", "GPT2", "Llama")  # small ones, made here
-SIZES = {"swin": 56}  # of images; the others see 32 x 32
+SIZES = {"swin": 56, "vit_b_16": 224}  # of images; the others see 32 x 32
 QUICK = ("softcache:mlp?hidden=32,32", "softcache:cnn?width=16")
 SAID = {  # what a message says -> in a few words
     "has no repeated blocks": "no blocks",
