@@ -71,6 +71,21 @@ class Encoder(nn.Module):
         return self.fc(self.pool(self.norm(x), is_padding))  # (B, C)
 
 
+def check_sizes(what: str, width: int, layers: int, heads: int, hidden: int, dropout: float, **most: int) -> None:
+    """Raise ConfigError for sizes of an encoder that are none.
+
+    Args:
+        what: the model, for the message.
+        most: how many tokens or words it takes, by the setting's name.
+    """
+    if min(width, layers, heads, hidden, *most.values()) < 1 or width % heads or not 0 <= dropout < 1:
+        longest = "".join(f", {name}={value}" for name, value in most.items())
+        raise ConfigError(
+            f"{what}: width={width}, layers={layers}, heads={heads}, hidden={hidden}, dropout={dropout}{longest}",
+            tip="whole numbers are at least 1, width is a multiple of heads, and 0 <= dropout < 1",
+        )
+
+
 def encoder(
     num_classes: int,
     vocabulary: str | Sequence[str] | None = None,
@@ -97,12 +112,7 @@ def encoder(
         ModelError: no vocabulary, or one that cannot be read.
         ConfigError: a number out of range.
     """
-    if min(width, layers, heads, hidden, max_tokens) < 1 or width % heads or not 0 <= dropout < 1:
-        raise ConfigError(
-            f"softcache:encoder: width={width}, layers={layers}, heads={heads}, hidden={hidden}, dropout={dropout}, "
-            f"max_tokens={max_tokens}",
-            tip="whole numbers are at least 1, width is a multiple of heads, and 0 <= dropout < 1",
-        )
+    check_sizes("softcache:encoder", width, layers, heads, hidden, dropout, max_tokens=max_tokens)
     tokens = tokens_of(vocabulary, "softcache:encoder")
     net = Encoder(len(tokens) + UNKNOWN + 1, max_tokens, width, layers, heads, hidden, dropout, num_classes)
     return Model(net, TextInput(tokens, max_tokens))

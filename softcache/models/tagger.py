@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softcache.errors import ConfigError
+from softcache.models.encoder import check_sizes
 from softcache.models.inputs import PAD, UNKNOWN
 from softcache.models.model import Model
 from softcache.models.textcnn import tokens_of
@@ -180,12 +181,7 @@ def encoder_tagger(
         ModelError: no vocabulary, or one that cannot be read.
         ConfigError: a number out of range.
     """
-    if min(width, layers, heads, hidden, max_words) < 1 or width % heads or not 0 <= dropout < 1:
-        raise ConfigError(
-            f"softcache:encoder_tagger: width={width}, layers={layers}, heads={heads}, hidden={hidden}, dropout={dropout}, "
-            f"max_words={max_words}",
-            tip="whole numbers are at least 1, width is a multiple of heads, and 0 <= dropout < 1",
-        )
+    check_sizes("softcache:encoder_tagger", width, layers, heads, hidden, dropout, max_words=max_words)
     words = tokens_of(vocabulary, "softcache:encoder_tagger")
     net = EncoderTagger(len(words) + UNKNOWN + 1, max_words, width, layers, heads, hidden, dropout, num_classes)
     return Model(net, WordInput(words, max_words))
