@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from columns import ClassLabel, HuggingFace
 from torch.utils.data import Subset
 
 from softcache.data.class_counts import described
@@ -21,7 +22,6 @@ from softcache.data.tagged_words import TagsFound
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ConfigError, DataError, SoftcacheError
 from softcache.words import Words
-from tests.data.columns import ClassLabel, HuggingFace
 
 CONLL2003 = """-DOCSTART- -X- -X- O
 

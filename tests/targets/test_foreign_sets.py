@@ -399,7 +399,7 @@ def test_positions_of_a_factorys_data_go_by_the_name_that_the_cache_has(quick_du
 def test_caches_that_earlier_versions_made_of_tables_and_text_go_on(quick_dump: QuickDump, tmp_path: Path) -> None:
     """They know a table of a factory by position, and its classes by number."""
     (tmp_path / "table.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).resolve().parents[1] / 'data')!r})\n"
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})\n"
         "import numpy as np\nfrom columns import HuggingFace\n"
         "def reviews():\n"
         "    texts = [f'text {i * i}' for i in range(30)]\n"

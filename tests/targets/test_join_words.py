@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from columns import HuggingFace
 from torch.utils.data import ConcatDataset, Subset
 from words_cache import COUNT, NAMES, sentences, write_cache
 
@@ -14,7 +15,6 @@ import softcache
 from softcache.data.transfer_set import TransferSet, open_transfer_set
 from softcache.errors import ClassMismatchError, ContentMismatchError, JoinError, LabelMismatchError
 from softcache.targets import Cache
-from tests.data.columns import HuggingFace
 
 
 @pytest.fixture(scope="module")
