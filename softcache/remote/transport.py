@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -55,7 +55,13 @@ class Transport(Protocol):
 
 
 class WritableTransport(Transport, Protocol):
-    """One to which a cache can be pushed."""
+    """One to which a cache can be pushed.
+
+    Attributes:
+        at_once: files that are best sent in one call.
+    """
+
+    at_once: int
 
     def claim(self, id: str) -> AbstractContextManager[None]:
         """While it lasts nobody else pushes there, as far as the place can see to that.
@@ -77,8 +83,8 @@ class WritableTransport(Transport, Protocol):
         """Hex sha256 of a file as far as the other side can tell it; None where it cannot, or where there is no such file."""
         ...
 
-    def put(self, path: str, source: Path, note: Callable[[int], None]) -> None:
-        """A file under this name, whole or not at all.
+    def put(self, files: Sequence[tuple[str, Path]], note: Callable[[int], None]) -> None:
+        """Files under these names, each whole or not at all.
 
         Args:
             note: is told the bytes that are through.
