@@ -76,7 +76,9 @@ def test_a_scale_is_measured_on_rows_of_every_part_of_sorted_data(counts: list[i
             return SimpleNamespace(logits=torch.from_numpy(rows)[:, None], classifier_input=None)
 
     positions = None if counts is None else SimpleNamespace(counts=records)
-    viewed: Any = SimpleNamespace(transfer_set=SimpleNamespace(positions=positions), render=lambda i, _view: i)
+    viewed: Any = SimpleNamespace(
+        transfer_set=SimpleNamespace(positions=positions), policy=Policy(), render=lambda i, _view: i
+    )
     for whiten in (False, True):
         prober, teacher = choose_codec.Prober(viewed, np.arange(count), 64), cast(Any, Rising())
         rows = prober.scaling_rows(teacher, whiten=whiten)
