@@ -15,6 +15,7 @@ from conftest import WORLDS, QuickDump
 import softcache
 from softcache import cli, dump
 from softcache.config import DumpConfig, PlanConfig
+from softcache.data.views import Policy
 from softcache.dump import choose_codec, forecast
 from softcache.dump.layout import Storage
 from softcache.dump.output_scale import measure_scale
