@@ -119,6 +119,7 @@ _shtab_softcache_dump_options=(
   "--allow-code[believe what a cache, a run folder or a weights file names\: call its factories and transforms, open its data]"
   "--out[folder of the cache]:DIR:_files -/"
   "--license[what others may do with the cache, for its card\: cc-by-4.0, ...]:TEXT:"
+  "--first-view[the views begin with this one of the policy\: a later part of a cache, for \`softcache merge\`]:V:"
   "--extend[add to the finished cache in --out\: up to --views views, or the members of --teacher]"
   "--misfits[write the keys of all samples that cannot be read, or do not fit the others\: for --without]:FILE:_files"
   "--part[i\/n\: write every n-th span, for job arrays]:I/N:"
