@@ -275,8 +275,6 @@ DOORS: dict[str, set[str]] = {
     "h5py": {"softcache.cache.write.shard", "softcache.cache.hdf5_check"},
     "tqdm": {"softcache.report.progress"},
     "cryptography": {"softcache.cache.signatures"},
-    "obstore": {"softcache.remote.objects"},
-    "fsspec": {"softcache.remote.filesystems"},
 }
 
 # folders whose public names are loaded on first use
