@@ -16,7 +16,7 @@ class PullConfig:
 
     url: str = option(
         ...,
-        "where from: https://HOST/PATH, file:PATH or hf:ORG/NAME, with @ID at its end",
+        "where from: https://HOST/PATH, file:PATH, hf:ORG/NAME or s3://BUCKET/PATH, with @ID at its end",
         metavar="URL",
         positional=True,
     )

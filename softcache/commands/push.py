@@ -16,7 +16,7 @@ class PushConfig:
     """softcache push: a cache to where others can pull it from."""
 
     cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
-    url: str = option(..., "where to: file:PATH or hf:ORG/NAME", metavar="URL", positional=True)
+    url: str = option(..., "where to: file:PATH, hf:ORG/NAME or s3://BUCKET/PATH", metavar="URL", positional=True)
     id: str | None = option(None, "of an older state of the cache (default: the newest)", metavar="ID")
 
 

@@ -19,7 +19,7 @@ from softcache.files.inside import CACHE, open_inside, read_inside, refuse_linke
 from softcache.files.locks import holder_of, release_lock, sign, take_lock
 from softcache.remote.claim import PUSHING, refuse_others
 from softcache.remote.places import Place
-from softcache.remote.transport import PIECE, FleetingError, NotThereError
+from softcache.remote.transport import PIECE, FleetingError, NotThereError, Sending
 
 LOCK = "push.lock"
 
@@ -109,9 +109,9 @@ class Folder:
         finally:
             os.close(fd)
 
-    def put(self, files: Sequence[tuple[str, Path]], note: Callable[[int], None]) -> None:
-        for path, source in files:
-            self._put(path, source, note)
+    def put(self, files: Sequence[Sending], note: Callable[[int], None]) -> None:
+        for one in files:
+            self._put(one.path, one.source, note)
 
     def _put(self, path: str, source: Path, note: Callable[[int], None]) -> None:
         target = self.root / path

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.client import responses
-from pathlib import Path
 from threading import Lock
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +22,7 @@ from softcache.remote.claim import PUSHING, refuse_others
 from softcache.remote.fetch import read_small
 from softcache.remote.places import Place
 from softcache.remote.scrub import scrubbed
-from softcache.remote.transport import NotThereError
+from softcache.remote.transport import NotThereError, Sending
 from softcache.remote.web import Access, Web
 from softcache.version import __version__
 
@@ -118,8 +117,8 @@ class Hub:
         large = self._there[path].lfs if path in self._there else None
         return None if large is None else large.sha256
 
-    def put(self, files: Sequence[tuple[str, Path]], note: Callable[[int], None]) -> None:
-        adding = [self._adding(path, str(source)) for path, source in files]
+    def put(self, files: Sequence[Sending], note: Callable[[int], None]) -> None:
+        adding = [self._adding(one.path, str(one.source)) for one in files]
         self._send(adding)
         with self._lock:
             self._sent += adding

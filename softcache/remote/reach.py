@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softcache.errors import ConfigError
-from softcache.remote.places import Place
+from softcache.remote.places import BUCKETS, Place
 from softcache.remote.transport import Transport, WritableTransport
 
 
@@ -36,6 +36,10 @@ def open_writable(place: Place) -> WritableTransport:
         from softcache.remote.hub import Hub
 
         return Hub(place)
+    if place.scheme in BUCKETS:
+        from softcache.remote.objects import Objects
+
+        return Objects(place)
     from softcache.remote.folder import Folder
 
     return Folder(place)

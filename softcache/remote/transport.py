@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,15 @@ class FleetingError(Exception):
 
 class NoRangesError(Exception):
     """A server that gives whole files only."""
+
+
+@dataclass(frozen=True)
+class Sending:
+    """A file of this machine, and the name and the hex sha256 that it has there."""
+
+    path: str
+    source: Path
+    sha256: str
 
 
 class Transport(Protocol):
@@ -83,8 +93,8 @@ class WritableTransport(Transport, Protocol):
         """Hex sha256 of a file as far as the other side can tell it; None where it cannot, or where there is no such file."""
         ...
 
-    def put(self, files: Sequence[tuple[str, Path]], note: Callable[[int], None]) -> None:
-        """Files under these names, each whole or not at all.
+    def put(self, files: Sequence[Sending], note: Callable[[int], None]) -> None:
+        """Files, each under its name whole or not at all.
 
         Args:
             note: is told the bytes that are through.

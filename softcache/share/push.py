@@ -23,7 +23,7 @@ from softcache.files.inside import open_inside, read_inside
 from softcache.remote.fetch import Wanted, read_small, signatures_there
 from softcache.remote.places import Place
 from softcache.remote.reach import open_writable
-from softcache.remote.transport import NotThereError, WritableTransport
+from softcache.remote.transport import NotThereError, Sending, WritableTransport
 from softcache.remote.work import Work
 from softcache.report.progress import Meter
 
@@ -72,7 +72,7 @@ def run(cache: Path, place: Place, *, id: str | None = None, quiet: bool = False
                         continue
                     check_whole(cache, one)
                     new.append(one)
-                transport.put([(one.path, cache / one.path) for one in new], work.add)
+                transport.put([Sending(one.path, cache / one.path, one.sha256) for one in new], work.add)
                 sent.extend(new)
 
             work.over([missing[at : at + transport.at_once] for at in range(0, len(missing), transport.at_once)], send)

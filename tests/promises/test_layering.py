@@ -274,7 +274,9 @@ PACKAGES: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "h5py": {"softcache.cache.write.shard", "softcache.cache.hdf5_check"},
     "tqdm": {"softcache.report.progress"},
+    "pyarrow": {"softcache.share.preview"},
     "cryptography": {"softcache.cache.signatures"},
+    "obstore": {"softcache.remote.objects"},
 }
 
 # folders whose public names are loaded on first use
