@@ -16,6 +16,7 @@ VERBS = {
     "verify": "softcache.commands.verify",
     "repair": "softcache.commands.repair",
     "subset": "softcache.commands.subset",
+    "merge": "softcache.commands.merge",
     "diff": "softcache.commands.diff",
     "push": "softcache.commands.push",
     "pull": "softcache.commands.pull",
