@@ -19,8 +19,8 @@ from softcache.targets.cache import Cache
 
 SAME_ORDER = "dump both with the same --order and --order-seed; or add the teacher with `dump --extend`"
 NOT_FITTED = (
-    "dump both with the same --codec, and one that is not fitted to its samples (float16, int8, headtail, topk); or all of it in one "
-    "dump"
+    "dump both with the same --codec, and one that is not fitted to its samples (float16, int8, headtail, topk); or all of it "
+    "in one dump"
 )
 TIPS = {
     "format": "dump the one of version 1 again with --format 2",

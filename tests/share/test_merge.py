@@ -202,7 +202,9 @@ BENT_HALVES: dict[str, Any] = {
         pytest.param({"codec": "headtail:k=2,bits=4", "format": "2"}, id="version 2"),
         pytest.param(BENT_HALVES | {"codec": "topk:k=3"}, id="topk, with a feature", marks=pytest.mark.slow),
         pytest.param(
-            BENT_HALVES | {"codec": "linear_head:dtype=int8", "no_keys": True, "teacher": PLAIN}, id="without keys"
+            BENT_HALVES | {"codec": "linear_head:dtype=int8", "no_keys": True, "teacher": PLAIN},
+            id="without keys",
+            marks=pytest.mark.slow,
         ),
     ],
 )
