@@ -18,6 +18,7 @@ VERBS = {
     "subset": "softcache.commands.subset",
     "merge": "softcache.commands.merge",
     "diff": "softcache.commands.diff",
+    "card": "softcache.commands.card",
     "push": "softcache.commands.push",
     "pull": "softcache.commands.pull",
     "sign": "softcache.commands.sign",
