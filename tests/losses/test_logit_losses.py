@@ -528,7 +528,10 @@ def test_extremes_give_finite_values_and_gradients(name: str, extreme: str, dtyp
             value, gradient = with_gradient(case, student.to(dtype), *others, **settings)
             assert math.isfinite(value) and bool(gradient.isfinite().all()), (settings, labels)
             if student.shape[1] == 1 and not case.one_class:
-                assert abs(value) < 1e-6 and float(gradient.abs().max()) < 1e-6
+                room = (
+                    1e-6 + 1e-8 * settings.get("temperature", 1.0) ** 2
+                )  # the factor of a loss, of float32's rounding
+                assert abs(value) < room and float(gradient.abs().max()) < 1e-6
 
 
 def test_extreme_values_by_hand() -> None:
