@@ -68,10 +68,13 @@ def test_the_preview_has_the_largest_classes_and_the_entropy(quick_dump: QuickDu
 
 
 def test_at_most_a_hundred_samples_are_shown_and_they_are_spread(quick_dump: QuickDump) -> None:
-    cache = quick_dump(data="synthetic:images?count=250&classes=4&size=8", order="natural")
+    cache = quick_dump(data="synthetic:images?count=250&classes=9&size=8", order="natural")
     rows = preview.preview_rows(cache)
     assert len(rows) == 100 and rows[0] == 0 and rows[-1] == 249 and np.diff(rows).max() == 3
-    assert len(set(preview.preview_cells(cache)["label"])) == 4
+    cells = preview.preview_cells(cache)
+    assert len(set(cells["label"])) == 9 and {len(found) for found in cells["exact_classes"]} == {5}
+    shares = softmax(cache.gather(rows, 0 * rows).logits().numpy())  # of all nine classes
+    np.testing.assert_allclose(cells["exact_entropy"], -(shares * np.log(shares)).sum(axis=1), rtol=5e-3)
 
 
 def test_of_a_codec_of_some_classes_no_entropy_is_told(quick_dump: QuickDump) -> None:
