@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from faults.report import Report, demand
-from faults.web_server import FAULTS, Server, serving
+from faults.web_server import FAULTS, HOSTILE, Server, serving
 from golden.indexed import make_indexed
 from softcache.cache.manifest import read_manifest
 from softcache.cache.schema import CARD, MANIFEST, PROVENANCE
@@ -129,12 +129,12 @@ def spoil(server: Server, names: list[str], draw: random.Random) -> None:
     """One to four files are served wrong."""
     heal(server)
     for path in draw.sample(names, draw.randint(1, 4)):
-        fault = draw.choice(FAULTS)
+        fault = draw.choice(FAULTS + HOSTILE)
         if draw.random() < 0.15:
             server.always[path] = fault
         else:
             server.faults[path] = [
-                fault if draw.random() < 0.7 else draw.choice(FAULTS) for _ in range(draw.randint(1, 3))
+                fault if draw.random() < 0.7 else draw.choice(FAULTS + HOSTILE) for _ in range(draw.randint(1, 3))
             ]
 
 
