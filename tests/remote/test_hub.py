@@ -26,6 +26,7 @@ from golden.indexed import make_indexed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CACHES = {"version 1": GOLDEN / "v1" / "extended", "version 2": GOLDEN / "indexed"}
+SHOWN = (".gitattributes", "README.md", "croissant.json", "preview.parquet")
 PLACE = parse_place("hf:team/cache")
 
 SELDOM = ("shifted", "busy", "packed", "page", "to a file")
@@ -55,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 def there(server: HubServer, name: str = "team/cache") -> dict[str, bytes]:
     """What lies there but for the card and what a hub puts there."""
-    return {path: data for path, data in server.contents(name).items() if path not in (".gitattributes", "README.md")}
+    return {path: data for path, data in server.contents(name).items() if path.rpartition("/")[2] not in SHOWN}
 
 
 def whole(cache: Path) -> dict[str, bytes]:
@@ -88,7 +89,7 @@ def test_pushed_and_pulled_it_is_the_same(
     done = push.run(CACHES[cache], place, quiet=True)
     start = len(folder) or 0
     lies = {path[start:]: data for path, data in there(server).items() if path.startswith(folder[1:])}
-    assert {path: data for path, data in lies.items() if path != "README.md"} == whole(CACHES[cache])
+    assert lies == whole(CACHES[cache])
     assert len(server.repositories["team/cache"].commits) == 2  # all of it in one
     assert server.repositories["team/cache"].private == (not folder)
     assert ("open to you and your team alone" in capsys.readouterr().err) == (not folder)

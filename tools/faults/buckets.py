@@ -179,7 +179,7 @@ def moto_server(environment: Path) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    command = [environment / "bin" / "moto_server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [str(environment / "bin" / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         request = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
