@@ -27,6 +27,7 @@ CODECS = {
     "headtail": "the largest logits in 16 bits, all others in few bits with a scale per record",
     "lowrank": "coordinates in a basis over classes; records that this would not hold well enough are kept in 16 bits",
     "topk": "the largest logits only, and how much probability all other classes have together",
+    "topset": "the largest logits only, in a byte each, and how much probability all other classes have together",
     "linear_head": "the input of the teacher's final linear layer, and that layer once",
 }
 STEPS = {
@@ -449,14 +450,18 @@ def suggested_loss(plan: Plan) -> str | None:
         if not of_words:
             return None
         member = of_words[0]
-    of_classes = "kd_lower_bound:temperature=4" if _is_partial(plan) else "kd:temperature=4"
+    of_vocabulary = any(
+        codec_text(one.codec).startswith("topset") for one in plan.members
+    )  # softer, little is kept of one
+    partial = f"kd_lower_bound:temperature={1 if of_vocabulary else 4}"
+    of_classes = partial if _is_partial(plan) else "kd:temperature=4"
     of_classes = "bce" if plan.samples.multi_label else of_classes
     return LOSS_OF_OTHERS.get(member.output or "features", of_classes)
 
 
 def _is_partial(plan: Plan) -> bool:
     """Whether some member's codec keeps some classes only."""
-    return any(codec_text(member.codec).startswith("topk") for member in plan.members)
+    return any(codec_text(member.codec).startswith(("topk", "topset")) for member in plan.members)
 
 
 def _how_to_use(plan: Plan) -> str:
