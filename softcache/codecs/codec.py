@@ -22,12 +22,15 @@ class Probe:
         logits: (P, C) float32.
         head_input: (P, D) float32 input of the final linear layer; None where there is none.
         classifier_weight, classifier_bias: (C, D) and (C,) of that layer, rows in the cache's class order.
+        scale, cap: what the network makes of that layer's output x: scale x, or scale cap tanh(x / cap) where cap is not 0.
     """
 
     logits: Tensor
     classifier_input: Tensor | None = None
     classifier_weight: Tensor | None = None
     classifier_bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float = 0.0
 
 
 def constant(constants: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:

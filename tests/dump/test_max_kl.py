@@ -61,6 +61,7 @@ ROWS = {
     "lowrank": "lowrank:max_kl=0.001,at_temperature=4",
     "linear_head": "linear_head",
     "linear_head, int8": "linear_head:dtype=int8",
+    "linear_head, groups": "linear_head:group=8",
 }
 COMPLETE = [row for row, text in ROWS.items() if not text.startswith("top")]
 over_rows = pytest.mark.parametrize("row", ROWS)
@@ -202,6 +203,14 @@ def test_topset_keeps_the_largest_and_the_mass_of_the_rest(pieces: Path, caches:
         targets.log_probs("narrow", 3.0)
 
 
+def test_linear_head_in_groups_keeps_the_layer_in_16_bits(pieces: Path, caches: dict[str, softcache.Cache]) -> None:
+    layer, cache = load_user_file(pieces).narrow().fc, caches["linear_head, groups"]
+    (file,) = cache.manifest.files_of("constants", "narrow")
+    assert file.arrays["codec_weight"].dtype == "<f2" and cache.manifest.plan.format == 2
+    kept = cache.classifier("narrow")
+    assert kept is not None and torch.equal(kept[0], layer.weight.detach().half().float())
+
+
 @pytest.mark.parametrize("row", ["linear_head", "linear_head, int8"])
 def test_linear_head_keeps_the_layer_once(pieces: Path, caches: dict[str, softcache.Cache], row: str) -> None:
     layer, kept = load_user_file(pieces).narrow().fc, caches[row].classifier("narrow")
@@ -313,7 +322,7 @@ MISFITS = {
     ),
     "kd_lower_bound over temperatures": (
         "topset",
-        "kd_lower_bound:temperature='linear(4, 2)'",
+        "kd_lower_bound:temperature=linear(4, 2)",
         r"temperatures 1, 2, 4 and 8 alone, kd_lower_bound asks for all from 2 to 4",
     ),
     "kd_lower_bound at T=0.5": ("topk", "kd_lower_bound:temperature=0.5", r"from 1 to 8, kd_lower_bound asks for 0\.5"),

@@ -36,6 +36,7 @@ CACHES: dict[str, dict[str, Any]] = {
 # of codecs that version 1 does not have
 CACHES_2: dict[str, dict[str, Any]] = {
     "topset": {"codec": "topset:k=5"},
+    "linear_head-groups": {"codec": "linear_head:group=8"},
 }
 
 
