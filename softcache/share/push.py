@@ -7,14 +7,15 @@ the one that was there is still there: of two who push at once, one comes first 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softcache.cache.card import card
+from softcache.cache.card.beside import MAX_SHOWN, shown_files
 from softcache.cache.checksums import sha256_of
 from softcache.cache.file_lists import ListedFiles
 from softcache.cache.manifest import Manifest, read_manifest
-from softcache.cache.schema import CARD, MANIFEST, MANIFESTS
+from softcache.cache.schema import MANIFEST, MANIFESTS
 from softcache.cache.signatures import merged, read_signatures, signatures_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import ConfigError, DamagedCacheError, RemoteError, SoftcacheError
@@ -22,7 +23,7 @@ from softcache.files.inside import open_inside, read_inside
 from softcache.remote.fetch import Wanted, read_small, signatures_there
 from softcache.remote.places import Place
 from softcache.remote.reach import open_writable
-from softcache.remote.transport import NotThereError, WritableTransport
+from softcache.remote.transport import NotThereError, Sending, WritableTransport
 from softcache.remote.work import Work
 from softcache.report.progress import Meter
 
@@ -63,33 +64,47 @@ def run(cache: Path, place: Place, *, id: str | None = None, quiet: bool = False
         with Meter(f"push to {place}", sum(one.nbytes for one in missing), unit="B", quiet=quiet) as meter:
             work = Work(meter.add)
 
-            def send(one: Wanted) -> None:
-                if transport.digest(one.path) == one.sha256:
-                    work.add(one.nbytes)
-                    return
-                check_whole(cache, one)
-                transport.put(one.path, cache / one.path, work.add)
-                sent.append(one)
+            def send(several: Sequence[Wanted]) -> None:
+                new = []
+                for one in several:
+                    if transport.size(one.path) == one.nbytes and transport.digest(one.path) == one.sha256:
+                        work.add(one.nbytes)
+                        continue
+                    check_whole(cache, one)
+                    new.append(one)
+                transport.put([Sending(one.path, cache / one.path, one.sha256) for one in new], work.add)
+                sent.extend(new)
 
-            work.over(missing, send)
+            work.over([missing[at : at + transport.at_once] for at in range(0, len(missing), transport.at_once)], send)
         publish(transport, place, cache, manifest, was)
     return Pushed(manifest.id, len(files), sum(f.nbytes for f in files), len(sent), sum(f.nbytes for f in sent))
 
 
 def publish(transport: WritableTransport, place: Place, cache: Path, manifest: Manifest, was: bytes | None) -> None:
-    """Make the cache visible: card, signatures of both sides, the manifest last."""
+    """Make the cache visible: card and what it shows, signatures of both sides, the manifest last."""
     path = f"{MANIFESTS}/{manifest.id}.json"
     data = read_inside(cache, path, MAX_BYTES)
-    shown = {CARD: card(manifest).encode("utf-8"), MANIFEST: data}
+    beside = shown_files(cache, manifest)
+    shown = beside | {MANIFEST: data}
     there = signatures_there(transport, manifest.id)
     signed = merged(there, read_signatures(cache, manifest.id))
     if signed != there:
         shown = {signatures_path(manifest.id): signed} | shown
-    if (was != data or signed != there) and not transport.publish({path: data}, shown, was):
+    if was == data and signed == there and all(shown_there(transport, one) == beside[one] for one in beside):
+        return
+    if not transport.publish({path: data}, shown, was) and current(transport) != data:
         raise RemoteError(
             f"{place}: somebody else pushed there at the same time; their cache is what is there now",
             tip="pull it and extend it, or push to another place",
         )
+
+
+def shown_there(transport: WritableTransport, path: str) -> bytes | None:
+    """What lies there of the card, or of what it shows."""
+    try:
+        return read_small(transport, path, MAX_SHOWN)
+    except RemoteError:  # a bucket says "forbidden" of what is not there
+        return None
 
 
 def files_of(manifest: Manifest) -> list[Wanted]:
