@@ -37,8 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"spec", "features"},
     "models": {"spec", "features", "files", "words"},
     "data": {"spec", "cache", "words"},
-    "remote": {"cache", "files"},
-    "targets": {"cache", "codecs", "data", "features", "report"},
+    "remote": {"cache", "files", "report"},
+    "targets": {"cache", "codecs", "data", "features", "remote", "report"},
     "dump": {
         "config",
         "spec",
