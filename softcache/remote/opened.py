@@ -56,6 +56,11 @@ def enter(place: Place, store: Store, *, quiet: bool = False) -> tuple[Path, Pla
     return folder, place
 
 
+def id_of(manifest: bytes) -> str:
+    """The id of the cache whose manifest has these bytes."""
+    return hashlib.sha256(manifest).hexdigest()
+
+
 def _known(place: Place, store: Store) -> str | None:
     """The whole id of a cache that is entered, by the id that was asked for."""
     if place.id is None:
@@ -79,7 +84,7 @@ def _asked(transport: Transport, place: Place, store: Store) -> tuple[bytes, str
             tip = f"what was fetched before is opened without it: {place.url}@{newest}"
             raise RemoteError(exc.message, tip=tip) from None
         raise
-    return data, hashlib.sha256(data).hexdigest()
+    return data, id_of(data)
 
 
 def _write(folder: Path, data: bytes, transport: Transport, place: Place, store: Store, *, quiet: bool) -> None:

@@ -86,7 +86,7 @@ def prune(store: Store, chosen: Callable[[list[Kept]], list[Kept]]) -> tuple[lis
     if not (store.root / CACHES).is_dir():
         return [], 0
     with store.alone():
-        before = sum(_sizes(store).values())
+        before = bytes_of(store)
         caches = kept_caches(store)
         gone = chosen([one for one in caches if not one.in_use])
         for one in gone:
@@ -97,7 +97,7 @@ def prune(store: Store, chosen: Callable[[list[Kept]], list[Kept]]) -> tuple[lis
         for path in list(_files(store)):
             if path.name[:64] not in needed:
                 durable.remove(path)
-        return gone, before - sum(_sizes(store).values())
+        return gone, before - bytes_of(store)
 
 
 def _broken(store: Store, whole: set[str]) -> Iterator[str]:
@@ -136,7 +136,7 @@ def chosen_by(
 
     def choose(caches: list[Kept]) -> list[Kept]:
         if keep is not None:
-            return beyond(caches, keep, sum(_sizes(store).values()))
+            return beyond(caches, keep, bytes_of(store))
         if older is not None:
             return [one for one in caches if one.opened < time.time() - older * DAY_S]
         if not ids:
@@ -156,7 +156,7 @@ def chosen_by(
 def keep_within(store: Store) -> None:
     """Remove what was not opened for longest, where more is in the store than SOFTCACHE_STORE_GIB."""
     limit = round(limit_gib() * 2**30)
-    if sum(_sizes(store).values()) > limit:
+    if bytes_of(store) > limit:
         prune(store, chosen_by(store, keep=limit))
 
 
@@ -170,6 +170,11 @@ def limit_gib() -> float:
     if not 0 <= found < 1e9:
         raise ConfigError(f"{LIMIT}={text}: is no number of GiB", tip=f"set it to a number, such as {DEFAULT_GIB:g}")
     return found
+
+
+def bytes_of(store: Store) -> int:
+    """What all of it takes on the disk."""
+    return sum(_sizes(store).values())
 
 
 def _files(store: Store) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from softcache.remote.transport import FleetingError, Transport
 from softcache.remote.work import Work
 
 PIECE_BLOCKS = 64  # 4 MiB at once
-GAP = 16 << 10  # bytes between two lists of checksums that are fetched with them
+GAP = 8 << 10  # bytes between two lists of checksums that are fetched with them
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ class Work:
         except BaseException:
             self._stopped.set()
             for thread in threads:
-                thread.join(LEAVE_S / AT_ONCE)
+                if thread.ident is not None:  # a signal may come before all of them are started
+                    thread.join(LEAVE_S / AT_ONCE)
             raise
         for thread in threads:
             thread.join()

@@ -469,6 +469,7 @@ def test_the_promises_are_in_the_tables() -> None:
         "codecs",
         "data",
         "features",
+        "remote",
         "report",
     }
     assert "dump" not in ALLOWED["train"] and ALLOWED["dump"] & {"train", "targets", "evaluate"} == set()
