@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
-from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, ArraySpec
+from softcache.cache.plan import Plan
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, ArraySpec, index_path
 from softcache.cache.statistics import MemberStatistics
 
 
@@ -135,3 +137,23 @@ class FileList:
         plain = {name: entry[name] for name in ("path", "sha256", "round", "of", "member", "files", "file_bytes")}
         told = None if entry["statistics"] is None else MemberStatistics.from_json(entry["statistics"])
         return cls(nbytes=entry["bytes"], parts=(entry["parts"][0], entry["parts"][1]), statistics=told, **plain)
+
+
+def part_of(file: StoredFile) -> int | None:
+    """The number of the part that a file belongs to; None for samples, probe, positions and constants."""
+    return None if file.rows is None else int(Path(file.path).stem.rpartition("-")[2])
+
+
+def round_of(plan: Plan, file: StoredFile) -> int:
+    """The number of the round that wrote a file."""
+    part = part_of(file)
+    for number, one in enumerate(plan.rounds):
+        if file.index is not None:  # positions: named after their round
+            if file.path == index_path(file.index, number):
+                return number
+        elif part is not None:
+            if part < one.layout.first_part + len(one.layout):
+                return number
+        elif file.member is None or file.member in one.members:
+            return number
+    raise AssertionError(file.path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from softcache.cache.canonical import canonical_json
-from softcache.cache.file_entry import MEMBER, SETUP, VIEWS, FileList, StoredFile
+from softcache.cache.file_entry import MEMBER, SETUP, VIEWS, FileList, StoredFile, part_of
 from softcache.cache.manifest_rules import check_listed
 from softcache.cache.plan import Plan
 from softcache.cache.schema import LIST_BYTES, MAX_LIST_BYTES, list_path, part_path
@@ -180,7 +180,9 @@ def _pieces(files: Sequence[StoredFile], *, whole: bool) -> Iterator[list[Stored
 
 
 def _part(file: StoredFile) -> int:
-    return int(Path(file.path).stem.rpartition("-")[2])
+    part = part_of(file)
+    assert part is not None
+    return part
 
 
 def sum_of(files: Iterable[StoredFile]) -> MemberStatistics:

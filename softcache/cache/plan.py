@@ -39,7 +39,7 @@ class SampleInfo:
 class ViewInfo:
     """The view policy: `steps` are {"name", "version", "parameters": {name: string}}; `replay` is "derived" or "seeded".
 
-    View v of the cache is rendered as view `first` + v: a cache made out of another one may begin with a later view.
+    View v of the cache is rendered as view `first` + v: a cache made out of another one, or so dumped, begins with a later view.
     `digests`: the data sets of each file of views/, of version 2.
     """
 

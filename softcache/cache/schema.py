@@ -33,6 +33,7 @@ PROBE = "probe.h5"
 CANDIDATES = "candidates.h5"
 TOKENIZER = "tokenizer.json"
 PULLING = "pull.json"  # what is being pulled into a folder; gone once all is there
+MERGING = "merge.json"  # below WORK: which caches are being merged; gone once all is there
 WORK = "dump"  # plan, journals and locks of the dump that made the cache, and below it of every extension
 
 CRC_SUFFIX = "_crc32"

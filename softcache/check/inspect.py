@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.cache.card import codec_text, record_bytes
+from softcache.cache.card.teachers import codec_text, record_bytes
 from softcache.cache.plan import CLASS_OUTPUTS, IndexInfo, Plan
 from softcache.cache.provenance import read_provenance
 from softcache.cache.reader import CacheReader

@@ -17,6 +17,7 @@ VERBS = {
     "repair": "softcache.commands.repair",
     "subset": "softcache.commands.subset",
     "diff": "softcache.commands.diff",
+    "card": "softcache.commands.card",
     "push": "softcache.commands.push",
     "pull": "softcache.commands.pull",
     "sign": "softcache.commands.sign",

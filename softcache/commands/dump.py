@@ -10,7 +10,7 @@ from softcache.config import DumpConfig
 
 
 def run(config: DumpConfig, output: Output) -> int:
-    from softcache.cache.card import suggested_loss
+    from softcache.cache.card.use import suggested_loss
     from softcache.dump import flow
     from softcache.remote.places import folder_of
     from softcache.report.tables import size

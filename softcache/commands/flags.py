@@ -177,7 +177,8 @@ def _add_flags(parser: argparse.ArgumentParser, verb: Verb) -> None:
         how: dict[str, Any] = {"default": None, "help": help_of(field).replace("%", "%%")}
         if meta["positional"]:
             # not required here: it may come from --config; `resolve` refuses where it is missing
-            parser.add_argument(field.name, nargs="?", metavar=meta["metavar"], **how)
+            words = "*" if meta["repeat"] else "?"
+            parser.add_argument(field.name, nargs=words, metavar=meta["metavar"], **how)
             continue
         if hint is bool:
             how |= {"action": "store_const", "const": "true"}

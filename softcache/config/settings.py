@@ -38,7 +38,8 @@ def option(
         choices: the only values it may have.
         metavar: what stands for its value in help; the name of a positional one.
         positional: on the command line it is a word of its own, not a flag.
-        repeat: of a list: each use of the flag is one value, with commas of its own; otherwise commas separate values.
+        repeat: of a list: each use of the flag is one value, with commas of its own; otherwise commas separate values. A
+            positional one takes all words that are left.
     """
     return field(
         default=None if default is ... else default,

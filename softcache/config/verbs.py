@@ -29,6 +29,9 @@ class DumpConfig(StorageOptions):
     license: str | None = option(
         None, "what others may do with the cache, for its card: cc-by-4.0, ...", metavar="TEXT"
     )
+    first_view: int = option(
+        0, "the views begin with this one of the policy: a later part of a cache, for `softcache merge`", metavar="V"
+    )
     extend: bool = option(False, "add to the finished cache in --out: up to --views views, or the members of --teacher")
     misfits: str | None = option(
         None,

@@ -124,7 +124,7 @@ class Policy:
     """An ordered list of steps and the root seed of their draws. Without steps, a view is the item itself.
 
     Attributes:
-        first_view: what view 0 is called in the draws: a cache taken out of another one may begin with a later view.
+        first_view: what view 0 is called in the draws: a cache taken out of another one, or so dumped, begins with a later view.
         allow_code: whether transforms that it names may be called: not where a cache names them and nobody said so.
 
     Raises:

@@ -70,6 +70,9 @@ OF_NUMBERS = ("int8:group=64", "lowrank:max_relative_error=0.1")  # also compare
 class Prober:
     """Runs teachers on some of the rows, at view 0: what codecs are fitted on and compared by, whatever is dumped later.
 
+    It is view 0 of the policy, of a cache that begins with a later view too: so its members are fitted, and known again by
+    their first outputs, as those of the cache of the views before it.
+
     Args:
         viewed: renders the samples.
         order: of the rows, as they are dumped.
@@ -88,6 +91,7 @@ class Prober:
         measured_rows: int = MEASURED_ROWS,
     ) -> None:
         self._viewed, self._order, self._batch_size = viewed, order, batch_size
+        self._view = -viewed.policy.first_view
         self._fitted_rows, self._measured_rows = fitted_rows, measured_rows
         self._rows: dict[tuple[str, bytes], Probe] = {}
         positions = getattr(viewed.transfer_set, "positions", None)
@@ -100,7 +104,7 @@ class Prober:
         return self._rendered(range(start, min(start + count, len(self._order))))
 
     def _rendered(self, rows: Iterable[int]) -> list[Any]:
-        return [self._viewed.render(int(self._order[row]), 0) for row in rows]
+        return [self._viewed.render(int(self._order[row]), self._view) for row in rows]
 
     def first_items(self) -> list[Any]:
         """Rendered samples of the first rows, without words none: what a teacher is looked at with before anything is written."""

@@ -98,7 +98,10 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         refuse_foreign_folder(out)
     device = pick_device(config.device)
     transfer_set, ids = open_samples(config)
-    job = extension_job(config, transfer_set) if config.extend else new_job(config, transfer_set, out)
+    if config.extend:
+        job = extension_job(config, transfer_set)
+    else:
+        job = new_job(config, transfer_set, out, first_view=config.first_view)
     made_before = job.planned.plan.rounds[-1].made_with if job.planned else {}
     wanted = config.threads if config.threads is not None else made_before.get("threads")
     threads = pick_threads(
@@ -140,7 +143,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
         print(f"{out}: nothing to add, every teacher is a member already", file=sys.stderr)
         return DumpResult(out, job.base, 0.0, 0.0, time.monotonic() - started)
     if not job.new_views:  # looked at before anything is planned: a refusal is then nothing to clear away
-        PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first(prober)
+        PixelCheck(CacheReader(out, id=job.base_id), job.order, viewed).check_first()
 
     @cache
     def read_samples() -> SampleTable:

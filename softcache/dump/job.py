@@ -31,7 +31,7 @@ from softcache.dump.word_index import bytes_of_a_row, check_has_index, in_rows, 
 from softcache.errors import ConfigError, DataError, ModelError, first_offenders
 
 # settings that a cache fixed when it was made
-OF_THE_CACHE = ("policy", "view_seed", "order", "order_seed", "format", "no_keys", "license")
+OF_THE_CACHE = ("policy", "view_seed", "order", "order_seed", "format", "no_keys", "license", "first_view")
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class Job:
         return read_constants(BoundFiles(out, stored), name)
 
 
-def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None = None) -> Job:
-    """A cache of its own."""
+def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None = None, *, first_view: int = 0) -> Job:
+    """A cache of its own, whose view 0 is view `first_view` of the policy."""
     count = len(transfer_set)
     order = first_order(count, config.order, config.order_seed)
-    policy = Policy.parse(config.policy, config.view_seed)
+    policy = replace(Policy.parse(config.policy, config.view_seed), first_view=first_view)
     views = 1 if config.views is None else config.views
     if views < 1:
         raise ConfigError(f"--views {views}: at least one view is needed")
@@ -90,6 +90,13 @@ def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None 
         raise ConfigError(
             f"--views {views}, but every view of this policy is the same ({policy})",
             tip="add a random step such as --policy crop_flip, or leave --views out",
+        )
+    if first_view < 0:
+        raise ConfigError(f"--first-view {first_view}: views are counted from 0")
+    if first_view > 0 and not policy.is_random:
+        raise ConfigError(
+            f"--first-view {first_view}, but every view of this policy is the same ({policy})",
+            tip="add a random step such as --policy crop_flip, or leave --first-view out",
         )
     planned = read_planned(out, 0) if out is not None else None
     return Job(policy, order, 0, views, None, planned, in_rows(transfer_set, order))
@@ -246,7 +253,9 @@ def make_plan(
             order_seed=str(config.order_seed),
         ),
         class_names=tuple(transfer_set.class_names),
-        views=ViewInfo(job.views, 0, str(config.view_seed), job.policy.replay, job.policy.to_json()),
+        views=ViewInfo(
+            job.views, job.policy.first_view, str(config.view_seed), job.policy.replay, job.policy.to_json()
+        ),
         members=tuple(infos),
         rounds=(this,),
         format=format,

@@ -11,7 +11,7 @@ from softcache.cache.reader import CacheReader
 from softcache.data.drift import check_drift
 from softcache.data.identity import pixel_digest
 from softcache.data.loading import LoadedBatch, ViewedSet
-from softcache.dump.choose_codec import CHECKED_SAMPLES, Prober
+from softcache.dump.choose_codec import CHECKED_SAMPLES
 from softcache.errors import warn
 
 
@@ -26,10 +26,10 @@ class PixelCheck:
     def __init__(self, reader: CacheReader, order: np.ndarray, viewed: ViewedSet) -> None:
         self._reader, self._render, self._told = reader, renderer(viewed, order), False
 
-    def check_first(self, prober: Prober) -> None:
+    def check_first(self) -> None:
         """The first rows of view 0."""
-        digests = np.array([pixel_digest(item) for item in prober.items(0, CHECKED_SAMPLES)], dtype=np.uint32)
-        rows = np.arange(len(digests))
+        rows = np.arange(min(CHECKED_SAMPLES, len(self._reader.samples)))
+        digests = np.array([pixel_digest(self._render(row, 0)) for row in rows.tolist()], dtype=np.uint32)
         check_drift(self._reader, rows, np.zeros_like(rows), digests, self._render)
 
     def check(self, rows: np.ndarray, batch: LoadedBatch) -> None:

@@ -137,6 +137,7 @@ class Folder:
                 raise RemoteError(f"{self.root / path}: has other bytes than its name says", tip=CACHE.tip)
             durable.write_whole(self.root / path, data)
         for path, data in replace.items():
+            durable.make_folder((self.root / path).parent)
             durable.write_whole(self.root / path, data)
         return True
 

@@ -10,11 +10,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from softcache.cache.card import card
+from softcache.cache.card.beside import MAX_SHOWN, shown_files
 from softcache.cache.checksums import sha256_of
 from softcache.cache.file_lists import ListedFiles
 from softcache.cache.manifest import Manifest, read_manifest
-from softcache.cache.schema import CARD, MANIFEST, MANIFESTS
+from softcache.cache.schema import MANIFEST, MANIFESTS
 from softcache.cache.signatures import merged, read_signatures, signatures_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import ConfigError, DamagedCacheError, RemoteError, SoftcacheError
@@ -77,19 +77,29 @@ def run(cache: Path, place: Place, *, id: str | None = None, quiet: bool = False
 
 
 def publish(transport: WritableTransport, place: Place, cache: Path, manifest: Manifest, was: bytes | None) -> None:
-    """Make the cache visible: card, signatures of both sides, the manifest last."""
+    """Make the cache visible: card and what it shows, signatures of both sides, the manifest last."""
     path = f"{MANIFESTS}/{manifest.id}.json"
     data = read_inside(cache, path, MAX_BYTES)
-    shown = {CARD: card(manifest).encode("utf-8"), MANIFEST: data}
+    beside = shown_files(cache, manifest)
+    shown = beside | {MANIFEST: data}
     there = signatures_there(transport, manifest.id)
     signed = merged(there, read_signatures(cache, manifest.id))
     if signed != there:
         shown = {signatures_path(manifest.id): signed} | shown
-    if (was != data or signed != there) and not transport.publish({path: data}, shown, was):
+    same = was == data and signed == there and all(shown_there(transport, one) == beside[one] for one in beside)
+    if not same and not transport.publish({path: data}, shown, was):
         raise RemoteError(
             f"{place}: somebody else pushed there at the same time; their cache is what is there now",
             tip="pull it and extend it, or push to another place",
         )
+
+
+def shown_there(transport: WritableTransport, path: str) -> bytes | None:
+    """What lies there of the card, or of what it shows."""
+    try:
+        return read_small(transport, path, MAX_SHOWN)
+    except NotThereError:
+        return None
 
 
 def files_of(manifest: Manifest) -> list[Wanted]:

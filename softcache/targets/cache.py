@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from softcache.cache.card import codec_text
+from softcache.cache.card.teachers import codec_text
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
 from softcache.cache.plan import CLASS_OUTPUTS, FeatureInfo, MemberInfo

@@ -15,17 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import WORLDS, QuickDump
-from torch.nn.functional import kl_div, log_softmax
-from torch.utils.data import DataLoader
+from words_cache import NAMES, sentences
 
 import softcache
 from softcache import cli
-from softcache.cache.card import card, record_bytes
-from softcache.cache.manifest import Manifest
+from softcache.cache.card import card
+from softcache.cache.card import croissant as croissant_module
+from softcache.cache.card.croissant import croissant
+from softcache.cache.card.front_matter import front_matter, size_category
+from softcache.cache.card.preview_columns import preview_columns
+from softcache.cache.card.teachers import record_bytes
+from softcache.cache.manifest import Manifest, read_manifest
+from softcache.cache.plan import IndexInfo, Plan
 from softcache.data.transfer_set import open_transfer_set
 from softcache.share import subset
+from softcache.spec import load_user_file
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 CROPPED = ("crop_flip:padding=1",)
 
 
@@ -81,10 +89,8 @@ def test_the_card_of_a_labelled_cache(quick_dump: QuickDump, toy: Path) -> None:
         teacher=teachers, codec="int8", policy=CROPPED, views=2, view_seed=11, license="CC-BY-4.0", max_kl=0.1
     )
     text, s = written(cache), cache.manifest.statistics["second"]
-    assert text.startswith(
-        '---\nlicense: "cc-by-4.0"\ntags:\n- knowledge-distillation\n- softcache\n---\n\n# Soft targets for'
-    )
-    assert "answers of 2 trained models (the teachers) to 40 samples, each seen 2 times" in text
+    assert re.match(r"(?s)---\n.*?\n---\n\n# Soft targets for `toy.py:images`\n", text)
+    assert "answers of 2 trained models (the teachers) to 40 samples,\neach seen 2 times, each time under" in text
     assert section(text, "Licence").startswith("\nCC-BY-4.0, as stated by whoever made this cache.")
     found = row(text, "second")
     assert found["model"] == "`toy.py:network?seed=3`" and found["gives"] == "logits" and found["codec"] == "int8"
@@ -123,7 +129,7 @@ def test_the_id_that_it_tells_to_compare(quick_dump: QuickDump) -> None:
 
 def test_without_a_licence_it_says_what_that_means(quick_dump: QuickDump) -> None:
     text = written(quick_dump())
-    assert text.startswith("# Soft targets for")
+    assert yaml.safe_load(text.split("---\n")[1])["license"] == "unknown"
     assert "Not stated: whoever made this cache did not say what others may do with it. Ask" in section(text, "Licence")
     assert "Every teacher saw each sample as it is." in section(text, "Views")
 
@@ -143,7 +149,7 @@ def test_without_a_licence_it_says_what_that_means(quick_dump: QuickDump) -> Non
 def test_front_matter_holds_any_licence(quick_dump: QuickDump, license: str, identifier: str) -> None:
     text = written(quick_dump(license=license))
     head, about, rest = text.split("---\n", 2)
-    assert head == "" and about == f"license: {json.dumps(identifier)}\ntags:\n- knowledge-distillation\n- softcache\n"
+    assert head == "" and yaml.safe_load(about)["license"] == identifier
     assert section(rest, "Licence").strip().startswith(" ".join(license.split()).replace("---", "---"))
 
 
@@ -197,7 +203,7 @@ def test_the_card_of_a_subset(quick_dump: QuickDump, tmp_path: Path) -> None:
     assert "View 0 of this cache is rendered as view 1 of that policy" in section(text, "Views")
     assert row(text, "exact")["KL at T=1 / 4, mean"] == f"{s.mean_kl('1'):.2g} / {s.mean_kl('4'):.2g} nats"
     assert "measured on 96 of 120 records in the cache that this one was taken out of" in section(text, "Teachers")
-    assert f"to {len(child)} samples, each seen 2 times" in text
+    assert f"to {len(child)} samples,\neach seen 2 times" in text
 
 
 def test_an_extended_cache(quick_dump: QuickDump) -> None:
@@ -262,11 +268,15 @@ def test_no_text_from_outside_breaks_the_card(quick_dump: QuickDump, toy: Path, 
     assert widths == [[len(cells) for cells in table] for table in tables(calm)]
     outline = r"(?m)^(#.*|```.*|---|- |    \S+)"
     assert [line[:5] for line in re.findall(outline, found)] == [line[:5] for line in re.findall(outline, calm)]
-    prose = re.sub(r"(?ms)^```python.*?^```$|`[^`\n]+`", "", found)  # in code, nothing is markup
+    prose = re.sub(r"(?ms)^```python.*?^```$|`[^`\n]+`", "", found.split("\n---\n", 1)[1])  # in code, nothing is markup
     assert "<" not in prose and "&lt;img" not in prose
     assert not re.search(r"(?<!\\)[\[\]$~`]", prose)
     assert "\u202e" not in found and "\u200b" not in found
     assert max(map(len, found.splitlines())) < 2500
+    heads = [page.split("\n---\n")[0].removeprefix("---\n") for page in (calm, found)]
+    about, expected = (yaml.safe_load(head) for head in heads)
+    assert list(about) == list(expected) and len(heads[0].splitlines()) == len(heads[1].splitlines())
+    assert about["pretty_name"].startswith("Soft targets for") and all(c.isprintable() for c in about["pretty_name"])
 
 
 def test_names_that_are_harmless_stand_as_they_are(quick_dump: QuickDump) -> None:
@@ -304,8 +314,7 @@ def test_the_loop_and_the_command_of_the_card_work(
     def student(images: torch.Tensor) -> torch.Tensor:
         return net(images.flatten(1).float() / 255)
 
-    names = {"DataLoader": DataLoader, "kl_div": kl_div, "log_softmax": log_softmax, "student": student}
-    names |= {"data_set": open_transfer_set(data), "losses": losses}
+    names = {"student": student, "data_set": open_transfer_set(data), "losses": losses}
     exec(loop + "\n        losses.append(loss.item())\n", names)  # the page's own code
     assert len(losses) == 2 and np.isfinite(losses).all()
 
@@ -323,3 +332,149 @@ def test_the_loop_and_the_command_of_the_card_work(
     assert cli.main([places.get(word, word) for word in shlex.split(command)[1:]]) == 0
     (example,) = re.findall(r'h5py\.File\("(.*?)"\)', text)
     assert (cache.reader.path / example).is_file()
+
+
+@pytest.mark.parametrize(
+    ("output", "codec", "loss"),
+    [
+        ("", "float32", "kd(student_rows"),
+        ("", "topk:k=5", "16 * kl_div("),
+        ("&output=embedding", "float32", "cosine(student_rows"),
+    ],
+    ids=["logits", "topk", "vectors"],
+)
+def test_the_loop_of_the_card_meets_the_teachers_word_with_the_students(
+    quick_dump: QuickDump, tmp_path: Path, output: str, codec: str, loss: str
+) -> None:
+    """Its student is the teacher itself, asked live: every loss is 0, and it is not where each word meets another one."""
+    data = sentences(tmp_path / "s.jsonl")
+    cache = quick_dump(data=data, teacher=[f"{WORLDS / 'words.py'}:tagger?seed=1&scale=8&name=a{output}"], codec=codec)
+    text = written(cache)
+    assert f"to {len(cache)} samples,\neach seen once, with an answer for each of its words; " in text
+    assert "Labels: of the words of the samples\n" in text and "images" not in text
+    (loop,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    loop = loop.replace("path/to/this/folder", str(cache.reader.path)).replace("range(20)", "range(1)")
+    assert f"loss = {loss}" in loop
+    network = load_user_file(WORLDS / "words.py").tagger(len(NAMES), 1, scale=8.0)
+    losses: dict[int, list[float]] = {0: [], 1: []}
+    for shift, found in losses.items():
+
+        def student(batch: Sequence[Sequence[str]], shift: int = shift) -> torch.Tensor:
+            rows = network([words for words in batch if words]).detach().roll(shift, dims=0)
+            return torch.nn.utils.rnn.pad_sequence(list(rows.split([*map(len, batch)])), batch_first=True)
+
+        names = {"student": student, "data_set": open_transfer_set(data), "losses": found}
+        exec(loop + "\n        losses.append(loss.item())\n", names)  # the page's own code
+    assert len(losses[0]) == len(losses[1]) == 3
+    assert max(map(abs, losses[0])) < 1e-3 < 1e-2 < min(losses[1])
+
+
+# ---------------------------------------------------------------------------------------------------- what a hub reads
+
+PLANS: list[Any] = [
+    pytest.param({"source": "digits"}, ["image-classification"], id="images"),
+    pytest.param({"source": "team.data:sets", "steps": ["shift"]}, ["image-classification"], id="views of images"),
+    pytest.param({"source": "table:reviews.csv?text=body"}, ["text-classification"], id="texts"),
+    pytest.param({"source": "conll:train.conll", "index": "words"}, ["token-classification"], id="words"),
+    pytest.param({"source": "team.data:sets"}, None, id="nobody says what"),
+    pytest.param({"source": "digits", "output": "embedding"}, ["image-feature-extraction"], id="embeddings of images"),
+    pytest.param(
+        {"source": "synthetic:texts", "output": "embedding"}, ["feature-extraction"], id="embeddings of texts"
+    ),
+    pytest.param({"source": "digits", "output": None}, ["image-feature-extraction"], id="features alone"),
+    pytest.param({"source": "digits", "output": "values"}, None, id="values"),
+]
+
+
+def like(manifest: Manifest, source: str, steps: Sequence[str] = (), index: str | None = None, **member: Any) -> Plan:
+    """Its plan, with what a card says of a task in it."""
+    one = replace(manifest.plan.members[0], index=index, **member)
+    views = replace(manifest.plan.views, steps=[{"name": name, "version": 1, "parameters": {}} for name in steps])
+    samples = replace(manifest.plan.samples, source=source)
+    indexes = (IndexInfo(index, index),) if index else ()
+    return replace(manifest.plan, samples=samples, views=views, members=(one,), indexes=indexes)
+
+
+@pytest.mark.parametrize(("settings", "tasks"), PLANS)
+def test_the_task_is_what_the_plan_says_or_is_left_out(
+    quick_dump: QuickDump, settings: Mapping[str, Any], tasks: list[str] | None
+) -> None:
+    about = read_front_matter(front_matter(like(quick_dump().manifest, **settings)))
+    assert about.get("task_categories") == tasks
+    assert about["tags"] == ["softcache", "knowledge-distillation", "soft-targets"] and "language" not in about
+    assert about["viewer"] is False and "configs" not in about  # nothing here that a hub's viewer reads
+
+
+@pytest.mark.parametrize(
+    ("count", "category"),
+    [
+        (1, "n<1K"),
+        (999, "n<1K"),
+        (1000, "1K<n<10K"),
+        (60_000, "10K<n<100K"),
+        (1_281_167, "1M<n<10M"),
+        (10**10, "10B<n<100B"),
+    ],
+)
+def test_how_many_samples_there_are_as_hubs_say_it(count: int, category: str) -> None:
+    assert size_category(count) == category
+
+
+def test_languages_and_a_preview_in_front_matter(quick_dump: QuickDump) -> None:
+    about = read_front_matter(front_matter(quick_dump().manifest.plan, ("en", "no"), "preview/ab.parquet"))
+    assert about["language"] == ["en", "no"]  # quoted: YAML's own "no" is a boolean
+    (config,) = about["configs"]
+    assert config == {"config_name": "preview", "data_files": [{"split": "preview", "path": "preview/ab.parquet"}]}
+    assert "viewer" not in about
+
+
+def read_front_matter(text: str) -> dict[str, Any]:
+    assert text.startswith("---\n") and text.endswith("\n---")
+    found = yaml.safe_load(text[4:-4])
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("text", ["a: b", "---", "# no comment", '"', "- x", "{a}", "\ud800", "😀", "yes", "\u2028"])
+def test_any_name_is_one_string_of_the_front_matter(quick_dump: QuickDump, text: str) -> None:
+    about = read_front_matter(front_matter(like(quick_dump().manifest, source=f"{text}?x=1")))
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    assert about["pretty_name"] == " ".join(f"Soft targets for {shown}?x=1".split())
+
+
+# ---------------------------------------------------------------------------------------------------- what programs read
+
+
+@pytest.mark.parametrize("cache", ["v1/extended", "indexed"])
+def test_croissant_names_every_file_with_its_size_and_hash(cache: str) -> None:
+    root = GOLDEN / cache
+    manifest = read_manifest(root)
+    made = json.loads(croissant(manifest))
+    found = {one["@id"]: one for one in made["distribution"]}
+    assert len(found) == len(made["distribution"])  # each has a name of its own
+    listed = list(root.glob("files-*.json"))
+    assert len(found) == 1 + len(manifest.files) + len(listed)
+    for path, one in found.items():
+        data = (root / path).read_bytes()
+        assert one["contentUrl"] == path and one["contentSize"] == f"{len(data)} B"
+        assert one["sha256"] == hashlib.sha256(data).hexdigest()
+    assert made["version"] == manifest.id and made["license"] == "unknown" and "recordSet" not in made
+    assert croissant(manifest) == croissant(manifest)
+
+
+def test_croissant_of_very_many_files_names_their_lists_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(croissant_module, "MOST_FILES", 3)
+    found = [one["@id"] for one in json.loads(croissant(read_manifest(GOLDEN / "indexed")))["distribution"]]
+    assert found == ["manifest.json", *sorted(path.name for path in (GOLDEN / "indexed").glob("files-*.json"))]
+
+
+def test_croissant_says_what_the_columns_of_a_preview_are() -> None:
+    manifest, data = read_manifest(GOLDEN / "indexed"), b"some rows"
+    made = json.loads(croissant(manifest, ("preview/x.parquet", data)))
+    assert made["distribution"][-1]["sha256"] == hashlib.sha256(data).hexdigest()
+    (records,) = made["recordSet"]
+    fields = {field["source"]["extract"]["column"]: field for field in records["field"]}
+    assert list(fields) == [column.name for column in preview_columns(manifest.plan)]
+    assert {field["source"]["fileObject"]["@id"] for field in fields.values()} == {"preview/x.parquet"}
+    assert fields["tagger_classes"]["dataType"] == "sc:Text" and fields["tagger_classes"]["repeated"] is True
+    assert fields["sample"]["dataType"] == "sc:Text" and "repeated" not in fields["sample"]

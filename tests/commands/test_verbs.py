@@ -34,7 +34,7 @@ SUBSTITUTIONS = {
     r"torchvision:MNIST\?root=data": "digits",
     r"imagefolder:train": "digits",
     r"digits\?split=test": "imagefolder:test",
-    r"data digits\b": "data imagefolder:train",
+    r"(data|pictures) digits\b": r"\1 imagefolder:train",
     r"sample digits/0*(\d+)": r"sample 0/000\1.png",
     r"torchvision:resnet50@IMAGENET1K_V2": "runs/teacher",
     r"softcache:mlp\?hidden=1200,1200@runs/teacher": "softcache:cnn?width=4@runs/teacher",
@@ -55,7 +55,7 @@ SUBSTITUTIONS = {
 # the example that does a verb's longest work, where it is not the first
 WORK = {"reproduce": 1, "verify": 1, "export": 2}
 # verbs that are done before a progress could be shown
-INSTANT = {"losses", "inspect", "views", "sign", "store", "completion", "help"}
+INSTANT = {"losses", "inspect", "views", "card", "sign", "store", "completion", "help"}
 # verbs that need no file of the world
 ANYWHERE = {"demo", "reproduce", "losses", "store", "completion", "help"}
 # what takes more than a few seconds: a verb's longest work, and single examples

@@ -185,6 +185,7 @@ USED: dict[type[Any], set[str]] = {
             "part",
             "list_modules",
             "misfits",
+            "first_view",
         ),
     },
     ExportConfig: {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import softcache
-from softcache.cache import card
+from softcache.cache.card import phrases
 from softcache.codecs import CODECS
 from softcache.config.options import CODEC_HELP
 from softcache.data.transfer_set import FILE_SOURCES, MADE_UP, SOURCES
@@ -51,7 +51,7 @@ def test_codecs() -> None:
         first = "\n".join(row.split(" | ")[0] for row in table.splitlines())
         assert named(first) == set(CODECS)
     assert all(re.search(rf"\b{name}\b", CODEC_HELP) for name in CODECS)
-    assert set(card.CODECS) == set(CODECS)
+    assert set(phrases.CODECS) == set(CODECS)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -59,15 +59,15 @@ def test_view_steps(name: str) -> None:
     short, whole = tables(section("VIEWS.md", "Steps"))
     parameters = set(list(inspect.signature(STEPS[name].function).parameters)[2:])
     if name == "seeded":  # which is written as its transform
-        assert "package.module:factory" in short and name in card.STEPS
+        assert "package.module:factory" in short and name in phrases.STEPS
         return
-    assert name in named(short) and name in card.STEPS
+    assert name in named(short) and name in phrases.STEPS
     (row,) = [row for row in whole.splitlines() if row.startswith(f"| `{name}` |")]
     assert set(re.findall(r"`(\w+)(?:=[^`]*)?`", row.partition(" | ")[2])) == parameters
 
 
 def test_no_step_is_told_that_is_none() -> None:
-    assert set(card.STEPS) == set(STEPS)
+    assert set(phrases.STEPS) == set(STEPS)
     assert {row.split("`")[1] for row in tables(section("VIEWS.md", "Steps"))[1].splitlines()} == {*STEPS} - {"seeded"}
 
 

@@ -11,7 +11,7 @@ from conftest import WORLDS, QuickDump
 
 import softcache
 from softcache import cli, dump
-from softcache.cache.card import record_bytes
+from softcache.cache.card.teachers import record_bytes
 from softcache.config import DumpConfig, PlanConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.dump import forecast

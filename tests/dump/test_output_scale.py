@@ -15,6 +15,7 @@ from conftest import WORLDS, QuickDump
 import softcache
 from softcache import cli, dump
 from softcache.config import DumpConfig, PlanConfig
+from softcache.data.views import Policy
 from softcache.dump import choose_codec, forecast
 from softcache.dump.layout import Storage
 from softcache.dump.output_scale import measure_scale
@@ -76,7 +77,9 @@ def test_a_scale_is_measured_on_rows_of_every_part_of_sorted_data(counts: list[i
             return SimpleNamespace(logits=torch.from_numpy(rows)[:, None], classifier_input=None)
 
     positions = None if counts is None else SimpleNamespace(counts=records)
-    viewed: Any = SimpleNamespace(transfer_set=SimpleNamespace(positions=positions), render=lambda i, _view: i)
+    viewed: Any = SimpleNamespace(
+        transfer_set=SimpleNamespace(positions=positions), policy=Policy(), render=lambda i, _view: i
+    )
     for whiten in (False, True):
         prober, teacher = choose_codec.Prober(viewed, np.arange(count), 64), cast(Any, Rising())
         rows = prober.scaling_rows(teacher, whiten=whiten)

@@ -274,6 +274,7 @@ PACKAGES: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "h5py": {"softcache.cache.write.shard", "softcache.cache.hdf5_check"},
     "tqdm": {"softcache.report.progress"},
+    "pyarrow": {"softcache.share.preview"},
     "cryptography": {"softcache.cache.signatures"},
 }
 

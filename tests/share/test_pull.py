@@ -71,9 +71,9 @@ def error_of(server: Server, out: Path, id: str | None = None) -> SoftcacheError
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file but the card, which is made anew, and what a dump left."""
+    """Every file but the card and what stands beside it, and what a dump left."""
     found = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    left = ("README.md", "provenance.json", "push.lock")
+    left = ("README.md", "croissant.json", "provenance.json", "push.lock")
     return {path: data for path, data in found.items() if path not in left and not path.startswith("dump/")}
 
 

@@ -33,8 +33,9 @@ from words_cache import (
 )  # fmt: skip
 
 import softcache
+from softcache import dump
 from softcache.cache.statistics import MemberStatistics
-from softcache.config import EvalConfig, TrainConfig
+from softcache.config import DumpConfig, EvalConfig, TrainConfig
 from softcache.data.transfer_set import open_transfer_set
 from softcache.errors import (
     CacheError,
@@ -46,6 +47,7 @@ from softcache.errors import (
 )
 from softcache.evaluate import measure
 from softcache.losses import LOSSES
+from softcache.losses.ctkd import Ctkd
 from softcache.models import load_model
 from softcache.spec import load_user_file
 from softcache.targets.positions import BatchPositions
@@ -299,10 +301,67 @@ def test_soft_targets_of_some_words_and_labels_of_all_count_each_by_its_own_word
 def test_every_loss_on_logits_and_labels_is_tried_beside_the_live_teacher() -> None:
     tried = {loss.partition(":")[0] for loss in (*OF_TEACHER, *OF_LABELS)}
     plain = {name for name, loss in LOSSES.items() if not loss.has_features}
-    assert plain - tried == {
-        "ctkd",
-        "kd_lower_bound",
-    }  # kd at a temperature that it learns; of a cache that keeps some classes
+    assert plain - tried == {"ctkd", "kd_lower_bound"}  # which follow, for they take more than logits
+
+
+def test_a_temperature_that_is_learned_goes_word_by_word(world: World, tmp_path: Path) -> None:
+    """Each step is kd at the temperature of then, which rises on the loss that the student descends."""
+    config, levels = world.config(tmp_path / "run", "ctkd", cache="second", epochs=4, lr=0.01), []
+    forward = Ctkd.forward
+
+    def noted(self: Ctkd, *given: Any, **how: Any) -> Tensor:
+        levels.append(float(self.level.detach()))
+        return forward(self, *given, **how)
+
+    with mock.patch.object(Ctkd, "forward", noted):
+        steps = steps_of(config)
+    levels = levels[-STEPS:]  # those before them looked whether a step will work
+    network, speed = load_user_file(WORLD).tagger(len(NAMES), 7, double=True), 0.0
+    for number, step in enumerate(steps):
+        network.load_state_dict(step.before)
+        words = words_of(world.data, step.index, ("a",), 2)
+        student, level = network(words.items)[words.recorded], torch.tensor(levels[number], dtype=torch.float64)
+        temperature = 1 + 20 * level.requires_grad_().sigmoid()
+        value = (
+            temperature**2 * kl(*((z / temperature).log_softmax(dim=1) for z in (words.teacher["a"], student))).mean()
+        )
+        assert step.value == pytest.approx(value.item(), rel=1e-6)
+        value.backward()
+        assert level.grad is not None
+        speed = 0.9 * speed - float(level.grad)
+        if number + 1 < STEPS:
+            assert levels[number + 1] - levels[number] == pytest.approx(-0.01 * speed, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("kept", [2, len(NAMES) - 1])
+def test_the_largest_logits_of_each_word_teach_by_k_classes_and_the_rest(
+    world: World, tmp_path: Path, kept: int
+) -> None:
+    """Of a cache that keeps some classes of each word, and the sum of the others."""
+    made = DumpConfig(
+        data=world.data, teacher=(f"{WORLD}:tagger?seed={SEEDS['a']}&scale=8&name=a",), out=str(tmp_path / "cache"),
+        codec=f"topk:k={kept}", allow_code=True, device="cpu", threads=1, workers=0,
+    )  # fmt: skip
+    dump.run(made, quiet=True)
+    config = world.config(tmp_path / "run", "kd_lower_bound:temperature=3", cache=None, epochs=4)
+    steps = steps_of(replace(config, cache=str(tmp_path / "cache")))
+    assert len(steps) == STEPS
+    network, least = load_user_file(WORLD).tagger(len(NAMES), 7, double=True), np.inf
+    for step in steps:
+        network.load_state_dict(step.before)
+        words = words_of(world.data, step.index, ("a",), 1)
+        with torch.no_grad():
+            student = network(words.items)
+        values = []
+        for shift in (0, 1):
+            z = words.teacher["a"].roll(shift, 0)
+            first = z.topk(kept, dim=1).indices
+            p, q = ((one / 3).softmax(dim=1) for one in (z, student))
+            ends = [torch.cat([of := one.gather(1, first), 1 - of.sum(dim=1, keepdim=True)], dim=1) for one in (p, q)]
+            values.append(9 * float(kl(ends[0].log(), ends[1].log()).mean()))
+        assert step.value == pytest.approx(values[0], rel=2e-3)  # logits are kept in float16
+        least = min(least, abs(values[1] / values[0] - 1))
+    assert least > 1e-2
 
 
 def test_a_mask_that_is_one_word_off_is_seen_in_value_and_gradient(world: World, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ COMMANDS = {  # OUT: the folder; ROOT: --data-root; minutes, estimated, on two c
     "verify": ("verify.py --threads 1 --rounds 3", 6),
     "open": ("open.py", 12),
     "positions": ("positions.py", 10),
+    "embeddings": ("embeddings.py", 3),
     "views": ("views.py --data-root ROOT --out OUT/views", 45),
     "real": ("codecs.py --only real --model OUT/views/teacher --data 'torchvision:MNIST?root=ROOT&train=false'", 2),
 }

@@ -69,7 +69,7 @@ def mutants_report(folder: Path, mutants: int, seed: int, findings: Path, format
     wrong = sum(count for name, count in tally.counts.items() if "OTHER NUMBERS" in name)
     hangs = tally.counts["HANG"]
     print(f"{mutants} mutants, {total} runs in {time.monotonic() - started:.0f} s (seed {seed})")
-    print(f"crashes {crashes}, hangs over {HANG_S:g} s {hangs}, silently other numbers {wrong}")
+    print(f"crashes {crashes}, hangs over {HANG_S:g} s of the processor {hangs}, silently other numbers {wrong}")
     print(f"slowest {tally.slowest_s:.2f} s ({tally.slowest}); resident memory grew by {growth:.1f} MiB")
     for finding in tally.findings[:40]:
         print(f"  {finding}")

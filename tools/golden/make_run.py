@@ -4,7 +4,7 @@
     python tools/golden/make_run.py --check FOLDER     # resume what lies there: are the bits those that its version gave?
 
 `exact` is arithmetic that no processor rounds; `rich` has two stages, learned terms, a memory, averages, dropout and Adam;
-`pruned` has masks, which its second stage holds.
+`pruned` has masks, which its second stage holds; `words` has an answer for each word of a sentence.
 Another tree than the script's own is used by PYTHONPATH. `--quick` makes `exact` in a temporary folder, and checks it there.
 """
 
@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,35 +80,57 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.01,
         "ema": 0.9,
     },
+    "words": {
+        "data": "table:words.jsonl?words=words&tags=tags",
+        "eval_data": "table:words.jsonl?words=words&tags=tags",
+        "student": "students.py:tagger",
+        "cache": "cache-words",
+        "loss": ("kd:temperature=2", "ce:weight=0.1", "ctkd:weight=0.1"),
+        "epochs": 3,
+        "batch_size": 6,
+        "accumulate": 2,
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "clip_norm": 1.0,
+        "ema": 0.9,
+        "keep": "best",
+    },
 }
 STOPS = {
     "exact": (0, 1, 1),
     "rich": (1, 0, 1),
     "pruned": (1, 0, 1),
+    "words": (0, 1, 1),
 }  # stage, epoch and step that the interrupted run has reached
+
+
+# where a version keeps a cache that it made -> the run it is for, and its teacher
+CACHES = {"cache": ("exact", "students.py:whole"), "cache-words": ("words", "students.py:knowing_tagger")}
 
 
 class Interrupted(BaseException):
     """The run that is stopped."""
 
 
-def workplace(folder: Path, cache: Path | None) -> None:
-    """A folder with all that the runs name: modules, and caches; the cache of `exact` is made where none is given."""
+def workplace(folder: Path, source: Path | None) -> None:
+    """A folder with all that the runs name: modules, words, and caches; of no version yet they are made, else copied."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(GOLDEN / "pieces.py", folder)
-    shutil.copy(GOLDEN / "runs" / "students.py", folder)
+    for name in ("pieces.py", "runs/students.py", "runs/words.jsonl"):
+        shutil.copy(GOLDEN / name, folder)
     shutil.copytree(GOLDEN / "v1" / "features", folder / "cache-rich")
-    if cache is not None:
-        shutil.copytree(cache, folder / "cache-exact")
-        return
+    for kept, (name, teacher) in CACHES.items():
+        if source is None:
+            make_cache(folder, SETTINGS[name]["data"], teacher, f"cache-{name}")
+        elif (source / kept).exists():
+            shutil.copytree(source / kept, folder / f"cache-{name}")
+
+
+def make_cache(folder: Path, data: str, teacher: str, out: str) -> None:
     with contextlib.chdir(folder):
-        made = DumpConfig(
-            data="students.py:bits", teacher=("students.py:whole",), out="cache-exact", codec="float32", **MACHINE
-        )
-        dump.run(made, quiet=True)
+        dump.run(DumpConfig(data=data, teacher=(teacher,), out=out, codec="float32", **MACHINE), quiet=True)
     for name in ("README.md", "provenance.json"):  # they tell of this machine
-        (folder / "cache-exact" / name).unlink()
-    shutil.rmtree(folder / "cache-exact" / "dump")
+        (folder / out / name).unlink()
+    shutil.rmtree(folder / out / "dump")
 
 
 @contextlib.contextmanager
@@ -177,13 +200,18 @@ def evaluated(run_folder: str, data: str) -> dict[str, Any]:
     return found
 
 
-def logits_of(run_folder: str, data: str, out: str) -> dict[str, list[float]]:
-    """Sample key -> logits of a run as a teacher, from a float32 dump."""
+def logits_of(run_folder: str, data: str, out: str) -> dict[str, list[Any]]:
+    """Sample key -> logits of a run as a teacher, from a float32 dump; of words a row for each."""
     settings: dict[str, Any] = {"data": data, "teacher": (run_folder,), "allow_code": True}
     dump.run(DumpConfig(**settings, out=out, codec="float32", **MACHINE), quiet=True)
     cache = softcache.open(out)
     rows = np.arange(len(cache))
-    logits = cache.gather(rows, np.zeros(len(rows), np.int64)).logits().double().tolist()
+    targets = cache.gather(rows, np.zeros(len(rows), np.int64))
+    logits = targets.logits().double().tolist()
+    (member,) = targets.members
+    if cache.member(member).index is not None:
+        ends = targets.at(member).offsets.tolist()
+        logits = [logits[start:stop] for start, stop in pairwise(ends)]
     return dict(zip((cache.samples.key(int(row)) for row in rows), logits, strict=True))
 
 
@@ -219,7 +247,8 @@ def write(target: Path, names: tuple[str, ...]) -> None:
             expected = make(name, folder)
             shutil.copytree(folder / name, target / name)
             (target / name / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
-        shutil.copytree(folder / "cache-exact", target / "cache")
+        for kept, (name, _) in CACHES.items():
+            shutil.copytree(folder / f"cache-{name}", target / kept)
     for name in names:
         size = sum(file.stat().st_size for file in (target / name).rglob("*") if file.is_file())
         print(f"{name:<6} {size:>9,} bytes, student {digests(target / name / 'finished')['student'][:16]}")
@@ -230,7 +259,7 @@ def check(source: Path) -> int:
     different = 0
     with tempfile.TemporaryDirectory(prefix="check-run-") as scratch:
         folder = Path(scratch)
-        workplace(folder, source / "cache")
+        workplace(folder, source)
         for name in sorted(path.parent.name for path in source.glob("*/expected.json")):
             expected = json.loads((source / name / "expected.json").read_text())
             shutil.copytree(source / name / "interrupted", folder / name)

@@ -13,12 +13,12 @@ from typing import Any, Self
 import numpy as np
 
 from softcache.cache.checksums import READ_BYTES, sha256_of
-from softcache.cache.file_entry import StoredFile
+from softcache.cache.file_entry import StoredFile, part_of, round_of
 from softcache.cache.manifest import Manifest
 from softcache.cache.open_file import open_checked
 from softcache.cache.plan import Plan
 from softcache.cache.samples import SampleTable
-from softcache.cache.schema import WORK, ArraySpec, Span, index_path
+from softcache.cache.schema import WORK, ArraySpec, Span
 from softcache.cache.write.shard import write_shard
 from softcache.cache.write.writer import SpanWriter, written_span
 from softcache.errors import DamagedCacheError, LockedError
@@ -79,34 +79,18 @@ class Rewriter:
 
     def concerns(self, number: int) -> bool:
         """Whether a round wrote something damaged."""
-        return any(self._round_of(file) == number for file in self._wanted.values())
+        return any(round_of(self._manifest.plan, file) == number for file in self._wanted.values())
 
     def spans_of(self, number: int) -> list[Span]:
         """Turn to a round; returns its spans of which a file is damaged."""
         self.plan = replace(self._manifest.plan, rounds=self._manifest.plan.rounds[: number + 1])
-        indices = {self._index_of(file) for file in self._wanted.values()}
+        indices = {part_of(file) for file in self._wanted.values()}
         return [span for span in self.plan.rounds[number].layout.spans() if span.index in indices]
 
     def members_of(self, span: Span) -> set[str]:
         """The members whose records of this span are damaged."""
-        found = (file for file in self._wanted.values() if self._index_of(file) == span.index)
+        found = (file for file in self._wanted.values() if part_of(file) == span.index)
         return {file.member for file in found if file.member is not None}
-
-    def _round_of(self, file: StoredFile) -> int:
-        index, rounds = self._index_of(file), self._manifest.plan.rounds
-        if file.index is not None:  # positions: named after their round
-            return next(n for n in range(len(rounds)) if file.path == index_path(file.index, n))
-        for number, one in enumerate(rounds):
-            if index is not None and index < one.layout.first_part + len(one.layout):
-                return number
-            if index is None and (file.member is None or file.member in one.members):
-                return number
-        raise AssertionError(file.path)
-
-    @staticmethod
-    def _index_of(file: StoredFile) -> int | None:
-        """The number of the part that a file belongs to; None for samples, probe and constants."""
-        return None if file.rows is None else int(Path(file.path).stem.rpartition("-")[2])
 
     def span(self, span: Span, member_arrays: Mapping[str, Sequence[ArraySpec]]) -> AbstractContextManager[SpanWriter]:
         """Write one span again: as `CacheWriter.span`, but each file is put in its place only if it is what it was."""

@@ -5,11 +5,11 @@
 #    source ~/.local/share/bash_completion/softcache
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help)
+_shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)
 
 _shtab_softcache_demo_option_strings=(-h --help --out --seeds --config --set --print-config --quiet --json)
 _shtab_softcache_plan_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --whiten --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --config --set --print-config --quiet --json)
-_shtab_softcache_dump_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --whiten --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --out --license --extend --misfits --part --list-modules --config --set --print-config --quiet --json)
+_shtab_softcache_dump_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --whiten --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --out --license --first-view --extend --misfits --part --list-modules --config --set --print-config --quiet --json)
 _shtab_softcache_train_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --student --out --init-from --init-map --classes --classes-map --eval-data --eval-every --cache --cache-id --loss --combine --members --labels --join --check-content --read --check-blocks --check-files --allow-code --view --size --augment --on-drift --policy --view-seed --epochs --more-epochs --batch-size --optimizer --lr --momentum --nesterov --weight-decay --schedule --freeze --prune --quantise --stage --clip-norm --accumulate --ema --views-per-visit --patience --keep --channels-last --compile --sync-bn --tensorboard --seed --checkpoint-every --config --set --print-config --quiet --json)
 _shtab_softcache_eval_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --classes-map --cache --combine --members --temperature --batch-size --policy --bias --fit-bias --bias-data --bias-model --check-files --per-class --allow-code --config --set --print-config --quiet --json)
 _shtab_softcache_shrink_option_strings=(-h --help --by --out --data --eval-data --classes-map --policy --download --allow-code --batch-size --seed --device --threads --cache --scan --config --set --print-config --quiet --json)
@@ -22,6 +22,7 @@ _shtab_softcache_verify_option_strings=(-h --help --quick --full --replay --data
 _shtab_softcache_repair_option_strings=(-h --help --from --data --teacher --classes-map --device --allow-code --workers --config --set --print-config --quiet --json)
 _shtab_softcache_subset_option_strings=(-h --help --views --members --keep-labels --drop-labels --samples --without --id --license --config --set --print-config --quiet --json)
 _shtab_softcache_diff_option_strings=(-h --help --members --temperatures --config --set --print-config --quiet --json)
+_shtab_softcache_card_option_strings=(-h --help --language --pictures --config --set --print-config --quiet --json)
 _shtab_softcache_push_option_strings=(-h --help --id --config --set --print-config --quiet --json)
 _shtab_softcache_pull_option_strings=(-h --help --id --signed-by --config --set --print-config --quiet --json)
 _shtab_softcache_sign_option_strings=(-h --help --key --id --config --set --print-config --quiet --json)
@@ -88,6 +89,8 @@ _shtab_softcache_subset___samples_COMPGEN=_shtab_compgen_files
 _shtab_softcache_subset___without_COMPGEN=_shtab_compgen_files
 _shtab_softcache_subset___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_diff___config_COMPGEN=_shtab_compgen_files
+_shtab_softcache_card_pos_0_COMPGEN=_shtab_compgen_dirs
+_shtab_softcache_card___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_push_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_softcache_push___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_pull_pos_1_COMPGEN=_shtab_compgen_dirs
@@ -121,8 +124,8 @@ _shtab_softcache_eval___autocast_choices=(none bf16 fp16)
 _shtab_softcache_eval___check_files_choices=(yes no)
 _shtab_softcache_export___to_choices=(safetensors program onnx)
 _shtab_softcache_completion_pos_0_choices=(bash zsh fish)
-_shtab_softcache_help_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help)
-_shtab_softcache_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help)
+_shtab_softcache_help_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)
+_shtab_softcache_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)
 
 _shtab_softcache_demo__h_nargs=0
 _shtab_softcache_demo___help_nargs=0
@@ -231,6 +234,11 @@ _shtab_softcache_diff___help_nargs=0
 _shtab_softcache_diff___print_config_nargs=0
 _shtab_softcache_diff___quiet_nargs=0
 _shtab_softcache_diff___json_nargs=0
+_shtab_softcache_card__h_nargs=0
+_shtab_softcache_card___help_nargs=0
+_shtab_softcache_card___print_config_nargs=0
+_shtab_softcache_card___quiet_nargs=0
+_shtab_softcache_card___json_nargs=0
 _shtab_softcache_push__h_nargs=0
 _shtab_softcache_push___help_nargs=0
 _shtab_softcache_push___print_config_nargs=0

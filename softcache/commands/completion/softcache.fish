@@ -50,8 +50,8 @@ function _shtab_softcache_using
   test "$_shtab_softcache_cmdpath" = "$argv"
 end
 
-set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --temperatures --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --first-view --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --language --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --pictures --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --temperatures --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -138,6 +138,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l no-keys -d 'do not sto
 complete -c softcache -n '_shtab_softcache_using dump' -l allow-code -d 'believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data'
 complete -c softcache -n '_shtab_softcache_using dump' -l out -xka "(__fish_complete_directories)" -d 'folder of the cache'
 complete -c softcache -n '_shtab_softcache_using dump' -l license -x -d 'what others may do with the cache, for its card: cc-by-4.0, ...'
+complete -c softcache -n '_shtab_softcache_using dump' -l first-view -x -d 'the views begin with this one of the policy: a later part of a cache, for `softcache merge`'
 complete -c softcache -n '_shtab_softcache_using dump' -l extend -d 'add to the finished cache in --out: up to --views views, or the members of --teacher'
 complete -c softcache -n '_shtab_softcache_using dump' -l misfits -xka "(__fish_complete_path (commandline -ct))" -d 'write the keys of all samples that cannot be read, or do not fit the others: for --without'
 complete -c softcache -n '_shtab_softcache_using dump' -l part -x -d 'i/n: write every n-th span, for job arrays'
@@ -391,6 +392,16 @@ complete -c softcache -n '_shtab_softcache_using diff' -l set -x -d 'one setting
 complete -c softcache -n '_shtab_softcache_using diff' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using diff' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using diff' -l json -d 'the result for machines'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a card -d 'make the card of a cache, with a preview of its samples that a hub shows'
+complete -c softcache -n '_shtab_softcache_using card' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using card' -l language -x -d 'of the samples: en, de, ... (nothing here knows it)'
+complete -c softcache -n '_shtab_softcache_using card' -l pictures -x -d 'show two pictures of this transfer set: see to it that you may pass them on'
+complete -c softcache -n '_shtab_softcache_using card' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
+complete -c softcache -n '_shtab_softcache_using card' -l set -x -d 'one setting; repeat'
+complete -c softcache -n '_shtab_softcache_using card' -l print-config -d 'show every setting and where it came from, and stop'
+complete -c softcache -n '_shtab_softcache_using card' -l quiet -d 'no progress'
+complete -c softcache -n '_shtab_softcache_using card' -l json -d 'the result for machines'
+complete -c softcache -n '_shtab_softcache_using card; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a push -d 'send a cache to where others can pull it from'
 complete -c softcache -n '_shtab_softcache_using push' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using push' -l id -x -d 'of an older state of the cache (default: the newest)'
@@ -435,4 +446,4 @@ complete -c softcache -n '_shtab_softcache_using help' -l set -x -d 'one setting
 complete -c softcache -n '_shtab_softcache_using help' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using help' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using help' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help" -d 'name of a page or of a verb (default: list the pages)'
+complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help" -d 'name of a page or of a verb (default: list the pages)'

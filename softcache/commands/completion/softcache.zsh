@@ -10,6 +10,7 @@
 
 _shtab_softcache_commands() {
   local _commands=(
+    card:'make the card of a cache, with a preview of its samples that a hub shows'
     completion:'print the script that completes verbs and flags in bash, zsh or fish'
     demo:'the whole main job on scikit-learn'"'"'s digits: teachers, one dump, students with and without the cache'
     diff:'what differs between two caches, and how far apart their teachers are'
@@ -41,6 +42,21 @@ _shtab_softcache_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_defaults_added=0
+
+_shtab_softcache_card_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "*--language[of the samples\: en, de, ... (nothing here knows it)]:CODE:"
+  "--pictures[show two pictures of this transfer set\: see to it that you may pass them on]:DATA:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":folder of the cache:_files -/"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_card_defaults_added=0
 
 _shtab_softcache_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -119,6 +135,7 @@ _shtab_softcache_dump_options=(
   "--allow-code[believe what a cache, a run folder or a weights file names\: call its factories and transforms, open its data]"
   "--out[folder of the cache]:DIR:_files -/"
   "--license[what others may do with the cache, for its card\: cc-by-4.0, ...]:TEXT:"
+  "--first-view[the views begin with this one of the policy\: a later part of a cache, for \`softcache merge\`]:V:"
   "--extend[add to the finished cache in --out\: up to --views views, or the members of --teacher]"
   "--misfits[write the keys of all samples that cannot be read, or do not fit the others\: for --without]:FILE:_files"
   "--part[i\/n\: write every n-th span, for job arrays]:I/N:"
@@ -202,7 +219,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -544,6 +561,7 @@ _shtab_softcache() {
       (( CURRENT += 1 ))
       curcontext="${curcontext%:*:*}:_shtab_softcache-$line[1]:"
       case $line[1] in
+        card) _arguments -C -s $_shtab_softcache_card_options ;;
         completion) _arguments -C -s $_shtab_softcache_completion_options ;;
         demo) _arguments -C -s $_shtab_softcache_demo_options ;;
         diff) _arguments -C -s $_shtab_softcache_diff_options ;;

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 INPUTS, CLASSES = 3, 2
+LETTERS = "abcd"
 
 
 class Bits:
@@ -64,6 +65,29 @@ class Rich(nn.Module):
         return self.head(self.dropout(torch.relu(self.norm(self.hidden(batch)))))
 
 
+class Tagger(nn.Module):
+    """Words by their letters and those of the word before: a hidden layer with dropout, and logits for each word."""
+
+    gives = "words"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * len(LETTERS), 8)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(8, num_classes)
+
+    def collate(self, items: list[list[str]]) -> list[list[str]]:
+        return list(items)
+
+    def forward(self, batch: list[list[str]]) -> torch.Tensor:
+        rows = []
+        for sentence in batch:
+            own = [[float(word.count(letter)) for letter in LETTERS] for word in sentence]
+            before = [[0.0] * len(LETTERS), *own]
+            rows += [one + other for one, other in zip(own, before, strict=False)]
+        return self.head(self.dropout(torch.tanh(self.hidden(torch.tensor(rows)))))
+
+
 def bits() -> Bits:
     return Bits()
 
@@ -79,3 +103,17 @@ def exact() -> Exact:
 
 def rich(num_classes: int) -> Rich:
     return Rich(num_classes)
+
+
+def tagger(num_classes: int) -> Tagger:
+    return Tagger(num_classes)
+
+
+def knowing_tagger(num_classes: int) -> Tagger:
+    """The teacher of words: small whole weights over powers of two."""
+    made = Tagger(num_classes)
+    for layer, scale in ((made.hidden, 8), (made.head, 2)):
+        for parameter in layer.parameters():
+            whole = torch.arange(parameter.numel()) * 7 % 11 - 5
+            parameter.data = (whole / scale).reshape(parameter.shape)
+    return made
