@@ -242,7 +242,7 @@ def check_shape(value: Any, shape: Shape, where: str = "") -> None:
         _check_items(value, shape[0], where)
 
 
-def _is_plain(value: Any, kind: type) -> bool:
+def _is_plain(value: Any, kind: Any) -> bool:
     """Whether it is exactly of this type, for True is an int to Python; not negative, and not endless."""
     return type(value) is kind and (kind is not int or value >= 0) and (kind is not str or len(value) <= MAX_STRING)
 

@@ -78,7 +78,7 @@ def report(path: Path | str) -> str:
         ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
         *_rounds(plan),
         *([("licence", plan.license)] if plan.license is not None else []),
-        *([("taken out of", plan.parent.id)] if plan.parent is not None else []),
+        *[("taken out of" if plan.parent else "merged of", parent.id) for parent in plan.parents],
         ("made with", ", ".join(f"{k} {v}" for k, v in plan.made_with.items())),
     ]
     made = {} if isinstance(path, str) else read_provenance(path)

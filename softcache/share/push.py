@@ -98,7 +98,7 @@ def shown_there(transport: WritableTransport, path: str) -> bytes | None:
     """What lies there of the card, or of what it shows."""
     try:
         return read_small(transport, path, MAX_SHOWN)
-    except NotThereError:
+    except RemoteError:  # a bucket says "forbidden" of what is not there
         return None
 
 

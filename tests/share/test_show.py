@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,13 @@ def test_the_preview_has_the_largest_classes_and_the_entropy(quick_dump: QuickDu
 
 
 def test_at_most_a_hundred_samples_are_shown_and_they_are_spread(quick_dump: QuickDump) -> None:
-    cache = quick_dump(data="synthetic:images?count=250&classes=4&size=8", order="natural")
+    cache = quick_dump(data="synthetic:images?count=250&classes=9&size=8", order="natural")
     rows = preview.preview_rows(cache)
     assert len(rows) == 100 and rows[0] == 0 and rows[-1] == 249 and np.diff(rows).max() == 3
-    assert len(set(preview.preview_cells(cache)["label"])) == 4
+    cells = preview.preview_cells(cache)
+    assert len(set(cells["label"])) == 9 and {len(found) for found in cells["exact_classes"]} == {5}
+    shares = softmax(cache.gather(rows, 0 * rows).logits().numpy())  # of all nine classes
+    np.testing.assert_allclose(cells["exact_entropy"], -(shares * np.log(shares)).sum(axis=1), rtol=5e-3)
 
 
 def test_of_a_codec_of_some_classes_no_entropy_is_told(quick_dump: QuickDump) -> None:
@@ -282,3 +286,62 @@ def test_the_table_is_the_same_bytes_twice_and_reads_back(quick_dump: QuickDump)
         assert data == preview.to_parquet(columns, preview.preview_cells(cache))
         found: Mapping[str, list[Any]] = parquet.read_table(io.BytesIO(data)).to_pydict()
         assert dict(found) == cells
+
+
+# ---------------------------------------------------------------------------------------- as other programs read it
+
+
+@pytest.fixture(params=["of classes", "of everything"])
+def shown(request: pytest.FixtureRequest, quick_dump: QuickDump, tmp_path: Path) -> softcache.Cache:
+    """A cache with all that is shown of it, its name one that YAML and JSON have to quote."""
+    pytest.importorskip("pyarrow")
+    if request.param == "of everything":
+        shutil.copytree(GOLDEN / "indexed", tmp_path / "cache")
+    else:
+        quick_dump(data="synthetic:images?count=30&classes=4&size=8", license='mine: "all"')
+    show.run(tmp_path / "cache", languages=("en", "no"), quiet=True)
+    return softcache.open(tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of other packages
+def test_mlcroissant_takes_it_and_reads_the_preview(shown: softcache.Cache) -> None:
+    """In an environment of its own: `python tools/croissant`."""
+    mlcroissant = pytest.importorskip("mlcroissant")
+    read = mlcroissant.Dataset(jsonld=shown.reader.path / "croissant.json")
+    assert not read.metadata.ctx.issues.errors
+    assert read.metadata.distribution[0].sha256 == shown.id == read.metadata.version
+    cells, rows = preview.preview_cells(shown), list(read.records("preview"))
+    for column in preview_columns(shown.manifest.plan):
+        found = [row[f"preview/{column.name}"] for row in rows]
+        assert [_as_text(one) for one in found] == [_as_text(one) for one in cells[column.name]], column
+
+
+def _as_text(cell: Any) -> Any:
+    """Strings come as bytes, and what is missing in more than one way."""
+    if isinstance(cell, list | np.ndarray):
+        return [_as_text(one) for one in cell]
+    if isinstance(cell, bytes):
+        return cell.decode()
+    return None if cell is None or cell != cell or cell in ("None", "nan") else cell
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_datasets_reads_the_folder_as_a_hubs_viewer_does(
+    shown: softcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    place = tmp_path / "there"
+    push.run(shown.reader.path, parse_place(f"file:{place}"), quiet=True)
+    read = datasets.load_dataset(str(place), cache_dir=str(tmp_path / "store"))
+    assert list(read) == ["preview"] and len(read["preview"]) == len(preview.preview_rows(shown))
+    assert read["preview"].to_dict() == preview.preview_cells(shown)
+
+
+@pytest.mark.slow
+def test_a_hubs_own_reader_of_cards_takes_the_front_matter(shown: softcache.Cache) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    about = hub.DatasetCard.load(shown.reader.path / "README.md").data
+    assert about.pretty_name.startswith("Soft targets for ") and about.language == ["en", "no"]
+    assert about.license in ("unknown", "other") and about.size_categories == ["n<1K"]

@@ -18,7 +18,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.schema import MANIFEST
 
 MOST_FILES = 2000
-HDF5, PARQUET, JSON = "application/x-hdf5", "application/vnd.apache.parquet", "application/json"
+HDF5, PARQUET, JSON = "application/x-hdf5", "application/x-parquet", "application/json"
 TYPES = {"text": "sc:Text", "number": "sc:Float", "whole": "sc:Integer"}
 CONTEXT: dict[str, Any] = {
     "@language": "en",

@@ -40,7 +40,7 @@ def how_to_use(manifest: Manifest) -> str:
         ways = f"In one command, or in {own}:\n\n    {command}"
     return f"""## How to use it
 
-With softcache (`pip install softcache`), and where this folder is on another machine:
+Where this folder is on another machine, `URL` being its address there:
 
     softcache pull URL@{manifest.id[:16]} caches/here
 
