@@ -20,7 +20,10 @@ class PullConfig(PartOptions):
     """softcache pull: a cache from somewhere else, or a part of it."""
 
     url: str = option(
-        ..., "where from: https://HOST/PATH or file:PATH, with @ID at its end", metavar="URL", positional=True
+        ...,
+        "where from: https://HOST/PATH, file:PATH, hf:ORG/NAME or s3://BUCKET/PATH, with @ID at its end",
+        metavar="URL",
+        positional=True,
     )
     out: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
     id: str | None = option(None, "that the cache must have: 8 or more of its 64 digits", metavar="ID")
@@ -81,6 +84,7 @@ VERB = Verb(
     examples="""
 softcache pull file:/shared/caches/mnist@3f9a2b7c41d0e856 caches/theirs
 softcache pull file:/shared/caches/mnist@3f9a2b7c41d0e856 caches/some --members teacher --views 0-1
+softcache pull hf:team/mnist@3f9a2b7c41d0e856 caches/theirs
 softcache pull https://data.example.org/caches/mnist caches/mine --id 3f9a2b7c41d0e856
 """,
     after_stop=RESUMES,

@@ -319,7 +319,7 @@ _shtab_softcache_pull_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":where from\: https\:\/\/HOST\/PATH or file\:PATH, with \@ID at its end:"
+  ":where from\: https\:\/\/HOST\/PATH, file\:PATH, hf\:ORG\/NAME or s3\:\/\/BUCKET\/PATH, with \@ID at its end:"
   ":folder of the cache:_files -/"
 )
 
@@ -335,7 +335,7 @@ _shtab_softcache_push_options=(
   "--quiet[no progress]"
   "--json[the result for machines]"
   ":folder of the cache:_files -/"
-  ":where to\: file\:PATH:"
+  ":where to\: file\:PATH, hf\:ORG\/NAME or s3\:\/\/BUCKET\/PATH:"
 )
 
 # guard to ensure default positional specs are added only once per session
