@@ -277,6 +277,7 @@ DOORS: dict[str, set[str]] = {
     "pyarrow": {"softcache.share.preview"},
     "cryptography": {"softcache.cache.signatures"},
     "obstore": {"softcache.remote.objects"},
+    "fsspec": {"softcache.remote.filesystems"},
 }
 
 # folders whose public names are loaded on first use
