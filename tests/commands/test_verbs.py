@@ -45,7 +45,8 @@ SUBSTITUTIONS = {
     r"--views 16": "--views 6",
     r"--epochs 20": "--epochs 1",
     r"/backup/": "backup/",
-    r"file:/shared/caches/mnist@\w+": "file:caches/mnist",
+    r"(?:file:/shared/caches|hf:team)/mnist@\w+": "file:caches/mnist",
+    r"hf:team/": "file:hub/",
     r"file:/shared/": "file:shared/",
     r"https://data.example.org/caches/mnist (.*) --id \w+": r"file:caches/digits \1",
     r"--budget short --seeds 0,1,2": "--budget smoke --seeds 0",
@@ -55,9 +56,9 @@ SUBSTITUTIONS = {
 # the example that does a verb's longest work, where it is not the first
 WORK = {"reproduce": 1, "verify": 1, "export": 2}
 # verbs that are done before a progress could be shown
-INSTANT = {"losses", "inspect", "views", "card", "sign", "completion", "help"}
+INSTANT = {"losses", "inspect", "views", "card", "sign", "store", "completion", "help"}
 # verbs that need no file of the world
-ANYWHERE = {"demo", "reproduce", "losses", "completion", "help"}
+ANYWHERE = {"demo", "reproduce", "losses", "store", "completion", "help"}
 # what takes more than a few seconds: a verb's longest work, and single examples
 SLOW_WORK = {"demo", "reproduce", "plan"}
 SLOW = {
