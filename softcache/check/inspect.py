@@ -73,7 +73,7 @@ def report(path: Path) -> str:
         ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
         *_rounds(plan),
         *([("licence", plan.license)] if plan.license is not None else []),
-        *([("taken out of", plan.parent.id)] if plan.parent is not None else []),
+        *[("taken out of" if plan.parent else "merged of", parent.id) for parent in plan.parents],
         ("made with", ", ".join(f"{k} {v}" for k, v in plan.made_with.items())),
     ]
     made = read_provenance(Path(path))

@@ -16,6 +16,7 @@ VERBS = {
     "verify": "softcache.commands.verify",
     "repair": "softcache.commands.repair",
     "subset": "softcache.commands.subset",
+    "merge": "softcache.commands.merge",
     "diff": "softcache.commands.diff",
     "card": "softcache.commands.card",
     "push": "softcache.commands.push",

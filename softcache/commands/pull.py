@@ -15,7 +15,10 @@ class PullConfig:
     """softcache pull: a cache from somewhere else."""
 
     url: str = option(
-        ..., "where from: https://HOST/PATH or file:PATH, with @ID at its end", metavar="URL", positional=True
+        ...,
+        "where from: https://HOST/PATH, file:PATH, hf:ORG/NAME or s3://BUCKET/PATH, with @ID at its end",
+        metavar="URL",
+        positional=True,
     )
     out: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
     id: str | None = option(None, "that the cache must have: 8 or more of its 64 digits", metavar="ID")
@@ -50,6 +53,7 @@ VERB = Verb(
     summary="fetch a cache from somewhere else, every byte checked",
     examples="""
 softcache pull file:/shared/caches/mnist@3f9a2b7c41d0e856 caches/theirs
+softcache pull hf:team/mnist@3f9a2b7c41d0e856 caches/theirs
 softcache pull https://data.example.org/caches/mnist caches/mine --id 3f9a2b7c41d0e856
 """,
     after_stop=RESUMES,

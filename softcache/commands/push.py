@@ -16,7 +16,7 @@ class PushConfig:
     """softcache push: a cache to where others can pull it from."""
 
     cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
-    url: str = option(..., "where to: file:PATH", metavar="URL", positional=True)
+    url: str = option(..., "where to: file:PATH, hf:ORG/NAME or s3://BUCKET/PATH", metavar="URL", positional=True)
     id: str | None = option(None, "of an older state of the cache (default: the newest)", metavar="ID")
 
 
@@ -46,6 +46,7 @@ VERB = Verb(
     summary="send a cache to where others can pull it from",
     examples="""
 softcache push caches/mnist file:/shared/caches/mnist
+softcache push caches/mnist hf:team/mnist
 softcache push caches/mnist file:/shared/caches/mnist --json
 """,
     after_stop=RESUMES,

@@ -18,7 +18,7 @@ from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.positions import Positions
 from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
-from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, fit_layout, plan_layout
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, fit_layout, member_name, plan_layout
 from softcache.config import DumpConfig, StorageOptions
 from softcache.data.classes import check_classes
 from softcache.data.identity import sample_ids
@@ -26,7 +26,7 @@ from softcache.data.join import find_ids
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.dump.layout import Storage, member_info
-from softcache.dump.teacher import Teacher, member_name
+from softcache.dump.teacher import Teacher
 from softcache.dump.word_index import bytes_of_a_row, check_has_index, in_rows, index_of, part_bytes
 from softcache.errors import ConfigError, DataError, ModelError, first_offenders
 

@@ -376,6 +376,8 @@ PLANS: list[Any] = [
     pytest.param({"source": "team.data:sets", "steps": ["shift"]}, ["image-classification"], id="views of images"),
     pytest.param({"source": "table:reviews.csv?text=body"}, ["text-classification"], id="texts"),
     pytest.param({"source": "conll:train.conll", "index": "words"}, ["token-classification"], id="words"),
+    pytest.param({"source": "imagefolder:train", "index": "grid"}, ["image-segmentation"], id="cells of images"),
+    pytest.param({"source": "team.data:sets", "index": "frames"}, None, id="frames of something"),
     pytest.param({"source": "team.data:sets"}, None, id="nobody says what"),
     pytest.param({"source": "digits", "output": "embedding"}, ["image-feature-extraction"], id="embeddings of images"),
     pytest.param(
@@ -478,3 +480,9 @@ def test_croissant_says_what_the_columns_of_a_preview_are() -> None:
     assert {field["source"]["fileObject"]["@id"] for field in fields.values()} == {"preview/x.parquet"}
     assert fields["tagger_classes"]["dataType"] == "sc:Text" and fields["tagger_classes"]["repeated"] is True
     assert fields["sample"]["dataType"] == "sc:Text" and "repeated" not in fields["sample"]
+
+
+def test_a_teacher_of_sentences_beside_one_of_their_words_has_a_task_of_its_own(quick_dump: QuickDump) -> None:
+    plan = like(quick_dump().manifest, source="conll:train.conll", index="words")
+    plan = replace(plan, members=(*plan.members, replace(plan.members[0], name="b", index=None)))
+    assert read_front_matter(front_matter(plan))["task_categories"] == ["token-classification", "text-classification"]

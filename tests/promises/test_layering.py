@@ -276,6 +276,7 @@ DOORS: dict[str, set[str]] = {
     "tqdm": {"softcache.report.progress"},
     "pyarrow": {"softcache.share.preview"},
     "cryptography": {"softcache.cache.signatures"},
+    "obstore": {"softcache.remote.objects"},
 }
 
 # folders whose public names are loaded on first use
@@ -556,6 +557,9 @@ def test_a_planted_circle_is_found() -> None:
 # --------------------------------------------------------------------------------------------------------- in a new process
 
 
+SHARING = {"torch", "h5py", "cryptography", "huggingface_hub", "obstore", "fsspec"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "heavy"),
@@ -567,7 +571,7 @@ def test_a_planted_circle_is_found() -> None:
         ),
         ("softcache.cache.reader, softcache.cache.samples", {"h5py", "torch"}),
         ("softcache.check.verify", {"torch", "torchvision"}),
-        ("softcache.share.push, softcache.share.pull, softcache.share.sign", {"torch", "h5py", "cryptography"}),
+        ("softcache.share.push, softcache.share.pull, softcache.share.sign", SHARING),
     ],
     ids=["command line", "cache", "reading", "verify", "sharing"],
 )

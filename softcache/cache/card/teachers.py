@@ -100,12 +100,12 @@ def _other_row(manifest: Manifest, member: MemberInfo) -> list[str]:
 
 def _measured(manifest: Manifest, member: str) -> tuple[MemberStatistics, str]:
     """What was measured against the teacher itself, and a sentence that says on what."""
-    own, parent = manifest.statistics[member], manifest.plan.parent
-    before = parent.statistics.get(member) if parent is not None else None
+    own, before = manifest.statistics[member], manifest.plan.measured_before(member)
     if own.measured or before is None or not before.measured:
         found, where = own, "here"
     else:
-        found, where = before, "in the cache that this one was taken out of"
+        merged = len(manifest.plan.parents) > 1
+        found, where = before, f"in the cache{'s' * merged} that this one was {'merged' if merged else 'taken out'} of"
     what = "KL" if manifest.plan.member(member).output in CLASS_OUTPUTS else "the relative error"
     if not found.measured:
         return found, f"{what} was not measured"

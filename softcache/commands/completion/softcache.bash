@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/softcache
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)
+_shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)
 
 _shtab_softcache_demo_option_strings=(-h --help --out --seeds --config --set --print-config --quiet --json)
 _shtab_softcache_plan_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --whiten --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --config --set --print-config --quiet --json)
@@ -21,6 +21,7 @@ _shtab_softcache_views_option_strings=(-h --help --sample --out --data --allow-c
 _shtab_softcache_verify_option_strings=(-h --help --quick --full --replay --data --allow-code --signed-by --config --set --print-config --quiet --json)
 _shtab_softcache_repair_option_strings=(-h --help --from --data --teacher --classes-map --device --allow-code --workers --config --set --print-config --quiet --json)
 _shtab_softcache_subset_option_strings=(-h --help --views --members --keep-labels --drop-labels --samples --without --id --license --config --set --print-config --quiet --json)
+_shtab_softcache_merge_option_strings=(-h --help --license --config --set --print-config --quiet --json)
 _shtab_softcache_diff_option_strings=(-h --help --members --temperatures --config --set --print-config --quiet --json)
 _shtab_softcache_card_option_strings=(-h --help --language --pictures --config --set --print-config --quiet --json)
 _shtab_softcache_push_option_strings=(-h --help --id --config --set --print-config --quiet --json)
@@ -88,6 +89,7 @@ _shtab_softcache_subset_pos_1_COMPGEN=_shtab_compgen_dirs
 _shtab_softcache_subset___samples_COMPGEN=_shtab_compgen_files
 _shtab_softcache_subset___without_COMPGEN=_shtab_compgen_files
 _shtab_softcache_subset___config_COMPGEN=_shtab_compgen_files
+_shtab_softcache_merge___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_diff___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_card_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_softcache_card___config_COMPGEN=_shtab_compgen_files
@@ -124,8 +126,8 @@ _shtab_softcache_eval___autocast_choices=(none bf16 fp16)
 _shtab_softcache_eval___check_files_choices=(yes no)
 _shtab_softcache_export___to_choices=(safetensors program onnx)
 _shtab_softcache_completion_pos_0_choices=(bash zsh fish)
-_shtab_softcache_help_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)
-_shtab_softcache_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)
+_shtab_softcache_help_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)
+_shtab_softcache_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)
 
 _shtab_softcache_demo__h_nargs=0
 _shtab_softcache_demo___help_nargs=0
@@ -229,6 +231,12 @@ _shtab_softcache_subset___help_nargs=0
 _shtab_softcache_subset___print_config_nargs=0
 _shtab_softcache_subset___quiet_nargs=0
 _shtab_softcache_subset___json_nargs=0
+_shtab_softcache_merge_pos_0_nargs='*'
+_shtab_softcache_merge__h_nargs=0
+_shtab_softcache_merge___help_nargs=0
+_shtab_softcache_merge___print_config_nargs=0
+_shtab_softcache_merge___quiet_nargs=0
+_shtab_softcache_merge___json_nargs=0
 _shtab_softcache_diff__h_nargs=0
 _shtab_softcache_diff___help_nargs=0
 _shtab_softcache_diff___print_config_nargs=0

@@ -50,7 +50,7 @@ function _shtab_softcache_using
   test "$_shtab_softcache_cmdpath" = "$argv"
 end
 
-set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help
+set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help
 set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --first-view --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --language --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --pictures --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --temperatures --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
@@ -383,6 +383,14 @@ complete -c softcache -n '_shtab_softcache_using subset' -l quiet -d 'no progres
 complete -c softcache -n '_shtab_softcache_using subset' -l json -d 'the result for machines'
 complete -c softcache -n '_shtab_softcache_using subset; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
 complete -c softcache -n '_shtab_softcache_using subset; and test $_shtab_softcache_npos -eq 1' -ka "(__fish_complete_directories)" -d 'folder of the smaller cache'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a merge -d 'several caches as one: their members, their views or their samples'
+complete -c softcache -n '_shtab_softcache_using merge' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using merge' -l license -x -d 'of the merged cache (default: theirs, if it is the same)'
+complete -c softcache -n '_shtab_softcache_using merge' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
+complete -c softcache -n '_shtab_softcache_using merge' -l set -x -d 'one setting; repeat'
+complete -c softcache -n '_shtab_softcache_using merge' -l print-config -d 'show every setting and where it came from, and stop'
+complete -c softcache -n '_shtab_softcache_using merge' -l quiet -d 'no progress'
+complete -c softcache -n '_shtab_softcache_using merge' -l json -d 'the result for machines'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a diff -d 'what differs between two caches, and how far apart their teachers are'
 complete -c softcache -n '_shtab_softcache_using diff' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using diff' -l members -x -d 'members to compare, NAME or NAME=OTHER (default: of the same name)'
@@ -446,4 +454,4 @@ complete -c softcache -n '_shtab_softcache_using help' -l set -x -d 'one setting
 complete -c softcache -n '_shtab_softcache_using help' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using help' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using help' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help" -d 'name of a page or of a verb (default: list the pages)'
+complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help" -d 'name of a page or of a verb (default: list the pages)'

@@ -20,6 +20,7 @@ _shtab_softcache_commands() {
     help:'list the pages of the documentation, or show one; or the flags of a verb'
     inspect:'what made this cache, from what, how big; one sample'"'"'s soft target as bars'
     losses:'the losses a student can learn by: what they need of a cache, their settings, their papers'
+    merge:'several caches as one: their members, their views or their samples'
     plan:'what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for'
     pull:'fetch a cache from somewhere else, every byte checked'
     push:'send a cache to where others can pull it from'
@@ -219,7 +220,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff card push pull sign completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -252,6 +253,20 @@ _shtab_softcache_losses_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_losses_defaults_added=0
+
+_shtab_softcache_merge_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--license[of the merged cache (default\: theirs, if it is the same)]:TEXT:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  "(*)::folders of the caches, and behind them that of the merged one:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_merge_defaults_added=0
 
 _shtab_softcache_plan_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -304,7 +319,7 @@ _shtab_softcache_pull_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":where from\: https\:\/\/HOST\/PATH or file\:PATH, with \@ID at its end:"
+  ":where from\: https\:\/\/HOST\/PATH, file\:PATH, hf\:ORG\/NAME or s3\:\/\/BUCKET\/PATH, with \@ID at its end:"
   ":folder of the cache:_files -/"
 )
 
@@ -320,7 +335,7 @@ _shtab_softcache_push_options=(
   "--quiet[no progress]"
   "--json[the result for machines]"
   ":folder of the cache:_files -/"
-  ":where to\: file\:PATH:"
+  ":where to\: file\:PATH, hf\:ORG\/NAME or s3\:\/\/BUCKET\/PATH:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -571,6 +586,7 @@ _shtab_softcache() {
         help) _arguments -C -s $_shtab_softcache_help_options ;;
         inspect) _arguments -C -s $_shtab_softcache_inspect_options ;;
         losses) _arguments -C -s $_shtab_softcache_losses_options ;;
+        merge) _arguments -C -s $_shtab_softcache_merge_options ;;
         plan) _arguments -C -s $_shtab_softcache_plan_options ;;
         pull) _arguments -C -s $_shtab_softcache_pull_options ;;
         push) _arguments -C -s $_shtab_softcache_push_options ;;
