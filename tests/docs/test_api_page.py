@@ -84,7 +84,7 @@ def test_a_loss_says_shapes_types_errors_and_paper(name: str, loss: Any) -> None
         text += inspect.getdoc(loss.forward) or ""
     refers = re.search(r"Args: as `(\w+)`", text)
     whole = text + (inspect.getdoc(getattr(losses, refers[1])) or "" if refers else "")
-    assert re.search(r"\(B,|lists of \(B", whole) or "as `kd`" in whole, "shapes"
+    assert re.search(r"\([BP],|lists of \(B", whole) or "as `kd`" in whole, "shapes"
     assert re.search(r"float dtype|half types|as `kd`", whole), "number types"
     assert re.search(r"\nReturns:|gives a scalar", text) and "\nRaises:" in text, "what comes back, what is raised"
     assert re.search(r"\nSource: .", text), "the paper"

@@ -25,7 +25,7 @@ Every public name, with its signature and docstring. This page is made from the 
 
 What is not here is internal and may move in any version. In the examples `data` is a data set whose samples have names, `cache`
 is `softcache.open("caches/a")`, `joined` is `cache.join(data)`, and torch, NumPy as `np` and `DataLoader` are imported. Axes: B
-batch, C classes, D width, H W space, N samples.
+batch, C classes, D width, H W space, N samples, P positions.
 """
 LOSSES_BEGINNING = """\
 Plain functions of tensors, or modules where something is learned or remembered; all are names of `softcache.losses`. Each
