@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softcache.errors import ConfigError
-from softcache.remote.places import BUCKETS, Place
+from softcache.remote.places import BUCKETS, FSSPEC, Place
 from softcache.remote.transport import Transport, WritableTransport
 
 
@@ -40,6 +40,10 @@ def open_writable(place: Place) -> WritableTransport:
         from softcache.remote.objects import Objects
 
         return Objects(place)
+    if place.scheme.startswith(FSSPEC):
+        from softcache.remote.filesystems import FileSystem
+
+        return FileSystem(place)
     from softcache.remote.folder import Folder
 
     return Folder(place)

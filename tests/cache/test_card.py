@@ -352,6 +352,7 @@ def test_the_loop_of_the_card_meets_the_teachers_word_with_the_students(
     text = written(cache)
     assert f"to {len(cache)} samples,\neach seen once, with an answer for each of its words; " in text
     assert "Labels: of the words of the samples\n" in text and "images" not in text
+    assert ("top-1 on labelled words" in text) == (not output) and "labelled samples" not in text
     (loop,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     loop = loop.replace("path/to/this/folder", str(cache.reader.path)).replace("range(20)", "range(1)")
     assert f"loss = {loss}" in loop

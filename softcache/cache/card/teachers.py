@@ -39,8 +39,10 @@ def teachers(manifest: Manifest, left_out: Mapping[str, str]) -> str:
     """
     header = ["member", "model", "gives", "codec", "a logit is off by at most"]
     header += [f"KL at T={' / '.join(SHOWN_TEMPERATURES)}, mean", "largest class kept", "bytes a record"]
-    header += ["top-1 on labelled samples", "mean entropy"]
     of_classes = [member for member in manifest.plan.members if member.output in CLASS_OUTPUTS]
+    kinds = {manifest.plan.index(one.index).kind if one.index else None for one in of_classes}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    header += [f"top-1 on labelled {POSITIONS[kind][1] if kind else 'samples'}", "mean entropy"]
     rows = [_teacher_row(manifest, member) for member in of_classes]
     others = [_other_row(manifest, member) for member in manifest.plan.members if member.output not in CLASS_OUTPUTS]
     details = [_teacher_details(manifest, member, left_out.get(member.name)) for member in manifest.plan.members]
