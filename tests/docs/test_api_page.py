@@ -28,7 +28,11 @@ def tool() -> ModuleType:
 def loss_functions() -> dict[str, Any]:
     """The public losses: functions, and modules with a forward."""
     found = {name: getattr(losses, name) for name in losses.__all__}
-    return {n: one for n, one in found.items() if (n.islower() and n not in ("head_term", "make_term")) or hasattr(one, "forward")}
+    return {
+        n: one
+        for n, one in found.items()
+        if (n.islower() and n not in ("head_term", "make_term")) or hasattr(one, "forward")
+    }
 
 
 def public_members(kind: type) -> list[str]:
