@@ -22,6 +22,7 @@ VERBS = {
     "push": "softcache.commands.push",
     "pull": "softcache.commands.pull",
     "sign": "softcache.commands.sign",
+    "store": "softcache.commands.store",
     "completion": "softcache.commands.completion",
     "help": "softcache.commands.help",
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
 from softcache.config import option
@@ -25,9 +24,10 @@ class CardConfig:
 def run(config: CardConfig, output: Output) -> int:
     from softcache.cache.manifest import read_manifest
     from softcache.dump.made_with import left_out_before
+    from softcache.remote.places import folder_of
     from softcache.share import show
 
-    path = Path(config.cache)
+    path = folder_of(config.cache, "card")
     left_out = left_out_before(path, len(read_manifest(path).plan.rounds))
     shown = show.run(
         path,

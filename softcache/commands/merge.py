@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from softcache.commands.flags import RESUMES, Output, Verb
 from softcache.config import option
@@ -26,6 +25,7 @@ class MergeConfig:
 
 
 def run(config: MergeConfig, output: Output) -> int:
+    from softcache.remote.places import folder_of
     from softcache.report.tables import size
     from softcache.share import merge
 
@@ -34,7 +34,7 @@ def run(config: MergeConfig, output: Output) -> int:
             f"{len(config.folders)} folders: two caches are the least, and then the folder of the merged one",
             tip="softcache merge A B OUT",
         )
-    *caches, out = map(Path, config.folders)
+    *caches, out = (folder_of(one, "merge") for one in config.folders)
     made = merge.run(caches, out, license=config.license, quiet=output.quiet or output.json)
     manifest = made.manifest
     plan = manifest.plan

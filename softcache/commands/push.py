@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from softcache.commands.flags import RESUMES, Output, Verb
 from softcache.config import option
@@ -21,12 +20,12 @@ class PushConfig:
 
 
 def run(config: PushConfig, output: Output) -> int:
-    from softcache.remote.places import parse_place
+    from softcache.remote.places import folder_of, parse_place
     from softcache.report.tables import size
     from softcache.share import push
 
     place = parse_place(config.url)
-    done = push.run(Path(config.cache), place, id=config.id, quiet=output.quiet or output.json)
+    done = push.run(folder_of(config.cache, "push"), place, id=config.id, quiet=output.quiet or output.json)
     if output.json:
         print(json.dumps({"url": place.url, **dataclasses.asdict(done)}))
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from softcache.errors import ConfigError, nearest
@@ -44,6 +45,25 @@ def is_place(text: str) -> bool:
     """Whether this is written as a place and not as a folder of this machine."""
     found = _SCHEME.match(text)
     return found is not None and (found[1] in SCHEMES or found[1].startswith(FSSPEC))
+
+
+def folder_of(text: str, what: str) -> Path:
+    """A folder of this machine; ConfigError where a place was written.
+
+    Args:
+        what: needs it, for the message.
+    """
+    if is_place(text):
+        raise ConfigError(
+            f"{_shown(text)}: {what} works on a folder of this machine",
+            tip=f"fetch it: softcache pull {_shown(text)} FOLDER; a folder is sent elsewhere by softcache push",
+        )
+    return Path(text)
+
+
+def cache_of(text: str) -> Path | str:
+    """Where a cache is opened: a folder, or a place as it was written, which is no path."""
+    return text if is_place(text) else Path(text)
 
 
 def parse_place(text: str, id: str | None = None) -> Place:

@@ -84,32 +84,49 @@ class Chosen:
 
 
 def run(
-    path: Path,
+    path: Path | str, out: Path, choice: Choice, *, id: str | None = None, quiet: bool = False, **how: Any
+) -> Manifest:
+    """Write the chosen part of the cache in `path` to `out`; goes on with a subset that was interrupted.
+
+    Args:
+        path: a folder, or a place as it is written.
+        id: of the parent's manifest; None: the newest, or the one that an interrupted subset began with.
+        how: as `cut` takes it.
+
+    Raises:
+        SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
+    """
+    if isinstance(path, Path):
+        _refuse_same_folder(path, out)
+    cache = open_cache(path, id=id or begun_with(path, out), quiet=quiet)
+    return cut(cache, path, out, choice, quiet=quiet, **how)
+
+
+def cut(
+    cache: Cache,
+    path: Path | str,
     out: Path,
     choice: Choice,
     *,
-    id: str | None = None,
     license: str | None = None,
     quiet: bool = False,
     shard_rows: int | None = None,
     batch_rows: int = BATCH_ROWS,
     batch_logits: int = BATCH_LOGITS,
 ) -> Manifest:
-    """Write the chosen part of the cache in `path` to `out`; goes on with a subset that was interrupted.
+    """The same of a cache that is open.
 
     Args:
-        id: of the parent's manifest; None: the newest, or the one that an interrupted subset began with.
+        path: where it lies, for what is told of the making.
         license: of the child; None: the parent's.
         quiet: no progress.
         shard_rows: of the child's shards; None: as the layout derives them.
         batch_rows, batch_logits: how many of them are held in memory at once.
 
     Raises:
-        SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
+        SoftcacheError: as `run`.
     """
     started = time.monotonic()
-    _refuse_same_folder(path, out)
-    cache = open_cache(path, id=id or _begun_with(path, out), quiet=quiet)
     chosen = choose(cache, choice)
     cut = cut_indexes(cache, chosen.members, chosen.rows, chosen.first_view, chosen.views)
     plan = make_plan(cache, chosen, license, shard_rows, cut)
@@ -299,8 +316,12 @@ def _write_span(
     meter: Meter,
 ) -> None:
     """Every record of a part, in the parent's own order of rows."""
+    wanted: list[tuple[str | None, str]] = [(None, name) for name in cache.manifest.plan.views.digests]
+    wanted += [(member, name) for member in chosen.members for name in cache.reader.array_kinds(member)]
     with writer.span(span, specs) as out:
         for view in range(span.view_start, span.view_stop):
+            rows = chosen.rows[span.row_start : span.row_stop]
+            cache.reader.will_read(wanted, rows, np.full(len(rows), chosen.first_view + view))
             for start in range(span.row_start, span.row_stop, batch):
                 rows = chosen.rows[start : min(start + batch, span.row_stop)]
                 views = np.full(len(rows), chosen.first_view + view)
@@ -319,18 +340,18 @@ def _refuse_same_folder(path: Path, out: Path) -> None:
         )
 
 
-def _begun_with(path: Path, out: Path) -> str | None:
+def begun_with(path: Path | str, out: Path) -> str | None:
     """The id that an interrupted subset in `out` took its records from, where this cache has it."""
     planned = read_planned(out, 0) if out.is_dir() else None
     before = planned.plan.parent if planned else None
-    return before.id if before and before.id in known_ids(path) else None
+    return before.id if before and (isinstance(path, str) or before.id in known_ids(path)) else None
 
 
-def _provenance(path: Path, choice: Choice, started: float, records: int) -> dict[str, Any]:
+def _provenance(path: Path | str, choice: Choice, started: float, records: int) -> dict[str, Any]:
     seconds = time.monotonic() - started
     command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(choice).items()}
     return {
-        "command": {"cache": str(path), **command, "data": told_data(path)},
+        "command": {"cache": str(path), **command, "data": None if isinstance(path, str) else told_data(path)},
         "host": platform.node(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 3),

@@ -56,9 +56,9 @@ SUBSTITUTIONS = {
 # the example that does a verb's longest work, where it is not the first
 WORK = {"reproduce": 1, "verify": 1, "export": 2}
 # verbs that are done before a progress could be shown
-INSTANT = {"losses", "inspect", "views", "card", "sign", "completion", "help"}
+INSTANT = {"losses", "inspect", "views", "card", "sign", "store", "completion", "help"}
 # verbs that need no file of the world
-ANYWHERE = {"demo", "reproduce", "losses", "completion", "help"}
+ANYWHERE = {"demo", "reproduce", "losses", "store", "completion", "help"}
 # what takes more than a few seconds: a verb's longest work, and single examples
 SLOW_WORK = {"demo", "reproduce", "plan"}
 SLOW = {

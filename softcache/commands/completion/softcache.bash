@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/softcache
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)
+_shtab_softcache_subparsers=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help)
 
 _shtab_softcache_demo_option_strings=(-h --help --out --seeds --config --set --print-config --quiet --json)
 _shtab_softcache_plan_option_strings=(-h --help --data --keep-labels --drop-labels --samples --without --download --device --threads --workers --autocast --teacher --classes-map --codec --max-kl --at-temperature --max-relative-error --whiten --features --for --feature-dtype --policy --views --view-seed --batch-size --order --order-seed --shard-rows --format --no-keys --allow-code --config --set --print-config --quiet --json)
@@ -25,8 +25,9 @@ _shtab_softcache_merge_option_strings=(-h --help --license --config --set --prin
 _shtab_softcache_diff_option_strings=(-h --help --members --temperatures --config --set --print-config --quiet --json)
 _shtab_softcache_card_option_strings=(-h --help --language --pictures --config --set --print-config --quiet --json)
 _shtab_softcache_push_option_strings=(-h --help --id --config --set --print-config --quiet --json)
-_shtab_softcache_pull_option_strings=(-h --help --id --signed-by --config --set --print-config --quiet --json)
+_shtab_softcache_pull_option_strings=(-h --help --views --members --keep-labels --drop-labels --samples --without --id --signed-by --config --set --print-config --quiet --json)
 _shtab_softcache_sign_option_strings=(-h --help --key --id --config --set --print-config --quiet --json)
+_shtab_softcache_store_option_strings=(-h --help --keep --older --config --set --print-config --quiet --json)
 _shtab_softcache_completion_option_strings=(-h --help --config --set --print-config --quiet --json)
 _shtab_softcache_help_option_strings=(-h --help --config --set --print-config --quiet --json)
 _shtab_softcache_option_strings=(-h --help -V --version)
@@ -96,11 +97,14 @@ _shtab_softcache_card___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_push_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_softcache_push___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_pull_pos_1_COMPGEN=_shtab_compgen_dirs
+_shtab_softcache_pull___samples_COMPGEN=_shtab_compgen_files
+_shtab_softcache_pull___without_COMPGEN=_shtab_compgen_files
 _shtab_softcache_pull___signed_by_COMPGEN=_shtab_compgen_files
 _shtab_softcache_pull___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_sign_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_softcache_sign___key_COMPGEN=_shtab_compgen_files
 _shtab_softcache_sign___config_COMPGEN=_shtab_compgen_files
+_shtab_softcache_store___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_completion___config_COMPGEN=_shtab_compgen_files
 _shtab_softcache_help___config_COMPGEN=_shtab_compgen_files
 
@@ -125,9 +129,10 @@ _shtab_softcache_train___keep_choices=(last best)
 _shtab_softcache_eval___autocast_choices=(none bf16 fp16)
 _shtab_softcache_eval___check_files_choices=(yes no)
 _shtab_softcache_export___to_choices=(safetensors program onnx)
+_shtab_softcache_store_pos_0_choices=(list prune)
 _shtab_softcache_completion_pos_0_choices=(bash zsh fish)
-_shtab_softcache_help_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)
-_shtab_softcache_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)
+_shtab_softcache_help_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help)
+_shtab_softcache_pos_0_choices=(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help)
 
 _shtab_softcache_demo__h_nargs=0
 _shtab_softcache_demo___help_nargs=0
@@ -262,6 +267,11 @@ _shtab_softcache_sign___help_nargs=0
 _shtab_softcache_sign___print_config_nargs=0
 _shtab_softcache_sign___quiet_nargs=0
 _shtab_softcache_sign___json_nargs=0
+_shtab_softcache_store__h_nargs=0
+_shtab_softcache_store___help_nargs=0
+_shtab_softcache_store___print_config_nargs=0
+_shtab_softcache_store___quiet_nargs=0
+_shtab_softcache_store___json_nargs=0
 _shtab_softcache_completion__h_nargs=0
 _shtab_softcache_completion___help_nargs=0
 _shtab_softcache_completion___print_config_nargs=0

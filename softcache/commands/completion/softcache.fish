@@ -50,8 +50,8 @@ function _shtab_softcache_using
   test "$_shtab_softcache_cmdpath" = "$argv"
 end
 
-set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --first-view --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --language --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --pictures --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --temperatures --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --first-view --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --language --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --older --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --pictures --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --temperatures --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -81,7 +81,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l workers -x -d 'loader 
 complete -c softcache -n '_shtab_softcache_using plan' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using plan' -l teacher -x -d 'MODEL@WEIGHTS or a run folder; repeat for an ensemble'
 complete -c softcache -n '_shtab_softcache_using plan' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
-complete -c softcache -n '_shtab_softcache_using plan' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; `softcache plan` compares them on your teacher'
+complete -c softcache -n '_shtab_softcache_using plan' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, topset:k=50, linear_head; `softcache plan` compares them on your teacher'
 complete -c softcache -n '_shtab_softcache_using plan' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using plan' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
 complete -c softcache -n '_shtab_softcache_using plan' -l max-relative-error -x -d 'promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec'
@@ -118,7 +118,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l workers -x -d 'loader 
 complete -c softcache -n '_shtab_softcache_using dump' -l autocast -xka "none bf16 fp16" -d 'compute in a half type where that is safe; when training, evaluate so too (default: none)'
 complete -c softcache -n '_shtab_softcache_using dump' -l teacher -x -d 'MODEL@WEIGHTS or a run folder; repeat for an ensemble'
 complete -c softcache -n '_shtab_softcache_using dump' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s: a line for each, the two with a tab between them'
-complete -c softcache -n '_shtab_softcache_using dump' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; `softcache plan` compares them on your teacher'
+complete -c softcache -n '_shtab_softcache_using dump' -l codec -x -d 'how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, topset:k=50, linear_head; `softcache plan` compares them on your teacher'
 complete -c softcache -n '_shtab_softcache_using dump' -l max-kl -x -d 'promise: KL(teacher || stored) of every record at most this, in nats; picks a codec'
 complete -c softcache -n '_shtab_softcache_using dump' -l at-temperature -x -d 'temperature of the promise (default: 4.0)'
 complete -c softcache -n '_shtab_softcache_using dump' -l max-relative-error -x -d 'promise of embeddings and values: |stored - given| / |given| of every record at most this; picks a codec'
@@ -324,7 +324,7 @@ complete -c softcache -n '_shtab_softcache_using inspect' -l set -x -d 'one sett
 complete -c softcache -n '_shtab_softcache_using inspect' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using inspect' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using inspect' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using inspect; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
+complete -c softcache -n '_shtab_softcache_using inspect; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache, or its URL'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a views -d 'a picture of what the teacher saw of one sample, and of what it answered'
 complete -c softcache -n '_shtab_softcache_using views' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using views' -l sample -x -d 'whose views'
@@ -336,7 +336,7 @@ complete -c softcache -n '_shtab_softcache_using views' -l set -x -d 'one settin
 complete -c softcache -n '_shtab_softcache_using views' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using views' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using views' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using views; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
+complete -c softcache -n '_shtab_softcache_using views; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache, or its URL'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a verify -d 'is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished'
 complete -c softcache -n '_shtab_softcache_using verify' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using verify' -l quick -d 'names and sizes (the default)'
@@ -381,7 +381,7 @@ complete -c softcache -n '_shtab_softcache_using subset' -l set -x -d 'one setti
 complete -c softcache -n '_shtab_softcache_using subset' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using subset' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using subset' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using subset; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
+complete -c softcache -n '_shtab_softcache_using subset; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache, or its URL'
 complete -c softcache -n '_shtab_softcache_using subset; and test $_shtab_softcache_npos -eq 1' -ka "(__fish_complete_directories)" -d 'folder of the smaller cache'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a merge -d 'several caches as one: their members, their views or their samples'
 complete -c softcache -n '_shtab_softcache_using merge' -s h -l help -d 'show this help message and exit'
@@ -421,6 +421,12 @@ complete -c softcache -n '_shtab_softcache_using push' -l json -d 'the result fo
 complete -c softcache -n '_shtab_softcache_using push; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a pull -d 'fetch a cache from somewhere else, every byte checked'
 complete -c softcache -n '_shtab_softcache_using pull' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using pull' -l views -x -d 'one range of views, both ends included, or one view (default: all)'
+complete -c softcache -n '_shtab_softcache_using pull' -l members -x -d 'members to keep: a,b (default: all)'
+complete -c softcache -n '_shtab_softcache_using pull' -l keep-labels -x -d 'only samples of these classes: names or indices, 7,8 or 0-4'
+complete -c softcache -n '_shtab_softcache_using pull' -l drop-labels -x -d 'no samples of these classes'
+complete -c softcache -n '_shtab_softcache_using pull' -l samples -xka "(__fish_complete_path (commandline -ct))" -d 'only the samples whose keys (or ids) this file lists, one a line'
+complete -c softcache -n '_shtab_softcache_using pull' -l without -xka "(__fish_complete_path (commandline -ct))" -d 'no samples whose keys (or ids) this file lists'
 complete -c softcache -n '_shtab_softcache_using pull' -l id -x -d 'that the cache must have: 8 or more of its 64 digits'
 complete -c softcache -n '_shtab_softcache_using pull' -l signed-by -xka "(__fish_complete_path (commandline -ct))" -d 'ask for a signature of somebody in this list of signers'
 complete -c softcache -n '_shtab_softcache_using pull' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
@@ -439,6 +445,16 @@ complete -c softcache -n '_shtab_softcache_using sign' -l print-config -d 'show 
 complete -c softcache -n '_shtab_softcache_using sign' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using sign' -l json -d 'the result for machines'
 complete -c softcache -n '_shtab_softcache_using sign; and test $_shtab_softcache_npos -eq 0' -ka "(__fish_complete_directories)" -d 'folder of the cache'
+complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a store -d 'list or remove what is kept of caches that were opened by a URL'
+complete -c softcache -n '_shtab_softcache_using store' -s h -l help -d 'show this help message and exit'
+complete -c softcache -n '_shtab_softcache_using store' -l keep -x -d 'of prune: what was opened last, up to this size: 20GB, or 512MiB'
+complete -c softcache -n '_shtab_softcache_using store' -l older -x -d 'of prune: only what was not opened for so many days'
+complete -c softcache -n '_shtab_softcache_using store' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
+complete -c softcache -n '_shtab_softcache_using store' -l set -x -d 'one setting; repeat'
+complete -c softcache -n '_shtab_softcache_using store' -l print-config -d 'show every setting and where it came from, and stop'
+complete -c softcache -n '_shtab_softcache_using store' -l quiet -d 'no progress'
+complete -c softcache -n '_shtab_softcache_using store' -l json -d 'the result for machines'
+complete -c softcache -n '_shtab_softcache_using store; and test $_shtab_softcache_npos -eq 0' -ka "list prune" -d 'list: show it; prune: remove what nobody has open (default: list)'
 complete -c softcache -n '_shtab_softcache_using; and test $_shtab_softcache_npos -eq 0' -a completion -d 'print the script that completes verbs and flags in bash, zsh or fish'
 complete -c softcache -n '_shtab_softcache_using completion' -s h -l help -d 'show this help message and exit'
 complete -c softcache -n '_shtab_softcache_using completion' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'settings from a TOML file'
@@ -454,4 +470,4 @@ complete -c softcache -n '_shtab_softcache_using help' -l set -x -d 'one setting
 complete -c softcache -n '_shtab_softcache_using help' -l print-config -d 'show every setting and where it came from, and stop'
 complete -c softcache -n '_shtab_softcache_using help' -l quiet -d 'no progress'
 complete -c softcache -n '_shtab_softcache_using help' -l json -d 'the result for machines'
-complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help" -d 'name of a page or of a verb (default: list the pages)'
+complete -c softcache -n '_shtab_softcache_using help; and test $_shtab_softcache_npos -eq 0' -ka "demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help" -d 'name of a page or of a verb (default: list the pages)'

@@ -28,6 +28,7 @@ _shtab_softcache_commands() {
     reproduce:'a paper'"'"'s table again, from shared caches: ours beside the paper'"'"'s numbers, with spread and verdict'
     shrink:'make a trained model smaller: carve, prune, low rank, int8; what it costs before and after'
     sign:'a signature of a cache'"'"'s id, as ssh-keygen makes and checks them'
+    store:'list or remove what is kept of caches that were opened by a URL'
     subset:'write some views, members or samples of a cache as a smaller cache of its own'
     train:'train a student from a cache, or on hard labels without one'
     verify:'is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished'
@@ -116,7 +117,7 @@ _shtab_softcache_dump_options=(
   "--autocast[compute in a half type where that is safe\; when training, evaluate so too (default\: none)]:{none,bf16,fp16}:(none bf16 fp16)"
   "*--teacher[MODEL\@WEIGHTS or a run folder\; repeat for an ensemble]:TEACHER:"
   "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
-  "--codec[how logits are stored\: float16 (the default), float32, int8, headtail\:k\=8,bits\=8, lowrank, topk\:k\=10, linear_head\; \`softcache plan\` compares them on your teacher]:CODEC:"
+  "--codec[how logits are stored\: float16 (the default), float32, int8, headtail\:k\=8,bits\=8, lowrank, topk\:k\=10, topset\:k\=50, linear_head\; \`softcache plan\` compares them on your teacher]:CODEC:"
   "--max-kl[promise\: KL(teacher \|\| stored) of every record at most this, in nats\; picks a codec]:NATS:"
   "--at-temperature[temperature of the promise (default\: 4.0)]:T:"
   "--max-relative-error[promise of embeddings and values\: \|stored - given\| \/ \|given\| of every record at most this\; picks a codec]:SHARE:"
@@ -220,7 +221,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -235,7 +236,7 @@ _shtab_softcache_inspect_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":folder of the cache:_files -/"
+  ":folder of the cache, or its URL:_files -/"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -282,7 +283,7 @@ _shtab_softcache_plan_options=(
   "--autocast[compute in a half type where that is safe\; when training, evaluate so too (default\: none)]:{none,bf16,fp16}:(none bf16 fp16)"
   "*--teacher[MODEL\@WEIGHTS or a run folder\; repeat for an ensemble]:TEACHER:"
   "--classes-map[which of the data\'s classes is which of the model\'s\: a line for each, the two with a tab between them]:FILE:_files"
-  "--codec[how logits are stored\: float16 (the default), float32, int8, headtail\:k\=8,bits\=8, lowrank, topk\:k\=10, linear_head\; \`softcache plan\` compares them on your teacher]:CODEC:"
+  "--codec[how logits are stored\: float16 (the default), float32, int8, headtail\:k\=8,bits\=8, lowrank, topk\:k\=10, topset\:k\=50, linear_head\; \`softcache plan\` compares them on your teacher]:CODEC:"
   "--max-kl[promise\: KL(teacher \|\| stored) of every record at most this, in nats\; picks a codec]:NATS:"
   "--at-temperature[temperature of the promise (default\: 4.0)]:T:"
   "--max-relative-error[promise of embeddings and values\: \|stored - given\| \/ \|given\| of every record at most this\; picks a codec]:SHARE:"
@@ -312,6 +313,12 @@ _shtab_softcache_plan_defaults_added=0
 
 _shtab_softcache_pull_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--views[one range of views, both ends included, or one view (default\: all)]:A-B:"
+  "*--members[members to keep\: a,b (default\: all)]:NAMES:"
+  "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4]:LABELS:"
+  "*--drop-labels[no samples of these classes]:LABELS:"
+  "--samples[only the samples whose keys (or ids) this file lists, one a line]:FILE:_files"
+  "--without[no samples whose keys (or ids) this file lists]:FILE:_files"
   "--id[that the cache must have\: 8 or more of its 64 digits]:ID:"
   "--signed-by[ask for a signature of somebody in this list of signers]:FILE:_files"
   "--config[settings from a TOML file]:FILE:_files"
@@ -426,6 +433,22 @@ _shtab_softcache_sign_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_sign_defaults_added=0
 
+_shtab_softcache_store_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--keep[of prune\: what was opened last, up to this size\: 20GB, or 512MiB]:SIZE:"
+  "--older[of prune\: only what was not opened for so many days]:DAYS:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":list\: show it\; prune\: remove what nobody has open (default\: list):(list prune)"
+  ":of prune\: only caches whose ids begin so\: a,b (default\: all):"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_store_defaults_added=0
+
 _shtab_softcache_subset_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--views[one range of views, both ends included, or one view (default\: all)]:A-B:"
@@ -441,7 +464,7 @@ _shtab_softcache_subset_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":folder of the cache:_files -/"
+  ":folder of the cache, or its URL:_files -/"
   ":folder of the smaller cache:_files -/"
 )
 
@@ -551,7 +574,7 @@ _shtab_softcache_views_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":folder of the cache:_files -/"
+  ":folder of the cache, or its URL:_files -/"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -594,6 +617,7 @@ _shtab_softcache() {
         reproduce) _arguments -C -s $_shtab_softcache_reproduce_options ;;
         shrink) _arguments -C -s $_shtab_softcache_shrink_options ;;
         sign) _arguments -C -s $_shtab_softcache_sign_options ;;
+        store) _arguments -C -s $_shtab_softcache_store_options ;;
         subset) _arguments -C -s $_shtab_softcache_subset_options ;;
         train) _arguments -C -s $_shtab_softcache_train_options ;;
         verify) _arguments -C -s $_shtab_softcache_verify_options ;;
