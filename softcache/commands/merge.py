@@ -25,8 +25,8 @@ class MergeConfig:
 
 
 def run(config: MergeConfig, output: Output) -> int:
-    from softcache.remote.places import folder_of
     from softcache.cache.schema import PROVISIONAL_FORMAT
+    from softcache.remote.places import folder_of
     from softcache.report.tables import size
     from softcache.share import merge
 
