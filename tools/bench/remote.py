@@ -85,7 +85,7 @@ def make_cache(path: Path, count: int, classes: int, format: str) -> None:
             data=f"{__file__}:tiles?count={count}&classes={classes}",
             teacher=tuple(f"{__file__}:stub?seed={i}&name=m{i}" for i in range(MEMBERS)),
             out=str(path),
-            policy="shift:pixels=1",
+            policy=("shift:pixels=1",),
             views=VIEWS,
             codec="float16",
             batch_size=1024,
@@ -145,7 +145,9 @@ def read(url: str, local: Path, rounds: int, moved: Any) -> dict[str, Any]:
     begin = time.perf_counter()
     epoch(far)
     first = time.perf_counter() - begin
-    epoch(far), epoch(near)
+    epoch(far)
+    epoch(near)
+    time.sleep(0.2)  # until the server has told
     again = moved.value
     times = in_turn({"store": lambda: epoch(far), "folder": lambda: epoch(near)}, rounds)
     time.sleep(0.2)
