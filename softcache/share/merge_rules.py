@@ -82,11 +82,15 @@ def shared_fields(a: Plan, b: Plan) -> Iterator[tuple[str, Any, Any]]:
 
 def matched_members(a: Path | str, b: Path, one: Plan, other: Plan) -> dict[str, str]:
     """The second cache's name of each member -> the first one's. CacheError unless both have the same, stored alike."""
-    known = {member.fingerprint: member.name for member in one.members}
     if len(one.members) == len(other.members) == 1:
         (x,), (y,) = one.members, other.members
         refuse_unlike(a, b, [(f"members.{x.name}.fingerprint", x.fingerprint, y.fingerprint)])
-    names = {member.name: known[member.fingerprint] for member in other.members if member.fingerprint in known}
+    weights = {member.name: member.fingerprint for member in one.members}
+    names: dict[str, str] = {}
+    for member in sorted(other.members, key=lambda member: weights.get(member.name) != member.fingerprint):
+        free = [name for name, found in weights.items() if found == member.fingerprint and name not in names.values()]
+        if free:  # of two teachers with the same weights, stored in two ways, each is found by its name
+            names[member.name] = member.name if member.name in free else free[0]
     only_a = [member.name for member in one.members if member.name not in names.values()]
     only_b = [member.name for member in other.members if member.name not in names]
     if only_a or only_b:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +43,8 @@ from softcache.files import durable
 from softcache.share import diff, merge, subset
 from softcache.share.merge_samples import joined_positions, pooled_scale
 from softcache.share.subset import Choice
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 TOY, BENT = WORLDS / "toy.py", WORLDS / "bent.py"
 POLICY = ("shift:pixels=1",)
@@ -129,6 +133,18 @@ def test_views_are_those_of_a_dump_and_its_extension(
     made = merged(tmp_path / "merged", first, later)
     assert made.id == extended.id and made.num_views == 5
     assert files_of(tmp_path / "merged") == files_of(tmp_path / "extended")
+    is_whole(tmp_path / "merged")
+
+
+def test_taggers_are_those_of_a_dump_and_its_extension(quick_dump: QuickDump, tmp_path: Path) -> None:
+    """The index of their words is there once."""
+    data = sentences(tmp_path / "s.jsonl")
+    one, other = ([f"{WORLDS / 'words.py'}:tagger?seed={seed}&scale=8&name=t{seed}"] for seed in (1, 2))
+    first = quick_dump(data=data, teacher=one, out="one")
+    shutil.copytree(tmp_path / "one", tmp_path / "extended")
+    extended = quick_dump(data=data, teacher=other, out="extended", extend=True)
+    made = merged(tmp_path / "merged", first, quick_dump(data=data, teacher=other, out="two"))
+    assert made.id == extended.id and files_of(tmp_path / "merged") == files_of(tmp_path / "extended")
     is_whole(tmp_path / "merged")
 
 
@@ -324,6 +340,38 @@ def test_a_pooled_scale_is_that_of_all_rows() -> None:
     assert pooled_scale([each[0], {}], [5, 5]) == {}
 
 
+def test_every_kind_of_index_is_merged_but_that_of_candidates(tmp_path: Path) -> None:
+    indexed = importlib.import_module("golden.indexed")
+    parent, members = WORLDS.parent / "golden" / "indexed", ("tagger", "segmenter", "embedder", "layers", "strided")
+    halves, rows = [], [[2, 3, 8, 9, 19], [0, 4, 5, 11]]
+    for number, chosen in enumerate(rows):
+        (tmp_path / "keys.txt").write_text("".join(f"toy/{row:04d}\n" for row in chosen))
+        for name, kept in (("all", ()), ("some", members)):
+            choice = Choice(members=kept, samples=tmp_path / "keys.txt")
+            subset.run(parent, tmp_path / f"{name}-{number}", choice, quiet=True)
+        halves.append(softcache.open(tmp_path / f"some-{number}", quiet=True))
+    made = merged(tmp_path / "merged", *halves)
+    is_whole(tmp_path / "merged")
+    order = [int(made.samples.key(row)[-4:]) for row in range(len(made))]
+    assert sorted(order) == sorted(rows[0] + rows[1])
+    everything = np.arange(len(made))
+    for view in range(3):
+        at = (everything, np.full(len(made), view))
+        for member in members:
+            for name in indexed.MEMBERS[member][1]:
+                plain = indexed.index_of(member, name) is None
+                read = made.reader.gather if plain else lambda *where: made.reader.slices(*where).values
+                assert read(member, name, *at).tobytes() == indexed.records_of(member, name, order, view).tobytes()
+        shapes = made.reader.index("cells").shapes(*at).tolist()
+        assert shapes == [list(indexed.shape_of("cells", row, view)) for row in order]
+        listed = made.reader.index("coarse").positions(*at).values.tolist()
+        assert listed == [place for row in order for place in indexed.listed_of("coarse", row, view)]
+    labels = made.reader.index("words").labels(everything, np.zeros_like(everything)).values.tolist()
+    assert labels == [label for row in order for label in indexed.labels_of(row)]
+    with pytest.raises(CacheError, match="index 'list' is of candidates, whose lists are not merged"):
+        merge.run([tmp_path / "all-0", tmp_path / "all-1"], tmp_path / "out", quiet=True)
+
+
 @pytest.mark.parametrize("views", [(1, 1), (3, 1), (1, 3), (3, 3)])
 def test_joined_positions_are_those_of_a_plain_loop(views: tuple[int, int]) -> None:
     draw, made, rows_of = np.random.default_rng(0), [], []
@@ -509,7 +557,7 @@ def test_pixels_must_be_the_same(quick_dump: QuickDump, tmp_path: Path, capsys: 
         quick_dump(out="second", **(FIRST | {"teacher": [B]}))
     made = merge.run([tmp_path / "first", tmp_path / "second"], tmp_path / "out", quiet=True)
     assert "by 1 of 255 at most" in made.notes[0] and made.notes[0] in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["notes"] == list(made.notes)
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["command"]["notes"] == list(made.notes)
 
 
 def test_folders_that_cannot_be(quick_dump: QuickDump, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -557,6 +605,17 @@ def test_a_parent_that_is_not_whole_is_refused_before_anything_is_written(
     (tmp_path / "one-2" / "manifest.json").unlink()
     with pytest.raises(UnfinishedCacheError):
         merge.run([first.reader.path, tmp_path / "one-2"], tmp_path / "out", quiet=True)
+
+
+def test_same_and_other_samples_are_not_merged_at_once(quick_dump: QuickDump, parents: Path, tmp_path: Path) -> None:
+    quick_dump(out="other", keep_labels=("0-1",), **(FIRST | {"teacher": [B]}))
+    low, high, other = parents / "low", parents / "high", tmp_path / "other"
+    for paths in ([low, high, other], [low, other, high]):
+        with pytest.raises(
+            CacheError, match=f"{paths[2]} cannot be merged with the caches before it: some of all these"
+        ):
+            merge.run(paths, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_licence_that_is_given_holds(quick_dump: QuickDump, tmp_path: Path) -> None:

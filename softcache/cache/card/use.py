@@ -18,14 +18,19 @@ def suggested_loss(plan: Plan) -> str | None:
         if not of_words:
             return None
         member = of_words[0]
-    of_classes = "kd_lower_bound:temperature=4" if _is_partial(plan) else "kd:temperature=4"
+    of_classes = f"kd_lower_bound:temperature={_partial_at(plan)}" if _is_partial(plan) else "kd:temperature=4"
     of_classes = "bce" if plan.samples.multi_label else of_classes
     return LOSS_OF_OTHERS.get(member.output or "features", of_classes)
 
 
 def _is_partial(plan: Plan) -> bool:
     """Whether some member's codec keeps some classes only."""
-    return any(codec_text(member.codec).startswith("topk") for member in plan.members)
+    return any(codec_text(member.codec).startswith(("topk", "topset")) for member in plan.members)
+
+
+def _partial_at(plan: Plan) -> int:
+    """The temperature of what is suggested of some classes: of a vocabulary 1, since few of its classes hold little at others."""
+    return 1 if any(codec_text(member.codec).startswith("topset") for member in plan.members) else 4
 
 
 def how_to_use(manifest: Manifest) -> str:
@@ -40,7 +45,7 @@ def how_to_use(manifest: Manifest) -> str:
         ways = f"In one command, or in {own}:\n\n    {command}"
     return f"""## How to use it
 
-Where this folder is on another machine, `URL` being its address there:
+Where this folder is on another machine, `URL` being its address there (`hf:ORG/NAME` on Hugging Face):
 
     softcache pull URL@{manifest.id[:16]} caches/here
 
@@ -99,11 +104,13 @@ def _loop_over_positions(plan: Plan) -> str:
     if member.output is None and member.features:
         feature = quoted(member.features[0].name)
         read, what = f", features=[{feature}]", f'flat("{member.name}", {feature})'
-    partial = member.output in CLASS_OUTPUTS and codec_text(member.codec).startswith("topk")
+    partial = member.output in CLASS_OUTPUTS and codec_text(member.codec).startswith(("topk", "topset"))
     function = "kd" if member.output in CLASS_OUTPUTS else LOSS_OF_OTHERS[member.output or "features"]
     loss = f"{function}(student_rows, targets.{what}{', temperature=4' if function == 'kd' else ''})"
     if partial:
-        loss = '16 * kl_div(log_softmax(student_rows / 4, 1), log_probs, reduction="batchmean", log_target=True)'
+        loss = 'kl_div(log_softmax(student_rows, 1), log_probs, reduction="batchmean", log_target=True)'
+        if _partial_at(plan) != 1:
+            loss = f"16 * {loss}".replace("student_rows", "student_rows / 4")
     lines = ["import torch", *_imports("" if partial else function), "", "def collate(samples):  # of unlike lengths"]
     lines += [f"    {items} = [item for (item, labels), record in samples]"]
     lines += [f"    return {items}, torch.tensor([record for _, record in samples])", ""]
@@ -114,7 +121,9 @@ def _loop_over_positions(plan: Plan) -> str:
     lines += [f'        mask = targets.at("{member.name}").mask()  # (B, L): where a sample has something to answer']
     lines += [f"        student_rows = student({items})[mask]  # (B, L, C) -> (P, C): row by row, as the targets are"]
     if partial:
-        lines += [f'        log_probs = targets.per_position("{member.index}").log_probs("{member.name}", 4.0)']
+        lines += [
+            f'        log_probs = targets.per_position("{member.index}").log_probs("{member.name}", {_partial_at(plan)}.0)'
+        ]
     return "\n".join([*lines, f"        loss = {loss}"])
 
 
