@@ -50,10 +50,10 @@ def explained(call: str, path: Path) -> Iterator[None]:
             tip = "free some space and run the same command again: what was finished is kept"
             raise DiskSpaceError(what, tip=tip) from exc
         if exc.errno in NOT_WRITABLE:
-            tip = "make the folder writable and run the same command again, or choose another --out; what was finished is kept"
+            tip = "make the folder writable and run the same command again, or choose another place; what was finished is kept"
             raise DumpError(f"{path}: not writable: {exc.strerror} ({call})", tip=tip) from exc
         if exc.errno in WRONG_NAME:
-            raise DumpError(what, tip="choose another --out; below it, links are not followed") from exc
+            raise DumpError(what, tip="choose another folder; below it, links are not followed") from exc
         tip = (
             "what was finished is kept: once the disk or the network file system works again, the same command resumes"
         )
