@@ -229,7 +229,7 @@ def _nothing(student_logits: Tensor, own: nn.Module) -> Tensor:
 
 
 class _Batch:
-    """The inputs of losses on one batch, by the names of INPUTS; the teacher's logits, or its head, are made once for each temperature."""
+    """The inputs of losses on one batch, by the names of INPUTS; the teacher's logits are made once for each temperature."""
 
     def __init__(self, student_logits: Tensor, given: Given, teacher: CachedTeacher | None) -> None:
         self.student_logits, self.given, self._teacher = student_logits, given, teacher
