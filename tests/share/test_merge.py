@@ -260,6 +260,18 @@ def test_every_record_of_other_samples_is_its_parents(
         assert np.array_equal(made.reader.constants("a")[name], array)
 
 
+def test_teachers_are_known_by_their_weights_whatever_they_are_called(quick_dump: QuickDump, tmp_path: Path) -> None:
+    first = quick_dump(out="low", keep_labels=("0-1",), teacher=[A, B])
+    swapped = [f"{TOY}:exact?seed=2&name=a", f"{TOY}:exact?name=b"]
+    second = quick_dump(out="high", keep_labels=("2-3",), teacher=swapped)
+    made = merged(tmp_path / "merged", first, second)
+    rows, zeros = np.arange(len(second)), np.zeros(len(second), np.int64)
+    found = made.gather(made.find([second.samples.key(row) for row in rows]), zeros)
+    assert torch.equal(found.logits("a"), second.gather(rows, zeros).logits("b"))
+    assert made.manifest.plan.parents[1].statistics["a"] == second.manifest.statistics["b"]
+    assert made.manifest.plan.member("a").fingerprint == second.manifest.plan.member("b").fingerprint
+
+
 def test_statistics_are_those_of_the_stored_records(quick_dump: QuickDump, tmp_path: Path) -> None:
     made = merged(tmp_path / "merged", *halves(quick_dump))
     rows, views = np.divmod(np.arange(len(made) * 2), 2)
@@ -548,7 +560,7 @@ def test_pixels_must_be_the_same(quick_dump: QuickDump, tmp_path: Path, capsys: 
         tmp_path / "first",
         tmp_path / "second",
         capsys,
-        r"80 of 80 views have other pixel digests in the second",
+        r"40 of 40 samples have other pixel digests in view 0 of the second",
         "dump --extend",
     )
     shutil.rmtree(tmp_path / "second")
@@ -556,8 +568,8 @@ def test_pixels_must_be_the_same(quick_dump: QuickDump, tmp_path: Path, capsys: 
         patch.setitem(view_steps.STEPS, "shift", brighter(1))
         quick_dump(out="second", **(FIRST | {"teacher": [B]}))
     made = merge.run([tmp_path / "first", tmp_path / "second"], tmp_path / "out", quiet=True)
-    assert "by 1 of 255 at most" in made.notes[0] and made.notes[0] in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["notes"] == list(made.notes)
+    assert len(made.notes) == 2 and "by 1 of 255 at most" in made.notes[1] and made.notes[1] in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["command"]["notes"] == list(made.notes)
 
 
 def test_folders_that_cannot_be(quick_dump: QuickDump, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,6 +617,17 @@ def test_a_parent_that_is_not_whole_is_refused_before_anything_is_written(
     (tmp_path / "one-2" / "manifest.json").unlink()
     with pytest.raises(UnfinishedCacheError):
         merge.run([first.reader.path, tmp_path / "one-2"], tmp_path / "out", quiet=True)
+
+
+def test_same_and_other_samples_are_not_merged_at_once(quick_dump: QuickDump, parents: Path, tmp_path: Path) -> None:
+    quick_dump(out="other", keep_labels=("0-1",), **(FIRST | {"teacher": [B]}))
+    low, high, other = parents / "low", parents / "high", tmp_path / "other"
+    for paths in ([low, high, other], [low, other, high]):
+        with pytest.raises(
+            CacheError, match=f"{paths[2]} cannot be merged with the caches before it: some of all these"
+        ):
+            merge.run(paths, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_licence_that_is_given_holds(quick_dump: QuickDump, tmp_path: Path) -> None:
