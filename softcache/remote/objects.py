@@ -46,7 +46,7 @@ class Objects:
     def read(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         import obstore
 
-        part: dict[str, Any] = {"range": {"offset": start}} if start else {}
+        part: Any = {"range": {"offset": start}} if start else {}
         if stop is not None:
             part = {"range": (start, stop)}
         with self._told(path):
@@ -143,7 +143,7 @@ class Objects:
         with self._writing(path):
             try:
                 found = obstore.get(self._store, path)
-                version = {key: value for key in ("e_tag", "version") if (value := found.meta[key]) is not None}
+                version: Any = {key: value for key in ("e_tag", "version") if (value := found.meta[key]) is not None}
                 if bytes(found.bytes()) != was:
                     return False
                 obstore.put(self._store, path, data, mode=version)
@@ -201,12 +201,10 @@ def _store(place: Place) -> Any:
 
     family = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}[place.scheme]
     plain = os.environ.get(f"{family}_ALLOW_HTTP", "").lower() in ("1", "true")  # what is given here takes its place
-    waits = {"connect_timeout": "5s", "read_timeout": READ_S, "timeout": "86400s"}
-    return from_url(
-        place.url,
-        client_options={**waits, "allow_http": plain, "user_agent": f"softcache/{__version__}"},
-        retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=15)},
-    )
+    waits: Any = {"connect_timeout": "5s", "read_timeout": READ_S, "timeout": "86400s"}
+    retries: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
+    waits |= {"allow_http": plain, "user_agent": f"softcache/{__version__}"}
+    return from_url(place.url, client_options=waits, retry_config=retries)
 
 
 def _pieces(source: Path, nbytes: int, note: Callable[[int], None]) -> Iterator[bytes]:
