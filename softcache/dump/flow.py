@@ -38,10 +38,11 @@ from softcache.dump.layout import Storage, bytes_of_spans, sizes
 from softcache.dump.made_with import left_out_before, made_with, provenance, told_of
 from softcache.dump.open_teachers import build_teachers, check_teachers, left_out_of
 from softcache.dump.pixels import PixelCheck, renderer
+from softcache.dump.position_index import InPart, check_same_positions, index_of, one_each, records_of
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
 from softcache.dump.teacher import Teacher
-from softcache.dump.word_index import INDEX, InPart, check_same_words, one_each, records_of
+from softcache.dump.token_teachers import token_lines
 from softcache.errors import DataError, DumpError, printable
 from softcache.files.durable import require_room
 from softcache.machine import as_fresh, pick_device, pick_threads, pick_workers
@@ -157,25 +158,31 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     plan = replace(plan, license=job.base.plan.license if job.base else config.license)
     lost = left_out_of(teachers, prober)
     if not quiet:
-        words = None if job.positions is None else job.positions.total
-        print(sizes(plan, storages, words), printable(described(transfer_set)), sep="\n", file=sys.stderr)
+        records = None if job.positions is None else job.positions.total
+        print(sizes(plan, storages, records), printable(described(transfer_set)), sep="\n", file=sys.stderr)
         if job.base is None and plan.format != int(config.format):
             others = ", ".join(dict.fromkeys(t.index or t.output for t in teachers if not is_of_version_1(t)))
             print(f"written as format version {plan.format}, which is provisional: {others}", file=sys.stderr)
         for name, one in lost.items():
             print(f"teacher {name!r}: {one.text()}", file=sys.stderr)
+        for line in token_lines(teachers):
+            print(line, file=sys.stderr)
+
+    index = index_of(transfer_set)
 
     def make_setup() -> Setup:
         constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
         if job.base is not None:
             return Setup(CacheReader(out).samples, {}, constants)
         probe = make_probe(renderer(viewed, job.order), len(ids), job.views)
-        return Setup(read_samples(), probe, constants, {} if job.positions is None else {INDEX: job.positions})
+        positions = {} if index is None or job.positions is None else {index.name: job.positions}
+        tokenizer = None if transfer_set.rendering is None else transfer_set.rendering.vocabulary.definition
+        return Setup(read_samples(), probe, constants, positions, tokenizer=tokenizer)
 
     with CacheWriter(out, plan, make_setup, part=part, base=job.base) as writer:
         check_same_samples(writer.samples, ids[job.order], transfer_set, job.order)
-        if job.positions is not None:
-            check_same_words(writer.index(INDEX), transfer_set, job.order, writer.samples.key)
+        if index is not None:
+            check_same_positions(writer.index(index.name), transfer_set, job.order, writer.samples.key)
         in_part = records_of(job.positions, plan.rounds[-1].layout)
         storages = {n: s.with_constants(writer.constants(n)) for n, s in storages.items()}
         spans = writer.my_spans()
@@ -255,7 +262,7 @@ def write_spans(
                 rows = row_of[batch.index]
                 check_unchanged(writer.samples, rows, batch)
                 if pixels is None:
-                    out.append(None, {"pixel_digests": batch.pixel_digests})
+                    out.append(None, {writer.plan.views.digests[0]: batch.pixel_digests})
                 else:
                     pixels.check(rows, batch)
                 labels, of_records = _labels_and_rows(transfer_set, batch.index, rows)
@@ -280,7 +287,7 @@ def write_spans(
 
 
 def _labels_and_rows(transfer_set: Any, index: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each record of a batch its label and its row: of each sample, or of each of its words."""
+    """Of each record of a batch its label and its row: of each sample, or of each of its words or tokens."""
     if transfer_set.positions is None:
         return transfer_set.labels[index], rows
     found = transfer_set.positions.take(index)

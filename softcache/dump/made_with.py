@@ -45,7 +45,9 @@ def told_of(teachers: Sequence[Teacher], left_out: Mapping[str, LeftOut]) -> dic
     warnings = {teacher.name: teacher.warnings for teacher in teachers if teacher.warnings}
     lost = {name: one.to_json() for name, one in left_out.items()}
     chosen = {teacher.name: told for teacher in teachers if (told := getattr(teacher.network, "weights_told", ""))}
-    return {name: told for name, told in (("warnings", warnings), ("left_out", lost), ("weights", chosen)) if told}
+    seen = {teacher.name: teacher.told for teacher in teachers if teacher.told}
+    named = (("warnings", warnings), ("left_out", lost), ("weights", chosen), ("tokens", seen))
+    return {name: told for name, told in named if told}
 
 
 def left_out_before(path: Path, rounds: int) -> dict[str, str]:

@@ -416,7 +416,9 @@ class Cache:
         ids = self.samples.ids[rows]
         rendered = [policy.render(item, int(one), 0) for item, one in zip(items, ids, strict=True)]
         digests = np.array([pixel_digest(item) for item in rendered], dtype=np.uint32)
-        return bool((self.reader.gather(None, "pixel_digests", rows, np.zeros_like(rows)) == digests).all())
+        return bool(
+            (self.reader.gather(None, self.manifest.plan.views.digests[0], rows, np.zeros_like(rows)) == digests).all()
+        )
 
     def check_pixels(
         self, items: Sequence[Any], rows: np.ndarray, views: np.ndarray, render: Render, *, on_drift: str = "error"
