@@ -261,6 +261,8 @@ def _mend_round(
     order = order_of(out.samples, transfer_set)
     check_has_index(transfer_set, plan, None if TOKENIZER in damaged else CacheReader(path).tokenizer())
     positions = in_rows(transfer_set, order)
+    if number == 0 and transfer_set.rendering is not None:
+        out.write_plain(TOKENIZER, transfer_set.rendering.vocabulary.definition)
     index = index_of(transfer_set)
     if index is not None and positions is not None and index_path(index.name, number) in damaged:
         out.write(index_path(index.name, number), positions.arrays())

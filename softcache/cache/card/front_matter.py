@@ -17,7 +17,12 @@ IMAGE_STEPS = ("to_rgb", "resize", "center_crop", "middle_crop", "shift", "crop_
 COLOUR_STEPS = ("color_jitter", "randaugment", "erase")
 IMAGE_SOURCES = ("digits", "torchvision", "imagefolder", "images", "synthetic:images")
 TEXT_SOURCES = ("table", "tsv", "synthetic:texts")
-OF_CLASSES = {"images": "image-classification", "texts": "text-classification", "words": "token-classification"}
+OF_CLASSES = {
+    "images": "image-classification",
+    "texts": "text-classification",
+    "words": "token-classification",
+    "tokens": "text-generation",
+}
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
 
@@ -64,9 +69,10 @@ def size_category(count: int) -> str:
 
 
 def item_kind(plan: Plan) -> str | None:
-    """ "images", "texts" or "words", where the plan tells; else None."""
-    if any(index.kind == "words" for index in plan.indexes):
-        return "words"
+    """ "images", "texts", "words" or "tokens", where the plan tells; else None."""
+    for kind in ("words", "tokens"):
+        if any(index.kind == kind for index in plan.indexes):
+            return kind
     source = plan.samples.source.partition("?")[0]
     name = source if source.startswith("synthetic:") else source.partition(":")[0]
     if name in IMAGE_SOURCES or any(step["name"] in (*IMAGE_STEPS, *COLOUR_STEPS) for step in plan.views.steps):

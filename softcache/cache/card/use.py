@@ -11,8 +11,10 @@ LOSS_OF_OTHERS = {"embedding": "cosine", "values": "mse", "features": "hint"}
 
 
 def suggested_loss(plan: Plan) -> str | None:
-    """A loss that such a cache serves, as `--loss` takes it; None of words without classes, which `train` does not learn."""
+    """A loss that such a cache serves, as `--loss` takes it; None where `train` has no student: words without classes, tokens."""
     member = plan.members[0]
+    if any(index.kind == "tokens" for index in plan.indexes):
+        return None
     if member.index is not None:
         of_words = [one for one in plan.members if one.index is not None and one.output in CLASS_OUTPUTS]
         if not of_words:
@@ -34,7 +36,10 @@ def how_to_use(manifest: Manifest) -> str:
     suggested = suggested_loss(plan)
     own = "a training loop of your own, with a map-style data set that knows the names of its samples"
     if suggested is None:
-        ways = f"`softcache train` learns of words their classes alone, and here are none.\nIn {own}:"
+        ways = "`softcache train` learns of words their classes alone, and here are none.\n"
+        if item_kind(plan) == "tokens":
+            ways = "`softcache train` has no student of tokens yet.\n"
+        ways += f"In {own}:"
     else:
         command = f"softcache train --cache . --data DATA --student MODEL --loss {suggested} --out runs/student"
         ways = f"In one command, or in {own}:\n\n    {command}"
@@ -94,7 +99,7 @@ def _loop_over_positions(plan: Plan) -> str:
     """A training loop over samples of unlike lengths, with an answer for each word, cell or frame."""
     of_classes = [one for one in plan.members if one.index is not None and one.output in CLASS_OUTPUTS]
     member = (of_classes or plan.members)[0]
-    items = "sentences" if item_kind(plan) == "words" else "items"
+    items = {"words": "sentences", "tokens": "tokens"}.get(item_kind(plan) or "", "items")
     read, what = "", f'flat("{member.name}")'
     if member.output is None and member.features:
         feature = quoted(member.features[0].name)
@@ -111,8 +116,19 @@ def _loop_over_positions(plan: Plan) -> str:
     lines += ["    joined = cache.join(data_set).for_view(epoch % cache.num_views)"]
     lines += [f"    for {items}, records in DataLoader(joined, batch_size=16, shuffle=True, collate_fn=collate):"]
     lines += [f"        targets = joined.gather(records{read})"]
-    lines += [f'        mask = targets.at("{member.name}").mask()  # (B, L): where a sample has something to answer']
-    lines += [f"        student_rows = student({items})[mask]  # (B, L, C) -> (P, C): row by row, as the targets are"]
+    if items == "tokens":
+        lines += ["        listed = [torch.from_numpy(one.listed) for one in tokens]  # row i is for token i + 1"]
+        lines += ["        logits = student([torch.from_numpy(one.ids) for one in tokens])  # padded behind: (B, L, C)"]
+        lines += [
+            "        student_rows = torch.cat([rows[at] for rows, at in zip(logits, listed)])  # (P, C), as the targets"
+        ]
+    else:
+        lines += [
+            f'        mask = targets.at("{member.name}").mask()  # (B, L): where a sample has something to answer'
+        ]
+        lines += [
+            f"        student_rows = student({items})[mask]  # (B, L, C) -> (P, C): row by row, as the targets are"
+        ]
     if partial:
         lines += [f'        log_probs = targets.per_position("{member.index}").log_probs("{member.name}", 4.0)']
     return "\n".join([*lines, f"        loss = {loss}"])
