@@ -66,12 +66,14 @@ def write_cache(
     every: int = 1,
     labels: bool = True,
     other: Mapping[str, Any] | None = None,
+    part_rows: int = 256,
 ) -> str:
     """A cache over the index `words`, its rows in the order of the samples; float32.
 
     Args:
         every: each so-manieth word has a record.
         other: member -> (N, C) logits, one answer for each sample.
+        part_rows: rows of a part.
     """
     data, other = open_transfer_set(spec), other or {}
     assert data.positions is not None
@@ -88,7 +90,7 @@ def write_cache(
         )
         for name in members
     }
-    plan = _plan(data, [*members, *other], set(members), every > 1, labels)
+    plan = _plan(data, [*members, *other], set(members), every > 1, labels, part_rows)
     digests = np.frombuffer(b"".join(data.load(i)[1] for i in range(count)), np.uint8).reshape(-1, 16)
     table = build_table(
         list(data.keys),
@@ -118,7 +120,9 @@ def write_cache(
     return str(path)
 
 
-def _plan(data: TransferSet, members: Sequence[str], of_words: set[str], listed: bool, labels: bool) -> Plan:
+def _plan(
+    data: TransferSet, members: Sequence[str], of_words: set[str], listed: bool, labels: bool, part_rows: int
+) -> Plan:
     made_with: dict[str, Any] = dict.fromkeys(("softcache", "torch", "torchvision", "numpy", "pillow", "hdf5"), "1.0")
     made_with |= {"device": "cpu", "batch_size": 4, "batch_tokens": None, "threads": 1, "autocast": "none"}
     codec = {"name": "float32", "parameters": {}, "fields": []}
@@ -138,7 +142,7 @@ def _plan(data: TransferSet, members: Sequence[str], of_words: set[str], listed:
         )
         for name in members
     ]
-    layout = Layout(len(data), 1, 256, 1)
+    layout = Layout(len(data), 1, part_rows, 1)
     return Plan(
         samples=SampleInfo(data.name, len(data), "", "item", True, False, "natural", "0"),
         class_names=NAMES,

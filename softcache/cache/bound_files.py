@@ -22,6 +22,7 @@ from softcache.cache.file_entry import StoredFile
 from softcache.cache.file_lists import ListedFiles
 from softcache.cache.open_file import COPY_AGAIN, open_checked
 from softcache.cache.schema import CRC_SUFFIX
+from softcache.cache.source import Source
 from softcache.errors import DamagedCacheError, warn_once
 from softcache.files import home
 
@@ -50,12 +51,19 @@ class BoundFiles:
         files: what the manifest says of them.
         check: False takes whatever has the right name and size.
         known: facts -> sha256 of files that were hashed already: a process hands them to its workers.
+        source: fetches the files, which do not lie in `root`, and sees to it that they are the manifest's.
     """
 
     def __init__(
-        self, root: Path, files: Sequence[StoredFile], *, check: bool = True, known: Mapping[Facts, str] | None = None
+        self,
+        root: Path,
+        files: Sequence[StoredFile],
+        *,
+        check: bool = True,
+        known: Mapping[Facts, str] | None = None,
+        source: Source | None = None,
     ) -> None:
-        self.root, self.files, self.check = root, files, check
+        self.root, self.files, self.check, self.source = root, files, check, source
         self._known: dict[Facts, str] = dict(known or {})
         self._recalled = False
 
@@ -81,7 +89,10 @@ class BoundFiles:
         Raises:
             DamagedCacheError: the file is missing, no regular file, of another size, or another file than the manifest names.
             BadBlock: it is that file, damaged; says where.
+            RemoteError: it cannot be fetched.
         """
+        if self.source is not None:
+            return self.source.open(file)
         fd = open_checked(self.root, file)
         try:
             if self.check and not self._is_known(facts_of(fd), file):
@@ -101,7 +112,7 @@ class BoundFiles:
         Args:
             note: is told the bytes of each file that is done.
         """
-        if not self.check or not self._hashes_whole_files or not self._unknown():
+        if self.source is not None or not self.check or not self._hashes_whole_files or not self._unknown():
             return
         with home.one_at_a_time(self._name()):
             self._recalled = False  # whoever held the lock may have remembered them meanwhile

@@ -14,7 +14,8 @@ def canonical_json(value: Any) -> bytes:
 
 
 def _check_canonical(value: Any) -> None:
-    if value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and -(2**53) < value < 2**53):
+    kind = type(value)
+    if kind is str or value is None or kind is bool or (kind is int and -(2**53) < value < 2**53):
         return  # nearly all of them, so it is asked first, and in the way that is fast
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -24,7 +25,9 @@ def _check_canonical(value: Any) -> None:
     elif isinstance(value, list | tuple):
         for inner in value:
             _check_canonical(inner)
-    else:
+    elif not (
+        isinstance(value, str) or (isinstance(value, int) and -(2**53) < value < 2**53)
+    ):  # of a type made from them
         raise ValueError(f"{str(value)[:60]!r} has no canonical JSON form; write seeds and non-integers as strings")
 
 

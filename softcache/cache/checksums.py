@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from softcache.cache.file_entry import StoredFile
+from softcache.cache.file_entry import StoredArray, StoredFile
 from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX, FORMAT_VERSION
+from softcache.cache.source import Source, Touched
 
 CheckBlocks = Literal["first", "always", "never"]  # when a gather looks at the checksums of the blocks it touches
 CHECK_BLOCKS = ("first", "always", "never")
@@ -100,11 +101,30 @@ def digest_of_sums(fd: int, file: StoredFile) -> str:
     names = sorted(name for name in file.arrays if name.endswith(CRC_SUFFIX))
     if not names:
         return sha256_of(fd)  # it has no data sets: of the whole file
+    return digest_of_sum_arrays(file, lambda stored: os.pread(fd, stored.nbytes, stored.offset))
+
+
+def digest_of_sum_arrays(file: StoredFile, read: Callable[[StoredArray], bytes]) -> str:
+    """The same, of checksums that may lie somewhere else; of a file that has some."""
     hasher = sha256()
-    for name in names:
-        stored = file.arrays[name]
-        hasher.update(os.pread(fd, stored.nbytes, stored.offset))
+    for name in sorted(name for name in file.arrays if name.endswith(CRC_SUFFIX)):
+        hasher.update(read(file.arrays[name]))
     return hasher.hexdigest()
+
+
+def block_range(file: StoredFile, name: str, block: int) -> tuple[int, int]:
+    """[start, stop) of a block within its data set."""
+    return block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, file.arrays[name].nbytes)
+
+
+def check_block(
+    file: StoredFile, name: str, block: int, wanted: int, read: Callable[[], Bytes], source: Source | None
+) -> None:
+    """Raise BadBlock unless a block has its checksum; where it was fetched, it is fetched once more before."""
+    if zlib.crc32(read()) == wanted:
+        return
+    if source is None or not source.again(file, name, block) or zlib.crc32(read()) != wanted:
+        raise BadBlock(damage_of(file, name, block))
 
 
 def bad_blocks(fd: int, file: StoredFile, name: str) -> Iterator[int]:
@@ -132,6 +152,7 @@ class BlockChecks:
         name: the data set.
         sums: of each shard.
         when: "first" looks at a block when it is first touched, "always" each time, "never" not at all.
+        source: fetches the blocks, where they are not here.
     """
 
     def __init__(
@@ -140,8 +161,9 @@ class BlockChecks:
         name: str,
         sums: Sequence[np.ndarray],
         when: CheckBlocks,
+        source: Source | None = None,
     ) -> None:
-        self._files, self._name = files, name
+        self._files, self._name, self._source = files, name, source
         self._always = when == "always"
         self._sums = np.concatenate(sums)
         self._starts = np.cumsum([0, *map(len, sums)])  # the first block of each shard in `_sums`
@@ -160,14 +182,22 @@ class BlockChecks:
         starts, first = self._starts[shards], records * self._record_bytes
         last = starts + (first + self._record_bytes - 1) // BLOCK_BYTES
         touched = np.minimum((starts + first // BLOCK_BYTES)[:, None] + self._reach, last[:, None]).reshape(-1)
-        for block in np.unique(touched[~self._known[touched]]).tolist():
+        unknown = np.unique(touched[~self._known[touched]])
+        if self._source is not None and len(unknown):
+            self._source.need([self._touched(block) for block in unknown.tolist()])
+        for block in unknown.tolist():
             self._check_block(block, read)
             self._known[block] = not self._always
         self.pending = self._always or not self._known.all()
 
+    def _touched(self, block: int) -> Touched:
+        shard = int(np.searchsorted(self._starts, block, side="right")) - 1
+        return Touched(self._files[shard], self._name, (block - int(self._starts[shard]),))
+
     def _check_block(self, block: int, read: Callable[[int, int, int], Bytes]) -> None:
         shard = int(np.searchsorted(self._starts, block, side="right")) - 1
-        start = (block - int(self._starts[shard])) * BLOCK_BYTES
-        stop = min(start + BLOCK_BYTES, self._files[shard].arrays[self._name].nbytes)
-        if zlib.crc32(read(shard, start, stop)) != self._sums[block]:
-            raise BadBlock(damage_of(self._files[shard], self._name, start // BLOCK_BYTES))
+        number = block - int(self._starts[shard])
+        start, stop = block_range(self._files[shard], self._name, number)
+        check_block(
+            self._files[shard], self._name, number, self._sums[block], lambda: read(shard, start, stop), self._source
+        )

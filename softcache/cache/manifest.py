@@ -15,7 +15,7 @@ from softcache.cache.file_entry import StoredFile
 from softcache.cache.file_lists import FileList, ListedFiles
 from softcache.cache.manifest_rules import check_lists, check_manifest, check_plan
 from softcache.cache.plan import Plan
-from softcache.cache.schema import FORMAT_VERSION, FORMATS, MANIFEST, MANIFESTS, PULLING, part_path
+from softcache.cache.schema import FORMAT_VERSION, FORMATS, MANIFEST, MANIFESTS, MERGING, PULLING, part_path
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.strict_json import MANIFEST as MANIFEST_SHAPE
 from softcache.cache.strict_json import MAX_BYTES, check_shape, read_canonical
@@ -184,6 +184,11 @@ def _known_id(path: Path, prefix: str) -> str:
 def _without_manifest(path: Path) -> CacheError:
     work = work_folder(path, 0)
     planned = read_planned(path, 0)
+    if (work / MERGING).is_file():
+        return UnfinishedCacheError(
+            f"{path}: the merge is not finished: not all files of the merged caches are copied",
+            tip="run the same `softcache merge` command again: it goes on",
+        )
     if (path / PULLING).is_file():
         return UnfinishedCacheError(
             f"{path}: not all of the cache has been pulled",
@@ -200,7 +205,7 @@ def _without_manifest(path: Path) -> CacheError:
             tip="give the folder that `softcache dump --out` wrote; a run folder is measured by `softcache eval`",
         )
     total, done = len(planned.plan.rounds[0].layout), len(read_journals(path, 0))
-    verb = "dump" if planned.plan.parent is None else "subset"
+    verb = "dump" if not planned.plan.parents else "subset" if planned.plan.parent else "merge"
     return UnfinishedCacheError(
         f"{path}: the {verb} is not finished: {done} of {total} spans are written ({100 * done // max(1, total)} %)",
         tip=f"run the same `softcache {verb}` command again to resume it; finished shards are kept",

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import mmap
 import os
-import zlib
 
 import numpy as np
 
 from softcache.cache.bound_files import BoundFiles
-from softcache.cache.checksums import BadBlock, damage_of
+from softcache.cache.checksums import BadBlock, block_range, check_block
 from softcache.cache.file_entry import StoredFile
-from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX
+from softcache.cache.schema import CRC_SUFFIX
 from softcache.errors import DamagedCacheError
 
 REPAIR = (
     "`softcache verify --full` lists all that is damaged; `softcache repair` makes it again, or copy the cache again"
 )
+
+
+FETCH_AGAIN = "run it again: the file is fetched anew; `softcache store prune` empties the store"
+
+
+def tip_for(files: BoundFiles) -> str:
+    """What to do about damage."""
+    return REPAIR if files.source is None else FETCH_AGAIN
 
 
 class MappedFile:
@@ -32,10 +39,11 @@ class MappedFile:
 
     def __init__(self, files: BoundFiles, file: StoredFile, *, check: bool = True) -> None:
         self.file, self.path, self._check = file, files.root / file.path, check
+        self._files = files
         try:
             fd = files.open(file)
         except BadBlock as exc:
-            raise DamagedCacheError(f"{self.path}: {exc.damage}", tip=REPAIR) from None
+            raise DamagedCacheError(f"{self.path}: {exc.damage}", tip=tip_for(files)) from None
         try:
             self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
         finally:
@@ -61,5 +69,8 @@ class MappedFile:
     def _check_blocks(self, name: str) -> None:
         data = self._view(name).reshape(-1).view(np.uint8).data
         for block, crc in enumerate(self._view(name + CRC_SUFFIX).tolist()):
-            if zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]) != crc:
-                raise DamagedCacheError(f"{self.path}: {damage_of(self.file, name, block)}", tip=REPAIR)
+            start, stop = block_range(self.file, name, block)
+            try:
+                check_block(self.file, name, block, crc, lambda: data[start:stop], self._files.source)  # noqa: B023
+            except BadBlock as exc:
+                raise DamagedCacheError(f"{self.path}: {exc.damage}", tip=tip_for(self._files)) from None

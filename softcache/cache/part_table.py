@@ -1,23 +1,27 @@
-"""One data set of a cache of version 2 over all its parts: a slice for each (row, view); parts open when first touched."""
+"""One data set over all its parts: a slice for each (row, view); parts open when first touched.
+
+Of version 2, and of whatever is fetched sparingly.
+"""
 
 from __future__ import annotations
 
 import os
 import weakref
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from softcache.cache.bound_files import BoundFiles
-from softcache.cache.checksums import BadBlock, CheckBlocks, damage_of, read_sums
+from softcache.cache.checksums import CheckBlocks, block_range, check_block, read_sums
 from softcache.cache.file_entry import StoredArray, StoredFile
 from softcache.cache.memory_map import BackToBack, Piece, fits_back_to_back
 from softcache.cache.positions import PositionIndex, Ragged
 from softcache.cache.schema import BLOCK_BYTES, Layout, Span, layout_of_view
+from softcache.cache.source import Touched
 from softcache.errors import DamagedCacheError
 
 OPEN_PARTS = {"mmap": 4096, "pread": 128}  # a process may have some ten thousand maps, and a thousand open files
@@ -97,6 +101,24 @@ class PartTable:
             BadBlock: a block that one lies in has other bytes than were written, as far as that is looked at.
             DamagedCacheError: a part is not what the manifest names.
         """
+        places, starts, counts = self._ranges(rows, views)
+        offsets = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        out, size = np.empty((int(offsets[-1]), *self.tail), self.dtype), self._record_bytes
+        self._read(places, (starts * size).tolist(), (counts * size).tolist(), out.reshape(-1).view(np.uint8))
+        return Ragged(out, offsets)
+
+    def touched(self, rows: np.ndarray, views: np.ndarray) -> list[Touched]:
+        """The blocks that the records of these pairs lie in."""
+        places, starts, counts = self._ranges(rows, views)
+        size, found = self._record_bytes, []
+        for (span, _), start, count in zip(places, (starts * size).tolist(), (counts * size).tolist(), strict=True):
+            if count:
+                found.append(Touched(self._file_of(span.index), self._name, _blocks(start, count)))
+        return found
+
+    def _ranges(self, rows: np.ndarray, views: np.ndarray) -> tuple[list[tuple[Span, int]], np.ndarray, np.ndarray]:
+        """Of B pairs: the part of each, its first record there, and how many it has."""
         rows, views = np.asarray(rows, np.int64), np.asarray(views, np.int64)
         check_range(rows, self._num_rows, "row")
         check_range(views, self._num_views, "view")
@@ -104,23 +126,23 @@ class PartTable:
         places = [known[key] if key in known else self._place(key) for key in keys]
         shifts = np.array([shift for _, shift in places], np.int64)
         if self.index is None:
-            starts, counts = rows + shifts, np.ones(len(rows), np.int64)
-        else:
-            starts, counts = self.index.ranges(rows, views)
-            starts += shifts
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        out, size = np.empty((int(offsets[-1]), *self.tail), self.dtype), self._record_bytes
-        self._read(places, (starts * size).tolist(), (counts * size).tolist(), out.reshape(-1).view(np.uint8))
-        return Ragged(out, offsets)
+            return places, rows + shifts, np.ones(len(rows), np.int64)
+        starts, counts = self.index.ranges(rows, views)
+        return places, starts + shifts, counts
 
     def _read(self, places: Sequence[tuple[Span, int]], starts: list[int], sizes: list[int], out: np.ndarray) -> None:
         """Bytes [start, start + size) of each place's part, one after the other."""
+        source = self._files.source
+        if source is not None:
+            new = {span.index for (span, _), size in zip(places, sizes, strict=True) if size} - self._parts.keys()
+            source.prepare([self._file_of(part) for part in sorted(new)])
         opened = [self._part(span) if size else None for (span, _), size in zip(places, sizes, strict=True)]
         slices = [
             (part, start, size) for part, start, size in zip(opened, starts, sizes, strict=True) if part is not None
         ]
         unknown = [] if self._check_blocks == "never" else [one for one in slices if not one[0].is_known(*one[1:])]
+        if source is not None and unknown:
+            source.need([Touched(part.file, self._name, _blocks(start, size)) for part, start, size in unknown])
         for part, start, size in unknown:
             part.will_need(start, size)
         for part, start, size in unknown:
@@ -160,9 +182,10 @@ class PartTable:
         """Blocks [first, last)."""
         for block in range(first, last):
             if not part.known[block]:
-                stop = min((block + 1) * BLOCK_BYTES, part.stored.nbytes)
-                if zlib.crc32(part.read(block * BLOCK_BYTES, stop)) != part.sums[block]:
-                    raise BadBlock(damage_of(part.file, self._name, block))
+                start, stop = block_range(part.file, self._name, block)
+                check_block(
+                    part.file, self._name, block, part.sums[block], partial(part.read, start, stop), self._files.source
+                )
                 part.known[block] = self._check_blocks != "always"
 
     def _part(self, span: Span) -> _Part:
@@ -202,6 +225,11 @@ class PartTable:
 
     def close(self) -> None:
         self._parts.clear()
+
+
+def _blocks(start: int, size: int) -> range:
+    """Those that have bytes of [start, start + size)."""
+    return range(start // BLOCK_BYTES, (start + size - 1) // BLOCK_BYTES + 1)
 
 
 def check_range(values: np.ndarray, limit: int, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 from softcache.cache.schema import FORMAT_VERSION, Layout
@@ -234,8 +235,13 @@ class Plan:
 
     @property
     def parent(self) -> Parent | None:
-        """The cache that this one was taken out of; None where it was dumped, or merged of several."""
+        """The cache that this one was taken out of; None where it was dumped, or its records are of several."""
         return self.parents[0] if len(self.parents) == 1 else None
+
+    def measured_before(self, member: str) -> MemberStatistics | None:
+        """What was measured of a member in the caches that this one was taken out of, or merged of; None: nothing."""
+        found = [parent.statistics[member] for parent in self.parents if member in parent.statistics]
+        return reduce(MemberStatistics.__add__, found) if found else None
 
     def to_json(self) -> dict[str, Any]:
         parents = [one.to_json(self.format) for one in self.parents]

@@ -76,6 +76,9 @@ def _check_plan_2(plan: Plan) -> None:
     """What version 2 has of its own."""
     demand(plan.vocabulary is None or not plan.class_names, "class_names: beside a vocabulary")
     demand(plan.vocabulary is None or plan.num_classes > 0, "vocabulary.count: is 0")
+    ids = [parent.id for parent in plan.parents]
+    demand(len(set(ids)) == len(ids), "parents: one twice")
+    demand(plan.samples.order != "merged" or len(ids) > 0, "samples.order: merged, of no cache")
     digests = plan.views.digests
     demand(0 < len(set(digests)) == len(digests) and set(digests) <= DIGESTS, f"views.digests: {str(digests)[:80]}")
     names = [index.name for index in plan.indexes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from softcache.cache.checksums import (
 )
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.manifest import Manifest, read_manifest
-from softcache.cache.mapped_file import REPAIR, MappedFile
+from softcache.cache.mapped_file import REPAIR, MappedFile, tip_for
 from softcache.cache.part_table import PartTable
 from softcache.cache.plan import Plan
 from softcache.cache.plan_rules import width_of
@@ -34,6 +34,7 @@ from softcache.cache.schema import (
     member_shard_path,
     view_shard_path,
 )
+from softcache.cache.source import Source
 from softcache.errors import CacheError, DamagedCacheError, first_offenders
 
 MAPPED_AT_ONCE = 4096  # parts of one data set; of more each is opened when it is first touched
@@ -98,6 +99,8 @@ class CacheReader:
         check_blocks: when the checksum of a block of 64 KiB is looked at: when it is "first" touched, "always", or "never".
         check_files: False reads whatever has the right name and size.
         known: as `BoundFiles` takes it.
+        source: of a cache that lies somewhere else, of which `path` has the manifest and the lists; its blocks are looked at
+            when they are first touched, though it be "never".
     """
 
     def __init__(
@@ -109,14 +112,17 @@ class CacheReader:
         check_blocks: CheckBlocks = "first",
         check_files: bool = True,
         known: Mapping[Facts, str] | None = None,
+        source: Source | None = None,
     ) -> None:
+        if source is not None and check_blocks == "never":
+            check_blocks = "first"
         if mode not in ("mmap", "pread"):
             raise CacheError(f"unknown read mode {mode!r}", tip="use 'mmap', or 'pread' on a network file system")
         if check_blocks not in CHECK_BLOCKS:
             raise CacheError(f"check_blocks={check_blocks!r}", tip=f"use one of {', '.join(CHECK_BLOCKS)}")
         self.path, self.mode, self.check_blocks = Path(path), mode, check_blocks
         self.manifest: Manifest = read_manifest(self.path, id=id)
-        self.files = BoundFiles(self.path, self.manifest.files, check=check_files, known=known)
+        self.files = BoundFiles(self.path, self.manifest.files, check=check_files, known=known, source=source)
         self._tables: dict[tuple[str | None, str], RowTable | PartTable] = {}
         self._indexes: dict[str, PositionIndex] = {}
         self._dense_rows: dict[str, np.ndarray] = {}
@@ -124,7 +130,8 @@ class CacheReader:
 
     def __getstate__(self) -> dict[str, Any]:
         how = {"mode": self.mode, "check_blocks": self.check_blocks, "check_files": self.files.check}
-        return {"path": self.path, "id": self.manifest.id, **how, "known": self.files.known}
+        known = {"known": self.files.known, "source": self.files.source}
+        return {"path": self.path, "id": self.manifest.id, **how, **known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state.pop("path"), **state)  # type: ignore[misc]
@@ -144,8 +151,8 @@ class CacheReader:
         key = (member, name)
         if key not in self._tables:
             layouts, index = self.manifest.plan.layouts_of(member), self.index_of(member, name)
-            parts = sum(layout.row_ranges * layout.view_ranges for layout in layouts)
-            if index is None and parts <= MAPPED_AT_ONCE:
+            parts, source = sum(layout.row_ranges * layout.view_ranges for layout in layouts), self.files.source
+            if index is None and parts <= MAPPED_AT_ONCE and not (source is not None and source.sparing):
                 shards = self._shards(member)
                 self._tables[key] = RowTable(self.files, layouts, shards, name, self.mode, self.check_blocks)
             else:
@@ -221,12 +228,26 @@ class CacheReader:
         except BadBlock as exc:
             raise self._damaged(exc.damage) from None
 
+    def will_read(self, wanted: Sequence[tuple[str | None, str]], rows: np.ndarray, views: np.ndarray) -> None:
+        """Where the cache is fetched as it is read: fetch all that these data sets have of B pairs, several files at once.
+
+        Args:
+            wanted: (member, data set), as `gather` takes them.
+        """
+        source = self.files.source
+        if source is None or not source.sparing:
+            return
+        tables = [self.table(*one) for one in wanted]
+        touched = [one for table in tables if isinstance(table, PartTable) for one in table.touched(rows, views)]
+        source.prepare(list({one.file.path: one.file for one in touched}.values()))
+        source.need(touched)
+
     def _damaged(self, damage: Damage) -> DamagedCacheError:
         named = ""
         if damage.rows is not None:
             keys = (self.samples.key(row) for row in range(*damage.rows))
             named = f"; samples {first_offenders(keys, damage.rows[1] - damage.rows[0])}"
-        return DamagedCacheError(f"{self.path / damage.file}: {damage}{named}", tip=REPAIR)
+        return DamagedCacheError(f"{self.path / damage.file}: {damage}{named}", tip=tip_for(self.files))
 
     def dense(self, member: str, rows: np.ndarray, views: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """(n, C) float16 rows that were kept dense.

@@ -59,11 +59,13 @@ class RowTable:
         counts = [shard.arrays[name].shape[0] * shard.arrays[name].shape[1] for shard in shards]
         self._starts = np.cumsum([0, *counts])  # the first record of each shard in `whole`
         self._sums: list[np.ndarray] = []
+        if files.source is not None:
+            files.source.prepare(shards)
         if mode == "pread":
             self._open_files(files, shards, name)
         else:
             self._map_files(files, shards, name)
-        self._blocks = BlockChecks(shards, name, self._sums, check_blocks)
+        self._blocks = BlockChecks(shards, name, self._sums, check_blocks, files.source)
 
     def _open_files(self, files: BoundFiles, shards: Sequence[StoredFile], name: str) -> None:
         for file in shards:

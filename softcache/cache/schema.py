@@ -204,6 +204,16 @@ def layout_of_view(layouts: Sequence[Layout], view: int) -> Layout:
     return next(layout for layout in reversed(layouts) if layout.first_view <= view)
 
 
+def member_name(wanted: str, taken: Sequence[str]) -> str:
+    """A valid member name that is not taken yet: lower case, `-2`, `-3`, ... appended where needed."""
+    name = re.sub(r"[^a-z0-9_-]+", "-", wanted.lower()).strip("-_")[:56] or "teacher"
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}-{number}"
+    return unique
+
+
 def member_shard_path(member: str, index: int) -> str:
     return f"members/{member}/part-{index:05d}.h5"
 

@@ -219,42 +219,54 @@ def read_shape(data: bytes, shape: Shape) -> Any:
 
 def check_shape(value: Any, shape: Shape, where: str = "") -> None:
     """ValueError unless the value has the shape; names the field."""
-    if isinstance(shape, Either):
+    kind = type(shape)
+    if kind is type:
+        _demand(_is_plain(value, shape), where, _TYPES[shape], value)
+    elif kind is Matching:
+        _demand(_matches(value, shape), where, shape.meaning, value)
+    elif kind is Either:
         if value is not None:
             check_shape(value, shape.shape, where)
-    elif isinstance(shape, Matching):
-        _demand(isinstance(value, str) and re.fullmatch(shape.pattern, value) is not None, where, shape.meaning, value)
-    elif isinstance(shape, type):
-        fits = type(value) is shape  # exactly: True is an int to Python
-        if isinstance(value, int):
-            fits = fits and value >= 0
-        _demand(fits and not (isinstance(value, str) and len(value) > MAX_STRING), where, _TYPES[shape], value)
-    elif isinstance(shape, Pair):
-        _demand(isinstance(value, list) and len(value) == 2, where, "an array of two", value)
+    elif kind is Pair:
+        _demand(type(value) is list and len(value) == 2, where, "an array of two", value)
         _check_items(value, shape.shape, where)
-    elif isinstance(shape, AnyKeys):
-        _demand(isinstance(value, dict), where, "an object", value)
+    elif kind is AnyKeys:
+        _demand(type(value) is dict, where, "an object", value)
         for key, inner in value.items():
             check_shape(inner, shape.shape, f"{where}.{key[:80]}")
-    elif isinstance(shape, Mapping):
-        _demand(isinstance(value, dict), where, "an object", value)
+    elif kind is dict:
+        _demand(type(value) is dict, where, "an object", value)
         _check_object(value, shape, where)
     else:
-        _demand(isinstance(value, list), where, "an array", value)
+        _demand(type(value) is list, where, "an array", value)
         _check_items(value, shape[0], where)
 
 
+def _is_plain(value: Any, kind: Any) -> bool:
+    """Whether it is exactly of this type, for True is an int to Python; not negative, and not endless."""
+    return type(value) is kind and (kind is not int or value >= 0) and (kind is not str or len(value) <= MAX_STRING)
+
+
+def _matches(value: Any, shape: Matching) -> bool:
+    return type(value) is str and re.fullmatch(shape.pattern, value) is not None
+
+
 def _check_object(value: Mapping[str, Any], shape: Mapping[str, Shape], where: str) -> None:
+    found = 0
     for name, inner in shape.items():
         field = name.removesuffix("?")
-        place = f"{where}.{field}" if where else field
         if field in value:
-            check_shape(value[field], inner, place)
+            found += 1
+            one, kind = value[field], type(inner)
+            if (kind is type and _is_plain(one, inner)) or (kind is Matching and _matches(one, inner)):
+                continue  # nearly all of them: no name has to be made for each
+            check_shape(one, inner, f"{where}.{field}" if where else field)
         elif field == name:
-            raise ValueError(f"{place}: missing")
-    for name in value:
-        if name not in shape and f"{name}?" not in shape:
-            raise ValueError(f"{where}.{name[:80]}: no field of this format".lstrip("."))
+            raise ValueError(f"{where}.{field}: missing".lstrip("."))
+    if found < len(value):
+        fields = {name.removesuffix("?") for name in shape}
+        other = next(name for name in value if name not in fields)
+        raise ValueError(f"{where}.{other[:80]}: no field of this format".lstrip("."))
 
 
 def _check_items(values: Sequence[Any], shape: Shape, where: str) -> None:

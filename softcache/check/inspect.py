@@ -28,9 +28,9 @@ SHOWN_CLASSES = 8
 SHOWN_DIVERGENCES = ("1", "4")
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path | str) -> dict[str, Any]:
     """Everything the manifest says, for machines."""
-    manifest = Cache(CacheReader(path)).manifest
+    manifest = _unread(path).manifest
     return {
         "id": manifest.id,
         "bytes": manifest.nbytes,
@@ -53,15 +53,20 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
+def _unread(path: Path | str) -> Cache:
+    """A cache, of whose manifest alone is told: no file of a folder has to be hashed for it."""
+    return open_cache(path) if isinstance(path, str) else Cache(CacheReader(path))
+
+
 def _error_of(s: MemberStatistics) -> dict[str, float]:
     """Relative error of the records that were measured."""
     assert s.error is not None
     return {"mean": s.error.sum / max(1, s.measured), "worst": s.error.worst}
 
 
-def report(path: Path) -> str:
+def report(path: Path | str) -> str:
     """The same for people."""
-    cache = Cache(CacheReader(path))  # of a manifest's text no file has to be hashed
+    cache = _unread(path)
     plan, manifest = cache.manifest.plan, cache.manifest
     names = list(cache.class_names)
     facts = [
@@ -74,10 +79,10 @@ def report(path: Path) -> str:
         ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
         *_rounds(plan),
         *([("licence", plan.license)] if plan.license is not None else []),
-        *([("taken out of", plan.parent.id)] if plan.parent is not None else []),
+        *[("taken out of" if plan.parent else "merged of", parent.id) for parent in plan.parents],
         ("made with", ", ".join(f"{k} {v}" for k, v in plan.made_with.items())),
     ]
-    made = read_provenance(Path(path))
+    made = {} if isinstance(path, str) else read_provenance(path)
     if {"finished", "host"} <= made.keys():
         facts.append(("made", f"{made['finished']} on {made['host']}"))
     members = []
@@ -239,7 +244,7 @@ class SoftTarget:
         return "\n".join(lines)
 
 
-def soft_target(path: Path, key: str, *, view: int = 0, combine: str = "mean_probs") -> SoftTarget | WordTargets:
+def soft_target(path: Path | str, key: str, *, view: int = 0, combine: str = "mean_probs") -> SoftTarget | WordTargets:
     """One sample's soft target at several temperatures: of each member, then of the ensemble; or those of its words at T=1."""
     cache = open_cache(path)
     if not 0 <= view < cache.num_views:

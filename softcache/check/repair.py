@@ -149,6 +149,9 @@ def _make_again(
     if manifest.plan.parent is not None:
         parent = manifest.plan.parent.id[:12]
         return f"was taken out of the cache {parent}: run that `softcache subset` again, or give --from another copy"
+    if manifest.plan.parents:
+        parents = ", ".join(parent.id[:12] for parent in manifest.plan.parents)
+        return f"was merged of the caches {parents}: run that `softcache merge` again, or give --from another copy"
     written = {(WORDS, WORDS, False), (TOKENS, TOKENS, True)}
     if any((index.name, index.kind, index.listed) not in written for index in manifest.plan.indexes):
         return "was not written by a dump of this version: give --from another copy"

@@ -31,7 +31,9 @@ class Replay:
         UntrustedError: nobody but the cache says which it was.
     """
 
-    def __init__(self, path: Path, data: str | None = None, *, allow_code: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self, path: Path | str, data: str | None = None, *, allow_code: bool = False, quiet: bool = False
+    ) -> None:
         self.cache = open_cache(path, allow_code=allow_code, quiet=quiet)
         self.transfer_set = open_transfer_set(data or _data_of(path, allow_code=allow_code))
         self._index_of_row = find_ids(sample_ids(self.transfer_set.keys), self.cache.samples.ids)
@@ -81,7 +83,7 @@ class Replay:
         return None if rendered is None else rendered.item
 
 
-def told_unasked(path: Path, allow_code: bool, **told: Any) -> UntrustedError | None:
+def told_unasked(path: Path | str, allow_code: bool, **told: Any) -> UntrustedError | None:
     """The refusal of what provenance.json tells, for a user who neither repeated it nor allowed it; None where it is allowed.
 
     Args:
@@ -102,9 +104,9 @@ def told_unasked(path: Path, allow_code: bool, **told: Any) -> UntrustedError | 
     )
 
 
-def _data_of(path: Path, *, allow_code: bool) -> str:
+def _data_of(path: Path | str, *, allow_code: bool) -> str:
     """The data set that the dump was given."""
-    data = told_data(path)
+    data = None if isinstance(path, str) else told_data(path)  # which is not pushed
     if refusal := told_unasked(path, allow_code, data=data):
         raise refusal
     if data is None:

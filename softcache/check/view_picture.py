@@ -55,7 +55,7 @@ class ShownView:
 
 
 def draw_views(
-    path: Path, key: str, out: Path, *, data: str | None = None, allow_code: bool = False, most: int = 24
+    path: Path | str, key: str, out: Path, *, data: str | None = None, allow_code: bool = False, most: int = 24
 ) -> Picture:
     """Write a PNG of up to `most` views of one sample.
 

@@ -16,10 +16,13 @@ VERBS = {
     "verify": "softcache.commands.verify",
     "repair": "softcache.commands.repair",
     "subset": "softcache.commands.subset",
+    "merge": "softcache.commands.merge",
     "diff": "softcache.commands.diff",
+    "card": "softcache.commands.card",
     "push": "softcache.commands.push",
     "pull": "softcache.commands.pull",
     "sign": "softcache.commands.sign",
+    "store": "softcache.commands.store",
     "completion": "softcache.commands.completion",
     "help": "softcache.commands.help",
 }

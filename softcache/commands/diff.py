@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
 from softcache.config import option
@@ -25,9 +24,10 @@ class DiffConfig:
 
 
 def run(config: DiffConfig, output: Output) -> int:
+    from softcache.remote.places import cache_of
     from softcache.share import diff
 
-    a, b = Path(config.a), Path(config.b)
+    a, b = cache_of(config.a), cache_of(config.b)
     found = diff.run(
         a,
         b,

@@ -12,6 +12,7 @@ from softcache.config import DumpConfig
 def run(config: DumpConfig, output: Output) -> int:
     from softcache.cache.card.use import suggested_loss
     from softcache.dump import flow
+    from softcache.remote.places import folder_of
     from softcache.report.tables import size
 
     if config.list_modules:
@@ -20,6 +21,7 @@ def run(config: DumpConfig, output: Output) -> int:
         modules = list_modules(config)
         print(json.dumps({"modules": modules}) if output.json else modules)
         return 0
+    folder_of(config.out, "dump")
     result = flow.run(config, quiet=output.quiet)
     manifest = result.manifest
     if output.json:

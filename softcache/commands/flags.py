@@ -210,7 +210,7 @@ def _given(kind: type[Any], arguments: argparse.Namespace) -> dict[str, Any]:
     given = {}
     for field in dataclasses.fields(kind):
         value = getattr(arguments, field.name)
-        if value is not None:
+        if value not in (None, []):  # a list of words may be empty, and then come from --config
             joined = isinstance(value, list) and not field.metadata["repeat"]  # a repeated list is one list
             given[field.name] = ",".join(value) if joined else value
     return given

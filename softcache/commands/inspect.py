@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from softcache.commands.flags import STARTS_AGAIN, Output, Verb
 from softcache.config import option
@@ -14,15 +13,16 @@ from softcache.config import option
 class InspectConfig:
     """softcache inspect: what made this cache, and one sample's soft target."""
 
-    cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
+    cache: str = option(..., "folder of the cache, or its URL", metavar="CACHE", positional=True)
     sample: str | None = option(None, "show this sample's soft target at several temperatures", metavar="KEY")
     view: int = option(0, "of the sample (default: 0)", metavar="V")
 
 
 def run(config: InspectConfig, output: Output) -> int:
     from softcache.check import inspect
+    from softcache.remote.places import cache_of
 
-    path = Path(config.cache)
+    path = cache_of(config.cache)
     if config.sample is not None:
         target = inspect.soft_target(path, config.sample, view=config.view)
         print(json.dumps(target.to_json()) if output.json else target.text())

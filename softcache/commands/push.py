@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from softcache.commands.flags import RESUMES, Output, Verb
 from softcache.config import option
@@ -16,17 +15,17 @@ class PushConfig:
     """softcache push: a cache to where others can pull it from."""
 
     cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
-    url: str = option(..., "where to: file:PATH", metavar="URL", positional=True)
+    url: str = option(..., "where to: file:PATH, hf:ORG/NAME or s3://BUCKET/PATH", metavar="URL", positional=True)
     id: str | None = option(None, "of an older state of the cache (default: the newest)", metavar="ID")
 
 
 def run(config: PushConfig, output: Output) -> int:
-    from softcache.remote.places import parse_place
+    from softcache.remote.places import folder_of, parse_place
     from softcache.report.tables import size
     from softcache.share import push
 
     place = parse_place(config.url)
-    done = push.run(Path(config.cache), place, id=config.id, quiet=output.quiet or output.json)
+    done = push.run(folder_of(config.cache, "push"), place, id=config.id, quiet=output.quiet or output.json)
     if output.json:
         print(json.dumps({"url": place.url, **dataclasses.asdict(done)}))
         return 0
@@ -46,6 +45,7 @@ VERB = Verb(
     summary="send a cache to where others can pull it from",
     examples="""
 softcache push caches/mnist file:/shared/caches/mnist
+softcache push caches/mnist hf:team/mnist
 softcache push caches/mnist file:/shared/caches/mnist --json
 """,
     after_stop=RESUMES,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from softcache.commands.flags import Output, Verb
 from softcache.config import option
@@ -32,9 +31,10 @@ class RepairConfig:
 
 def run(config: RepairConfig, output: Output) -> int:
     from softcache.check import repair
+    from softcache.remote.places import folder_of
 
     means = repair.Means(
-        source=Path(config.from_) if config.from_ else None,
+        source=folder_of(config.from_, "repair --from") if config.from_ else None,
         data=config.data,
         teachers=config.teacher,
         classes_map=config.classes_map,
@@ -42,7 +42,7 @@ def run(config: RepairConfig, output: Output) -> int:
         workers=config.workers,
         allow_code=config.allow_code,
     )
-    result = repair.run(Path(config.cache), means, quiet=output.quiet or output.json)
+    result = repair.run(folder_of(config.cache, "repair"), means, quiet=output.quiet or output.json)
     print(json.dumps(dataclasses.asdict(result)) if output.json else result.text())
     return result.exit_code
 

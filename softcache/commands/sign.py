@@ -21,9 +21,10 @@ class SignConfig:
 
 def run(config: SignConfig, output: Output) -> int:
     from softcache.cache.signatures import NAMESPACE, signatures_path
+    from softcache.remote.places import folder_of
     from softcache.share import sign
 
-    id, fingerprint = sign.run(Path(config.cache), Path(config.key), id=config.id)
+    id, fingerprint = sign.run(folder_of(config.cache, "sign"), Path(config.key), id=config.id)
     if output.json:
         print(json.dumps({"path": config.cache, "id": id, "key": fingerprint, "file": signatures_path(id)}))
         return 0

@@ -15,14 +15,13 @@ from softcache.spec import split_list
 
 if TYPE_CHECKING:
     from softcache.cache.manifest import Manifest
+    from softcache.share.subset import Choice
 
 
 @dataclass(frozen=True)
-class SubsetConfig:
-    """softcache subset: some of a cache as a smaller cache of its own."""
+class PartOptions:
+    """Which part of a cache: what is left out is wanted whole."""
 
-    cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
-    out: str = option(..., "folder of the smaller cache", metavar="OUT", positional=True)
     views: str | None = option(
         None, "one range of views, both ends included, or one view (default: all)", metavar="A-B"
     )
@@ -35,14 +34,34 @@ class SubsetConfig:
         None, "only the samples whose keys (or ids) this file lists, one a line", metavar="FILE"
     )
     without: str | None = option(None, "no samples whose keys (or ids) this file lists", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class SubsetConfig(PartOptions):
+    """softcache subset: some of a cache as a smaller cache of its own."""
+
+    cache: str = option(..., "folder of the cache, or its URL", metavar="CACHE", positional=True)
+    out: str = option(..., "folder of the smaller cache", metavar="OUT", positional=True)
     id: str | None = option(None, "of the manifest to read (default: the newest)", metavar="ID")
     license: str | None = option(None, "of the smaller cache (default: the cache's)", metavar="TEXT")
 
 
 def run(config: SubsetConfig, output: Output) -> int:
+    from softcache.remote.places import cache_of, folder_of
     from softcache.share import subset
 
-    choice = subset.Choice(
+    choice = choice_of(config)
+    out, quiet = folder_of(config.out, "subset"), output.quiet or output.json
+    manifest = subset.run(cache_of(config.cache), out, choice, id=config.id, license=config.license, quiet=quiet)
+    print(json.dumps(facts(out, manifest)) if output.json else text(out, manifest))
+    return 0
+
+
+def choice_of(config: PartOptions) -> Choice:
+    """What was asked for."""
+    from softcache.share.subset import Choice
+
+    return Choice(
         views=config.views,
         members=_names("--members", config.members),
         keep_labels=_names("--keep-labels", config.keep_labels),
@@ -50,10 +69,6 @@ def run(config: SubsetConfig, output: Output) -> int:
         samples=Path(config.samples) if config.samples else None,
         without=Path(config.without) if config.without else None,
     )
-    out, quiet = Path(config.out), output.quiet or output.json
-    manifest = subset.run(Path(config.cache), out, choice, id=config.id, license=config.license, quiet=quiet)
-    print(json.dumps(_facts(out, manifest)) if output.json else _text(out, manifest))
-    return 0
 
 
 def _names(flag: str, given: Sequence[str]) -> tuple[str, ...]:
@@ -64,7 +79,7 @@ def _names(flag: str, given: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _facts(out: Path, manifest: Manifest) -> dict[str, Any]:
+def facts(out: Path, manifest: Manifest) -> dict[str, Any]:
     plan = manifest.plan
     assert plan.parent is not None
     return {
@@ -78,13 +93,13 @@ def _facts(out: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _text(out: Path, manifest: Manifest) -> str:
+def text(out: Path, manifest: Manifest) -> str:
     from softcache.report.tables import size
 
-    facts = _facts(out, manifest)
-    views = f"{facts['views']} view{'s' * (facts['views'] != 1)}"
-    what = f"{facts['samples']:,} samples x {views} of {', '.join(facts['members'])}"
-    return f"{out}: {what}; {size(manifest.nbytes)}\nid {manifest.id}, out of {facts['parent']}"
+    about = facts(out, manifest)
+    views = f"{about['views']} view{'s' * (about['views'] != 1)}"
+    what = f"{about['samples']:,} samples x {views} of {', '.join(about['members'])}"
+    return f"{out}: {what}; {size(manifest.nbytes)}\nid {manifest.id}, out of {about['parent']}"
 
 
 VERB = Verb(

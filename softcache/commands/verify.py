@@ -28,11 +28,12 @@ class VerifyConfig:
 
 def run(config: VerifyConfig, output: Output) -> int:
     from softcache.check import verify
+    from softcache.remote.places import folder_of
 
     if config.quick and config.full:
         raise ConfigError("--full is not allowed with --quick", tip="give one of them; see `softcache verify --help`")
     verdict = verify.run(
-        Path(config.cache),
+        folder_of(config.cache, "verify"),
         full=config.full,
         quiet=output.quiet or output.json,
         replay=config.replay,

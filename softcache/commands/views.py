@@ -16,7 +16,7 @@ from softcache.config.options import ALLOW_CODE_HELP
 class ViewsConfig:
     """softcache views: a picture of what the teacher saw."""
 
-    cache: str = option(..., "folder of the cache", metavar="CACHE", positional=True)
+    cache: str = option(..., "folder of the cache, or its URL", metavar="CACHE", positional=True)
     sample: str = option(..., "whose views", metavar="KEY")
     out: str = option("views.png", "the picture", metavar="FILE")
     data: str | None = option(
@@ -27,9 +27,10 @@ class ViewsConfig:
 
 def run(config: ViewsConfig, output: Output) -> int:
     from softcache.check import view_picture
+    from softcache.remote.places import cache_of
 
     picture = view_picture.draw_views(
-        Path(config.cache),
+        cache_of(config.cache),
         config.sample,
         Path(config.out),
         data=config.data,

@@ -18,7 +18,7 @@ from softcache.cache.plan import PIXEL_DIGESTS, TOKEN_DIGESTS, MemberInfo, Plan,
 from softcache.cache.positions import Positions
 from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
-from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, fit_layout, plan_layout
+from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, fit_layout, member_name, plan_layout
 from softcache.config import DumpConfig, StorageOptions
 from softcache.data.classes import check_classes
 from softcache.data.identity import sample_ids
@@ -27,7 +27,7 @@ from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.dump.layout import Storage, member_info
 from softcache.dump.position_index import bytes_of_a_row, check_has_index, in_rows, index_of, part_bytes
-from softcache.dump.teacher import Teacher, member_name
+from softcache.dump.teacher import Teacher
 from softcache.errors import ConfigError, DataError, ModelError, first_offenders
 
 # settings that a cache fixed when it was made

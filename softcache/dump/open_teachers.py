@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from softcache.cache.schema import member_name
 from softcache.config import StorageOptions
 from softcache.data.classes import Match, match_classes, read_classes_map
 from softcache.data.rendering import Rendering
 from softcache.data.transfer_set import TransferSet
 from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.choose_codec import Prober
-from softcache.dump.teacher import Teacher, member_name
+from softcache.dump.teacher import Teacher
 from softcache.dump.token_teachers import (
     check_alone,
     check_vocabulary,

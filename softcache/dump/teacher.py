@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -551,13 +550,3 @@ def _count(batch: Any) -> int:
     while isinstance(batch, Mapping | tuple):
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return len(batch)
-
-
-def member_name(wanted: str, taken: Sequence[str]) -> str:
-    """A valid member name that is not taken yet: lower case, `-2`, `-3`, ... appended where needed."""
-    name = re.sub(r"[^a-z0-9_-]+", "-", wanted.lower()).strip("-_")[:56] or "teacher"
-    number, unique = 1, name
-    while unique in taken:
-        number += 1
-        unique = f"{name}-{number}"
-    return unique

@@ -80,6 +80,11 @@ def create(path: Path) -> OpenFile:
     return _open(path, flags)
 
 
+def open_again(path: Path) -> OpenFile:
+    """A file that is there, to change some of its bytes."""
+    return _open(path, os.O_RDWR | os.O_NOFOLLOW)
+
+
 def open_or_create(path: Path) -> OpenFile:
     """A file as it is, for a lock."""
     return _open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)

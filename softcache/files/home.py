@@ -46,7 +46,7 @@ def remember(name: str, what: dict[str, Any]) -> bool:
     path = home() / name
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        _make_private(path.parent)
+        make_private(path.parent)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             json.dump(what, file, separators=(",", ":"))
@@ -58,7 +58,7 @@ def remember(name: str, what: dict[str, Any]) -> bool:
     return True
 
 
-def _make_private(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """Make a folder and its parents: `mkdir` gives its mode to the last of them alone."""
     for one in (*reversed(folder.parents), folder):
         one.mkdir(mode=0o700, exist_ok=True)
@@ -70,7 +70,7 @@ def one_at_a_time(name: str) -> Iterator[None]:
     path = home() / f"{name}.lock"
     fd = None
     with suppress(OSError):
-        _make_private(path.parent)
+        make_private(path.parent)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         _HELD.add(fd)
         if fcntl is not None:

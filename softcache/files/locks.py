@@ -29,10 +29,13 @@ UNKNOWN = "one that has not said its name"
 _HELD: set[OpenFile] = set()
 
 
-def take_lock(path: Path, *, wait: bool = False) -> OpenFile:
+def take_lock(path: Path, *, wait: bool = False, shared: bool = False) -> OpenFile:
     """The lock of a file, made when it is not there, until `release_lock` or the end of this process.
 
     A file that a dead process left behind is simply taken: the kernel knows that nobody holds it.
+
+    Args:
+        shared: others may share it, and nobody has it alone meanwhile.
 
     Raises:
         BlockingIOError: another process has it; with `wait`, its end is waited for instead.
@@ -46,7 +49,7 @@ def take_lock(path: Path, *, wait: bool = False) -> OpenFile:
         )
     file = durable.open_or_create(path)
     try:
-        fcntl.flock(file.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BaseException as exc:
         _close(file)
         if not isinstance(exc, OSError) or isinstance(exc, BlockingIOError):
@@ -68,10 +71,15 @@ def release_lock(file: OpenFile) -> None:
     _close(file)
 
 
+def keep_shared(path: Path) -> None:
+    """Share a lock until this process, and every one that it forked, has ended."""
+    _HELD.discard(take_lock(path, wait=True, shared=True))
+
+
 @contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
+def waiting_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold a lock; wait for whoever holds it."""
-    file = take_lock(path, wait=True)
+    file = take_lock(path, wait=True, shared=shared)
     try:
         yield
     finally:

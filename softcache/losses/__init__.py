@@ -20,11 +20,20 @@ from softcache.errors import LossError, nearest
 from softcache.features.spec import SCALES
 from softcache.losses.adapters import ADAPTERS
 from softcache.losses.batch import batch_correlation, class_correlation, dist
+from softcache.losses.buckets import (
+    jsd_lower_bound,
+    kd_lower_bound,
+    reverse_kl_lower_bound,
+    skew_kl_lower_bound,
+    skew_reverse_kl_lower_bound,
+    tvd_lower_bound,
+)
 from softcache.losses.contrast import Crd
 from softcache.losses.ctkd import Ctkd
+from softcache.losses.divergences import skew_kl, skew_reverse_kl, tvd
 from softcache.losses.features import Vid, ab, at, cosine, fsp, fsp_average, hint, ickd, nst, simkd, srrl
 from softcache.losses.labelled import ce, dkd, mixed_ce, shifted_kd, tf_virtual, wsld
-from softcache.losses.logits import bce, hard, jsd, kd, kd_lower_bound, mse_logits, reverse_kl, soft_ce
+from softcache.losses.logits import bce, hard, jsd, kd, mse_logits, reverse_kl, soft_ce
 from softcache.losses.many_classes import chunked_kd
 from softcache.losses.regression import huber, mse
 from softcache.losses.relations import cc, pkt, relational_kl, rkd_angle, rkd_distance, sp
@@ -33,11 +42,12 @@ from softcache.losses.schedules import Moment, Schedule
 from softcache.spec import convert
 
 __all__ = [
-    "CLASSIFIER", "INPUTS", "LOSSES", "OUTPUT", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab", "at",
-    "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp", "fsp_average",
-    "hard", "hint", "huber", "ickd", "jsd", "kd", "kd_lower_bound", "make_term", "mixed_ce", "mse", "mse_logits", "nst", "pkt",
-    "relational_kl", "reverse_kl", "rkd_angle", "rkd_distance", "shifted_kd", "simkd", "soft_ce", "sp", "srrl", "tf_virtual",
-    "wsld",
+    "CLASSIFIER", "INPUTS", "LOSSES", "OUTPUT", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab",
+    "at", "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp",
+    "fsp_average", "hard", "hint", "huber", "ickd", "jsd", "jsd_lower_bound", "kd", "kd_lower_bound", "make_term",
+    "mixed_ce", "mse", "mse_logits", "nst", "pkt", "relational_kl", "reverse_kl", "reverse_kl_lower_bound", "rkd_angle",
+    "rkd_distance", "shifted_kd", "simkd", "skew_kl", "skew_kl_lower_bound", "skew_reverse_kl",
+    "skew_reverse_kl_lower_bound", "soft_ce", "sp", "srrl", "tf_virtual", "tvd", "tvd_lower_bound", "wsld",
 ]  # fmt: skip
 
 INPUTS = {
@@ -197,12 +207,22 @@ LOSSES: dict[str, Loss] = {
     "soft_ce": Loss(soft_ce, "Hinton, Vinyals, Dean 2015"),
     "reverse_kl": Loss(reverse_kl, "Gu et al. 2024", needs_positive=True),
     "jsd": Loss(jsd, "Agarwal et al. 2024"),
+    "skew_kl": Loss(skew_kl, "Ko et al. 2024"),
+    "skew_reverse_kl": Loss(skew_reverse_kl, "Ko et al. 2024"),
+    "tvd": Loss(tvd, "Wen et al. 2023"),
     "mse_logits": Loss(mse_logits, "Ba, Caruana 2014", needs_level=True, multi_label=True),
     "bce": Loss(
         bce, "Hinton, Vinyals, Dean 2015; a softmax of two for each class", needs_level=True, link="sigmoid", multi_label=True,
     ),
     "hard": Loss(hard, "Touvron et al. 2021"),
     "kd_lower_bound": Loss(kd_lower_bound, "Hinton, Vinyals, Dean 2015; log sum inequality"),
+    "reverse_kl_lower_bound": Loss(
+        reverse_kl_lower_bound, "Gu et al. 2024; log sum inequality", needs_positive=True,
+    ),
+    "jsd_lower_bound": Loss(jsd_lower_bound, "Agarwal et al. 2024; log sum inequality"),
+    "skew_kl_lower_bound": Loss(skew_kl_lower_bound, "Ko et al. 2024; log sum inequality"),
+    "skew_reverse_kl_lower_bound": Loss(skew_reverse_kl_lower_bound, "Ko et al. 2024; log sum inequality"),
+    "tvd_lower_bound": Loss(tvd_lower_bound, "Wen et al. 2023; triangle inequality"),
     "ctkd": Loss(Ctkd, "Li et al. 2023", any_temperature=True),
     "dist": Loss(dist, "Huang et al. 2022", over="batch"),
     "batch_correlation": Loss(batch_correlation, "Jin et al. 2023", over="batch"),

@@ -29,11 +29,30 @@ def checked(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     return student, at_least_float32(teacher_logits).to(student.dtype)
 
 
+def log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(B, C) log-probabilities at T: the teacher's p and the student's q; ValueError as `checked`."""
+    student, teacher = checked(student_logits, teacher_logits, temperature)
+    return F.log_softmax(teacher / temperature, dim=-1), F.log_softmax(student / temperature, dim=-1)
+
+
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row: (B, C) log-probabilities -> (B,)."""
     p, q = log_p.exp(), log_q.exp()
     # q - p sums to zero, and takes the rounding of log_p - log_q with it: at T=20 that is most of a float32 KL's error
     return (p * (log_p - log_q) + (q - p)).sum(dim=-1)
+
+
+def blended(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """Logarithm of share p + (1 - share) q, of log-probabilities; share in (0, 1)."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+def jsd_rows(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m) of each row, m = beta p + (1 - beta) q: (B, C) log-probabilities -> (B,)."""
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must be in (0, 1), got {beta}; use kd for 0 and reverse_kl for 1")
+    log_m = blended(log_p, log_q, beta)
+    return beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
 
 
 def mean_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -131,14 +150,8 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
 
     Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD, 2024), equation 1, without T**2.
     """
-    if not 0 < beta < 1:
-        raise ValueError(f"beta must be in (0, 1), got {beta}; use kd for 0 and reverse_kl for 1")
-    student, teacher = checked(student_logits, teacher_logits, temperature)
-    log_q = F.log_softmax(student / temperature, dim=-1)  # (B, C)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)  # (B, C)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    rows = beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
-    return temperature**2 * rows.mean()
+    log_p, log_q = log_probabilities(student_logits, teacher_logits, temperature)
+    return temperature**2 * jsd_rows(log_p, log_q, beta).mean()
 
 
 def hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -160,54 +173,6 @@ def hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """
     student, teacher = checked(student_logits, teacher_logits)
     return F.cross_entropy(student, teacher.argmax(dim=1))
-
-
-def kd_lower_bound(
-    student_logits: Tensor, head_ids: Tensor, head_logits: Tensor, tail_logsumexp: Tensor, temperature: float = 4.0
-) -> Tensor:
-    """T**2-scaled KL(teacher || student) over k + 1 buckets: k classes and all others together.
-
-    Merging classes cannot raise a KL divergence (data processing inequality), so it is at most `kd` of the whole rows,
-    and equal to it where the teacher has no probability in the other classes, or the student spreads them as the teacher
-    does. It says nothing about how the student spreads the rest.
-
-    Args:
-        student_logits: (B, C), any float dtype; half types are computed in float32, float64 stays float64.
-        head_ids: (B, k) int64, k different classes in each row.
-        head_logits: (B, k) of the teacher, before softmax.
-        tail_logsumexp: (B,) log of the sum over the teacher's other classes of exp(logit / temperature), at the level of
-            head_logits; -inf where there are none.
-        temperature: > 0, the one of tail_logsumexp. The T**2 factor is that of `kd`.
-
-    Returns:
-        Scalar >= 0, in nats.
-
-    Raises:
-        ValueError: temperature is not positive, or the shapes do not fit each other.
-
-    Source: Hinton, Vinyals, Dean (2015), section 2, for the whole rows; Cover, Thomas, "Elements of Information Theory"
-        (2006), section 2.7 (log sum inequality), for the bound.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    rows, classes = student_logits.shape
-    if head_ids.shape != head_logits.shape or len(head_ids) != rows or tail_logsumexp.shape != (rows,):
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)}, head ids {tuple(head_ids.shape)}, head logits "
-            f"{tuple(head_logits.shape)} and tail {tuple(tail_logsumexp.shape)} do not fit: they must be (B, C), (B, k), "
-            "(B, k) and (B,)"
-        )
-    student = at_least_float32(student_logits)
-    student_buckets = student.gather(1, head_ids) / temperature  # (B, k)
-    teacher_buckets = head_logits.to(student.dtype) / temperature
-    if head_ids.shape[1] < classes:
-        # log(1 - the head's share) would lose a small rest: it is summed by itself
-        rest = (student / temperature).scatter_(1, head_ids, -torch.inf).logsumexp(dim=1)
-        # finite, since 0 * -inf is not a number
-        tail = tail_logsumexp.to(student.dtype).clamp(min=torch.finfo(student.dtype).min / 2)
-        student_buckets = torch.cat([student_buckets, rest[:, None]], dim=1)  # (B, k + 1)
-        teacher_buckets = torch.cat([teacher_buckets, tail[:, None]], dim=1)
-    return temperature**2 * mean_kl(student_buckets, teacher_buckets)
 
 
 def soft_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:

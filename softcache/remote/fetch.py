@@ -59,8 +59,8 @@ def signatures_there(transport: Transport, id: str) -> bytes:
         return b""
 
 
-def fetch(transport: Transport, wanted: Wanted, root: Path, work: Work) -> None:
-    """A file into its place below `root`; what a stopped process fetched of it is kept. Wrong bytes are asked for once more.
+def fetch(transport: Transport, wanted: Wanted, target: Path, work: Work) -> None:
+    """A file into its place; what a stopped process fetched of it is kept. Wrong bytes are asked for once more.
 
     Args:
         work: that this is a part of.
@@ -68,7 +68,6 @@ def fetch(transport: Transport, wanted: Wanted, root: Path, work: Work) -> None:
     Raises:
         RemoteError: it cannot be had, or comes with other bytes twice.
     """
-    target = root / wanted.path
     durable.make_folder(target.parent)
     temporary = target.with_name(target.name + PARTIAL)
     with durable.closing(_opened(temporary)) as file:

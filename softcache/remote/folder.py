@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
@@ -17,15 +17,17 @@ from softcache.errors import ConfigError, RemoteError
 from softcache.files import durable
 from softcache.files.inside import CACHE, open_inside, read_inside, refuse_linked_folders
 from softcache.files.locks import holder_of, release_lock, sign, take_lock
+from softcache.remote.claim import PUSHING, refuse_others
 from softcache.remote.places import Place
-from softcache.remote.transport import PIECE, FleetingError, NotThereError
+from softcache.remote.transport import PIECE, FleetingError, NotThereError, Sending
 
 LOCK = "push.lock"
-PUSHING = "push.json"  # what is being pushed; gone once all is there
 
 
 class Folder:
     """A folder as a transport; links inside of it are not followed."""
+
+    at_once = 1
 
     def __init__(self, place: Place) -> None:
         self.url = place.url
@@ -80,21 +82,12 @@ class Folder:
         """RemoteError where files lie there that are no cache's, or of a cache that is not finished."""
         if (self.root / MANIFEST).exists():
             return
-        there = sorted(path.name for path in self.root.iterdir() if path.name != LOCK)
-        if not there:
-            return
+        there = [path.name for path in self.root.iterdir() if path.name != LOCK]
         try:
-            started = json.loads(read_inside(self.root, PUSHING, 1 << 16)).get("id")
-        except (OSError, ValueError, AttributeError):
-            raise RemoteError(
-                f"{self.url}: is not empty, and holds no whole cache ({', '.join(there[:3])})",
-                tip="push to an empty place",
-            ) from None
-        if started != id:
-            raise RemoteError(
-                f"{self.url}: a push of another cache (id {str(started)[:12]}...) is not finished there",
-                tip="finish it, or push to another place; this one may be deleted",
-            )
+            started = read_inside(self.root, PUSHING, 1 << 16)
+        except OSError:
+            started = None
+        refuse_others(self.url, there, started, id)
 
     def require_room(self, nbytes: int) -> None:
         durable.require_room(self.root, nbytes, "what is to be pushed needs")
@@ -116,7 +109,11 @@ class Folder:
         finally:
             os.close(fd)
 
-    def put(self, path: str, source: Path, note: Callable[[int], None]) -> None:
+    def put(self, files: Sequence[Sending], note: Callable[[int], None]) -> None:
+        for one in files:
+            self._put(one.path, one.source, note)
+
+    def _put(self, path: str, source: Path, note: Callable[[int], None]) -> None:
         target = self.root / path
         durable.make_folder(target.parent)
         at = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,15 @@ class NoRangesError(Exception):
     """A server that gives whole files only."""
 
 
+@dataclass(frozen=True)
+class Sending:
+    """A file of this machine, and the name and the hex sha256 that it has there."""
+
+    path: str
+    source: Path
+    sha256: str
+
+
 class Transport(Protocol):
     """One folder somewhere else. Paths are relative, with `/`. Safe to use from several threads.
 
@@ -55,7 +65,13 @@ class Transport(Protocol):
 
 
 class WritableTransport(Transport, Protocol):
-    """One to which a cache can be pushed."""
+    """One to which a cache can be pushed.
+
+    Attributes:
+        at_once: files that are best sent in one call.
+    """
+
+    at_once: int
 
     def claim(self, id: str) -> AbstractContextManager[None]:
         """While it lasts nobody else pushes there, as far as the place can see to that.
@@ -77,8 +93,8 @@ class WritableTransport(Transport, Protocol):
         """Hex sha256 of a file as far as the other side can tell it; None where it cannot, or where there is no such file."""
         ...
 
-    def put(self, path: str, source: Path, note: Callable[[int], None]) -> None:
-        """A file under this name, whole or not at all.
+    def put(self, files: Sequence[Sending], note: Callable[[int], None]) -> None:
+        """Files, each under its name whole or not at all.
 
         Args:
             note: is told the bytes that are through.

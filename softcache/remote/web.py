@@ -12,6 +12,7 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from email.utils import mktime_tz, parsedate_tz
 from threading import Timer, local
 from time import time
@@ -29,20 +30,37 @@ _RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 _BROKEN = (http.client.HTTPException, urllib.error.URLError, OSError, EOFError)
 
 
-class Web:
-    """One folder of a web server, as a transport."""
+@dataclass(frozen=True)
+class Access:
+    """What opens a host: sent to no other host, and printed nowhere.
 
-    def __init__(self, place: Place) -> None:
+    Attributes:
+        header: of Authorization; None: nothing is known that would.
+        tip: for whoever is not let in.
+    """
+
+    header: str | None = field(repr=False)
+    tip: str
+
+
+class Web:
+    """One folder of a web server, as a transport.
+
+    Args:
+        access: of another kind than ~/.netrc knows.
+    """
+
+    def __init__(self, place: Place, access: Access | None = None) -> None:
         self.url = place.url
         self._opener = urllib.request.build_opener(_Redirects(), _Plain(), _Secure())
         self._opener.addheaders = [("User-Agent", f"softcache/{__version__}"), ("Accept-Encoding", "identity")]
-        self._secret = _secret_of(self.url)
+        self._access = access or _access_of(self.url)
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         url = f"{self.url}/{quote(path)}"
         request = urllib.request.Request(url)
-        if self._secret:
-            request.add_unredirected_header("Authorization", self._secret)
+        if self._access.header:
+            request.add_unredirected_header("Authorization", self._access.header)
         if start or stop is not None:
             request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
         try:
@@ -59,7 +77,7 @@ class Web:
                     at += len(piece)
         except urllib.error.HTTPError as exc:
             with exc:
-                raise _told(exc, url) from None
+                raise _told(exc, url, self._access.tip) from None
         except _BROKEN as exc:
             raise _told_broken(exc, url) from None
         except ValueError as exc:  # of what a server wrote where a number or an address should be
@@ -127,22 +145,24 @@ def _check(answer: Any, url: str, start: int) -> None:
         raise NoRangesError
 
 
-def _told(exc: urllib.error.HTTPError, url: str) -> Exception:
+def _told(exc: urllib.error.HTTPError, url: str, tip: str) -> Exception:
     """What a status means."""
     if exc.code in (404, 410):
         return NotThereError(f"{url}: is not there")
     if exc.code in (401, 403, 407):
-        return RemoteError(
-            f"{url}: is not open to you ({exc.code} {exc.reason})",
-            tip="put the name and password of the host into ~/.netrc",
-        )
+        return RemoteError(f"{url}: is not open to you ({exc.code} {_phrase(exc.code)})", tip=tip)
     if exc.code in (408, 425, 429) or exc.code >= 500:
-        return FleetingError(f"{exc.code} {exc.reason}", _seconds(exc.headers.get("Retry-After")))
+        return FleetingError(f"{exc.code} {_phrase(exc.code)}", _seconds(exc.headers.get("Retry-After")))
     if exc.code in (301, 302, 303, 307, 308):
         return _not_followed(url, exc.headers.get("Location", "nowhere"))
     if exc.code == 416:
         return FleetingError("416: it is shorter than the manifest says")
-    return RemoteError(f"{url}: {exc.code} {exc.reason}")
+    return RemoteError(f"{url}: {exc.code} {_phrase(exc.code)}")
+
+
+def _phrase(status: int) -> str:
+    """Of the standard: what a server writes beside its number may be anything."""
+    return http.client.responses.get(status, "")
 
 
 def _not_followed(url: str, target: str) -> RemoteError:
@@ -163,10 +183,9 @@ def _told_broken(exc: BaseException, url: str) -> Exception:
     if isinstance(reason, http.client.InvalidURL):
         return RemoteError(f"{url}: is no address ({reason})")
     if isinstance(reason, socket.gaierror):
-        host = urlsplit(url).hostname
-        return FleetingError(f"there is no host {host!r}", hopeless=True)
+        return FleetingError(f"there is no host {_reached(url)!r}", hopeless=True)
     if isinstance(reason, ConnectionRefusedError):
-        return FleetingError("nobody answers there", hopeless=True)
+        return FleetingError(f"nobody answers at {_reached(url)!r}", hopeless=True)
     text = str(reason) or type(reason).__name__
     return FleetingError("nothing came" if isinstance(reason, TimeoutError) else text)
 
@@ -181,15 +200,31 @@ def _seconds(text: str | None) -> float:
     return max(0.0, mktime_tz(date) - time()) if date else 0.0
 
 
-def _secret_of(url: str) -> str | None:
-    """An Authorization header for this host of ~/.netrc; it is sent to no other host and printed nowhere."""
+def _reached(url: str) -> str:
+    """The host that is asked: the URL's, or its proxy, without what may be a secret."""
+    parts = urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return parts.hostname or ""
+    return f"{urlsplit(proxy if '//' in proxy else f'//{proxy}').hostname}, the proxy of the environment"
+
+
+def _access_of(url: str) -> Access:
+    """What ~/.netrc has of this host; over https alone."""
+    tip = "put the name and password of the host into ~/.netrc"
     try:
         found = netrc.netrc().authenticators(urlsplit(url).hostname or "")
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return None
-    if found is None or urlsplit(url).scheme != "https":
-        return None
-    return "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode("ascii")
+    except netrc.NetrcParseError as exc:  # also where others may read or own it
+        return Access(None, f"~/.netrc was passed over: {exc.msg}")
+    except (OSError, ValueError):
+        return Access(None, tip)
+    if found is None:
+        return Access(None, tip)
+    if urlsplit(url).scheme != "https":
+        return Access(None, "what ~/.netrc has of this host is sent over https: only")
+    return Access(
+        "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode("ascii"), "~/.netrc has another password of it"
+    )
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

@@ -28,6 +28,12 @@ class Work:
     def __init__(self, note: Callable[[int], None] = lambda nbytes: None) -> None:
         self._note, self._lock, self._stopped = note, Lock(), Event()
 
+    def part(self, note: Callable[[int], None]) -> Work:
+        """A part of it that is counted by itself, and ends with all of it."""
+        one = Work(note)
+        one._stopped = self._stopped
+        return one
+
     def add(self, nbytes: int) -> None:
         """So many bytes are done, less than nothing where they were wrong; StoppedError where nobody waits."""
         self.check()
@@ -73,7 +79,8 @@ class Work:
         except BaseException:
             self._stopped.set()
             for thread in threads:
-                thread.join(LEAVE_S / AT_ONCE)
+                if thread.ident is not None:  # a signal may come before all of them are started
+                    thread.join(LEAVE_S / AT_ONCE)
             raise
         for thread in threads:
             thread.join()

@@ -1,4 +1,4 @@
-"""The indexes of a cache that is taken out of another one: those that its members need, for its rows and views."""
+"""The indexes of a cache that is taken out of others: those that its members need, for its rows and views; and its parts."""
 
 from __future__ import annotations
 
@@ -44,10 +44,15 @@ def array_specs(cache: Cache, member: str, span: Span, indexes: Mapping[str, Pos
 
 
 def layout_of(
-    cache: Cache, members: Sequence[str], count: int, views: int, cut: Mapping[str, Positions], shard_rows: int | None
+    cache: Cache,
+    members: Sequence[str],
+    count: int,
+    views: int,
+    cut: Mapping[str, Positions],
+    shard_rows: int | None,
+    format: int,
 ) -> Layout:
-    """How the new cache is cut into parts: as a dump of its members would be."""
-    format = cache.manifest.plan.format
+    """How the new cache, of this version of the format, is cut into parts: as a dump of its members would be."""
     whole = Layout(count, views, count, views)
 
     def part_bytes(span: Span, indexes: Mapping[str, PositionIndex]) -> int:

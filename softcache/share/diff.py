@@ -74,7 +74,12 @@ class Difference:
 
 
 def run(
-    a: Path, b: Path, *, pairs: Sequence[str] = (), temperatures: Sequence[float] = TEMPERATURES, quiet: bool = False
+    a: Path | str,
+    b: Path | str,
+    *,
+    pairs: Sequence[str] = (),
+    temperatures: Sequence[float] = TEMPERATURES,
+    quiet: bool = False,
 ) -> Difference:
     """Compare two caches.
 
@@ -317,7 +322,7 @@ def _there(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------------ in words
 
 
-def text(a: Path, b: Path, found: Difference) -> str:
+def text(a: Path | str, b: Path | str, found: Difference) -> str:
     """The readable account."""
     if found.ids[0] == found.ids[1]:
         return f"{a} and {b} are the same cache, id {found.ids[0]}"

@@ -21,21 +21,19 @@ from softcache.cache.file_lists import ListedFiles
 from softcache.cache.manifest import Manifest, read_manifest
 from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, PULLING
 from softcache.cache.signatures import allowed_signers_of, merged, read_signatures, signatures_path
-from softcache.cache.strict_json import MAX_BYTES
 from softcache.errors import (
     CacheError,
-    DamagedCacheError,
     LockedError,
-    RemoteError,
     UnfinishedCacheError,
 )
 from softcache.files import durable
 from softcache.files.inside import open_inside, refuse_linked_folders
 from softcache.files.locks import release_lock, take_lock
-from softcache.remote.fetch import PARTIAL, Wanted, fetch, read_small, signatures_there
+from softcache.remote.fetch import PARTIAL, Wanted, fetch, signatures_there
+from softcache.remote.named import parsed, read_named
 from softcache.remote.places import Place
 from softcache.remote.reach import open_transport
-from softcache.remote.transport import NotThereError, Transport
+from softcache.remote.transport import Transport
 from softcache.remote.work import Work
 from softcache.report.progress import Meter
 
@@ -85,39 +83,6 @@ def run(
             durable.write_whole(out / signatures_path(id), merged(own, signatures))
         durable.write_whole(out / MANIFEST, data)
     return manifest, nbytes, names
-
-
-def read_named(transport: Transport, place: Place) -> bytes:
-    """The bytes of the manifest that was asked for.
-
-    Raises:
-        RemoteError: there is none, or it has another id than was asked for.
-    """
-    whole = place.id is not None and len(place.id) == 64
-    path = f"{MANIFESTS}/{place.id}.json" if whole else MANIFEST
-    try:
-        data = read_small(transport, path, MAX_BYTES)
-    except NotThereError:
-        what = f"no cache with id {place.id}" if whole else f"no {MANIFEST}, so no cache, or one that is not whole yet"
-        raise RemoteError(
-            f"{place.url}: {what}", tip="ask for the URL of the folder with manifest.json, and for the id"
-        ) from None
-    id = hashlib.sha256(data).hexdigest()
-    if place.id is not None and not id.startswith(place.id):
-        raise RemoteError(
-            f"{place.url}: has a cache with id {id}, not {place.id}",
-            tip="all 64 digits of the id find an older state of the cache, where it has grown; or ask which id is meant",
-        )
-    return data
-
-
-def parsed(data: bytes, place: Place, out: Path) -> Manifest:
-    """The manifest of these bytes, whose lists lie in `out`; RemoteError where it is none that can be trusted."""
-    try:
-        return Manifest.from_bytes(data, out / MANIFEST, out)
-    except DamagedCacheError as exc:
-        told = exc.message.removeprefix(f"{out / MANIFEST}: ")
-        raise RemoteError(f"{place.url}/{MANIFEST}: {told}", tip="ask whoever pushed it for a whole one") from None
 
 
 def check_folder(out: Path, place: Place, id: str) -> None:
@@ -245,4 +210,4 @@ def fetch_all(transport: Transport, wanted: Sequence[Wanted], out: Path, what: s
     """Several at once; the first fault ends them all, and what came is kept."""
     with Meter(what, sum(one.nbytes for one in wanted), unit="B", quiet=quiet) as meter:
         work = Work(meter.add)
-        work.over(wanted, lambda one: fetch(transport, one, out, work))
+        work.over(wanted, lambda one: fetch(transport, one, out / one.path, work))

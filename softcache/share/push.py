@@ -7,6 +7,7 @@ the one that was there is still there: of two who push at once, one comes first 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from softcache.files.inside import open_inside, read_inside
 from softcache.remote.fetch import Wanted, read_small, signatures_there
 from softcache.remote.places import Place
 from softcache.remote.reach import open_writable
-from softcache.remote.transport import NotThereError, WritableTransport
+from softcache.remote.transport import NotThereError, Sending, WritableTransport
 from softcache.remote.work import Work
 from softcache.report.progress import Meter
 
@@ -63,15 +64,18 @@ def run(cache: Path, place: Place, *, id: str | None = None, quiet: bool = False
         with Meter(f"push to {place}", sum(one.nbytes for one in missing), unit="B", quiet=quiet) as meter:
             work = Work(meter.add)
 
-            def send(one: Wanted) -> None:
-                if transport.digest(one.path) == one.sha256:
-                    work.add(one.nbytes)
-                    return
-                check_whole(cache, one)
-                transport.put(one.path, cache / one.path, work.add)
-                sent.append(one)
+            def send(several: Sequence[Wanted]) -> None:
+                new = []
+                for one in several:
+                    if transport.size(one.path) == one.nbytes and transport.digest(one.path) == one.sha256:
+                        work.add(one.nbytes)
+                        continue
+                    check_whole(cache, one)
+                    new.append(one)
+                transport.put([Sending(one.path, cache / one.path, one.sha256) for one in new], work.add)
+                sent.extend(new)
 
-            work.over(missing, send)
+            work.over([missing[at : at + transport.at_once] for at in range(0, len(missing), transport.at_once)], send)
         publish(transport, place, cache, manifest, was)
     return Pushed(manifest.id, len(files), sum(f.nbytes for f in files), len(sent), sum(f.nbytes for f in sent))
 
@@ -86,8 +90,9 @@ def publish(transport: WritableTransport, place: Place, cache: Path, manifest: M
     signed = merged(there, read_signatures(cache, manifest.id))
     if signed != there:
         shown = {signatures_path(manifest.id): signed} | shown
-    same = was == data and signed == there and all(shown_there(transport, one) == beside[one] for one in beside)
-    if not same and not transport.publish({path: data}, shown, was):
+    if was == data and signed == there and all(shown_there(transport, one) == beside[one] for one in beside):
+        return
+    if not transport.publish({path: data}, shown, was) and current(transport) != data:
         raise RemoteError(
             f"{place}: somebody else pushed there at the same time; their cache is what is there now",
             tip="pull it and extend it, or push to another place",
@@ -98,7 +103,7 @@ def shown_there(transport: WritableTransport, path: str) -> bytes | None:
     """What lies there of the card, or of what it shows."""
     try:
         return read_small(transport, path, MAX_SHOWN)
-    except NotThereError:
+    except RemoteError:  # a bucket says "forbidden" of what is not there
         return None
 
 

@@ -10,40 +10,41 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from softcache.cache.card import card
 from softcache.cache.dump_folder import read_planned
 from softcache.cache.manifest import Manifest, known_ids
-from softcache.cache.plan import CLASS_OUTPUTS, Parent, Plan, Round
-from softcache.cache.plan_rules import width_of
+from softcache.cache.plan import Parent, Plan, Round
 from softcache.cache.positions import Positions
 from softcache.cache.provenance import told_data
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import ArraySpec, Span
-from softcache.cache.statistics import MemberStatistics
-from softcache.cache.write.writer import CacheWriter, Setup, SpanWriter
+from softcache.cache.write.writer import CacheWriter, Setup
 from softcache.data.identity import sample_ids
 from softcache.data.join import find_ids
 from softcache.data.selection import of_classes, read_keys
 from softcache.errors import CacheError, ConfigError, DataError, DumpError, first_offenders, nearest
 from softcache.files.durable import require_room
 from softcache.report.progress import Meter
+from softcache.share.copy_records import (
+    BATCH_LOGITS,
+    BATCH_ROWS,
+    copy_records,
+    measured_of,
+    numbers_a_row,
+    one_thread,
+    span_bytes,
+)
 from softcache.share.cut_index import array_specs, cut_indexes, indexes_of, layout_of
-from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 from softcache.targets.cache import open as open_cache
-
-BATCH_ROWS, BATCH_LOGITS = 1024, 1 << 22  # what is held in memory at once; sums of statistics depend on it
 
 
 @dataclass(frozen=True)
@@ -83,37 +84,54 @@ class Chosen:
 
 
 def run(
-    path: Path,
+    path: Path | str, out: Path, choice: Choice, *, id: str | None = None, quiet: bool = False, **how: Any
+) -> Manifest:
+    """Write the chosen part of the cache in `path` to `out`; goes on with a subset that was interrupted.
+
+    Args:
+        path: a folder, or a place as it is written.
+        id: of the parent's manifest; None: the newest, or the one that an interrupted subset began with.
+        how: as `cut` takes it.
+
+    Raises:
+        SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
+    """
+    if isinstance(path, Path):
+        _refuse_same_folder(path, out)
+    cache = open_cache(path, id=id or begun_with(path, out), quiet=quiet)
+    return cut(cache, path, out, choice, quiet=quiet, **how)
+
+
+def cut(
+    cache: Cache,
+    path: Path | str,
     out: Path,
     choice: Choice,
     *,
-    id: str | None = None,
     license: str | None = None,
     quiet: bool = False,
     shard_rows: int | None = None,
     batch_rows: int = BATCH_ROWS,
     batch_logits: int = BATCH_LOGITS,
 ) -> Manifest:
-    """Write the chosen part of the cache in `path` to `out`; goes on with a subset that was interrupted.
+    """The same of a cache that is open.
 
     Args:
-        id: of the parent's manifest; None: the newest, or the one that an interrupted subset began with.
+        path: where it lies, for what is told of the making.
         license: of the child; None: the parent's.
         quiet: no progress.
         shard_rows: of the child's shards; None: as the layout derives them.
         batch_rows, batch_logits: how many of them are held in memory at once.
 
     Raises:
-        SoftcacheError: and its children; whatever was finished before stays and is resumed by the same command.
+        SoftcacheError: as `run`.
     """
     started = time.monotonic()
-    _refuse_same_folder(path, out)
-    cache = open_cache(path, id=id or _begun_with(path, out), quiet=quiet)
     chosen = choose(cache, choice)
     cut = cut_indexes(cache, chosen.members, chosen.rows, chosen.first_view, chosen.views)
     plan = make_plan(cache, chosen, license, shard_rows, cut)
     layout = plan.rounds[0].layout
-    batch = max(1, min(batch_rows, batch_logits // _numbers_a_row(cache, chosen, cut)))
+    batch = max(1, min(batch_rows, batch_logits // numbers_a_row(plan, cut)))
     setup = Setup(
         cut_samples(cache.samples, chosen.rows),
         cut_probe(cache.reader.probe(), chosen),
@@ -127,13 +145,13 @@ def run(
     def specs_of(span: Span) -> dict[str, list[ArraySpec]]:
         return {name: array_specs(cache, name, span, indexes) for name in chosen.members}
 
-    with CacheWriter(out, plan, lambda: setup) as writer, _one_thread():
+    with CacheWriter(out, plan, lambda: setup) as writer, one_thread():
         spans = writer.my_spans()
         finished = len(plan.rounds[0].layout) - len(spans)
         if finished and spans and not quiet:
             print(f"resuming {out}: {finished} of {finished + len(spans)} spans are there already", file=sys.stderr)
         total = sum(span.rows * span.views for span in spans)
-        require_room(out, sum(_span_bytes(span, specs_of(span)) for span in spans), "the shards need")
+        require_room(out, sum(span_bytes(span, specs_of(span)) for span in spans), "the shards need")
         with Meter(f"subset {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
                 _write_span(writer, span, specs_of(span), cache, chosen, batch, meter)
@@ -234,7 +252,7 @@ def make_plan(
 ) -> Plan:
     """The child's plan: the parent's, cut, in one round. The writer adds the samples' fingerprint."""
     parent = cache.manifest.plan
-    layout = layout_of(cache, chosen.members, len(chosen.rows), chosen.views, cut, shard_rows)
+    layout = layout_of(cache, chosen.members, len(chosen.rows), chosen.views, cut, shard_rows, parent.format)
     whole = len(chosen.rows) == len(cache)
     return replace(
         parent,
@@ -246,24 +264,8 @@ def make_plan(
         rounds=(Round(layout, tuple(chosen.members), True, parent.made_with, tuple(cut)),),
         indexes=tuple(index for index in parent.indexes if index.name in cut),
         license=parent.license if license is None else license,
-        parents=(Parent(cache.id, {name: _measured(cache.manifest, name) for name in chosen.members}),),
+        parents=(Parent(cache.id, {name: measured_of(cache.manifest, name) for name in chosen.members}),),
     )
-
-
-def _measured(manifest: Manifest, member: str) -> MemberStatistics:
-    """What was measured when the member was dumped: in this cache, or in the one that this was taken out of."""
-    own, before = manifest.statistics[member], manifest.plan.parent
-    return own if own.measured or before is None else before.statistics.get(member, own)
-
-
-def _numbers_a_row(cache: Cache, chosen: Chosen, cut: Mapping[str, Positions]) -> int:
-    """How many decoded numbers a row of one view has, of the largest member and in the mean."""
-    plan, most = cache.manifest.plan, 1
-    for name in chosen.members:
-        member = plan.member(name)
-        records = 1.0 if member.index is None else cut[member.index].total / cut[member.index].lengths.size
-        most = max(most, round(width_of(member, plan) * records))
-    return most
 
 
 def cut_samples(table: SampleTable, rows: np.ndarray) -> SampleTable:
@@ -304,12 +306,6 @@ def cut_probe(probe: dict[str, np.ndarray], chosen: Chosen) -> dict[str, np.ndar
     }
 
 
-def _span_bytes(span: Span, specs: Mapping[str, Sequence[ArraySpec]]) -> int:
-    """Of a part's data, digests of its views included."""
-    arrays = (spec for of_member in specs.values() for spec in of_member)
-    return sum(spec.nbytes + spec.checksums.nbytes for spec in arrays) + 4 * span.views * span.rows
-
-
 def _write_span(
     writer: CacheWriter,
     span: Span,
@@ -320,86 +316,20 @@ def _write_span(
     meter: Meter,
 ) -> None:
     """Every record of a part, in the parent's own order of rows."""
+    wanted: list[tuple[str | None, str]] = [(None, name) for name in cache.manifest.plan.views.digests]
+    wanted += [(member, name) for member in chosen.members for name in cache.reader.array_kinds(member)]
     with writer.span(span, specs) as out:
         for view in range(span.view_start, span.view_stop):
+            rows = chosen.rows[span.row_start : span.row_stop]
+            cache.reader.will_read(wanted, rows, np.full(len(rows), chosen.first_view + view))
             for start in range(span.row_start, span.row_stop, batch):
                 rows = chosen.rows[start : min(start + batch, span.row_stop)]
                 views = np.full(len(rows), chosen.first_view + view)
                 digests = cache.manifest.plan.views.digests
                 out.append(None, {name: cache.reader.gather(None, name, rows, views) for name in digests})
                 for name in chosen.members:
-                    _copy(out, name, cache, rows, views)
+                    copy_records(out, name, cache, rows, views)
                 meter.add(len(rows))
-
-
-def _copy(out: SpanWriter, member: str, cache: Cache, rows: np.ndarray, views: np.ndarray) -> None:
-    """One member's records of some rows, as they are stored."""
-    targets = cache.gather(rows, views, members=[member])
-    coded = targets.arrays[member]
-    stored = {
-        name: coded[name].numpy() if name in coded else cache.stored(member, name, rows, views)
-        for name in cache.reader.array_kinds(member)
-    }
-    statistics = _statistics(cache, member, targets, stored)
-    if "dense" in coded:
-        # counted anew within the child's part; `stored` is a copy of the parent's bytes
-        (place,) = (field for field in cache.codecs[member].fields if field.name == "dense")
-        dense, at = coded["dense"].numpy(), coded["dense_at"].numpy()
-        out.append_dense_of(member, dense, stored["records"], at, place.offset)
-    out.append(member, stored, statistics)
-
-
-def _statistics(cache: Cache, member: str, targets: Targets, stored: dict[str, np.ndarray]) -> MemberStatistics:
-    """What the stored records tell of themselves. How far they are from what the teacher gave, they do not know."""
-    info = cache.member(member)
-    measured = MemberStatistics(
-        records=len(targets.rows) if info.index is None else int(targets.at(member).offsets[-1]),
-        max_eps=float(stored["eps"].max(initial=0.0)) if "eps" in stored else 0.0,
-        dense=len(targets.arrays[member].get("dense", ())),
-        feature_errors={
-            feature.name: float(stored[f"feature{number}_error"].max(initial=0.0))
-            for number, feature in enumerate(info.features)
-        },
-    )
-    if info.output not in CLASS_OUTPUTS or not measured.records:
-        return measured
-    codec, labels = cache.codecs[member], _labels(cache, targets, member)
-    if codec.complete:
-        largest = targets.logits(member).argmax(dim=1)
-    else:
-        largest = codec.head(targets.arrays[member])[0][:, 0]
-    return replace(
-        measured,
-        labelled=int((labels >= 0).sum()),
-        correct=int((largest.numpy() == labels).sum()),
-        entropy_sum=float(_entropies(targets.log_probs(member, 1.0)).sum()),
-    )
-
-
-def _labels(cache: Cache, targets: Targets, member: str) -> np.ndarray:
-    """The one class of each record of a member, or -1: of the sample, or of the position."""
-    if cache.member(member).index is None:
-        samples, rows = cache.samples, targets.rows
-        return np.full(len(rows), -1) if samples.multi_label else samples.labels_of(rows)
-    at = targets.at(member)
-    return np.full(len(at.numbers), -1) if at.labels is None else at.labels
-
-
-def _entropies(log_probs: Tensor) -> np.ndarray:
-    """(B,) float64 entropy of each row, in nats."""
-    log_p = log_probs.double()
-    return (-(log_p.exp() * log_p).nansum(dim=1)).numpy()  # a class of probability 0 adds nothing
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The last bits of a sum may depend on the number of threads, and those of the manifest must not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _refuse_same_folder(path: Path, out: Path) -> None:
@@ -410,18 +340,18 @@ def _refuse_same_folder(path: Path, out: Path) -> None:
         )
 
 
-def _begun_with(path: Path, out: Path) -> str | None:
+def begun_with(path: Path | str, out: Path) -> str | None:
     """The id that an interrupted subset in `out` took its records from, where this cache has it."""
     planned = read_planned(out, 0) if out.is_dir() else None
     before = planned.plan.parent if planned else None
-    return before.id if before and before.id in known_ids(path) else None
+    return before.id if before and (isinstance(path, str) or before.id in known_ids(path)) else None
 
 
-def _provenance(path: Path, choice: Choice, started: float, records: int) -> dict[str, Any]:
+def _provenance(path: Path | str, choice: Choice, started: float, records: int) -> dict[str, Any]:
     seconds = time.monotonic() - started
     command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(choice).items()}
     return {
-        "command": {"cache": str(path), **command, "data": told_data(path)},
+        "command": {"cache": str(path), **command, "data": None if isinstance(path, str) else told_data(path)},
         "host": platform.node(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 3),

@@ -42,6 +42,8 @@ from softcache.data.views import Policy
 from softcache.data.word_samples import are_strings, kept_positions, positions_of
 from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, note_once, warn_once
 from softcache.features.spec import SCALES
+from softcache.remote.opened import open_place
+from softcache.remote.places import is_place, parse_place
 from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 from softcache.targets.described import member_codec, member_feature
@@ -720,8 +722,9 @@ def open(
     `~/.cache/softcache`). A file that is not the one that the manifest names is refused when it is first read.
 
     Args:
-        path: the folder that `softcache dump` wrote; read-only mounts work.
-        id: pin a manifest by its id (a unique prefix is enough); None = the newest.
+        path: the folder that `softcache dump` wrote; read-only mounts work. Or the URL of such a folder, with the id behind it
+            (`https://HOST/PATH@ID`): what is read is fetched, checked, and kept below `$SOFTCACHE_HOME/store`.
+        id: pin a manifest by its id (a unique prefix is enough); None = the newest, which of a URL is said.
         mode: "mmap", or "pread" for network file systems.
         check_blocks: when the checksum of each block of 64 KiB that a gather touches is looked at: when it is "first" touched,
             "always", or "never".
@@ -733,6 +736,7 @@ def open(
         CacheError: not a cache, of another format version, or no manifest of that id.
         UnfinishedCacheError: a dump under way.
         DamagedCacheError: files that do not fit the manifest.
+        RemoteError: a URL that cannot be reached, or gives other bytes than its manifest names; also when its targets are read.
 
     Example:
         >>> cache = softcache.open("caches/a")
@@ -741,7 +745,11 @@ def open(
         >>> softcache.open("caches/a", id=cache.id[:12]).id == cache.id
         True
     """
-    reader = CacheReader(path, id=id, mode=mode, check_blocks=check_blocks, check_files=check_files)
+    if isinstance(path, str) and is_place(path):
+        folder, source = open_place(parse_place(path, id), quiet=quiet)
+        reader = CacheReader(folder, id=source.place.id, mode=mode, check_blocks=check_blocks, source=source)
+    else:
+        reader = CacheReader(path, id=id, mode=mode, check_blocks=check_blocks, check_files=check_files)
     if reader.manifest.plan.format == PROVISIONAL_FORMAT and not quiet:
         note_once(
             f"{path}: is of format version {PROVISIONAL_FORMAT}, which is provisional: a later softcache may want it made again"

@@ -352,6 +352,7 @@ def test_the_loop_of_the_card_meets_the_teachers_word_with_the_students(
     text = written(cache)
     assert f"to {len(cache)} samples,\neach seen once, with an answer for each of its words; " in text
     assert "Labels: of the words of the samples\n" in text and "images" not in text
+    assert ("top-1 on labelled words" in text) == (not output) and "labelled samples" not in text
     (loop,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     loop = loop.replace("path/to/this/folder", str(cache.reader.path)).replace("range(20)", "range(1)")
     assert f"loss = {loss}" in loop
@@ -376,6 +377,8 @@ PLANS: list[Any] = [
     pytest.param({"source": "team.data:sets", "steps": ["shift"]}, ["image-classification"], id="views of images"),
     pytest.param({"source": "table:reviews.csv?text=body"}, ["text-classification"], id="texts"),
     pytest.param({"source": "conll:train.conll", "index": "words"}, ["token-classification"], id="words"),
+    pytest.param({"source": "imagefolder:train", "index": "grid"}, ["image-segmentation"], id="cells of images"),
+    pytest.param({"source": "team.data:sets", "index": "frames"}, None, id="frames of something"),
     pytest.param({"source": "team.data:sets"}, None, id="nobody says what"),
     pytest.param({"source": "digits", "output": "embedding"}, ["image-feature-extraction"], id="embeddings of images"),
     pytest.param(
@@ -478,3 +481,9 @@ def test_croissant_says_what_the_columns_of_a_preview_are() -> None:
     assert {field["source"]["fileObject"]["@id"] for field in fields.values()} == {"preview/x.parquet"}
     assert fields["tagger_classes"]["dataType"] == "sc:Text" and fields["tagger_classes"]["repeated"] is True
     assert fields["sample"]["dataType"] == "sc:Text" and "repeated" not in fields["sample"]
+
+
+def test_a_teacher_of_sentences_beside_one_of_their_words_has_a_task_of_its_own(quick_dump: QuickDump) -> None:
+    plan = like(quick_dump().manifest, source="conll:train.conll", index="words")
+    plan = replace(plan, members=(*plan.members, replace(plan.members[0], name="b", index=None)))
+    assert read_front_matter(front_matter(plan))["task_categories"] == ["token-classification", "text-classification"]

@@ -24,7 +24,7 @@ MODES = ("mmap", "pread")
 @pytest.fixture
 def made(quick_dump: QuickDump, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     """600 rows in 3 spans x 2 views, in blocks of 512 bytes, so that a shard has several and a record may lie in two."""
-    for module in ("schema", "checksums", "mapped_file", "write.shard"):
+    for module in ("schema", "checksums", "write.shard"):
         monkeypatch.setattr(f"softcache.cache.{module}.BLOCK_BYTES", 512)
     return quick_dump(f"{toy}:images?count=600", codec="float32", policy=("shift",), views=2, shard_rows=256)
 
@@ -156,7 +156,7 @@ def test_damage_in_the_checksums_themselves_is_loud(made: Cache) -> None:
 
 def test_a_record_larger_than_a_block(quick_dump: QuickDump, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its middle blocks belong to it alone: they are looked at too."""
-    for module in ("schema", "checksums", "mapped_file", "write.shard"):
+    for module in ("schema", "checksums", "write.shard"):
         monkeypatch.setattr(f"softcache.cache.{module}.BLOCK_BYTES", 6)
     made = quick_dump(codec="float32")
     assert schema.BLOCK_BYTES == 6

@@ -35,6 +35,7 @@ from softcache.check.repair import Means
 from softcache.config import DumpConfig, TrainConfig
 from softcache.dump.encode import measured_rows
 from softcache.errors import CacheError, DamagedCacheError, LockedError
+from softcache.share import merge
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 indexed = importlib.import_module("golden.indexed")
@@ -177,6 +178,18 @@ def test_the_stranger_reads_what_was_written(cache: Path) -> None:
             assert reader.positions("list", "entries", key, view).tolist() == indexed.entries_of(row)
             assert reader.positions("coarse", "listed", key, view).tolist() == indexed.listed_of("coarse", row, view)
             assert reader.records(None, "token_digests", key, view) == row * 3 + view + 1
+
+
+def test_the_stranger_reads_merged_samples(quick_dump: QuickDump, tmp_path: Path) -> None:
+    halves = [quick_dump(out=name, keep_labels=labels) for name, labels in (("low", ("0-1",)), ("high", ("2-3",)))]
+    merge.run([cache.reader.path for cache in halves], tmp_path / "merged", quiet=True)
+    reader = StrangersReader(tmp_path / "merged")
+    assert reader.manifest["samples"]["order"] == "merged"
+    assert [one["id"] for one in reader.manifest["parents"]] == [cache.id for cache in halves]
+    for half in halves:
+        for row in range(len(half)):
+            wanted = half.reader.gather("exact", "logits", np.array([row]), np.array([0]))
+            assert reader.records("exact", "logits", half.samples.key(row), 0).tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["mmap", "pread"])

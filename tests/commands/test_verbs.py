@@ -34,7 +34,7 @@ SUBSTITUTIONS = {
     r"torchvision:MNIST\?root=data": "digits",
     r"imagefolder:train": "digits",
     r"digits\?split=test": "imagefolder:test",
-    r"data digits\b": "data imagefolder:train",
+    r"(data|pictures) digits\b": r"\1 imagefolder:train",
     r"sample digits/0*(\d+)": r"sample 0/000\1.png",
     r"torchvision:resnet50@IMAGENET1K_V2": "runs/teacher",
     r"softcache:mlp\?hidden=1200,1200@runs/teacher": "softcache:cnn?width=4@runs/teacher",
@@ -45,7 +45,8 @@ SUBSTITUTIONS = {
     r"--views 16": "--views 6",
     r"--epochs 20": "--epochs 1",
     r"/backup/": "backup/",
-    r"file:/shared/caches/mnist@\w+": "file:caches/mnist",
+    r"(?:file:/shared/caches|hf:team)/mnist@\w+": "file:caches/mnist",
+    r"hf:team/": "file:hub/",
     r"file:/shared/": "file:shared/",
     r"https://data.example.org/caches/mnist (.*) --id \w+": r"file:caches/digits \1",
     r"--budget short --seeds 0,1,2": "--budget smoke --seeds 0",
@@ -55,9 +56,9 @@ SUBSTITUTIONS = {
 # the example that does a verb's longest work, where it is not the first
 WORK = {"reproduce": 1, "verify": 1, "export": 2}
 # verbs that are done before a progress could be shown
-INSTANT = {"losses", "inspect", "views", "sign", "completion", "help"}
+INSTANT = {"losses", "inspect", "views", "card", "sign", "store", "completion", "help"}
 # verbs that need no file of the world
-ANYWHERE = {"demo", "reproduce", "losses", "completion", "help"}
+ANYWHERE = {"demo", "reproduce", "losses", "store", "completion", "help"}
 # what takes more than a few seconds: a verb's longest work, and single examples
 SLOW_WORK = {"demo", "reproduce", "plan"}
 SLOW = {
@@ -124,6 +125,9 @@ train --data imagefolder:train --student softcache:cnn?width=4 --epochs 1 --out 
 dump --data imagefolder:train --teacher runs/teacher --out caches/digits
 dump --data imagefolder:train --teacher runs/teacher --teacher runs/second --policy shift:pixels=2 --views 4 \
      --out caches/mnist
+dump --data imagefolder:train --teacher runs/second --out caches/second
+dump --data imagefolder:train --teacher runs/teacher --teacher runs/second --policy shift:pixels=2 --views 2 \
+     --first-view 4 --out caches/mnist-later
 train --data imagefolder:train --cache caches/digits --loss kd --student softcache:mlp?hidden=8 --epochs 1 \
       --eval-data imagefolder:test --out runs/s
 """
@@ -351,6 +355,7 @@ from pathlib import Path
 from softcache import cli
 from softcache.report.progress import Meter
 import softcache.reproduce.flow, softcache.demo, softcache.check.repair, softcache.share.subset, softcache.students.export
+import softcache.share.merge
 
 def stand_still(self, count=1):
     Path("working").touch()

@@ -15,9 +15,10 @@ import torch
 from conftest import WORLDS
 from torch import Tensor, nn
 
+from softcache.cache.schema import member_name
 from softcache.data.classes import Match
 from softcache.dump.open_teachers import open_teacher
-from softcache.dump.teacher import Teacher, member_name
+from softcache.dump.teacher import Teacher
 from softcache.errors import ConfigError, ModelError, SoftcacheError, TeacherError
 from softcache.models import load_model, save_student
 from softcache.models.estimators import ArrayCollate

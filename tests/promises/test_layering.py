@@ -38,8 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"spec", "features"},
     "models": {"spec", "features", "files", "words", "tokens"},
     "data": {"spec", "cache", "words", "tokens"},
-    "remote": {"cache", "files"},
-    "targets": {"cache", "codecs", "data", "features", "report"},
+    "remote": {"cache", "files", "report"},
+    "targets": {"cache", "codecs", "data", "features", "remote", "report"},
     "dump": {
         "config",
         "spec",
@@ -276,7 +276,10 @@ PACKAGES: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "h5py": {"softcache.cache.write.shard", "softcache.cache.hdf5_check"},
     "tqdm": {"softcache.report.progress"},
+    "pyarrow": {"softcache.share.preview"},
     "cryptography": {"softcache.cache.signatures"},
+    "obstore": {"softcache.remote.objects"},
+    "fsspec": {"softcache.remote.filesystems"},
 }
 
 # folders whose public names are loaded on first use
@@ -471,6 +474,7 @@ def test_the_promises_are_in_the_tables() -> None:
         "codecs",
         "data",
         "features",
+        "remote",
         "report",
     }
     assert "dump" not in ALLOWED["train"] and ALLOWED["dump"] & {"train", "targets", "evaluate"} == set()
@@ -557,6 +561,9 @@ def test_a_planted_circle_is_found() -> None:
 # --------------------------------------------------------------------------------------------------------- in a new process
 
 
+SHARING = {"torch", "h5py", "cryptography", "huggingface_hub", "obstore", "fsspec"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "heavy"),
@@ -568,7 +575,7 @@ def test_a_planted_circle_is_found() -> None:
         ),
         ("softcache.cache.reader, softcache.cache.samples", {"h5py", "torch"}),
         ("softcache.check.verify", {"torch", "torchvision"}),
-        ("softcache.share.push, softcache.share.pull, softcache.share.sign", {"torch", "h5py", "cryptography"}),
+        ("softcache.share.push, softcache.share.pull, softcache.share.sign", SHARING),
     ],
     ids=["command line", "cache", "reading", "verify", "sharing"],
 )

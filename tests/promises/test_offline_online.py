@@ -610,6 +610,8 @@ def stored_form(live: Live, name: str) -> Tensor:
 
 
 ROOM = {"float16": (0.01, 0.03), "int8": (0.05, 0.1)}  # twice what was measured: of a loss, of its gradient
+TURNS = ("tvd", "tvd_lower_bound")  # their gradients jump where student and teacher give a class the same probability
+ROOM_OF_TURNS = 0.6  # likewise
 ROUNDED = [(name, kind, "float16") for name, kind in CASES]
 ROUNDED += [(name, kind, "int8") for name, kind in CHEAPEST]
 
@@ -632,4 +634,4 @@ def test_every_loss_of_rounded_tensors(name: str, kind: str, dtype: str, walk: W
         f"average; of the gradient {max(gradient):.1e} and {sum(gradient) / STEPS:.1e}"
     )
     assert max(loss) <= ROOM[dtype][0]
-    assert max(gradient) <= ROOM[dtype][1]
+    assert max(gradient) <= (ROOM_OF_TURNS if name in TURNS else ROOM[dtype][1])

@@ -306,6 +306,8 @@ def test_names_of_a_cache_reach_the_screen_without_what_a_terminal_obeys(
         ["eval", "r", *data, "--per-class", *how],
         ["eval", "c", *data, "--per-class", *how],
         ["subset", "c", "s", "--keep-labels", "0"],
+        ["subset", "c", "t", "--drop-labels", "0"],
+        ["merge", "s", "t", "m"],
         ["plan", *data, "--teacher", "r", *how],
         ["export", "r", "--to", "safetensors", *data, *how],
         ["eval", "r", *data, "--keep-labels", "\x1b[31mnone", *how],

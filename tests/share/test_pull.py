@@ -18,7 +18,7 @@ from softcache.cache.schema import MANIFEST, PULLING
 from softcache.check import verify
 from softcache.errors import CacheError, RemoteError, SoftcacheError, UnfinishedCacheError
 from softcache.files import durable
-from softcache.remote import patience, web
+from softcache.remote import named, patience, web
 from softcache.remote.fetch import PARTIAL
 from softcache.remote.places import parse_place
 from softcache.share import pull, push
@@ -263,7 +263,7 @@ def test_a_hostile_manifest_reaches_nothing(tmp_path: Path) -> None:
 
 
 def test_an_endless_manifest_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(named, "MAX_BYTES", 1 << 20)
     server.always["indexed/manifest.json"] = "endless"
     with pytest.raises(RemoteError, match="too many for it"):
         pulled(server, tmp_path / "a")

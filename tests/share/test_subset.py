@@ -31,7 +31,7 @@ from softcache.errors import (
     PlanMismatchError,
     UnfinishedCacheError,
 )
-from softcache.share import subset
+from softcache.share import copy_records, subset
 from softcache.share.subset import Choice
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
@@ -522,13 +522,13 @@ def test_the_same_choice_gives_the_same_bytes(
 ) -> None:
     choice: dict[str, Any] = {"views": "0-1", "drop_labels": ("0-5",), "sizes": SMALL_PARTS}
     one = cut(parents(codec), tmp_path / "one", **choice)
-    measure, threads = subset._statistics, set()
+    measure, threads = copy_records.stored_statistics, set()
 
     def watched(*arguments: Any) -> MemberStatistics:
         threads.add(torch.get_num_threads())
         return measure(*arguments)
 
-    monkeypatch.setattr(subset, "_statistics", watched)
+    monkeypatch.setattr(copy_records, "stored_statistics", watched)
     torch.set_num_threads(2)
     try:
         two = cut(parents(codec), tmp_path / "two", **choice)

@@ -34,6 +34,12 @@ def one_image() -> Any:
     return data
 
 
+def every_image() -> Any:
+    data = good()
+    data.images ^= 1
+    return data
+
+
 def one_more() -> Any:
     return toy.images(count=41)
 

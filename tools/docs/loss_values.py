@@ -26,7 +26,7 @@ PAGE = Path(softcache.__file__).parent / "docs" / "LOSSES.md"
 BEGIN, END = "<!-- values: begin -->\n", "<!-- values: end -->\n"  # of what this tool writes there
 BATCH, CLASSES, WIDTH, MAP = 6, 5, 4, (3, 4, 4)
 LABELS = [0, 1, 2, 3, 4, -1]
-HEAD, HEAD_TEMPERATURE = 2, 4.0
+HEAD = 2
 STUDENT, TEACHER = (0.7, 0.0), (1.1, 1.0)  # rate and phase
 INPUTS = f"""\
 B = {BATCH}, C = {CLASSES}; wave(shape, rate, phase, height)[k] = height sin(rate k + phase), k = 0, 1, ... row by row; float64.
@@ -35,7 +35,7 @@ B = {BATCH}, C = {CLASSES}; wave(shape, rate, phase, height)[k] = height sin(rat
 - features of student and teacher: wave(shape, 0.7, 0, 2) and wave(shape, 1.1, 1, 2): vectors (B, {WIDTH}), maps (B, 3, 4, 4)
   or what the loss's reduction makes of them (of two layers: the second with 0.5 added to the phase); maps: two of them;
 - classifier_weight = wave((C, {WIDTH}), 0.9, 2, 1), classifier_bias = wave((C,), 0.9, 2, 1);
-- samples = 0 ... B - 1, sample_ids = 101 ... 100 + B, step = 3, seed = 0; the head of a top-k cache: k = {HEAD}, T = 4;
+- samples = 0 ... B - 1, sample_ids = 101 ... 100 + B, step = 3, seed = 0; the head of a top-k cache: k = {HEAD}, at the loss's T;
 - what is learned or remembered: parameters of more than one element are wave(shape, 0.9, 3, 0.5), and so are the rows of
   memories, scaled to length 1."""
 
@@ -80,7 +80,7 @@ def inputs_of(loss: Loss) -> dict[str, Any]:
     """Everything of the vocabulary that the loss asks for."""
     teacher_logits = logits(*TEACHER)
     head_logits, head_ids = teacher_logits.topk(HEAD, dim=1)
-    rest = (teacher_logits / HEAD_TEMPERATURE).scatter(1, head_ids, -torch.inf)
+    rest = (teacher_logits / loss.defaults.get("temperature", 1.0)).scatter(1, head_ids, -torch.inf)
     kind = loss.features[0] if loss.features else VECTORS[0]
     known = {
         "student_logits": logits(*STUDENT),

@@ -67,6 +67,21 @@ def bare_jsd(student: Tensor, teacher: Tensor, t: float, beta: float = 0.5) -> T
     return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
 
 
+def skewed_cross_entropy(student: Tensor, teacher: Tensor, share: float) -> Tensor:
+    """The skewed KL without the teacher's entropy."""
+    q, p = softmax(student), softmax(teacher)
+    return -(p * (share * p + (1 - share) * q).log()).sum(dim=1).mean()
+
+
+def skewed_reverse_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
+    q, p = softmax(student), softmax(teacher)
+    return kl(q, (1 - share) * p + share * q)
+
+
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    return (softmax(student) - softmax(teacher)).abs().sum(dim=1).mean() / 2
+
+
 def standardized_kl(student: Tensor, teacher: Tensor, t: float) -> Tensor:
     q, p = ((z - z.mean(dim=1, keepdim=True)) / (z.std(dim=1, keepdim=True) + 1e-7) for z in (student, teacher))
     return softened_kl(q, p, t)

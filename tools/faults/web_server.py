@@ -48,8 +48,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type[Handler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.folder = folder
         self.faults: dict[str, list[str]] = {}
         self.always: dict[str, str] = {}
@@ -71,10 +71,17 @@ def serving(folder: Path, faults: Mapping[str, list[str]] | None = None) -> Iter
     """A server of this folder, in a thread."""
     server = Server(folder)
     server.faults = {path: [*list_] for path, list_ in (faults or {}).items()}
+    with running(server):
+        yield server
+
+
+@contextmanager
+def running(server: Server) -> Iterator[None]:
+    """It answers, in a thread."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield server
+        yield
     finally:
         server.stopped.set()
         server.shutdown()
@@ -82,21 +89,31 @@ def serving(folder: Path, faults: Mapping[str, list[str]] | None = None) -> Iter
         thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def end_headers(self) -> None:
+        self.send_header("Connection", "close")
+        super().end_headers()
+
     def do_GET(self) -> None:
         path = unquote(self.path).lstrip("/")
-        given = self.headers.get("Range")
-        self.server.asked.append((path, given))
-        self.close_connection = True
         try:
             data = (self.server.folder / path).read_bytes()
         except OSError:
+            data = None
+        self.serve(path, data)
+
+    def serve(self, path: str, data: bytes | None) -> None:
+        """A file as it is to go wrong; None: there is no such file."""
+        given = self.headers.get("Range")
+        self.server.asked.append((path, given))
+        self.close_connection = True
+        if data is None:
             self.send_error(404)
             return
         waiting = self.server.faults.get(path, [])

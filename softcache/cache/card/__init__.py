@@ -60,6 +60,8 @@ def _shown(preview: str | None, pictures: Mapping[str, str]) -> str:
         said.append(
             f"`{preview}`: a table of some samples and what the teachers answered, to look at; no student learns from it."
         )
+    if pictures:
+        said.append("The pictures are the transfer set's own, as it was given for this page: its terms hold for them.")
     said += [f"![{escaped(about)}]({path})\n{escaped(about)}" for path, about in pictures.items()]
     return "## Some samples\n\n" + "\n\n".join(said) if said else ""
 

@@ -18,7 +18,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.schema import MANIFEST
 
 MOST_FILES = 2000
-HDF5, PARQUET, JSON = "application/x-hdf5", "application/vnd.apache.parquet", "application/json"
+HDF5, PARQUET, JSON = "application/x-hdf5", "application/x-parquet", "application/json"
 TYPES = {"text": "sc:Text", "number": "sc:Float", "whole": "sc:Integer"}
 CONTEXT: dict[str, Any] = {
     "@language": "en",
@@ -31,6 +31,7 @@ CONTEXT: dict[str, Any] = {
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "extract": "cr:extract",
     "field": "cr:field",
@@ -50,6 +51,7 @@ CONTEXT: dict[str, Any] = {
     "regex": "cr:regex",
     "repeated": "cr:repeated",
     "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
     "separator": "cr:separator",
     "source": "cr:source",

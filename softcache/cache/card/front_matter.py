@@ -17,12 +17,8 @@ IMAGE_STEPS = ("to_rgb", "resize", "center_crop", "middle_crop", "shift", "crop_
 COLOUR_STEPS = ("color_jitter", "randaugment", "erase")
 IMAGE_SOURCES = ("digits", "torchvision", "imagefolder", "images", "synthetic:images")
 TEXT_SOURCES = ("table", "tsv", "synthetic:texts")
-OF_CLASSES = {
-    "images": "image-classification",
-    "texts": "text-classification",
-    "words": "token-classification",
-    "tokens": "text-generation",
-}
+OF_CLASSES = {"images": "image-classification", "texts": "text-classification", "words": "text-classification"}
+OF_POSITIONS = {"words": "token-classification", "tokens": "text-generation", "grid": "image-segmentation"}
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
 
@@ -85,7 +81,8 @@ def task_categories(plan: Plan) -> list[str]:
     kind, found = item_kind(plan), []
     for member in plan.members:
         if member.output in CLASS_OUTPUTS:
-            found.append(OF_CLASSES.get(kind or ""))
+            of = None if member.index is None else plan.index(member.index).kind
+            found.append(OF_CLASSES.get(kind or "") if of is None else OF_POSITIONS.get(of))
         elif member.output != "values":  # named numbers are many things
             found.append("image-feature-extraction" if kind == "images" else "feature-extraction")
     return list(dict.fromkeys(one for one in found if one is not None))

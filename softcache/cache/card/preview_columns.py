@@ -33,7 +33,7 @@ class Column:
 def preview_columns(plan: Plan) -> list[Column]:
     """Of one view of some samples: who they are, and what each member answered."""
     columns = [Column("sample", "text", False, "the sample's name, or its id where names were not stored")]
-    if plan.class_names or plan.vocabulary is not None:
+    if (plan.class_names or plan.vocabulary is not None) and not any(index.labels for index in plan.indexes):
         several = plan.samples.multi_label
         columns.append(Column("label", "text", several, "the sample's classes" if several else "the sample's class"))
     for index in plan.indexes:

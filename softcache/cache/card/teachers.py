@@ -39,8 +39,10 @@ def teachers(manifest: Manifest, left_out: Mapping[str, str]) -> str:
     """
     header = ["member", "model", "gives", "codec", "a logit is off by at most"]
     header += [f"KL at T={' / '.join(SHOWN_TEMPERATURES)}, mean", "largest class kept", "bytes a record"]
-    header += ["top-1 on labelled samples", "mean entropy"]
     of_classes = [member for member in manifest.plan.members if member.output in CLASS_OUTPUTS]
+    kinds = {manifest.plan.index(one.index).kind if one.index else None for one in of_classes}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    header += [f"top-1 on labelled {POSITIONS[kind][1] if kind else 'samples'}", "mean entropy"]
     rows = [_teacher_row(manifest, member) for member in of_classes]
     others = [_other_row(manifest, member) for member in manifest.plan.members if member.output not in CLASS_OUTPUTS]
     details = [_teacher_details(manifest, member, left_out.get(member.name)) for member in manifest.plan.members]
@@ -100,12 +102,12 @@ def _other_row(manifest: Manifest, member: MemberInfo) -> list[str]:
 
 def _measured(manifest: Manifest, member: str) -> tuple[MemberStatistics, str]:
     """What was measured against the teacher itself, and a sentence that says on what."""
-    own, parent = manifest.statistics[member], manifest.plan.parent
-    before = parent.statistics.get(member) if parent is not None else None
+    own, before = manifest.statistics[member], manifest.plan.measured_before(member)
     if own.measured or before is None or not before.measured:
         found, where = own, "here"
     else:
-        found, where = before, "in the cache that this one was taken out of"
+        merged = len(manifest.plan.parents) > 1
+        found, where = before, f"in the cache{'s' * merged} that this one was {'merged' if merged else 'taken out'} of"
     what = "KL" if manifest.plan.member(member).output in CLASS_OUTPUTS else "the relative error"
     if not found.measured:
         return found, f"{what} was not measured"

@@ -45,7 +45,7 @@ def how_to_use(manifest: Manifest) -> str:
         ways = f"In one command, or in {own}:\n\n    {command}"
     return f"""## How to use it
 
-With softcache (`pip install softcache`), and where this folder is on another machine:
+Where this folder is on another machine, `URL` being its address there:
 
     softcache pull URL@{manifest.id[:16]} caches/here
 
@@ -106,9 +106,11 @@ def _loop_over_positions(plan: Plan) -> str:
         read, what = f", features=[{feature}]", f'flat("{member.name}", {feature})'
     partial = member.output in CLASS_OUTPUTS and codec_text(member.codec).startswith("topk")
     function = "kd" if member.output in CLASS_OUTPUTS else LOSS_OF_OTHERS[member.output or "features"]
-    loss = f"{function}(student_rows, targets.{what}{', temperature=4' if function == 'kd' else ''})"
+    t = 1 if items == "tokens" else 4  # of many ids a higher temperature leaves little to the largest ones
+    loss = f"{function}(student_rows, targets.{what}{f', temperature={t}' if function == 'kd' else ''})"
     if partial:
-        loss = '16 * kl_div(log_softmax(student_rows / 4, 1), log_probs, reduction="batchmean", log_target=True)'
+        softened = "16 * kl_div(log_softmax(student_rows / 4, 1)" if t == 4 else "kl_div(log_softmax(student_rows, 1)"
+        loss = f'{softened}, log_probs, reduction="batchmean", log_target=True)'
     lines = ["import torch", *_imports("" if partial else function), "", "def collate(samples):  # of unlike lengths"]
     lines += [f"    {items} = [item for (item, labels), record in samples]"]
     lines += [f"    return {items}, torch.tensor([record for _, record in samples])", ""]
@@ -130,7 +132,7 @@ def _loop_over_positions(plan: Plan) -> str:
             f"        student_rows = student({items})[mask]  # (B, L, C) -> (P, C): row by row, as the targets are"
         ]
     if partial:
-        lines += [f'        log_probs = targets.per_position("{member.index}").log_probs("{member.name}", 4.0)']
+        lines += [f'        log_probs = targets.per_position("{member.index}").log_probs("{member.name}", {t}.0)']
     return "\n".join([*lines, f"        loss = {loss}"])
 
 

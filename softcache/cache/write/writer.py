@@ -36,6 +36,7 @@ from softcache.cache.schema import (
     FORMAT_VERSION,
     MANIFEST,
     MANIFESTS,
+    MERGING,
     PROBE,
     PROVENANCE,
     SAMPLES,
@@ -120,6 +121,15 @@ def refuse_foreign_folder(path: Path) -> None:
         raise DumpError(f"{path}: holds files that no dump wrote", tip="choose another --out, or empty the folder")
 
 
+def refuse_unfinished_merge(path: Path) -> None:
+    """PlanMismatchError where files of other caches are still being copied into a folder."""
+    if (path / WORK / MERGING).exists():
+        raise PlanMismatchError(
+            f"{path}: a merge is not finished there",
+            tip="finish it with its own `softcache merge` command, choose another folder, or delete this one",
+        )
+
+
 class CacheWriter:
     """Writes the spans of one part of one round. Use as a context manager: it holds the part's lock.
 
@@ -151,6 +161,7 @@ class CacheWriter:
         self.tag = f"{round_number}-{self.part}"  # of its temporary files
         if base is None:
             refuse_foreign_folder(path)
+            refuse_unfinished_merge(path)
         refuse_linked_folders(path)
         durable.make_folder(self.work)
         durable.make_folder(path / MANIFESTS)

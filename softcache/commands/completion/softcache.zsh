@@ -10,6 +10,7 @@
 
 _shtab_softcache_commands() {
   local _commands=(
+    card:'make the card of a cache, with a preview of its samples that a hub shows'
     completion:'print the script that completes verbs and flags in bash, zsh or fish'
     demo:'the whole main job on scikit-learn'"'"'s digits: teachers, one dump, students with and without the cache'
     diff:'what differs between two caches, and how far apart their teachers are'
@@ -19,6 +20,7 @@ _shtab_softcache_commands() {
     help:'list the pages of the documentation, or show one; or the flags of a verb'
     inspect:'what made this cache, from what, how big; one sample'"'"'s soft target as bars'
     losses:'the losses a student can learn by: what they need of a cache, their settings, their papers'
+    merge:'several caches as one: their members, their views or their samples'
     plan:'what a dump would cost and keep: size, time and fidelity of every codec, before it is paid for'
     pull:'fetch a cache from somewhere else, every byte checked'
     push:'send a cache to where others can pull it from'
@@ -26,6 +28,7 @@ _shtab_softcache_commands() {
     reproduce:'a paper'"'"'s table again, from shared caches: ours beside the paper'"'"'s numbers, with spread and verdict'
     shrink:'make a trained model smaller: carve, prune, low rank, int8; what it costs before and after'
     sign:'a signature of a cache'"'"'s id, as ssh-keygen makes and checks them'
+    store:'list or remove what is kept of caches that were opened by a URL'
     subset:'write some views, members or samples of a cache as a smaller cache of its own'
     train:'train a student from a cache, or on hard labels without one'
     verify:'is this cache whole? exit code 0 whole, 1 damaged, 3 unfinished'
@@ -41,6 +44,21 @@ _shtab_softcache_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_defaults_added=0
+
+_shtab_softcache_card_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "*--language[of the samples\: en, de, ... (nothing here knows it)]:CODE:"
+  "--pictures[show two pictures of this transfer set\: see to it that you may pass them on]:DATA:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":folder of the cache:_files -/"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_card_defaults_added=0
 
 _shtab_softcache_completion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -203,7 +221,7 @@ _shtab_softcache_help_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset diff push pull sign completion help)"
+  ":name of a page or of a verb (default\: list the pages):(demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -218,7 +236,7 @@ _shtab_softcache_inspect_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":folder of the cache:_files -/"
+  ":folder of the cache, or its URL:_files -/"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -236,6 +254,20 @@ _shtab_softcache_losses_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_losses_defaults_added=0
+
+_shtab_softcache_merge_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--license[of the merged cache (default\: theirs, if it is the same)]:TEXT:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  "(*)::folders of the caches, and behind them that of the merged one:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_merge_defaults_added=0
 
 _shtab_softcache_plan_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -281,6 +313,12 @@ _shtab_softcache_plan_defaults_added=0
 
 _shtab_softcache_pull_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--views[one range of views, both ends included, or one view (default\: all)]:A-B:"
+  "*--members[members to keep\: a,b (default\: all)]:NAMES:"
+  "*--keep-labels[only samples of these classes\: names or indices, 7,8 or 0-4]:LABELS:"
+  "*--drop-labels[no samples of these classes]:LABELS:"
+  "--samples[only the samples whose keys (or ids) this file lists, one a line]:FILE:_files"
+  "--without[no samples whose keys (or ids) this file lists]:FILE:_files"
   "--id[that the cache must have\: 8 or more of its 64 digits]:ID:"
   "--signed-by[ask for a signature of somebody in this list of signers]:FILE:_files"
   "--config[settings from a TOML file]:FILE:_files"
@@ -288,7 +326,7 @@ _shtab_softcache_pull_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":where from\: https\:\/\/HOST\/PATH or file\:PATH, with \@ID at its end:"
+  ":where from\: https\:\/\/HOST\/PATH, file\:PATH, hf\:ORG\/NAME or s3\:\/\/BUCKET\/PATH, with \@ID at its end:"
   ":folder of the cache:_files -/"
 )
 
@@ -304,7 +342,7 @@ _shtab_softcache_push_options=(
   "--quiet[no progress]"
   "--json[the result for machines]"
   ":folder of the cache:_files -/"
-  ":where to\: file\:PATH:"
+  ":where to\: file\:PATH, hf\:ORG\/NAME or s3\:\/\/BUCKET\/PATH:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -395,6 +433,22 @@ _shtab_softcache_sign_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_softcache_sign_defaults_added=0
 
+_shtab_softcache_store_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--keep[of prune\: what was opened last, up to this size\: 20GB, or 512MiB]:SIZE:"
+  "--older[of prune\: only what was not opened for so many days]:DAYS:"
+  "--config[settings from a TOML file]:FILE:_files"
+  "*--set[one setting\; repeat]:KEY=VALUE:"
+  "--print-config[show every setting and where it came from, and stop]"
+  "--quiet[no progress]"
+  "--json[the result for machines]"
+  ":list\: show it\; prune\: remove what nobody has open (default\: list):(list prune)"
+  ":of prune\: only caches whose ids begin so\: a,b (default\: all):"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_softcache_store_defaults_added=0
+
 _shtab_softcache_subset_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--views[one range of views, both ends included, or one view (default\: all)]:A-B:"
@@ -410,7 +464,7 @@ _shtab_softcache_subset_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":folder of the cache:_files -/"
+  ":folder of the cache, or its URL:_files -/"
   ":folder of the smaller cache:_files -/"
 )
 
@@ -520,7 +574,7 @@ _shtab_softcache_views_options=(
   "--print-config[show every setting and where it came from, and stop]"
   "--quiet[no progress]"
   "--json[the result for machines]"
-  ":folder of the cache:_files -/"
+  ":folder of the cache, or its URL:_files -/"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -545,6 +599,7 @@ _shtab_softcache() {
       (( CURRENT += 1 ))
       curcontext="${curcontext%:*:*}:_shtab_softcache-$line[1]:"
       case $line[1] in
+        card) _arguments -C -s $_shtab_softcache_card_options ;;
         completion) _arguments -C -s $_shtab_softcache_completion_options ;;
         demo) _arguments -C -s $_shtab_softcache_demo_options ;;
         diff) _arguments -C -s $_shtab_softcache_diff_options ;;
@@ -554,6 +609,7 @@ _shtab_softcache() {
         help) _arguments -C -s $_shtab_softcache_help_options ;;
         inspect) _arguments -C -s $_shtab_softcache_inspect_options ;;
         losses) _arguments -C -s $_shtab_softcache_losses_options ;;
+        merge) _arguments -C -s $_shtab_softcache_merge_options ;;
         plan) _arguments -C -s $_shtab_softcache_plan_options ;;
         pull) _arguments -C -s $_shtab_softcache_pull_options ;;
         push) _arguments -C -s $_shtab_softcache_push_options ;;
@@ -561,6 +617,7 @@ _shtab_softcache() {
         reproduce) _arguments -C -s $_shtab_softcache_reproduce_options ;;
         shrink) _arguments -C -s $_shtab_softcache_shrink_options ;;
         sign) _arguments -C -s $_shtab_softcache_sign_options ;;
+        store) _arguments -C -s $_shtab_softcache_store_options ;;
         subset) _arguments -C -s $_shtab_softcache_subset_options ;;
         train) _arguments -C -s $_shtab_softcache_train_options ;;
         verify) _arguments -C -s $_shtab_softcache_verify_options ;;
