@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +36,22 @@ def told_data(path: Path) -> str | None:
     """The transfer set that the dump was given."""
     data = read_provenance(path).get("command", {}).get("data")
     return data if isinstance(data, str) else None
+
+
+def told_of_copies(command: Mapping[str, Any], started: float, records: int) -> dict[str, Any]:
+    """What is told of a cache whose records are copies of other caches'.
+
+    Args:
+        command: what was asked for.
+        started: by the monotonic clock.
+        records: how many were copied by this process.
+    """
+    seconds = time.monotonic() - started
+    return {
+        "command": dict(command),
+        "host": platform.node(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 3),
+        "views_per_s": round(records / max(1e-9, seconds), 1),
+        "python": platform.python_version(),
+    }

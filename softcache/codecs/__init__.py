@@ -17,6 +17,7 @@ from softcache.codecs.linear_head import LinearHeadCodec
 from softcache.codecs.lowrank import LowRankCodec
 from softcache.codecs.records import Field
 from softcache.codecs.topk import TopkCodec
+from softcache.codecs.topset import TopsetCodec
 from softcache.errors import ConfigError, nearest
 from softcache.spec import convert
 
@@ -32,6 +33,7 @@ __all__ = [
     "LowRankCodec",
     "Probe",
     "TopkCodec",
+    "TopsetCodec",
     "codec_constants",
     "make_codec",
     "restore_codec",
@@ -43,6 +45,7 @@ CODECS: dict[str, type[Codec]] = {
     "int8": Int8Codec,
     "headtail": HeadTailCodec,
     "topk": TopkCodec,
+    "topset": TopsetCodec,
     "lowrank": LowRankCodec,
     "linear_head": LinearHeadCodec,
 }

@@ -22,12 +22,15 @@ class Probe:
         logits: (P, C) float32.
         head_input: (P, D) float32 input of the final linear layer; None where there is none.
         classifier_weight, classifier_bias: (C, D) and (C,) of that layer, rows in the cache's class order.
+        scale, cap: what the network makes of that layer's output x: scale x, or scale cap tanh(x / cap) where cap is not 0.
     """
 
     logits: Tensor
     classifier_input: Tensor | None = None
     classifier_weight: Tensor | None = None
     classifier_bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float = 0.0
 
 
 def constant(constants: Mapping[str, Tensor], name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
@@ -61,7 +64,7 @@ class Codec(ABC):
         keeps_level: the row's absolute level survives, so that losses on raw logits may be used.
         complete: every class is stored, so that `decode` gives whole rows of logits.
         bounded: every record gets an `eps`, the bound on |stored - given| over its logits.
-        temperatures: the lowest and highest temperature it can serve; None = any.
+        temperature_range: the lowest and highest temperature it can serve; None = any.
         of_classes: it relies on what softmax makes of a row, so that it holds no output without classes.
         needs_classifier: it stores the input of the teacher's final linear layer, and `encode` wants it.
         num_classes: C.
@@ -71,7 +74,7 @@ class Codec(ABC):
     keeps_level: ClassVar[bool] = True
     complete: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
-    temperatures: ClassVar[tuple[float, float] | None] = None
+    temperature_range: ClassVar[tuple[float, float] | None] = None
     needs_classifier: ClassVar[bool] = False
 
     num_classes: int
@@ -101,9 +104,19 @@ class Codec(ABC):
         values = ",".join(f"{key}={value}" for key, value in self.parameters.items())
         return f"{self.name}:{values}" if values else self.name
 
-    def serves(self, temperature: float) -> bool:
-        """Whether it can be used at a temperature."""
-        return self.temperatures is None or self.temperatures[0] <= temperature <= self.temperatures[1]
+    def serves(self, lowest: float, highest: float | None = None) -> bool:
+        """Whether it can be used at a temperature, or at all from `lowest` to `highest`."""
+        if self.temperature_range is None:
+            return True
+        return (
+            self.temperature_range[0] <= lowest <= (lowest if highest is None else highest) <= self.temperature_range[1]
+        )
+
+    @property
+    def served(self) -> str:
+        """Which temperatures it serves, for messages."""
+        lowest, highest = self.temperature_range or (0.0, float("inf"))
+        return f"temperatures from {lowest:g} to {highest:g}"
 
     @property
     def constants(self) -> dict[str, Tensor]:

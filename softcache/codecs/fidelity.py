@@ -85,7 +85,4 @@ def kl_at(
 
 def grid_of(codec: Codec) -> tuple[float, ...]:
     """The temperatures at which a codec's fidelity is measured: those of the grid that it serves."""
-    if codec.temperatures is None:
-        return GRID
-    lowest, highest = codec.temperatures
-    return tuple(t for t in GRID if lowest <= t <= highest)
+    return tuple(t for t in GRID if codec.serves(t))

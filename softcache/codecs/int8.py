@@ -87,11 +87,11 @@ def grouped(values: Tensor, group: int) -> dict[str, Tensor]:
     if not values.is_cuda and not bool((lowest.isfinite() & step.isfinite()).all()):
         raise CodecRangeError(
             f"float16 holds the scales of groups up to 65504, found {values.abs().amax().item():.6g}",
-            tip="use int8 without groups (group=0), whose scales are float32",
+            tip="leave the groups out (group=0): one scale a row is float32",
         )
     divisor = torch.where(step > 0, step.float(), 1)
     codes = (cells - lowest.float()[:, :, None]).div_(divisor[:, :, None]).round_().clamp_(0, 255)
-    return {"lowest": lowest, "step": step, "codes": codes.reshape(count, -1)[:, :width]}
+    return {"lowest": lowest, "step": step, "codes": codes.reshape(count, groups * group)[:, :width]}
 
 
 def round_up(values: Tensor) -> Tensor:

@@ -32,10 +32,19 @@ def full_float32(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+PIECE = 2**24  # numbers of a matrix in 16 bits that are widened at once
+
+
 def affine(values: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """(B, C) float32 values @ matrix.T + offset, of (B, n), (C, n) and (C,) float32."""
+    """(B, C) float32 values @ matrix.T + offset, of (B, n), (C, n) and (C,) float32; the matrix may also be of a half type."""
     with full_float32(values.device):
-        return torch.addmm(offset, values, matrix.T)
+        if matrix.dtype == torch.float32:
+            return torch.addmm(offset, values, matrix.T)
+        made = values.new_empty(len(values), len(matrix))
+        rows = max(1, PIECE // max(1, matrix.shape[1]))
+        for at in range(0, len(matrix), rows):
+            made[:, at : at + rows] = torch.addmm(offset[at : at + rows], values, matrix[at : at + rows].float().T)
+        return made
 
 
 def affine_rounding(values: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
@@ -44,7 +53,26 @@ def affine_rounding(values: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     Each is within gamma = n u / (1 - n u) times the sum of its terms' sizes from the exact value, with n additions and
     products in float32, fused or not. Source: Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.1.
     """
-    n = matrix.shape[1] + 2  # the offset is a term as well; one more for the rounding of this bound
-    gamma = n * UNIT_ROUNDOFF / (1 - n * UNIT_ROUNDOFF)
     sizes = affine(values.abs(), matrix.abs(), offset.abs()).amax(dim=1)  # (B,), itself within gamma
+    return _apart(sizes, matrix.shape[1])
+
+
+def largest_norms(matrix: Tensor, offset: Tensor) -> tuple[float, float]:
+    """The largest length of a row of a matrix of any float dtype, and the largest size of an offset."""
+    rows = max(1, PIECE // max(1, matrix.shape[1]))
+    lengths = [float(matrix[at : at + rows].double().norm(dim=1).max()) for at in range(0, len(matrix), rows)]
+    return max(lengths, default=0.0), float(offset.abs().max()) if len(offset) else 0.0
+
+
+def affine_rounding_by_norms(values: Tensor, norms: tuple[float, float], count: int) -> Tensor:
+    """`affine_rounding` without a second product: by Cauchy's and Schwarz' inequality, from `largest_norms`; it is larger."""
+    longest, offset = norms
+    sizes = (values.double().norm(dim=1) * longest + offset).float() * (1 + 2.0**-22)
+    return _apart(sizes, count)
+
+
+def _apart(sizes: Tensor, terms: int) -> Tensor:
+    """(B,) from the sums of the terms' sizes."""
+    n = terms + 2  # the offset is a term as well; one more for the rounding of this bound
+    gamma = n * UNIT_ROUNDOFF / (1 - n * UNIT_ROUNDOFF)
     return 2 * gamma / (1 - gamma) * sizes + 2 * n * 2.0**-149  # what products below float32's least step lose

@@ -40,7 +40,7 @@ class TopkCodec(Codec):
     keeps_level: ClassVar[bool] = False
     complete: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
-    temperatures: ClassVar[tuple[float, float] | None] = (1.0, 8.0)
+    temperature_range: ClassVar[tuple[float, float] | None] = (1.0, 8.0)
 
     k: int = 10
 
@@ -85,7 +85,7 @@ class TopkCodec(Codec):
         below = values[:, :1] - values[:, 1 : self.kept]
         tails = values[:, :0]
         if self.tail_classes:
-            tails = (log(self.tail_classes) - _tails(logits, values, ids)).clamp(0.0, LARGEST_BELOW)
+            tails = (log(self.tail_classes) - tails_of(logits, values, ids)).clamp(0.0, LARGEST_BELOW)
         record = {
             "tails": tails,
             "ids": pack(ids, id_bits(self.num_classes)),
@@ -110,11 +110,10 @@ class TopkCodec(Codec):
         """(B,) float32 log of the sum over the other classes of exp(logit / T), at the level of `head`; -inf without any.
 
         Raises:
-            ValueError: a temperature outside `temperatures`.
+            ValueError: a temperature outside `temperature_range`.
         """
-        lowest, highest = self.temperatures or (0.0, 0.0)
-        if not lowest <= temperature <= highest:
-            raise ValueError(f"codec 'topk' serves temperatures from {lowest:g} to {highest:g}, not {temperature:g}")
+        if not self.serves(temperature):
+            raise ValueError(f"codec 'topk' serves {self.served}, not {temperature:g}")
         if not self.tail_classes:
             return torch.full((len(arrays["records"]),), -torch.inf, device=arrays["records"].device)
         gaps = read_field(arrays["records"], self.fields[0]).float()  # (B, 4)
@@ -122,15 +121,20 @@ class TopkCodec(Codec):
 
     def spread(self, arrays: Mapping[str, Tensor], temperature: float) -> Tensor:
         """(B, C) float32 log-probabilities at a temperature, the tail's mass spread evenly over its classes."""
-        ids, logits = self.head(arrays)
-        head = logits / temperature
-        tail = self.tail_logsumexp(arrays, temperature)[:, None]
-        total = torch.logaddexp(head.logsumexp(dim=1, keepdim=True), tail)
-        each = tail - total - log(max(1, self.tail_classes))
-        return each.repeat(1, self.num_classes).scatter_(1, ids, head - total)
+        return spread_evenly(self, arrays, temperature)
 
 
-def _tails(logits: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+def spread_evenly(codec: Codec, arrays: Mapping[str, Tensor], temperature: float) -> Tensor:
+    """`Codec.spread` of a codec that keeps a head and its tail's log-sum-exp."""
+    ids, logits = codec.head(arrays)
+    head = logits / temperature
+    tail = codec.tail_logsumexp(arrays, temperature)[:, None]
+    total = torch.logaddexp(head.logsumexp(dim=1, keepdim=True), tail)
+    each = tail - total - log(max(1, codec.num_classes - ids.shape[1]))
+    return each.repeat(1, codec.num_classes).scatter_(1, ids, head - total)
+
+
+def tails_of(logits: Tensor, values: Tensor, ids: Tensor) -> Tensor:
     """(B, 4) log-sum-exp over the classes that are not in `ids` of (logit - largest) / T, at the T of BETAS.
 
     Args:

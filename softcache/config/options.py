@@ -25,7 +25,8 @@ ALLOW_CODE_HELP = (
     "believe what a cache, a run folder or a weights file names: call its factories and transforms, open its data"
 )
 CODEC_HELP = (
-    "how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, linear_head; "
+    "how logits are stored: float16 (the default), float32, int8, headtail:k=8,bits=8, lowrank, topk:k=10, "
+    "topset:k=50, linear_head; "
     "`softcache plan` compares them on your teacher"
 )
 AUTOCAST = ("none", "bf16", "fp16")

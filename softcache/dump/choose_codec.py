@@ -232,7 +232,9 @@ def candidates(
         more = [text for text in OF_NUMBERS if promise is None or not text.startswith("lowrank")]
         made = {text: asked_codec(text, num_classes, promise) for text in dict.fromkeys((*codecs, *more))}
         return [text for text, codec in made.items() if not codec.of_classes]
-    heads = {text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk"))}
+    heads = {
+        text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk", "topset"))
+    }
     return [text for text in codecs if text not in heads or getattr(heads[text], "k", 0) < num_classes]
 
 
@@ -352,7 +354,7 @@ def keeps(found: Surveyed, promise: Promise | ErrorPromise) -> bool:
     headroom = 1.0 if found.codec.startswith("lowrank") else HEADROOM
     if isinstance(promise, ErrorPromise):
         return not found.refused and found.worst_error * headroom <= promise.max_relative_error
-    if found.refused or found.codec.startswith("topk") or promise.temperature not in found.worst_kl:
+    if found.refused or found.codec.startswith(("topk", "topset")) or promise.temperature not in found.worst_kl:
         return False
     return found.worst_kl[promise.temperature] * headroom <= promise.max_kl
 
@@ -550,10 +552,8 @@ def _asked_of(texts: Sequence[str], teacher: Teacher, names: Iterable[str]) -> l
 
 def _check_served(codec: Codec | None, promise: Promise | ErrorPromise | None) -> None:
     if codec is not None and isinstance(promise, Promise) and not codec.serves(promise.temperature):
-        lowest, highest = codec.temperatures or (0.0, 0.0)
         raise ConfigError(
-            f"--at-temperature {promise.temperature:g}: codec {codec.name!r} serves temperatures from {lowest:g} to "
-            f"{highest:g}",
+            f"--at-temperature {promise.temperature:g}: codec {codec.name!r} serves {codec.served}",
             tip="promise it at one of these, or use a codec that keeps every class",
         )
 

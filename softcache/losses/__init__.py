@@ -32,6 +32,7 @@ from softcache.losses.contrast import Crd
 from softcache.losses.ctkd import Ctkd
 from softcache.losses.divergences import skew_kl, skew_reverse_kl, tvd
 from softcache.losses.features import Vid, ab, at, cosine, fsp, fsp_average, hint, ickd, nst, simkd, srrl
+from softcache.losses.head_loss import HeadLoss, HeadTerm, head_loss
 from softcache.losses.labelled import ce, dkd, mixed_ce, shifted_kd, tf_virtual, wsld
 from softcache.losses.logits import bce, hard, jsd, kd, mse_logits, reverse_kl, soft_ce
 from softcache.losses.many_classes import chunked_kd
@@ -42,12 +43,13 @@ from softcache.losses.schedules import Moment, Schedule
 from softcache.spec import convert
 
 __all__ = [
-    "CLASSIFIER", "INPUTS", "LOSSES", "OUTPUT", "VECTORS", "Crd", "Ctkd", "Loss", "LossTerm", "ReviewKd", "Vid", "ab",
-    "at", "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine", "dist", "dkd", "fsp",
-    "fsp_average", "hard", "hint", "huber", "ickd", "jsd", "jsd_lower_bound", "kd", "kd_lower_bound", "make_term",
-    "mixed_ce", "mse", "mse_logits", "nst", "pkt", "relational_kl", "reverse_kl", "reverse_kl_lower_bound", "rkd_angle",
-    "rkd_distance", "shifted_kd", "simkd", "skew_kl", "skew_kl_lower_bound", "skew_reverse_kl",
-    "skew_reverse_kl_lower_bound", "soft_ce", "sp", "srrl", "tf_virtual", "tvd", "tvd_lower_bound", "wsld",
+    "CLASSIFIER", "INPUTS", "LOSSES", "OUTPUT", "VECTORS", "Crd", "Ctkd", "HeadLoss", "HeadTerm", "Loss", "LossTerm",
+    "ReviewKd", "Vid", "ab", "at", "batch_correlation", "bce", "cc", "ce", "chunked_kd", "class_correlation", "cosine",
+    "dist", "dkd", "fsp", "fsp_average", "hard", "head_loss", "head_term", "hint", "huber", "ickd", "jsd",
+    "jsd_lower_bound", "kd", "kd_lower_bound", "make_term", "mixed_ce", "mse", "mse_logits", "nst", "pkt", "relational_kl",
+    "reverse_kl", "reverse_kl_lower_bound", "rkd_angle", "rkd_distance", "shifted_kd", "simkd", "skew_kl",
+    "skew_kl_lower_bound", "skew_reverse_kl", "skew_reverse_kl_lower_bound", "soft_ce", "sp", "srrl", "tf_virtual", "tvd",
+    "tvd_lower_bound", "wsld",
 ]  # fmt: skip
 
 INPUTS = {
@@ -335,6 +337,47 @@ def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
             tip="4 is usual; a schedule stays above 0 throughout, as in linear(8, 2)",
         )
     return term
+
+
+def head_term(
+    term: LossTerm,
+    moment: Moment | None = None,
+    *,
+    count: float | Tensor | None = None,
+    class_weights: Tensor | None = None,
+) -> HeadTerm:
+    """A term as `head_loss` takes it, with its weight and settings at a point of training.
+
+    Args:
+        term: of a loss on logits, labels or both.
+        moment: of the schedules; None: the beginning.
+        count: what the term's sum is divided by, see `HeadTerm`.
+        class_weights: (C,) what the term's setting of that name stands for.
+
+    Raises:
+        LossError: a loss that relates positions to one another, looks at layers or learns a part of its own; or a term with
+            class_weights, and none given.
+    """
+    loss, found = term.loss, term.settings_at(moment or Moment())
+    function, why = loss.function, ""
+    if isinstance(function, type):
+        why = "learns a part of its own, as a temperature, and the gradient of the head is made before that part's"
+    elif loss.has_features:
+        why = "looks at more than the logits of a position"
+    elif loss.over == "batch":
+        why = "relates positions to one another, and a head over a vocabulary is computed some positions at a time"
+    if isinstance(function, type) or why:
+        raise LossError(
+            f"loss {term.name!r} {why}",
+            tip="use kd, reverse_kl, jsd, skew_kl, tvd, ce and others that take each row alone",
+        )
+    if CLASS_WEIGHTS in found:
+        if found[CLASS_WEIGHTS] and class_weights is None:
+            raise LossError(
+                f"loss {term.name!r} has class_weights, and no tensor of them was given", tip="give class_weights="
+            )
+        found[CLASS_WEIGHTS] = class_weights
+    return HeadTerm(term.name, function, loss.over, term.weight.at(moment or Moment()), found, count)
 
 
 def __getattr__(name: str) -> Any:

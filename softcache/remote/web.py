@@ -11,12 +11,12 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from email.utils import mktime_tz, parsedate_tz
 from threading import Timer, local
 from time import time
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
 
 from softcache.errors import RemoteError
@@ -68,7 +68,7 @@ class Web:
                 _check(answer, url, start)
                 at = start
                 while stop is None or at < stop:
-                    piece = answer.read1(PIECE if stop is None else min(PIECE, stop - at))
+                    piece = _piece(answer, PIECE if stop is None else min(PIECE, stop - at))
                     if not piece:
                         if answer.length:
                             raise FleetingError(f"it ended {answer.length:,} bytes too early")
@@ -85,18 +85,30 @@ class Web:
 
     def _open(self, request: urllib.request.Request) -> Any:
         """The answer once its head is there, which has to be soon: a head may come byte by byte."""
-        sockets: list[socket.socket] = []
-        _OF_THREAD.sockets = sockets
-        timer = Timer(HEAD_S, _shut, [sockets])
-        timer.daemon = True
-        timer.start()
-        try:
+        _OF_THREAD.sockets = []
+        with _soon():
             return self._opener.open(request, timeout=STALL_S)
-        finally:
-            timer.cancel()
 
 
 _OF_THREAD = local()  # the sockets of the request that a thread makes
+
+
+def _piece(answer: Any, nbytes: int) -> bytes:
+    """What came; what comes in chunks ends in lines, which may be without an end."""
+    with _soon() if answer.chunked else nullcontext():
+        return cast("bytes", answer.read1(nbytes))
+
+
+@contextmanager
+def _soon() -> Iterator[None]:
+    """It is over within HEAD_S, or the other side is hung up on."""
+    timer = Timer(HEAD_S, _shut, [_OF_THREAD.sockets])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _shut(sockets: list[socket.socket]) -> None:

@@ -7,9 +7,8 @@ the same members behind the earlier ones; or other samples of the same teachers.
 from __future__ import annotations
 
 import os
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from softcache.cache.checksums import BadBlock, sha256_of
 from softcache.cache.file_entry import StoredFile
 from softcache.cache.manifest import Manifest
 from softcache.cache.open_file import COPY_AGAIN
-from softcache.cache.provenance import told_data
+from softcache.cache.provenance import told_data, told_of_copies
 from softcache.cache.write.copier import Copier
 from softcache.errors import CacheError, ConfigError, DamagedCacheError
 from softcache.report.progress import Meter
@@ -72,14 +71,16 @@ def run(
     _refuse_same(caches)
     license = license_of(caches) if license is None else license
     disjoint = [[refuse_overlap(other, one) for other in caches[:number]] for number, one in enumerate(caches)]
-    provenance = _provenance(paths, out, license, started)
+    command = _asked(paths, out, license)
     if disjoint[1][0]:
         for number, of_cache in enumerate(disjoint):
             if not all(of_cache):
                 raise _mixed(caches, number)
         names = merge_samples.check(caches)
         _refuse_damaged(caches, quiet=quiet)
-        manifest = merge_samples.write(caches, names, out, license, provenance, quiet=quiet, shard_rows=shard_rows)
+        manifest = merge_samples.write(
+            caches, names, out, license, command, started=started, quiet=quiet, shard_rows=shard_rows
+        )
         return Merged(manifest, "samples")
     for number, of_cache in enumerate(disjoint):
         if any(of_cache):
@@ -90,10 +91,16 @@ def run(
     copier = Copier(out, replace(stack.plan, license=license), stack.rounds)
     if not copier.is_done():
         _refuse_damaged(caches, quiet=quiet)
-        first = caches[0].manifest
-        with Meter(f"merge {out}", copier.manifest.nbytes, unit="B", quiet=quiet) as meter:
-            copier.run({first.id: first.to_bytes()}, card, provenance | {"notes": list(stack.notes)}, meter.add)
+        _copy(copier, caches, {**command, "notes": list(stack.notes)}, started, quiet=quiet)
     return Merged(copier.manifest, _how(stack, caches[0]), stack.notes)
+
+
+def _copy(copier: Copier, caches: Sequence[Cache], command: Mapping[str, Any], started: float, *, quiet: bool) -> None:
+    first = caches[0]
+    with copier, Meter(f"merge {copier.path}", copier.manifest.nbytes, unit="B", quiet=quiet) as meter:
+        copier.copy(meter.add)
+        records = sum(len(cache) * cache.num_views for cache in caches)
+        copier.commit({first.id: first.manifest.to_bytes()}, card, told_of_copies(command, started, records))
 
 
 def _how(stack: Stack, first: Cache) -> str:
@@ -164,17 +171,12 @@ def _refuse_damaged_file(cache: Cache, file: StoredFile) -> None:
         os.close(fd)
 
 
-def _provenance(paths: Sequence[Path], out: Path, license: str | None, started: float) -> dict[str, Any]:
+def _asked(paths: Sequence[Path], out: Path, license: str | None) -> dict[str, Any]:
+    """The command, for provenance.json."""
     data = {told_data(path) for path in paths}
     return {
-        "command": {
-            "caches": [str(path) for path in paths],
-            "out": str(out),
-            "license": license,
-            "data": data.pop() if len(data) == 1 else None,
-        },
-        "host": platform.node(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": round(time.monotonic() - started, 3),
-        "python": platform.python_version(),
+        "caches": [str(path) for path in paths],
+        "out": str(out),
+        "license": license,
+        "data": data.pop() if len(data) == 1 else None,
     }

@@ -15,6 +15,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.plan import Parent, Plan, Round
 from softcache.cache.plan_rules import width_of
 from softcache.cache.positions import Positions, build_positions, cut_positions
+from softcache.cache.provenance import told_of_copies
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import OUTPUT_PREFIX, PROBE_RECORDS, PROVISIONAL_FORMAT, ArraySpec, Span
 from softcache.cache.write.writer import CacheWriter, Setup
@@ -78,8 +79,9 @@ def write(
     names: Names,
     out: Path,
     license: str | None,
-    provenance: Mapping[str, Any],
+    command: Mapping[str, Any],
     *,
+    started: float,
     quiet: bool,
     shard_rows: int | None = None,
 ) -> Manifest:
@@ -87,6 +89,7 @@ def write(
 
     Args:
         names: from `check`.
+        command: what was asked for; `started`: when, by the monotonic clock.
         shard_rows: of its shards; None: as the layout derives them.
     """
     first, members = caches[0], caches[0].members
@@ -110,7 +113,7 @@ def write(
         with Meter(f"merge {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
                 _write_span(writer, span, specs_of(span), caches, names, batch, meter)
-        manifest = writer.commit(card, provenance)
+        manifest = writer.commit(card, told_of_copies(command, started, total))
     if manifest is None:
         raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
     return manifest

@@ -6,7 +6,6 @@ parent's bit for bit. Only what is known of the parts is measured anew, from the
 
 from __future__ import annotations
 
-import platform
 import re
 import sys
 import time
@@ -23,7 +22,7 @@ from softcache.cache.dump_folder import read_planned
 from softcache.cache.manifest import Manifest, known_ids
 from softcache.cache.plan import Parent, Plan, Round
 from softcache.cache.positions import Positions
-from softcache.cache.provenance import told_data
+from softcache.cache.provenance import told_data, told_of_copies
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import ArraySpec, Span
 from softcache.cache.write.writer import CacheWriter, Setup
@@ -155,7 +154,7 @@ def cut(
         with Meter(f"subset {out}", total, unit="views", quiet=quiet) as meter:
             for span in spans:
                 _write_span(writer, span, specs_of(span), cache, chosen, batch, meter)
-        manifest = writer.commit(card, _provenance(path, choice, started, total))
+        manifest = writer.commit(card, told_of_copies(_asked(path, choice), started, total))
     if manifest is None:
         raise DumpError(f"{out}: some spans are missing", tip="run the same command again")
     return manifest
@@ -347,14 +346,7 @@ def begun_with(path: Path | str, out: Path) -> str | None:
     return before.id if before and (isinstance(path, str) or before.id in known_ids(path)) else None
 
 
-def _provenance(path: Path | str, choice: Choice, started: float, records: int) -> dict[str, Any]:
-    seconds = time.monotonic() - started
+def _asked(path: Path | str, choice: Choice) -> dict[str, Any]:
+    """The command, for provenance.json."""
     command = {name: str(value) if isinstance(value, Path) else value for name, value in vars(choice).items()}
-    return {
-        "command": {"cache": str(path), **command, "data": None if isinstance(path, str) else told_data(path)},
-        "host": platform.node(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": round(seconds, 3),
-        "views_per_s": round(records / max(1e-9, seconds), 1),
-        "python": platform.python_version(),
-    }
+    return {"cache": str(path), **command, "data": None if isinstance(path, str) else told_data(path)}

@@ -112,14 +112,14 @@ def _check_classes(term: LossTerm, members: Sequence[Stored]) -> None:
 
 def _check_stored(term: LossTerm, member: Stored, *, multi_label: bool) -> None:
     codec, loss = member.codec, term.loss
-    for temperature in (1.0,) if term.temperature is None else term.temperature.bounds:
-        if not codec.serves(temperature):
-            lowest, highest = codec.temperatures or (0.0, 0.0)
-            raise LossError(
-                f"codec {codec.name!r} of member {member.name!r} serves temperatures from {lowest:g} to {highest:g}, "
-                f"{term.name} asks for {temperature:g}",
-                tip="choose another temperature, or dump with --codec headtail or int8, which keep every class",
-            )
+    lowest, highest = (1.0, 1.0) if term.temperature is None else term.temperature.bounds
+    if not codec.serves(lowest, highest):
+        ends = [t for t in (lowest, highest) if not codec.serves(t)]
+        asked = f"{ends[0]:g}" if ends else f"all from {lowest:g} to {highest:g}"
+        raise LossError(
+            f"codec {codec.name!r} of member {member.name!r} serves {codec.served}, {term.name} asks for {asked}",
+            tip="choose another temperature, or dump with --codec headtail or int8, which keep every class",
+        )
     if loss.needs("teacher_logits") and not codec.complete:
         raise LossError(
             f"loss {term.name!r} needs the logits of every class; codec {codec.name!r} of member {member.name!r} keeps some",

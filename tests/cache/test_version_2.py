@@ -32,6 +32,7 @@ from softcache.cache.statistics import MemberStatistics
 from softcache.cache.write.writer import CacheWriter, Part
 from softcache.check import inspect, repair, verify
 from softcache.check.repair import Means
+from softcache.codecs import make_codec
 from softcache.config import DumpConfig, TrainConfig
 from softcache.dump.encode import measured_rows
 from softcache.errors import CacheError, DamagedCacheError, LockedError
@@ -630,3 +631,30 @@ def test_an_index_that_is_not_there_is_said(cache: Path) -> None:
     assert CacheReader(cache).index("words").in_part(Span(0, 0, ROWS, 0, 1)) == sum(
         indexed.length_of("words", row, 0) for row in range(ROWS)
     )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_topset_vectors_of_the_page(number: int) -> None:
+    """Against the code, and against a reader of the page: bits, a byte each, float16."""
+    (body,) = re.findall(r"^```json2 topset\n(.*?)^```$", FORMAT, re.M | re.S)
+    vector = json.loads(body)[number]
+    record, classes = bytes.fromhex(vector["record"]), len(vector["given"])
+    kept, tails = min(int(vector["parameters"]["k"]), classes), len(vector["tails"])
+    step, gaps = np.frombuffer(record, "<f4", 1), np.frombuffer(record, "<f2", tails, 4)
+    values, bits = record[4 + 2 * tails :][:kept], int.from_bytes(record[4 + 2 * tails + kept :], "little")
+    ids, low = list(range(kept)), (classes // kept).bit_length() - 1
+    if classes > kept:
+        ones = [at for at in range(8 * len(record)) if bits >> kept * low + at & 1]
+        ids = [(at - i << low) + (bits >> i * low) % (1 << low) for i, at in enumerate(ones)]
+    row = {c: float((np.float32(min(value, 254)) - 254) * step[0]) for c, value in zip(ids, values, strict=True)}
+    largest = ids[values.index(255)]
+    assert [largest, *(c for c in ids if c != largest)] == vector["ids"]
+    assert [row[c] for c in vector["ids"]] == pytest.approx(vector["logits"], rel=1e-6)
+    codec = make_codec("topset", vector["parameters"], classes)
+    arrays = {"records": torch.tensor([list(record)], dtype=torch.uint8)}
+    assert codec.encode(torch.tensor([vector["given"]]))["records"].tolist() == [list(record)]
+    assert codec.head(arrays)[0][0].tolist() == vector["ids"]
+    assert codec.head(arrays)[1][0].tolist() == pytest.approx(vector["logits"], rel=1e-6)
+    for (t, tail), gap in zip(vector["tails"].items(), gaps, strict=True):
+        assert codec.tail_logsumexp(arrays, float(t)).item() == pytest.approx(tail, abs=6e-6)
+        assert np.log(classes - kept) - float(gap) == pytest.approx(tail, abs=6e-6)

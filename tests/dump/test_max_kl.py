@@ -57,11 +57,13 @@ ROWS = {
     "headtail, 6 bits": "headtail:k=4,bits=6",
     "headtail, 4 bits": "headtail:k=16,bits=4",
     "topk": "topk:k=10",
+    "topset": "topset:k=10",
     "lowrank": "lowrank:max_kl=0.001,at_temperature=4",
     "linear_head": "linear_head",
     "linear_head, int8": "linear_head:dtype=int8",
+    "linear_head, groups": "linear_head:group=8",
 }
-COMPLETE = [row for row, text in ROWS.items() if not text.startswith("topk")]
+COMPLETE = [row for row, text in ROWS.items() if not text.startswith("top")]
 over_rows = pytest.mark.parametrize("row", ROWS)
 QUICK = ("float16", "headtail", "topk", "lowrank")  # one of each kind; the others in the full run
 over_quick_rows = pytest.mark.parametrize(
@@ -183,6 +185,32 @@ def test_topk_keeps_the_largest_and_the_mass_of_the_rest(pieces: Path, caches: d
         cache.eps("narrow", np.arange(2), np.zeros(2, np.int64))
 
 
+def test_topset_keeps_the_largest_and_the_mass_of_the_rest(pieces: Path, caches: dict[str, softcache.Cache]) -> None:
+    cache = caches["topset"]
+    assert cache.manifest.plan.format == 2
+    given = live(pieces, cache).double()
+    below, targets = given - given.amax(dim=1, keepdim=True), whole_view(cache)
+    best = below.topk(10, dim=1)
+    for t in (1.0, 2.0, 4.0, 8.0):
+        ids, logits, tail = targets.head("narrow", t)
+        assert torch.equal(ids.sort(dim=1).values, best.indices.sort(dim=1).values)
+        assert torch.equal(ids[:, 0], best.indices[:, 0])
+        reach = -best.values[:, 9:]
+        assert bool(((logits - below.gather(1, ids)).abs() <= reach / 508 + 1e-5).all())
+        rest = (below / t).scatter(1, ids, -torch.inf).logsumexp(dim=1)
+        assert float((tail - rest).abs().max()) <= (np.log(CLASSES - 10) - float(rest.min())) * 2**-11 + 1e-5
+    with pytest.raises(ValueError, match="1, 2, 4 and 8 alone, not 3"):
+        targets.log_probs("narrow", 3.0)
+
+
+def test_linear_head_in_groups_keeps_the_layer_in_16_bits(pieces: Path, caches: dict[str, softcache.Cache]) -> None:
+    layer, cache = load_user_file(pieces).narrow().fc, caches["linear_head, groups"]
+    (file,) = cache.manifest.files_of("constants", "narrow")
+    assert file.arrays["codec_weight"].dtype == "<f2" and cache.manifest.plan.format == 2
+    kept = cache.classifier("narrow")
+    assert kept is not None and torch.equal(kept[0], layer.weight.detach().half().float())
+
+
 @pytest.mark.parametrize("row", ["linear_head", "linear_head, int8"])
 def test_linear_head_keeps_the_layer_once(pieces: Path, caches: dict[str, softcache.Cache], row: str) -> None:
     layer, kept = load_user_file(pieces).narrow().fc, caches[row].classifier("narrow")
@@ -252,10 +280,11 @@ def student_logits(pieces: Path, cache: softcache.Cache, run: Path) -> Tensor:
     return logits
 
 
-def test_training_on_topk_sees_the_lower_bound(
-    pieces: Path, caches: dict[str, softcache.Cache], tmp_path: Path
+@pytest.mark.parametrize("row", ["topk", "topset"])
+def test_training_on_the_largest_classes_sees_the_lower_bound(
+    pieces: Path, caches: dict[str, softcache.Cache], tmp_path: Path, row: str
 ) -> None:
-    cache = caches["topk"]
+    cache = caches[row]
     config = run_config(pieces, cache, tmp_path / "run", "kd_lower_bound:temperature=2", lr=1e-30)
     found = train.run(config, quiet=True).metrics[0]["kd_lower_bound"]
     p = (live(pieces, cache).double() / 2).softmax(dim=1)
@@ -271,7 +300,7 @@ def test_training_on_topk_sees_the_lower_bound(
 @pytest.mark.slow
 @over_quick_rows
 def test_an_epoch_of_steps_learns(pieces: Path, caches: dict[str, softcache.Cache], tmp_path: Path, row: str) -> None:
-    loss = "kd_lower_bound" if row == "topk" else "kd"
+    loss = "kd" if row in COMPLETE else "kd_lower_bound"
     settings = {"batch_size": 32, "epochs": 3, "view": 0, "lr": 0.05, "read": "pread"}
     result = train.run(
         run_config(pieces, caches[row], tmp_path / "run", f"{loss}:temperature=4", **settings), quiet=True
@@ -286,6 +315,16 @@ MISFITS = {
     "mse_logits on topk": ("topk", "mse_logits", r"'mse_logits' needs the logits of every class"),
     "bce on topk": ("topk", "bce", r"'bce' needs the logits of every class"),
     "kd_lower_bound at T=20": ("topk", "kd_lower_bound:temperature=20", r"from 1 to 8, kd_lower_bound asks for 20"),
+    "kd_lower_bound between temperatures": (
+        "topset",
+        "kd_lower_bound:temperature=3",
+        r"temperatures 1, 2, 4 and 8 alone, kd_lower_bound asks for 3",
+    ),
+    "kd_lower_bound over temperatures": (
+        "topset",
+        "kd_lower_bound:temperature=linear(4, 2)",
+        r"temperatures 1, 2, 4 and 8 alone, kd_lower_bound asks for all from 2 to 4",
+    ),
     "kd_lower_bound at T=0.5": ("topk", "kd_lower_bound:temperature=0.5", r"from 1 to 8, kd_lower_bound asks for 0\.5"),
     **{
         f"kd_lower_bound on {row}": (row, "kd_lower_bound:temperature=4", "for caches that keep some classes")

@@ -55,8 +55,10 @@ def test_every_codec_has_its_golden() -> None:
         }
         for version in GOLDEN.glob("v*")
     }
-    assert stored[FORMAT_VERSION] == set(CODECS) and tuple(sorted(stored)) == FORMATS
+    frozen = {name for name, kind in CODECS.items() if kind(10).format == FORMAT_VERSION}
+    assert stored[FORMAT_VERSION] == frozen and tuple(sorted(stored)) == FORMATS
     assert all(names and names <= set(CODECS) for names in stored.values())
+    assert {name for name, kind in CODECS.items() if kind(10).format != FORMAT_VERSION} <= set().union(*stored.values())
 
 
 @pytest.mark.parametrize("path", CACHES, ids=IDS)
@@ -103,9 +105,15 @@ def test_it_is_within_its_bound_of_the_live_teacher(path: Path) -> None:
         if numbers["eps"] is not None:
             stored = torch.tensor(numbers["logits"], dtype=torch.float64)
             assert ((stored - given).abs().amax(dim=1) <= torch.tensor(numbers["eps"]) + 2e-6).all()
-        if numbers["logits"] is None:  # topk keeps the order of the largest
+        if numbers["logits"] is None:  # the largest are kept, by topk in their order
             found = torch.tensor(numbers["log_probs at T=2"]).topk(5, dim=1).indices
-            assert torch.equal(found, given.topk(5, dim=1).indices)
+            best = given.topk(5, dim=1).indices
+            same = (
+                torch.equal(found, best)
+                if path.name == "topk"
+                else torch.equal(found.sort().values, best.sort().values)
+            )
+            assert same  # a byte holds no order of what is nearly equal
 
 
 @pytest.mark.slow

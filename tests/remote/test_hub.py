@@ -26,6 +26,7 @@ from golden.indexed import make_indexed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CACHES = {"version 1": GOLDEN / "v1" / "extended", "version 2": GOLDEN / "indexed"}
+SHOWN = (".gitattributes", "README.md", "croissant.json", "preview.parquet")
 PLACE = parse_place("hf:team/cache")
 
 SELDOM = ("shifted", "busy", "packed", "page", "to a file")
@@ -55,20 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 def there(server: HubServer, name: str = "team/cache") -> dict[str, bytes]:
     """What lies there but for the card and what a hub puts there."""
-    return {path: data for path, data in server.contents(name).items() if path not in (".gitattributes", "README.md")}
-
-
-def lay(server: HubServer, cache: Path) -> None:
-    """The cache is there already, open to everybody."""
-    files: dict[str, str | bytes] = {}
-    for path, data in whole(cache).items():
-        if path.endswith(".h5"):
-            files[path] = sha256(data).hexdigest()
-            server.large[str(files[path])] = data
-        else:
-            files[path] = data
-    server.repositories["team/cache"] = Repository()
-    server.repositories["team/cache"].commit(files)
+    return {path: data for path, data in server.contents(name).items() if path.rpartition("/")[2] not in SHOWN}
 
 
 def whole(cache: Path) -> dict[str, bytes]:
@@ -101,7 +89,7 @@ def test_pushed_and_pulled_it_is_the_same(
     done = push.run(CACHES[cache], place, quiet=True)
     start = len(folder) or 0
     lies = {path[start:]: data for path, data in there(server).items() if path.startswith(folder[1:])}
-    assert {path: data for path, data in lies.items() if path != "README.md"} == whole(CACHES[cache])
+    assert lies == whole(CACHES[cache])
     assert len(server.repositories["team/cache"].commits) == 2  # all of it in one
     assert server.repositories["team/cache"].private == (not folder)
     assert ("open to you and your team alone" in capsys.readouterr().err) == (not folder)
@@ -215,23 +203,23 @@ def test_what_is_pushed_while_it_is_pulled_is_not_mixed_in(
 
 @pytest.mark.parametrize("fault", ["corrupt", "cut", *(pytest.param(one, marks=pytest.mark.slow) for one in SELDOM)])
 def test_a_wrong_answer_of_where_large_files_lie_is_found(server: HubServer, tmp_path: Path, fault: str) -> None:
-    lay(server, CACHES["version 1"])
-    server.files.faults["samples.h5"] = [fault] * 2
+    server.lay("team/cache", whole(CACHES["version 1"]))
+    server.faults["samples.h5"] = [fault] * 2
     if fault not in ("cut", "busy"):
-        server.files.always["samples.h5"] = fault
+        server.always["samples.h5"] = fault
         with pytest.raises(RemoteError, match=r"samples\.h5: ") as caught:
             pull.run(PLACE, tmp_path / "a", quiet=True)
         assert TOKEN not in repr(caught.value) and SIGNED not in repr(caught.value)
         with pytest.raises(UnfinishedCacheError):
             read_manifest(tmp_path / "a")
-        server.files.always.clear()
-        server.files.faults.clear()
+        server.always.clear()
+        server.faults.clear()
     pull.run(PLACE, tmp_path / "a", quiet=True)
     assert whole(tmp_path / "a") == whole(CACHES["version 1"])
 
 
 def test_other_bytes_of_the_same_size_are_refused(server: HubServer, tmp_path: Path) -> None:
-    lay(server, CACHES["version 1"])
+    server.lay("team/cache", whole(CACHES["version 1"]))
     data = server.contents("team/cache")["samples.h5"]
     oid = server.repositories["team/cache"].commits[-1][1]["samples.h5"]
     server.large[str(oid)] = bytes(len(data))  # under the hash of the other ones: a hub that is wrong, or lies
@@ -259,7 +247,7 @@ def test_what_a_hub_refuses_is_said_without_the_token(
 def test_a_private_repository_asks_for_a_token(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lay(server, CACHES["version 1"])
+    server.lay("team/cache", whole(CACHES["version 1"]))
     server.repositories["team/cache"].private = True
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
     with pytest.raises(RemoteError, match=r"is not open to you \(401") as caught:
@@ -287,7 +275,7 @@ def test_a_hub_that_is_none_is_told(server: HubServer, tmp_path: Path, monkeypat
 def test_without_its_package_what_is_open_is_read_and_a_push_says_what_is_missing(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lay(server, CACHES["version 1"])
+    server.lay("team/cache", whole(CACHES["version 1"]))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     server.heard.clear()

@@ -557,7 +557,7 @@ def test_pixels_must_be_the_same(quick_dump: QuickDump, tmp_path: Path, capsys: 
         quick_dump(out="second", **(FIRST | {"teacher": [B]}))
     made = merge.run([tmp_path / "first", tmp_path / "second"], tmp_path / "out", quiet=True)
     assert "by 1 of 255 at most" in made.notes[0] and made.notes[0] in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["notes"] == list(made.notes)
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["command"]["notes"] == list(made.notes)
 
 
 def test_folders_that_cannot_be(quick_dump: QuickDump, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,6 +605,17 @@ def test_a_parent_that_is_not_whole_is_refused_before_anything_is_written(
     (tmp_path / "one-2" / "manifest.json").unlink()
     with pytest.raises(UnfinishedCacheError):
         merge.run([first.reader.path, tmp_path / "one-2"], tmp_path / "out", quiet=True)
+
+
+def test_same_and_other_samples_are_not_merged_at_once(quick_dump: QuickDump, parents: Path, tmp_path: Path) -> None:
+    quick_dump(out="other", keep_labels=("0-1",), **(FIRST | {"teacher": [B]}))
+    low, high, other = parents / "low", parents / "high", tmp_path / "other"
+    for paths in ([low, high, other], [low, other, high]):
+        with pytest.raises(
+            CacheError, match=f"{paths[2]} cannot be merged with the caches before it: some of all these"
+        ):
+            merge.run(paths, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_licence_that_is_given_holds(quick_dump: QuickDump, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ Every public name, with its signature and docstring. This page is made from the 
 
 What is not here is internal and may move in any version. In the examples `data` is a data set whose samples have names, `cache`
 is `softcache.open("caches/a")`, `joined` is `cache.join(data)`, and torch, NumPy as `np` and `DataLoader` are imported. Axes: B
-batch, C classes, D width, H W space, N samples.
+batch, C classes, D width, H W space, N samples, P positions.
 """
 LOSSES_BEGINNING = """\
 Plain functions of tensors, or modules where something is learned or remembered; all are names of `softcache.losses`. Each
@@ -49,7 +49,8 @@ CLASSES = (
     ("", "softcache.train", "train/flow.py", ("run",)),
     ("", "softcache.train", "train/session.py", ("TrainResult",)),
 )
-NO_LOSSES = ("Loss", "LossTerm", "make_term")  # public in softcache.losses: what makes a term of a loss
+NO_LOSSES = ("Loss", "LossTerm", "head_term", "make_term")  # public in softcache.losses: what makes a term of a loss
+OF_HEAD = ("head_loss", "HeadTerm", "HeadLoss")  # likewise: losses over a vocabulary
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def section(prefix: str, path: str, names: tuple[str, ...]) -> Iterator[str]:
 def loss_names() -> list[str]:
     """The losses among the public names of softcache.losses: those that are defined in its modules."""
     listed = ast.literal_eval(read("losses/__init__.py").constants["__all__"])
-    return [name for name in listed if name not in NO_LOSSES and not name.isupper()]
+    return [name for name in listed if name not in (*NO_LOSSES, *OF_HEAD) and not name.isupper()]
 
 
 def imported_from(name: str) -> str:
@@ -212,9 +213,14 @@ def losses() -> Iterator[str]:
                 + signature_of(module, f"{name}.forward", forward, method=True)
             )
         yield told(signature, f"{summary_of(node)}\n\n{source_of(node)}")
-    module = read("losses/__init__.py")
     yield "Of a term, as `--loss` names it:\n"
-    for name in sorted(NO_LOSSES):
+    yield from in_full(read("losses/__init__.py"), sorted(NO_LOSSES))
+    yield "Over a vocabulary, from hidden states and a head:\n"
+    yield from in_full(read("losses/head_loss.py"), OF_HEAD)
+
+
+def in_full(module: Module, names: Iterable[str]) -> Iterator[str]:
+    for name in names:
         node = module.defined[name]
         if isinstance(node, ast.FunctionDef):
             yield told(signature_of(module, name, node), docstring_of(node))

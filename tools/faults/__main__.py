@@ -9,7 +9,9 @@
     python tools/faults many                      8 dumpers and 16 readers on one folder
     python tools/faults term --count 50           SIGTERM of `softcache train`, on one process and two, with workers and without
     python tools/faults pulls --count 1000        `softcache pull` from a web server that does wrong
+    python tools/faults pulls --hub --count 1000  the same from a hub of our own
     python tools/faults pulls --kill --count 100  SIGKILL of it at random times
+    python tools/faults buckets --count 20        push and pull by obstore against moto, installed for it (extra cloud)
     python tools/faults --quick                   a few trials of each; `kill --quick`: of one
     python tools/faults kill --format 2           of version 2 (prefixes and errno too): indexes, lists, embeddings
 
@@ -44,6 +46,7 @@ from faults.term import term
 from faults.watched import Call, one_of_each
 
 COMMANDS = ("kill", "prefixes", "strace", "errno", "fulldisk", "many", "term", "pulls")
+OF_A_REGISTRY = ("buckets",)  # they ask a registry for what they need, and are run by name alone
 OF_BOTH = ("kill", "prefixes", "errno")  # versions of the format
 MEMORY = Path("/dev/shm")  # an fsync costs nothing there
 
@@ -78,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", help="where the caches are made (default: a temporary one, in memory for --quick)")
     parser.add_argument("--quick", action="store_true", dest="each", help="a few trials of each sub-command")
     commands = parser.add_subparsers(dest="command", metavar="{" + ",".join(COMMANDS) + "}")
-    subs = {name: commands.add_parser(name) for name in (*COMMANDS, "write")}
+    subs = {name: commands.add_parser(name) for name in (*COMMANDS, *OF_A_REGISTRY, "write")}
     for sub in subs.values():
         sub.add_argument("--quick", action="store_true", help="a few trials")
         sub.add_argument("--json", action="store_true", help="the counts for machines")
@@ -94,6 +97,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     subs["term"].add_argument("--count", type=int, default=50)
     subs["pulls"].add_argument("--count", type=int, default=1000)
     subs["pulls"].add_argument("--kill", action="store_true", help="kill it instead")
+    subs["pulls"].add_argument("--hub", action="store_true", help="from a hub of our own")
+    subs["buckets"].add_argument("--count", type=int, default=20)
+    subs["buckets"].add_argument("--moto", type=Path, help="an environment that has moto[server] already")
     subs["write"].add_argument("path", type=Path)
     subs["write"].add_argument("--record", type=Path, required=True)
     arguments = parser.parse_args(argv)
@@ -121,7 +127,14 @@ def run(arguments: argparse.Namespace, root: Path) -> Report:
     if arguments.command == "term":
         return term(root, 4 if quick else arguments.count, arguments.seed)
     if arguments.command == "pulls":
-        return (killed_pulls if arguments.kill else pulls)(root, 4 if quick else arguments.count, arguments.seed)
+        count = 4 if quick else arguments.count
+        if arguments.kill:
+            return killed_pulls(root, count, arguments.seed)
+        return pulls(root, count, arguments.seed, hub=arguments.hub)
+    if arguments.command == "buckets":
+        from faults.buckets import buckets
+
+        return buckets(root, 1 if quick else arguments.count, arguments.seed, arguments.moto)
     return many(root, 4, 3) if quick else many(root, arguments.dumpers, arguments.readers)
 
 

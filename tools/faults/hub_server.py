@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ class Repository:
 
 
 class HubServer(Server):
-    """The hub, in memory; what is asked of `files`, where the large ones lie, may go wrong by the path in the repository.
+    """The hub, in memory; what is asked of it, or of `files` for large ones, may go wrong by its path in the repository.
 
     Attributes:
         repositories: by name.
@@ -58,10 +58,22 @@ class HubServer(Server):
         self.names: dict[str, str] = {}
         self.files = Server(Path(), _FilesHandler)
         self.files.hub = self  # type: ignore[attr-defined]
+        self.files.faults, self.files.always, self.files.changed = self.faults, self.always, self.changed
+        self.files.asked, self.files.sent = self.asked, self.sent
         self.uploads: list[str] = []
         self.refused: list[int] = []
         self.heard: list[tuple[str, str | None]] = []
         self.before_commit: Any = lambda: None
+
+    def lay(self, name: str, contents: Mapping[str, bytes]) -> None:
+        """A repository of these files, open to everybody."""
+        files: dict[str, str | bytes] = dict(contents)
+        for path, data in contents.items():
+            if path.endswith(".h5"):
+                files[path] = hashlib.sha256(data).hexdigest()
+                self.large[str(files[path])] = data
+        self.repositories[name] = Repository()
+        self.repositories[name].commit(files)
 
     def contents(self, name: str) -> dict[str, bytes]:
         """What its newest commit holds."""

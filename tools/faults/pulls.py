@@ -10,9 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
+from faults.hub_server import TOKEN, HubServer
+from faults.hub_server import hub as hub_of
 from faults.report import Report, demand
-from faults.web_server import FAULTS, Server, serving
+from faults.web_server import FAULTS, HOSTILE, Server, serving
 from golden.indexed import make_indexed
 from softcache.cache.manifest import read_manifest
 from softcache.cache.schema import CARD, MANIFEST, PROVENANCE
@@ -22,13 +25,17 @@ from softcache.remote.places import Place, parse_place
 from softcache.share import pull
 
 
-def pulls(root: Path, count: int, seed: int) -> Report:
-    """So many pulls of a small cache; each file may be served wrong, some once or twice, some always."""
+def pulls(root: Path, count: int, seed: int, *, hub: bool = False) -> Report:
+    """So many pulls of a small cache; each file may be served wrong, some once or twice, some always.
+
+    Args:
+        hub: from a repository of a hub, whose large files lie at another address.
+    """
     report, draw = Report("pulls"), random.Random(seed)
     make_indexed(root / "served", rounds=2)
     wanted, id = contents(root / "served"), read_manifest(root / "served").id
     names = sorted(wanted)
-    with hasty(), serving(root / "served") as server:
+    with hasty(), serving_hub(root / "served") if hub else serving(root / "served") as server:
         for number in range(count):
             out = root / "out"
             with report.trial(f"pull {number}, seed {seed}"):
@@ -129,12 +136,12 @@ def spoil(server: Server, names: list[str], draw: random.Random) -> None:
     """One to four files are served wrong."""
     heal(server)
     for path in draw.sample(names, draw.randint(1, 4)):
-        fault = draw.choice(FAULTS)
+        fault = draw.choice(FAULTS + HOSTILE)
         if draw.random() < 0.15:
             server.always[path] = fault
         else:
             server.faults[path] = [
-                fault if draw.random() < 0.7 else draw.choice(FAULTS) for _ in range(draw.randint(1, 3))
+                fault if draw.random() < 0.7 else draw.choice(FAULTS + HOSTILE) for _ in range(draw.randint(1, 3))
             ]
 
 
@@ -145,7 +152,17 @@ def heal(server: Server) -> None:
 
 
 def place_of(server: Server, id: str) -> Place:
-    return parse_place(server.url, id)
+    return parse_place("hf:team/cache" if isinstance(server, HubServer) else server.url, id)
+
+
+@contextmanager
+def serving_hub(folder: Path) -> Iterator[HubServer]:
+    """A hub with this cache, for whom the environment names no other."""
+    with hub_of() as server, mock.patch.dict(os.environ, {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN}):
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        server.lay("team/cache", {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
+        yield server
+        demand(all(heard is None for where, heard in server.heard if where == "files"), "the token was sent elsewhere")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,18 @@ FAULTS = (
     "page",  # a page that says something, with 200
 )
 
+HOSTILE = (
+    "to data",  # leads to data:
+    "headers",  # lines of its head without an end
+    "long header",  # one of them is long
+    "continues",  # says "go on" without an end
+    "trailer",  # what comes in chunks ends in lines without an end
+    "later",  # 503, and come again in thirty years
+    "packed bomb",  # compressed, and a thousand times as large
+)
+
 LEADS = {"loop": "", "to a file": "file:///etc/hostname", "to ftp": "ftp://127.0.0.1:9/samples.h5"}
+LEADS |= {"to data": "data:text/plain,secrets"}
 
 
 class Server(ThreadingHTTPServer):
@@ -126,9 +138,12 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(path, data, start, stop, given is not None, fault)
 
     def _answer(self, path: str, data: bytes, start: int, stop: int, ranged: bool, fault: str | None) -> None:
-        if fault in ("busy", "down"):
+        if fault in ("headers", "long header", "continues", "trailer"):
+            self._without_end(fault)
+            return
+        if fault in ("busy", "down", "later"):
             self.send_response(429 if fault == "busy" else 503)
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", "999999999" if fault == "later" else "0")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -157,16 +172,33 @@ class Handler(BaseHTTPRequestHandler):
             body += b"more"
         elif fault == "page":
             ranged, body = False, b"<html>please sign in</html>"
+        elif fault == "packed bomb":
+            body = gzip.compress(bytes(1 << 24))
         self.send_response(206 if ranged else 200)
         if ranged:
             told = start + 7 if fault == "other range" else start
             self.send_header("Content-Range", f"bytes {told}-{max(told, stop - 1)}/{len(data)}")
-        if fault == "packed":
+        if fault in ("packed", "packed bomb"):
             self.send_header("Content-Encoding", "gzip")
         if fault != "endless":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self._send(path, body, fault)
+
+    def _without_end(self, fault: str) -> None:
+        """Lines, until nobody listens."""
+        start, line = {
+            "headers": (b"HTTP/1.1 200 OK\r\n", b"X-More: and more\r\n"),
+            "long header": (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x" * 4096),
+            "continues": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+            "trailer": (
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",
+                b"X-More: and more\r\n",
+            ),
+        }[fault]
+        self.wfile.write(start)
+        while not self.server.stopped.is_set():
+            self.wfile.write(line * 100)
 
     def _send(self, path: str, body: bytes, fault: str | None) -> None:
         if fault in ("cut", "stall"):

@@ -33,6 +33,11 @@ CACHES: dict[str, dict[str, Any]] = {
     "multi-label": {"codec": "float16", "data": f"{PIECES}:images?multi_label=true", "no_keys": True},
     "mixed": {"codec": "float16", "policy": ("crop_flip:padding=1", "mixup"), "views": 2},
 }
+# of codecs that version 1 does not have
+CACHES_2: dict[str, dict[str, Any]] = {
+    "topset": {"codec": "topset:k=5"},
+    "linear_head-groups": {"codec": "linear_head:group=8"},
+}
 
 
 def make(folder: Path, settings: dict[str, Any]) -> None:

@@ -27,12 +27,12 @@ from softcache.cache.reader import CacheReader
 from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from golden.cases import CACHES, GOLDEN, make, make_extended, make_subset
+from golden.cases import CACHES, CACHES_2, GOLDEN, make, make_extended, make_subset
 from golden.indexed import MEMBERS, make_indexed
 
 SHOWN = 20  # records whose numbers are kept
 QUICK = ("float16", "features")
-OF_PROVISIONAL = ("float16", "topk", "lowrank", "features", "mixed")
+OF_PROVISIONAL = ("float16", "topk", "lowrank", "features", "mixed", *CACHES_2)
 INDEXED = GOLDEN / "indexed"
 
 
@@ -74,7 +74,7 @@ def numbers(values: torch.Tensor) -> Any:
 def write(version: Path, names: Sequence[str], format: int = FORMAT_VERSION) -> None:
     """These caches, one made in three rounds, and a subset, without what tells of this machine."""
     for name in names:
-        make(version / name, {**CACHES[name], "format": str(format)})
+        make(version / name, {**CACHES, **CACHES_2}[name] | {"format": str(format)})
     make_extended(version / "extended", format)
     make_subset(version / "float16", version / "subset", "--views", "1")
     for path in sorted(version.iterdir()):

@@ -9,6 +9,7 @@ CODECS = {
     "headtail": "the largest logits in 16 bits, all others in few bits with a scale per record",
     "lowrank": "coordinates in a basis over classes; records that this would not hold well enough are kept in 16 bits",
     "topk": "the largest logits only, and how much probability all other classes have together",
+    "topset": "the largest logits only, in a byte each, and how much probability all other classes have together",
     "linear_head": "the input of the teacher's final linear layer, and that layer once",
 }
 

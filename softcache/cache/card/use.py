@@ -20,14 +20,19 @@ def suggested_loss(plan: Plan) -> str | None:
         if not of_words:
             return None
         member = of_words[0]
-    of_classes = "kd_lower_bound:temperature=4" if _is_partial(plan) else "kd:temperature=4"
+    of_classes = f"kd_lower_bound:temperature={_partial_at(plan)}" if _is_partial(plan) else "kd:temperature=4"
     of_classes = "bce" if plan.samples.multi_label else of_classes
     return LOSS_OF_OTHERS.get(member.output or "features", of_classes)
 
 
 def _is_partial(plan: Plan) -> bool:
     """Whether some member's codec keeps some classes only."""
-    return any(codec_text(member.codec).startswith("topk") for member in plan.members)
+    return any(codec_text(member.codec).startswith(("topk", "topset")) for member in plan.members)
+
+
+def _partial_at(plan: Plan) -> int:
+    """The temperature of what is suggested of some classes: of a vocabulary 1, since few of its classes hold little at others."""
+    return 1 if any(codec_text(member.codec).startswith("topset") for member in plan.members) else 4
 
 
 def how_to_use(manifest: Manifest) -> str:
@@ -104,9 +109,10 @@ def _loop_over_positions(plan: Plan) -> str:
     if member.output is None and member.features:
         feature = quoted(member.features[0].name)
         read, what = f", features=[{feature}]", f'flat("{member.name}", {feature})'
-    partial = member.output in CLASS_OUTPUTS and codec_text(member.codec).startswith("topk")
+    partial = member.output in CLASS_OUTPUTS and codec_text(member.codec).startswith(("topk", "topset"))
     function = "kd" if member.output in CLASS_OUTPUTS else LOSS_OF_OTHERS[member.output or "features"]
-    t = 1 if items == "tokens" else 4  # of many ids a higher temperature leaves little to the largest ones
+    # of many ids a higher temperature leaves little to the largest ones
+    t = 1 if items == "tokens" else _partial_at(plan) if partial else 4
     loss = f"{function}(student_rows, targets.{what}{f', temperature={t}' if function == 'kd' else ''})"
     if partial:
         softened = "16 * kl_div(log_softmax(student_rows / 4, 1)" if t == 4 else "kl_div(log_softmax(student_rows, 1)"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from softcache.cache.canonical import canonical_json
 from softcache.cache.checksums import READ_BYTES, sha256_of
@@ -51,7 +50,7 @@ class Copy:
 
 
 class Copier:
-    """Writes a cache out of copies. What cannot be a cache is refused here, before a file is touched.
+    """Writes a cache out of copies; a context manager, which holds the folder. What cannot be a cache is refused before.
 
     Args:
         path: the new cache's folder; made when it does not exist.
@@ -60,6 +59,10 @@ class Copier:
 
     Attributes:
         manifest: what it will be.
+
+    Raises:
+        LockedError: a living process merges into the same folder.
+        PlanMismatchError: the folder was begun with other caches.
     """
 
     def __init__(self, path: Path, plan: Plan, rounds: Sequence[Sequence[Copy]]) -> None:
@@ -95,67 +98,73 @@ class Copier:
             )
         return False
 
-    def run(
-        self,
-        earlier: Mapping[str, bytes],
-        card: Callable[[Manifest], str],
-        provenance: Mapping[str, Any],
-        note: Callable[[int], None],
-    ) -> None:
-        """Copy what is not there yet, and commit.
-
-        Args:
-            earlier: id -> bytes of manifests that the new one extends: their files are all among the new cache's.
-            note: is told the bytes of each block that is there, or was copied.
-
-        Raises:
-            LockedError: a living process merges into the same folder.
-            PlanMismatchError: the folder was begun with other caches.
-            DiskSpaceError: there is no room for what is to be copied.
-            DamagedCacheError: a file is not what its cache's manifest names.
-        """
+    def __enter__(self) -> Self:
+        """Hold the folder. A mark in it says which cache is being made; it goes when that is there."""
         refuse_linked_folders(self.path)
         durable.make_folder(self.path / WORK)
-        with self._under_way():
-            wanted = [one for of_round in self._rounds for one in of_round]
-            missing = [one for one in wanted if not self._is_there(one.target, note)]
-            durable.require_room(self.path, sum(one.target.nbytes for one in missing), "what is to be merged needs")
-            for one in missing:
-                self._copy(one, note)
-            for about, data in self._lists:
-                durable.write_whole(self.path / about.path, data, tag=TAG)
-            durable.make_folder(self.path / MANIFESTS)
-            for id, data in {**earlier, self.manifest.id: self._data}.items():
-                durable.write_whole(self.path / MANIFESTS / f"{id}.json", data, tag=TAG)
-            told = json.dumps(dict(provenance), indent=1).encode()
-            durable.write_whole(self.path / PROVENANCE, told, tag=TAG)
-            durable.write_whole(self.path / CARD, card(self.manifest).encode("utf-8"), tag=TAG)
-            durable.write_whole(self.path / MANIFEST, self._data, tag=TAG)
-
-    @contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """Hold the folder; its mark says which cache is being made in it, and goes when that is there."""
-        mark, lock = self.path / WORK / MERGING, self.path / WORK / "merge.lock"
+        lock = self.path / WORK / "merge.lock"
         try:
-            held = take_lock(lock)
+            self._lock = take_lock(lock)
         except BlockingIOError:
             raise LockedError(
                 f"{self.path}: another process merges into it: {holder_of(lock)}",
                 tip="wait for it, end it, or choose another folder for OUT",
             ) from None
         try:
-            sign(held)
+            sign(self._lock)
             told = canonical_json({"id": self.manifest.id})
-            if mark.exists() and mark.read_bytes() != told:
+            if self._mark.exists() and self._mark.read_bytes() != told:
                 raise PlanMismatchError(
                     f"{self.path}: a merge of other caches, or into another licence, is not finished there",
                     tip="repeat the command it was started with, choose another folder for OUT, or delete this one",
                 )
-            durable.write_whole(mark, told, tag=TAG)
-            yield
-            durable.remove(mark)
-        finally:
-            release_lock(held)
+            durable.write_whole(self._mark, told, tag=TAG)
+        except BaseException:
+            release_lock(self._lock)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        release_lock(self._lock)
+
+    @property
+    def _mark(self) -> Path:
+        return self.path / WORK / MERGING
+
+    def copy(self, note: Callable[[int], None]) -> None:
+        """Copy what is not there yet.
+
+        Args:
+            note: is told the bytes of each block that is there, or was copied.
+
+        Raises:
+            DiskSpaceError: there is no room for it.
+            DamagedCacheError: a file is not what its cache's manifest names.
+        """
+        wanted = [one for of_round in self._rounds for one in of_round]
+        missing = [one for one in wanted if not self._is_there(one.target, note)]
+        durable.require_room(self.path, sum(one.target.nbytes for one in missing), "what is to be merged needs")
+        for one in missing:
+            self._copy(one, note)
+
+    def commit(
+        self, earlier: Mapping[str, bytes], card: Callable[[Manifest], str], provenance: Mapping[str, Any]
+    ) -> None:
+        """Write the manifest, last of all.
+
+        Args:
+            earlier: id -> bytes of manifests that the new one extends: their files are all among the new cache's.
+        """
+        for about, data in self._lists:
+            durable.write_whole(self.path / about.path, data, tag=TAG)
+        durable.make_folder(self.path / MANIFESTS)
+        for id, data in {**earlier, self.manifest.id: self._data}.items():
+            durable.write_whole(self.path / MANIFESTS / f"{id}.json", data, tag=TAG)
+        told = json.dumps(dict(provenance), indent=1).encode()
+        durable.write_whole(self.path / PROVENANCE, told, tag=TAG)
+        durable.write_whole(self.path / CARD, card(self.manifest).encode("utf-8"), tag=TAG)
+        durable.write_whole(self.path / MANIFEST, self._data, tag=TAG)
+        durable.remove(self._mark)
 
     def _is_there(self, target: StoredFile, note: Callable[[int], None]) -> bool:
         """Whether an earlier try has copied it: by its bytes, since anybody may have been here."""
