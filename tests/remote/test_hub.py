@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import sys
 from collections.abc import Iterator
 from hashlib import sha256
@@ -17,7 +19,7 @@ from softcache.check import verify
 from softcache.errors import MissingExtraError, RemoteError, UnfinishedCacheError
 from softcache.remote import hub, patience
 from softcache.remote.places import parse_place
-from softcache.share import pull, push
+from softcache.share import pull, push, show
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 from faults.hub_server import SIGNED, TOKEN, HubServer, Repository
@@ -284,3 +286,21 @@ def test_without_its_package_what_is_open_is_read_and_a_push_says_what_is_missin
     assert not [heard for _, heard in server.heard if heard]
     with pytest.raises(MissingExtraError, match="pushing to a hub needs the package"):
         push.run(CACHES["version 1"], PLACE, quiet=True)
+
+
+def test_a_new_card_is_a_commit_of_its_own_with_what_it_shows(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CACHES["version 1"], tmp_path / "cache")
+    push.run(tmp_path / "cache", PLACE, quiet=True)
+    assert b"\nviewer: false\n" in server.contents("team/cache")["README.md"]
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: object())  # as where pyarrow is
+        patch.setattr(show, "to_parquet", lambda columns, cells: b"PAR1 \x00\xff")
+        made = show.run(tmp_path / "cache", quiet=True).files
+    assert push.run(tmp_path / "cache", PLACE, quiet=True).sent_files == 0
+    lies = server.contents("team/cache")
+    assert {path: lies[path] for path in made} == {path: (tmp_path / "cache" / path).read_bytes() for path in made}
+    assert len(made) == 3 and len(server.repositories["team/cache"].commits) == 3
+    push.run(tmp_path / "cache", PLACE, quiet=True)
+    assert len(server.repositories["team/cache"].commits) == 3

@@ -50,7 +50,7 @@ def how_to_use(manifest: Manifest) -> str:
         ways = f"In one command, or in {own}:\n\n    {command}"
     return f"""## How to use it
 
-Where this folder is on another machine, `URL` being its address there:
+Where this folder is on another machine, `URL` being its address there (`hf:ORG/NAME` on Hugging Face):
 
     softcache pull URL@{manifest.id[:16]} caches/here
 
