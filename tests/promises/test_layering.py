@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         "features",
         "models",
         "losses",  # features_for only, see INNER
+        "tokens",
     },
     "evaluate": {"config", "spec", "machine", "report", "data", "models", "targets"},
     "train": {
@@ -172,6 +173,7 @@ INNER: dict[str, dict[str, set[str]]] = {
             "progress",
             "samples",
             "teacher",
+            "token_teachers",
             "position_index",
         },
         "forecast": {
@@ -468,8 +470,8 @@ def test_the_promises_are_in_the_tables() -> None:
     for room in EVERYBODY | {"report", "files", "spec", "machine", "features"}:
         assert ALLOWED[room] == set()
     assert ALLOWED["cache"] == {"files"} and "torch" not in PACKAGES["cache"]
-    assert ALLOWED["config"] == {"spec"} and ALLOWED["models"] == {"spec", "features", "files", "words"}
-    assert ALLOWED["data"] == {"spec", "cache", "words"} and ALLOWED["targets"] == {
+    assert ALLOWED["config"] == {"spec"} and ALLOWED["models"] == {"spec", "features", "files", "words", "tokens"}
+    assert ALLOWED["data"] == {"spec", "cache", "words", "tokens"} and ALLOWED["targets"] == {
         "cache",
         "codecs",
         "data",
