@@ -21,7 +21,7 @@ from softcache.config import DumpConfig
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from faults.web_server import Server, serving  # noqa: F401 the tests take it from here
 
-ROWS, VIEWS = 2600, 4
+ROWS, VIEWS = 1600, 4
 KINDS = ("version 1", "version 2", "words")
 BLOCK = 1 << 16
 
@@ -39,7 +39,7 @@ def far(kind: str) -> Path:
     """A cache of the kind: two members; of samples with four views and a feature, and files of many blocks."""
     path = folder() / kind.replace(" ", "")
     if kind == "words":
-        spec = sentences(folder() / "words.jsonl", count=2500, seed=3)
+        spec = sentences(folder() / "words.jsonl", count=2200, seed=3)
         write_cache(path, spec, ("a", "b"), part_rows=2048)
         return path
     toy = f"{WORLDS / 'toy.py'}"
@@ -50,7 +50,7 @@ def far(kind: str) -> Path:
         views=VIEWS,
         features=("1",),
         codec="float32",
-        shard_rows=1536,
+        shard_rows=1280,
         format="2" if kind == "version 2" else "1",
         threads=1,
         workers=0,

@@ -20,7 +20,7 @@ from softcache.cache.plan import Plan
 from softcache.cache.schema import LIST_BYTES, MAX_LIST_BYTES, list_path, part_path
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.strict_json import LISTED, read_shape
-from softcache.errors import DamagedCacheError
+from softcache.errors import DamagedCacheError, LinkedCacheError
 from softcache.files.inside import read_inside
 
 
@@ -77,6 +77,8 @@ class ListedFiles(Sequence[StoredFile]):
         for number, one in enumerate(self.lists):
             try:
                 self.read(number)
+            except LinkedCacheError:  # which is no damage
+                raise
             except DamagedCacheError as exc:
                 yield one, exc.message.removeprefix(f"{self.root / one.path}: ")
 

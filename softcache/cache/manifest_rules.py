@@ -403,6 +403,9 @@ def _check_coded(member: MemberInfo, plan: Plan, file: StoredFile, records: tupl
 def _check_statistics(s: MemberStatistics, records: int, where: str) -> None:
     counts = (s.labelled, s.dense, s.measured)
     demand(s.records == records and max(counts) <= records, f"{where}: statistics of another number of records")
+    demand(
+        all(0 <= kept <= 1.001 * records for kept in s.kept.values()), f"{where}: keeps more probability than there is"
+    )
     demand(s.correct <= s.labelled and s.agreed <= s.measured, f"{where}: statistics count more than there are")
 
 

@@ -43,6 +43,8 @@ class MemberStatistics:
         agreed: of those, where the largest stored logit is the largest given one.
         kl: temperature -> divergence.
         feature_errors: feature -> the largest relative L2 error of a record.
+        kept: temperature -> the sum over records of the stored probability of the classes kept, where a codec keeps some; of
+            version 2 alone.
         error: relative L2 error of the stored numbers over the measured records, of outputs without classes; else None.
     """
 
@@ -58,6 +60,7 @@ class MemberStatistics:
     kl: Mapping[str, Divergence] = field(default_factory=dict)
     feature_errors: Mapping[str, float] = field(default_factory=dict)
     error: Divergence | None = None
+    kept: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: MemberStatistics) -> MemberStatistics:
         return MemberStatistics(
@@ -76,7 +79,14 @@ class MemberStatistics:
                 for name in {**self.feature_errors, **other.feature_errors}
             },
             other.error if self.error is None else self.error if other.error is None else self.error + other.error,
+            self._kept_with(other),
         )
+
+    def _kept_with(self, other: MemberStatistics) -> Mapping[str, float]:
+        """Of both together; nothing where of some records it is not known."""
+        if not self.records or not other.records:
+            return other.kept if not self.records else self.kept
+        return {t: total + other.kept[t] for t, total in self.kept.items() if t in other.kept}
 
     @property
     def entropy(self) -> float:
@@ -89,6 +99,11 @@ class MemberStatistics:
     @property
     def agreement(self) -> float | None:
         return self.agreed / self.measured if self.measured else None
+
+    @property
+    def mean_kept(self) -> dict[float, float]:
+        """Temperature -> the mean probability of the classes kept."""
+        return {float(t): total / max(1, self.records) for t, total in self.kept.items()}
 
     def mean_kl(self, temperature: str) -> float:
         return self.kl[temperature].sum / max(1, self.measured)
@@ -109,6 +124,8 @@ class MemberStatistics:
         }
         if format != FORMAT_VERSION:
             entry["error"] = None if self.error is None else self.error.to_json()
+            if self.kept:
+                entry["kept"] = {t: repr(total) for t, total in self.kept.items()}
         return entry
 
     @classmethod
@@ -126,4 +143,5 @@ class MemberStatistics:
             {str(t): Divergence.from_json(d) for t, d in entry["kl"].items()},
             {str(name): float(value) for name, value in entry["feature_errors"].items()},
             None if entry.get("error") is None else Divergence.from_json(entry["error"]),
+            {str(t): float(total) for t, total in entry.get("kept", {}).items()},
         )

@@ -146,7 +146,7 @@ PLAN: Shape = {
 }
 
 _SUMS: Shape = {"sum": DECIMAL, "worst": DECIMAL}
-STATISTICS_2: Shape = {**STATISTICS, "error": Either(_SUMS)}
+STATISTICS_2: Shape = {**STATISTICS, "error": Either(_SUMS), "kept?": AnyKeys(DECIMAL)}
 FILE_2: Shape = {**FILE, "statistics?": STATISTICS_2, "checksums": SHA256, "index?": str}
 MEMBER_2: Shape = {
     **MEMBER,

@@ -46,6 +46,7 @@ def describe(path: Path | str) -> dict[str, Any]:
                 "agreement": s.agreement,
                 "kl": {t: {"mean": s.mean_kl(t), "worst": d.worst} for t, d in s.kl.items()},
                 "feature_errors": dict(s.feature_errors),
+                **({"kept": {f"{t:g}": share for t, share in s.mean_kept.items()}} if s.kept else {}),
                 **({} if s.error is None else {"error": _error_of(s)}),
             }
             for name, s in manifest.statistics.items()
@@ -114,6 +115,9 @@ def report(path: Path | str) -> str:
     for name, s in manifest.statistics.items():
         if s.dense:
             lines.append(f"  {s.dense:,} of {s.records:,} records of {name} are kept dense, counted in")
+        if s.kept:
+            told = ", ".join(f"{share:.1%} at T={t:g}" for t, share in s.mean_kept.items())
+            lines.append(f"  the classes kept of {name} hold {told} of the probability")
     features = [
         [m.name, f.name, f.stored, f.dtype, " + ".join(map(str, f.shapes)), f"{error:.2g}"]
         for m in plan.members

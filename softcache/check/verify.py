@@ -151,6 +151,8 @@ def _copy_faults(path: Path) -> Iterator[str]:
     for one in known_ids(path):
         try:
             found = sha256(read_inside(path, f"{MANIFESTS}/{one}.json", MAX_BYTES)).hexdigest()
+        except LinkedCacheError:
+            raise
         except DamagedCacheError as exc:
             yield exc.message
             continue

@@ -11,6 +11,7 @@ from torch import Tensor
 from softcache.codecs.codec import Codec
 
 GRID = (1.0, 2.0, 4.0, 10.0, 20.0)  # temperatures at which fidelity is reported
+KEPT_AT = (1.0, 2.0, 4.0, 8.0)  # at which it is told how much of the probability is kept
 
 
 def round_up_to_half(values: Tensor) -> Tensor:
@@ -81,6 +82,21 @@ def kl_at(
     if decoded is not None:
         return kl_rows(logits, decoded, temperature)
     return kl_rows(logits / temperature, codec.spread(coded, temperature), 1.0)
+
+
+def kept_at(codec: Codec) -> tuple[float, ...]:
+    """The temperatures at which it is told how much a codec keeps of the probability: none where it keeps all."""
+    return () if codec.complete else tuple(t for t in KEPT_AT if codec.serves(t))
+
+
+def kept_sums(codec: Codec, arrays: Mapping[str, Tensor]) -> Tensor:
+    """(n,) float64: at each of `kept_at`, the sum over records of the probability of the classes kept, as it is stored."""
+    _, head = codec.head(arrays)
+    sums = [head.new_zeros(0, dtype=torch.float64)]
+    for t in kept_at(codec):
+        inside = (head.double() / t).logsumexp(dim=1)
+        sums.append((inside - torch.logaddexp(inside, codec.tail_logsumexp(arrays, t).double())).exp().sum()[None])
+    return torch.cat(sums)
 
 
 def grid_of(codec: Codec) -> tuple[float, ...]:

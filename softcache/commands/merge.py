@@ -25,6 +25,7 @@ class MergeConfig:
 
 
 def run(config: MergeConfig, output: Output) -> int:
+    from softcache.cache.schema import PROVISIONAL_FORMAT
     from softcache.remote.places import folder_of
     from softcache.report.tables import size
     from softcache.share import merge
@@ -47,6 +48,8 @@ def run(config: MergeConfig, output: Output) -> int:
     views = f"{plan.views.count} view{'s' * (plan.views.count != 1)}"
     what = f"{plan.samples.count:,} samples x {views} of {', '.join(members)}"
     print(f"{out}: {what}; {size(manifest.nbytes)}; merged by their {made.how}")
+    if plan.format == PROVISIONAL_FORMAT:
+        print(f"format version {plan.format}, which is provisional: a later softcache may want it made again")
     print(f"id {manifest.id}")
     return 0
 

@@ -22,6 +22,7 @@ from softcache.data.loading import ViewedSet
 from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.features_for import features_for
 from softcache.dump.job import Job
+from softcache.dump.kept import VOCABULARY
 from softcache.dump.layout import (
     Arrays,
     ErrorPromise,
@@ -61,6 +62,7 @@ CANDIDATES = (
     "linear_head:dtype=int8",
     "topk:k=10",
     "topk:k=100",
+    "topset:k=50",
 )
 
 
@@ -235,7 +237,13 @@ def candidates(
     heads = {
         text: asked_codec(text, num_classes, None) for text in codecs if text.startswith(("headtail", "topk", "topset"))
     }
-    return [text for text in codecs if text not in heads or getattr(heads[text], "k", 0) < num_classes]
+    least = VOCABULARY - 1  # topset is of vocabularies
+    return [
+        text
+        for text in codecs
+        if text not in heads
+        or max(getattr(heads[text], "k", 0), least if text.startswith("topset") else 0) < num_classes
+    ]
 
 
 def survey_codec(text: str, teacher: Teacher, prober: Prober, promise: Promise | ErrorPromise | None) -> Surveyed:

@@ -17,7 +17,7 @@ from softcache.cache.samples import SampleTable
 from softcache.cache.schema import FORMAT_VERSION
 from softcache.cache.statistics import Divergence, MemberStatistics
 from softcache.codecs import Codec
-from softcache.codecs.fidelity import eps_of, kl_at, relative_errors, round_up_to_half
+from softcache.codecs.fidelity import eps_of, kept_at, kept_sums, kl_at, relative_errors, round_up_to_half
 from softcache.data.label_kind import answers, has_several, is_known, is_yes
 from softcache.dump.layout import Promise, Storage
 from softcache.dump.results import not_finite
@@ -58,8 +58,7 @@ class Encoded:
         measured = {name: value.numpy() for name, value in self.measured.items()}
         self._check(host, measured)
         if "dense_at" in self.dense:
-            assert self.storage.codec is not None
-            _number_dense_rows(out, self.member, self.storage.codec, host["records"], self.dense)
+            _number_dense_rows(out, self.member, self._codec, host["records"], self.dense)
         out.append(self.member, host, self._statistics(host, measured))
 
     def _check(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> None:
@@ -98,6 +97,11 @@ class Encoded:
                 )
 
     @property
+    def _codec(self) -> Codec:
+        assert self.storage.codec is not None
+        return self.storage.codec
+
+    @property
     def _what(self) -> str:
         return "logits" if self.storage.has_classes else "numbers"
 
@@ -107,6 +111,7 @@ class Encoded:
     def _statistics(self, host: Mapping[str, np.ndarray], measured: Mapping[str, np.ndarray]) -> MemberStatistics:
         correct, labelled, entropy, agreed = measured["sums"].tolist()
         error = measured.get("error")
+        kept = measured.get("kept")
         kl = measured["kl"]  # (grid, measured rows); empty for multi-label targets
         return MemberStatistics(
             records=len(self.rows),
@@ -124,6 +129,9 @@ class Encoded:
             if kl.size
             else {},
             feature_errors={f.name: float(host[f.error_name].max()) for f in self.storage.features},
+            kept={}
+            if kept is None
+            else {f"{t:g}": s for t, s in zip(kept_at(self._codec), kept.tolist(), strict=True)},
             error=None if error is None else Divergence(float(error.sum()), float(error.max(initial=0.0))),
         )
 
@@ -176,6 +184,8 @@ def encode(
     measured = {"finite": finite.to(torch.uint8)}
     if storage.has_classes:
         measured |= _of_classes(teacher, storage, logits, coded, decoded, labels, few)
+        if format != FORMAT_VERSION and codec is not None and not codec.complete:
+            measured["kept"] = kept_sums(codec, coded)
     else:
         measured |= _of_numbers(storage, logits, decoded, few)
     dense: dict[str, Tensor] = {name: coded[name] for name in ("dense", "dense_at") if name in coded}

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from softcache.dump.choose_codec import (
     survey_codec,
 )
 from softcache.dump.job import Job, new_job
+from softcache.dump.kept import VOCABULARY, Kept, kept_by_size, kept_table
 from softcache.dump.layout import (
     Arrays,
     ErrorPromise,
@@ -137,6 +138,7 @@ class Forecast:
         chosen: the codec that this command would dump with.
         promise: what --max-kl asks for.
         features: member -> feature -> bytes of a record.
+        kept: of a vocabulary, what `topset` keeps of the probability.
         words: of all samples, where each has a record; None: samples have one answer each.
         multi_label: the samples have several labels: KL is the binary one, mean over the labels of a record.
         outputs: what the members gave that gave no classes; a plan is of members with classes, or of others.
@@ -153,6 +155,7 @@ class Forecast:
     multi_label: bool = False
     outputs: Sequence[str] = ()
     words: int | None = None
+    kept: Sequence[Kept] = ()
 
     @property
     def _size(self) -> str:
@@ -185,6 +188,7 @@ class Forecast:
                 f"  feature {name} of {member}: {nbytes:,} bytes a record, counted in" for name, nbytes in kept.items()
             ]
         lines += self._refused()
+        lines += ["", *kept_table(self.kept)] if self.kept else []
         lines += ["", f"> {self.chosen}: {size(chosen.nbytes)}, about {_duration(chosen.seconds)}"]
         if isinstance(self.promise, Promise):
             worst = chosen.worst(self.promise.temperature)
@@ -240,6 +244,7 @@ class Forecast:
             "members": self.members,
             "classes": self.classes,
             "chosen": self.chosen,
+            **({"kept": [asdict(one) for one in self.kept]} if self.kept else {}),
             "features": {member: dict(kept) for member, kept in self.features.items()},
             "codecs": {
                 one.codec: {"refused": one.refused}
@@ -345,7 +350,16 @@ def run(
         transfer_set.multi_label,
         tuple(dict.fromkeys(teacher.output for teacher in teachers if not with_classes)),
         None if job.positions is None else job.positions.total,
+        _kept(teachers, prober, chosen),
     )
+
+
+def _kept(teachers: Sequence[Teacher], prober: Prober, chosen: str) -> list[Kept]:
+    """Of members with very many classes, or whose codec is topset."""
+    of_classes = [teacher for teacher in teachers if teacher.has_output and teacher.has_classes]
+    if not of_classes or not (chosen.startswith("topset") or of_classes[0].width >= VOCABULARY):
+        return []
+    return kept_by_size([prober.measuring_rows(teacher).logits for teacher in of_classes])
 
 
 def _refuse_both(teachers: Sequence[Teacher]) -> None:
@@ -380,7 +394,8 @@ def _cache_bytes(
     records = {name: {**one.arrays, **_feature_arrays(storages[name])} for name, one in found.items()}
     largest = max(sum(ArraySpec("", d, s).nbytes for d, s in arrays.values()) for arrays in records.values())
     others = any(not storage.has_classes or storage.index for storage in storages.values())
-    format = PROVISIONAL_FORMAT if others else int(config.format)
+    formats = [storage.codec.format for storage in storages.values() if storage.codec is not None]
+    format = max(PROVISIONAL_FORMAT if others else int(config.format), *formats, FORMAT_VERSION)
     row_bytes = bytes_of_a_row(largest, job.positions)
     layout = plan_layout(count, job.views, len(found), row_bytes, shard_rows=config.shard_rows, format=format)
     if format != FORMAT_VERSION:

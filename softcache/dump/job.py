@@ -146,7 +146,8 @@ def order_of(table: SampleTable, transfer_set: TransferSet) -> np.ndarray:
         raise DataError(
             f"{transfer_set.name}: is not the transfer set of this cache: {len(ids):,} samples, the cache has "
             f"{len(table):,}" + (f"; {missing.size} are not there: {named}" if missing.size else ""),
-            tip="give --data as it was when the cache was made; samples cannot be added to a cache",
+            tip="give --data as it was when the cache was made; other samples are dumped into a cache of their own, and "
+            "`softcache merge` puts the two together",
         )
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Whose:
     tip: str
 
 
+HUB_LINK = re.compile(r"(\.\./)+blobs/[0-9a-f]{40,64}")  # what a file of a hub's store is
 CACHE = Whose("cache", DamagedCacheError, LinkedCacheError, "copy the cache again, or mend it with `softcache repair`")
 RUN = Whose("run folder", TrainingError, TrainingError, "copy the run folder again")
 
@@ -47,12 +49,10 @@ def open_inside(root: Path, relative: str, whose: Whose = CACHE) -> int:
     at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for folder in folders:
-            inner = _open(folder, os.O_DIRECTORY, at, root / relative, whose)
+            inner = _open(folder, os.O_DIRECTORY, at, root, relative, whose)
             os.close(at)
             at = inner
-        fd = _open(
-            name, os.O_NONBLOCK, at, root / relative, whose
-        )  # opening a pipe would otherwise wait for its writer
+        fd = _open(name, os.O_NONBLOCK, at, root, relative, whose)  # opening a pipe would otherwise wait for its writer
     finally:
         os.close(at)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -61,11 +61,18 @@ def open_inside(root: Path, relative: str, whose: Whose = CACHE) -> int:
     return fd
 
 
-def _open(name: str, flags: int, folder: int, path: Path, whose: Whose) -> int:
+def _open(name: str, flags: int, folder: int, root: Path, relative: str, whose: Whose) -> int:
+    path = root / relative
     try:
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
     except OSError as exc:
         if exc.errno in (errno.ELOOP, errno.ENOTDIR) and _is_link(name, folder):
+            if whose is CACHE and HUB_LINK.fullmatch(os.readlink(name, dir_fd=folder)):
+                raise whose.linked(
+                    f"{root}: lies in a hub's store, whose files are symbolic links ({relative} is one); links inside a cache "
+                    "are not followed, and that says nothing of damage",
+                    tip=_way_out_of_hub(root),
+                ) from None
             raise whose.linked(
                 f"{path}: {name!r} is a symbolic link; links inside a {whose.what} are not followed",
                 tip=f"copy the {whose.what} with its links resolved: cp -rL, rsync -L, or a download into a folder of its own",
@@ -76,6 +83,16 @@ def _open(name: str, flags: int, folder: int, path: Path, whose: Whose) -> int:
             raise whose.misfit(f"{path}: is not a regular file", tip=whose.tip) from None  # a socket
         exc.filename = str(path)
         raise
+
+
+def _way_out_of_hub(root: Path) -> str:
+    """How to have such a cache as a folder of its own."""
+    copied = f"cp -rL {root} NEW"
+    for part in root.absolute().parts:
+        if part.startswith("datasets--"):
+            repository = part.removeprefix("datasets--").replace("--", "/", 1)
+            return f"{copied}, or softcache pull hf:{repository} NEW"
+    return copied
 
 
 def _is_link(name: str, folder: int) -> bool:

@@ -75,6 +75,7 @@ CLASSIFIER = "head"  # in place of a layer: the input of the final linear layer;
 OUTPUT = "output"  # in place of a layer: what an embedding network gives, or one of values, and the member's record
 LAYER_VECTORS = (CLASSIFIER, "pool", "flatten", "cls", "mean_tokens")
 VECTORS = (*LAYER_VECTORS, OUTPUT)
+LOW_MASS = "allow_low_mass"  # a setting of terms on the k largest classes that says what may be refused, and not how
 CLASS_WEIGHTS = "class_weights"  # a setting that is a tensor: terms hold what it is made of, "balanced" or a file
 PLACEMENT = ("member", "layer", "student", "adapter", "scale")  # settings of every loss on features
 
@@ -279,6 +280,7 @@ class LossTerm:
         name: in LOSSES.
         weight: in the sum of the terms.
         settings: of the loss; a scalar that may change over training is a Schedule.
+        allow_low_mass: of a loss on the k largest classes: train where they hold little at its temperature.
         placement: of a loss on features: member, layer, student (its layer), adapter, scale, where they were said.
     """
 
@@ -286,6 +288,7 @@ class LossTerm:
     weight: Schedule
     settings: Mapping[str, Any] = field(default_factory=dict)
     placement: Mapping[str, str] = field(default_factory=dict)
+    allow_low_mass: bool = False
 
     @property
     def loss(self) -> Loss:
@@ -304,7 +307,8 @@ class LossTerm:
         values = {key: value.recorded if isinstance(value, Schedule) else value for key, value in self.settings.items()}
         if not values.get(CLASS_WEIGHTS):
             values.pop(CLASS_WEIGHTS, None)
-        return {"name": self.name, "weight": self.weight.recorded, **values, **self.placement}
+        allowed = {LOW_MASS: True} if self.allow_low_mass else {}
+        return {"name": self.name, "weight": self.weight.recorded, **values, **self.placement, **allowed}
 
 
 def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
@@ -318,9 +322,10 @@ def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
         raise LossError(f"unknown loss {name!r}", tip=f"{nearest(name, LOSSES)}; `softcache losses` lists them")
     loss = LOSSES[name]
     placement = PLACEMENT if loss.has_features else ()
+    extra = (*placement, *((LOW_MASS,) if loss.needs("head_ids") else ()))
     for key in settings:
-        if key not in loss.defaults and key not in placement:
-            known = ["weight", *loss.defaults, *placement]
+        if key not in loss.defaults and key not in extra:
+            known = ["weight", *loss.defaults, *extra]
             raise LossError(f"loss {name!r} has no setting {key!r}", tip=nearest(key, known))
     values = {key: _setting(loss, name, key, settings.get(key, default)) for key, default in loss.defaults.items()}
     placed = {key: str(settings[key]) for key in placement if key in settings}
@@ -330,7 +335,8 @@ def make_term(name: str, *, weight: Any = 1.0, **settings: Any) -> LossTerm:
         )
     if placed.get("scale", SCALES[0]) not in SCALES:
         raise LossError(f"loss {name!r}: unknown scale {placed['scale']!r}", tip=nearest(placed["scale"], SCALES))
-    term = LossTerm(name, Schedule.parse(weight, f"loss {name!r}: weight"), values, placed)
+    allowed = convert(str(settings.get(LOW_MASS, "false")), bool, f"loss {name!r}: {LOW_MASS}")
+    term = LossTerm(name, Schedule.parse(weight, f"loss {name!r}: weight"), values, placed, allowed)
     if term.temperature is not None and not term.temperature.bounds[0] > 0:
         raise LossError(
             f"loss {name!r}: temperature must be > 0, got {term.temperature.text}",

@@ -195,9 +195,9 @@ def _told_broken(exc: BaseException, url: str) -> Exception:
     if isinstance(reason, http.client.InvalidURL):
         return RemoteError(f"{url}: is no address ({reason})")
     if isinstance(reason, socket.gaierror):
-        return FleetingError(f"there is no host {_reached(url)!r}", hopeless=True)
+        return FleetingError(f"there is no host {_proxy_of(url) or repr(urlsplit(url).hostname)}", hopeless=True)
     if isinstance(reason, ConnectionRefusedError):
-        return FleetingError(f"nobody answers at {_reached(url)!r}", hopeless=True)
+        return FleetingError(f"nobody answers {f'at {proxy}' if (proxy := _proxy_of(url)) else 'there'}", hopeless=True)
     text = str(reason) or type(reason).__name__
     return FleetingError("nothing came" if isinstance(reason, TimeoutError) else text)
 
@@ -212,13 +212,13 @@ def _seconds(text: str | None) -> float:
     return max(0.0, mktime_tz(date) - time()) if date else 0.0
 
 
-def _reached(url: str) -> str:
-    """The host that is asked: the URL's, or its proxy, without what may be a secret."""
+def _proxy_of(url: str) -> str | None:
+    """The host through which a URL is reached, without what may be a secret; None: it is reached itself."""
     parts = urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
-        return parts.hostname or ""
-    return f"{urlsplit(proxy if '//' in proxy else f'//{proxy}').hostname}, the proxy of the environment"
+        return None
+    return f"{urlsplit(proxy if '//' in proxy else f'//{proxy}').hostname!r}, the proxy of the environment"
 
 
 def _access_of(url: str) -> Access:

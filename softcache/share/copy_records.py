@@ -14,9 +14,10 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.plan import CLASS_OUTPUTS, Plan
 from softcache.cache.plan_rules import width_of
 from softcache.cache.positions import Positions
-from softcache.cache.schema import ArraySpec, Span
+from softcache.cache.schema import FORMAT_VERSION, ArraySpec, Span
 from softcache.cache.statistics import MemberStatistics
 from softcache.cache.write.writer import SpanWriter
+from softcache.codecs.fidelity import kept_at, kept_sums
 from softcache.targets.batch import Targets
 from softcache.targets.cache import Cache
 
@@ -83,14 +84,19 @@ def stored_statistics(cache: Cache, member: str, targets: Targets, stored: dict[
     if info.output not in CLASS_OUTPUTS or not measured.records:
         return measured
     codec, labels = cache.codecs[member], _labels(cache, targets, member)
+    kept: dict[str, float] = {}
     if codec.complete:
         largest = targets.logits(member).argmax(dim=1)
     else:
+        if cache.manifest.plan.format != FORMAT_VERSION:
+            sums = kept_sums(codec, targets.arrays[member]).tolist()
+            kept = {f"{t:g}": total for t, total in zip(kept_at(codec), sums, strict=True)}
         largest = codec.head(targets.arrays[member])[0][:, 0]
     return replace(
         measured,
         labelled=int((labels >= 0).sum()),
         correct=int((largest.numpy() == labels).sum()),
+        kept=kept,
         entropy_sum=float(_entropies(targets.log_probs(member, 1.0)).sum()),
     )
 

@@ -702,7 +702,13 @@ def _in_a_group() -> bool:
 
 
 def is_cache(path: str | os.PathLike[str], *, finished: bool = True) -> bool:
-    """Whether a dump is there; with `finished=False` also one that is still to be finished, which `open` refuses."""
+    """Whether a dump is there; with `finished=False` also one that is still to be finished, which `open` refuses.
+
+    A URL is one; of `hf:NAME`, which may be a network, only with an id behind it.
+    """
+    text = os.fspath(path)
+    if is_place(text):
+        return not text.startswith("hf:") or parse_place(text).id is not None
     return os.path.isfile(os.path.join(path, MANIFEST)) or (not finished and os.path.isdir(os.path.join(path, WORK)))
 
 

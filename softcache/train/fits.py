@@ -6,15 +6,16 @@ cache that keeps some classes has no row of logits, and a softmax over several y
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from softcache.cache.plan import CLASS_OUTPUTS
 from softcache.errors import LossError
-from softcache.losses import LOSSES, LossTerm
+from softcache.losses import LOSSES, LOW_MASS, LossTerm
 from softcache.targets.ensemble import KEEPS_LEVEL, check_rule
 
+LEAST_KEPT = 0.5  # of the probability
 SEVERAL = [name for name, loss in LOSSES.items() if loss.takes_several and not loss.has_features]
 
 
@@ -27,6 +28,7 @@ class Stored:
         output: what the teacher gave: logits, probs or log_probs; embedding or values; empty of features alone.
         floored: probabilities of (nearly) zero that are stored as the floor's logarithm.
         records: how many there are.
+        kept: temperature -> the mean probability of the classes that are kept, where it is known.
         of_words: whether they are of words, not of samples.
     """
 
@@ -35,6 +37,7 @@ class Stored:
     output: str = "logits"
     floored: int = 0
     records: int = 0
+    kept: Mapping[float, float] = field(default_factory=dict)
     of_words: bool = False
 
     @property
@@ -130,12 +133,29 @@ def _check_stored(term: LossTerm, member: Stored, *, multi_label: bool) -> None:
             f"loss {term.name!r} is for caches that keep some classes; member {member.name!r} has them all",
             tip="use kd, of which it is a lower bound",
         )
+    _check_kept(term, member)
     has_level = codec.keeps_level and (member.output == "logits" or multi_label)
     if loss.needs_level and not has_level:
         raise LossError(
             f"loss {term.name!r} needs the level of the logits; member {member.name!r} gave {member.output}, "
             "which do not have one",
             tip="use kd or soft_ce, or dump a teacher that gives logits",
+        )
+
+
+def _check_kept(term: LossTerm, member: Stored) -> None:
+    """Refused at T > 1 where less than half of the probability is in the classes kept: it only falls with the temperature."""
+    highest = 1.0 if term.temperature is None else term.temperature.bounds[1]
+    known = [t for t in member.kept if t <= highest]
+    if highest <= 1 or not known or term.allow_low_mass or not term.loss.needs("head_ids"):
+        return
+    kept = member.kept[max(known)]
+    if kept < LEAST_KEPT:
+        raise LossError(
+            f"loss {term.name!r} at T={highest:g}: the classes that member {member.name!r} keeps hold {kept:.1%} of the "
+            f"probability at T={max(known):g}, and of the rest the student would learn one number",
+            tip="train at temperature=1, or dump with a larger k or --codec linear_head:group=64; "
+            f"{LOW_MASS}=true in the loss trains all the same",
         )
 
 

@@ -107,6 +107,7 @@ def stored_members(teacher: CachedTeacher) -> list[Stored]:
                 info.output or "",
                 statistics.floored,
                 statistics.records,
+                statistics.mean_kept,
                 of_words=info.index is not None,
             )
         )

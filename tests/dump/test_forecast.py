@@ -55,6 +55,15 @@ def foreseen(config: PlanConfig, **sizes: Any) -> plan.Forecast:
     return plan.run(config, **{"trial_rows": (64, plan.MOST_ROWS), "trial_seconds": 0.02} | sizes)
 
 
+def test_the_plan_of_topset_tells_what_is_kept(pieces: Path) -> None:
+    forecast = foreseen(config(pieces, codec="topset:k=16"), codecs=("float16",))
+    assert [one.k for one in forecast.kept] == [
+        k for k in (16, 32, 50, 64, 100, 128) if k < forecast.classes
+    ] and "kept at T=4" in forecast.text()
+    assert forecast.to_json()["kept"][0]["record_bytes"] == 4 + 8 + 16 + 7  # type: ignore[index]
+    assert not foreseen(config(pieces, codec="float16"), codecs=("float16",)).kept
+
+
 class Clock:
     """A dump that takes 2 s and, for each sample, 1 ms and 4 ms a view; other work takes no time. `noise` is added in turn."""
 

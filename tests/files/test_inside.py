@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 
 import softcache
+from softcache import cli
 from softcache.errors import DamagedCacheError, DumpError, LinkedCacheError, SoftcacheError, TrainingError
 from softcache.files import durable
 from softcache.files.inside import RUN, is_inside, open_inside, read_inside, refuse_linked_folders
@@ -41,6 +43,7 @@ def test_no_module_but_the_file_layer_writes_what_belongs_to_a_cache_or_a_run() 
         "files/home.py": ["one.mkdir", "os.replace", "temporary.unlink"],  # outside of every cache
         "models/textcnn.py": ["Path(path).write_text"],
         "report/chart.py": ["figure_of(title, rows).savefig"],  # into memory
+        "share/preview.py": ["image.save"],  # into memory
         "students/traced_program.py": ["made.save", "torch.export.save"],  # to a path that the file layer made
         "train/checkpoint.py": ["torch.save"],  # into a file of the file layer's
     }
@@ -146,3 +149,37 @@ def test_links_to_folders_are_found_at_any_depth(tmp_path: Path) -> None:
     (tmp_path / "by a link").symlink_to(tmp_path / "a")
     (tmp_path / "a/b/folder").unlink()
     refuse_linked_folders(tmp_path / "by a link")
+
+
+def hub_store(root: Path, cache: Path, linked: str) -> Path:
+    """A folder as a hub's package keeps it: files whose names match are links to blobs."""
+    snapshot = root / "datasets--team--digits" / "snapshots" / ("0" * 40)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in cache.rglob("*") if path.is_file())):
+        relative = file.relative_to(cache)
+        place = snapshot / relative
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not relative.match(linked):
+            shutil.copyfile(file, place)
+            continue
+        blob = blobs / f"{number:064x}"
+        shutil.copyfile(file, blob)
+        place.symlink_to("../" * (len(relative.parts) + 1) + f"blobs/{blob.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("linked", ["*", "manifests/*.json", "files-*.json", "samples.h5", "members/*/*"])
+@pytest.mark.parametrize("verb", ["verify", "push", "inspect"])
+def test_a_hubs_store_is_told_as_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], linked: str, verb: str
+) -> None:
+    if verb == "inspect" and linked in ("samples.h5", "members/*/*"):
+        pytest.skip("inspect reads the manifest alone")
+    snapshot = hub_store(tmp_path, Path(__file__).parents[1] / "golden/indexed", linked)
+    argv = [verb, str(snapshot), *([f"file:{tmp_path}/out"] if verb == "push" else [])]
+    assert cli.main(argv) == 2
+    told = capsys.readouterr()
+    assert f"{snapshot}: lies in a hub's store" in told.err
+    assert f"cp -rL {snapshot} NEW, or softcache pull hf:team/digits NEW" in told.err
+    assert "damaged" not in told.out

@@ -80,6 +80,19 @@ def test_of_two_who_push_at_once_one_is_told(memory: Any, monkeypatch: pytest.Mo
     assert told and memory.cat_file(f"/caches/a/{MANIFEST}") == (CACHE / MANIFEST).read_bytes()
     transport = FileSystem(parse_place(MEMORY))
     assert not transport.publish({}, {MANIFEST: b"later"}, b"another one")
+    real = FileSystem.replace
+
+    def meanwhile(self: FileSystem, path: str, data: bytes) -> None:
+        """After the first look, and before the last."""
+        if path == "README.md":
+            memory.pipe_file(f"/caches/a/{MANIFEST}", b"somebody else's")
+        real(self, path, data)
+
+    mine = (CACHE / MANIFEST).read_bytes()
+    monkeypatch.setattr(FileSystem, "replace", meanwhile)
+    assert not transport.publish({}, {"README.md": b"", MANIFEST: b"later"}, mine)
+    assert memory.cat_file(f"/caches/a/{MANIFEST}") == b"somebody else's"
+    memory.pipe_file(f"/caches/a/{MANIFEST}", mine)
     assert transport.publish({}, {MANIFEST: b"later"}, (CACHE / MANIFEST).read_bytes())
     assert memory.cat_file(f"/caches/a/{MANIFEST}") == b"later"
     assert not [name for name in memory.find("/caches") if "tmp" in name]

@@ -69,6 +69,7 @@ def test_an_answer_that_is_to_do_harm_is_given_up(out: Path, fault: str, path: s
         error = refused(f"{server.url}/indexed", out)
     assert isinstance(error, RemoteError) and path in error.message
     assert "secrets" not in repr(error)
+    assert ("comes packed" in error.message) == (fault == "packed bomb")  # and is not unpacked
 
 
 @pytest.mark.slow

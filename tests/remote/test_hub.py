@@ -56,9 +56,18 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         assert not [heard for where, heard in running.heard if where == "files" and heard]  # whatever a test does
 
 
-def there(server: HubServer, name: str = "team/cache") -> dict[str, bytes]:
-    """What lies there but for the card and what a hub puts there."""
-    return {path: data for path, data in server.contents(name).items() if path.rpartition("/")[2] not in SHOWN}
+def there(server: HubServer, name: str = "team/cache") -> dict[str, str]:
+    """path -> sha256 of what lies there but for the card and what a hub puts there."""
+    return {
+        path: sha256(data).hexdigest()
+        for path, data in server.contents(name).items()
+        if path.rpartition("/")[2] not in SHOWN
+    }
+
+
+def digests(cache: Path) -> dict[str, str]:
+    """As `there`."""
+    return {path: sha256(data).hexdigest() for path, data in whole(cache).items()}
 
 
 def whole(cache: Path) -> dict[str, bytes]:
@@ -91,7 +100,7 @@ def test_pushed_and_pulled_it_is_the_same(
     done = push.run(CACHES[cache], place, quiet=True)
     start = len(folder) or 0
     lies = {path[start:]: data for path, data in there(server).items() if path.startswith(folder[1:])}
-    assert lies == whole(CACHES[cache])
+    assert lies == digests(CACHES[cache])
     assert len(server.repositories["team/cache"].commits) == 2  # all of it in one
     assert server.repositories["team/cache"].private == (not folder)
     assert ("open to you and your team alone" in capsys.readouterr().err) == (not folder)
@@ -148,7 +157,7 @@ def test_a_push_that_was_cut_goes_on(server: HubServer, tmp_path: Path, monkeypa
         push.run(CACHES["version 1"], PLACE, quiet=True)
     monkeypatch.setattr(hub.Hub, "_committed", committed)
     push.run(cache, PLACE, quiet=True)
-    assert there(server) == whole(cache)  # push.json is gone
+    assert there(server) == digests(cache)  # push.json is gone
     assert server.uploads == sent  # nothing was sent twice
 
 
@@ -175,32 +184,50 @@ def test_of_two_who_push_at_once_one_is_told_and_nothing_of_theirs_is_there(
     with pytest.raises(RemoteError, match="somebody else pushed there at the same time"):
         push.run(other, PLACE, quiet=True)
     if not begun:
-        assert there(server) == whole(CACHES["version 1"])
+        assert there(server) == digests(CACHES["version 1"])
         with pytest.raises(RemoteError, match="holds another cache"):
             push.run(other, PLACE, quiet=True)
     else:
         push.run(other, PLACE, quiet=True)  # it extends what is there
-        assert there(server)["notes.txt"] and whole(other).items() <= there(server).items()
+        assert there(server)["notes.txt"] and digests(other).items() <= there(server).items()
 
 
-@pytest.mark.slow
-def test_what_is_pushed_while_it_is_pulled_is_not_mixed_in(
+def test_what_is_committed_while_it_is_pulled_is_not_mixed_in(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_indexed(tmp_path / "first", rounds=2)
-    make_indexed(tmp_path / "grown", rounds=3)
-    first = push.run(tmp_path / "first", PLACE, quiet=True)
+    files = whole(CACHES["version 1"])
+    server.lay("team/cache", files)
     missing = pull.missing_of
 
-    def pushed(*given: Any, **named: Any) -> Any:
-        monkeypatch.setattr(pull, "missing_of", missing)
-        push.run(tmp_path / "grown", PLACE, quiet=True)
+    def committed(*given: Any, **named: Any) -> Any:
+        kept = server.repositories["team/cache"]
+        kept.commit(dict.fromkeys(files, b"another one"))
         return missing(*given, **named)
 
-    monkeypatch.setattr(pull, "missing_of", pushed)
+    monkeypatch.setattr(pull, "missing_of", committed)
     manifest, _, _ = pull.run(PLACE, tmp_path / "a", quiet=True)
-    assert manifest.id == first.id
-    assert verify.run(tmp_path / "a", full=True, quiet=True).state == "whole"
+    assert manifest.id == read_manifest(CACHES["version 1"]).id
+    assert len(server.repositories["team/cache"].commits) > 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_the_package_says_is_told_in_a_line_without_secrets(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    from huggingface_hub import HfApi
+
+    def broken(*given: Any, **named: Any) -> None:
+        text = f"cannot send to http://me:geheim@host/a?{SIGNED} with {TOKEN}\nand more: geheim"
+        if inside:
+            raise RuntimeError("of no use") from OSError(text)
+        raise ValueError(text)
+
+    monkeypatch.setattr(HfApi, "create_commit", broken)
+    with pytest.raises(
+        RemoteError, match=r"did not take it \(\w+: cannot send to http:\.\.\.host/a\.\.\. with \.\.\.\)"
+    ) as caught:
+        push.run(CACHES["version 1"], PLACE, quiet=True)
+    assert all(one not in repr(caught.value) for one in ("geheim", SIGNED, TOKEN))
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "cut", *(pytest.param(one, marks=pytest.mark.slow) for one in SELDOM)])
@@ -217,7 +244,7 @@ def test_a_wrong_answer_of_where_large_files_lie_is_found(server: HubServer, tmp
         server.always.clear()
         server.faults.clear()
     pull.run(PLACE, tmp_path / "a", quiet=True)
-    assert whole(tmp_path / "a") == whole(CACHES["version 1"])
+    assert digests(tmp_path / "a") == digests(CACHES["version 1"])
 
 
 def test_other_bytes_of_the_same_size_are_refused(server: HubServer, tmp_path: Path) -> None:
@@ -282,7 +309,7 @@ def test_without_its_package_what_is_open_is_read_and_a_push_says_what_is_missin
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     server.heard.clear()
     pull.run(PLACE, tmp_path / "a", quiet=True)
-    assert whole(tmp_path / "a") == whole(CACHES["version 1"])
+    assert digests(tmp_path / "a") == digests(CACHES["version 1"])
     assert not [heard for _, heard in server.heard if heard]
     with pytest.raises(MissingExtraError, match="pushing to a hub needs the package"):
         push.run(CACHES["version 1"], PLACE, quiet=True)

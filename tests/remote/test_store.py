@@ -39,8 +39,6 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    for kind in KINDS:
-        far(kind)
     with serving(folder()) as running:
         yield running
 
@@ -79,7 +77,7 @@ def data_ranges(server: Server, path: str) -> list[tuple[int, int]]:
 # ---- what is read -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=[pytest.mark.slow] * (one != V2)) for one in KINDS])
 @pytest.mark.parametrize("mode", ["mmap", "pread"])
 def test_every_record_is_the_local_ones(server: Server, kind: str, mode: Any) -> None:
     pairs = all_pairs(local(kind))
@@ -106,6 +104,7 @@ def test_of_version_2_little_is_fetched_for_little(server: Server) -> None:
     assert sparse.stat().st_size == file.nbytes
 
 
+@pytest.mark.slow
 def test_of_version_1_a_file_is_fetched_whole_and_hashed_before_its_first_row(server: Server) -> None:
     server.always[f"{far('version 1').name}/members/one/part-00000.h5"] = "corrupt"
     with pytest.raises(RemoteError, match=r"members/one/part-00000\.h5: came twice with other bytes"):
@@ -130,7 +129,7 @@ def test_a_server_without_ranges_gives_whole_files(server: Server) -> None:
 def test_it_pickles_by_its_place(server: Server) -> None:
     cache = remote(server)
     copy = pickle.loads(pickle.dumps(cache))
-    rows, views = np.array([5, 2599, 5]), np.array([0, 3, 1])
+    rows, views = np.array([5, 1599, 5]), np.array([0, 3, 1])
     check_alike(read_all(copy, rows, views), read_all(local(), rows, views))
 
 
@@ -242,7 +241,7 @@ def test_a_manifest_of_another_id_is_refused(server: Server) -> None:
         softcache.open(url_of(server, V2, "0" * 64), quiet=True)
 
 
-@pytest.mark.parametrize("kind", ["version 1", V2])
+@pytest.mark.parametrize("kind", [pytest.param("version 1", marks=pytest.mark.slow), V2])
 def test_bytes_that_rot_in_the_store_are_found_and_fetched_anew(server: Server, kind: str) -> None:
     cache = remote(server, kind)
     file = large_file(cache)
@@ -306,13 +305,14 @@ def test_offline_it_opens_by_its_id_and_says_only_of_what_is_missing(tmp_path: P
     cache = softcache.open(url, quiet=True)
     assert (cache.gather(np.array([1, 2]), np.array([0, 0]), members=["one"]).logits() == wanted).all()
     assert softcache.open(url[: url.index("@") + 17], quiet=True).id == cache.id  # the beginning will do
-    with pytest.raises(RemoteError, match="nobody answers there"):
+    with pytest.raises(RemoteError, match="nobody answers"):
         cache.gather(np.array([1]), np.array([0]), members=["two"])
-    with pytest.raises(RemoteError, match="nobody answers there") as caught:
+    with pytest.raises(RemoteError, match="nobody answers") as caught:
         softcache.open(url.partition("@")[0], quiet=True)
     assert url in caught.value.tip
 
 
+@pytest.mark.slow
 def test_without_an_id_the_newest_is_opened_and_said(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"{server.url}/{far('version 1').name}"
     cache = softcache.open(url)
@@ -348,6 +348,7 @@ def all_of_it(caches: list[prune.Kept]) -> list[prune.Kept]:
     return caches
 
 
+@pytest.mark.slow
 def test_nothing_goes_of_a_cache_that_is_open(server: Server) -> None:
     used, unused = remote(server), remote(server, "version 1")
     wanted = read_feature(used)
@@ -405,6 +406,7 @@ def test_pruning_under_eight_readers_breaks_none(server: Server) -> None:
     assert list(prune._files(shared_store())) == []
 
 
+@pytest.mark.slow
 def test_more_than_the_bound_is_not_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     first = remote(server, "version 1")
     read_feature(first)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import needs
-from far_caches import BLOCK, KINDS, Server, far, folder, serving
+from far_caches import BLOCK, Server, far, folder, serving
 from signing import Key
 
 import softcache
@@ -34,8 +34,6 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    for kind in KINDS:
-        far(kind)
     with serving(folder()) as running:
         yield running
 
@@ -68,7 +66,12 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "asked"), CHOICES, ids=str)
+QUICK = CHOICES[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"), [pytest.param(*one, marks=[pytest.mark.slow] * (one != QUICK)) for one in CHOICES], ids=str
+)
 def test_it_is_the_subset_byte_for_byte(server: Server, tmp_path: Path, kind: str, asked: dict[str, Any]) -> None:
     given = {k: keys_file(tmp_path, kind, v) if k in ("samples", "without") else v for k, v in asked.items()}
     done = pulled(server, kind, tmp_path / "part", Choice(**given))
@@ -79,6 +82,7 @@ def test_it_is_the_subset_byte_for_byte(server: Server, tmp_path: Path, kind: st
     assert sorted(path.name for path in tmp_path.iterdir() if "pulling" in path.name) == []
 
 
+@pytest.mark.slow
 def test_little_more_is_fetched_than_the_part_has(server: Server, tmp_path: Path) -> None:
     """1.02 x the records of the part, and two blocks a file and data set."""
     done = pulled(server, V2, tmp_path / "part", Choice(members=("two",), views="1-2"))
@@ -100,6 +104,7 @@ def test_little_more_is_fetched_than_the_part_has(server: Server, tmp_path: Path
     assert not [path for path in moved if path.startswith("members/one/part")]
 
 
+@pytest.mark.slow
 def test_one_that_was_stopped_goes_on(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice, out = Choice(members=("two",)), tmp_path / "part"
     last = list(read_manifest(far(V2)).files_of("member", "two"))[-1]
@@ -147,6 +152,7 @@ def test_a_folder_of_other_things_is_refused_before_anything_is_asked(server: Se
     assert not server.asked
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_fetched(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url, id = f"{server.url}/{far(V2).name}", read_manifest(far(V2)).id
     argv = ["pull", f"{url}@{id}", str(tmp_path / "part"), "--members", "two", "--views", "1-2"]

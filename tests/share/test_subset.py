@@ -42,6 +42,7 @@ CODECS = (
     "int8",
     "headtail:k=3,bits=4",
     "topk:k=3",
+    "topset:k=3",
     "lowrank:max_kl=0.001,at_temperature=4",
     "linear_head:dtype=float16",
     "linear_head:dtype=int8",
@@ -184,7 +185,7 @@ def test_every_target_is_the_parents(parents: Callable[[str], softcache.Cache], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("codec", ["float16", "topk:k=3", "lowrank:max_kl=0.001,at_temperature=4"])
+@pytest.mark.parametrize("codec", ["float16", "topk:k=3", "topset:k=3", "lowrank:max_kl=0.001,at_temperature=4"])
 def test_statistics_are_those_of_the_stored_records(
     parents: Callable[[str], softcache.Cache], codec: str, tmp_path: Path
 ) -> None:
@@ -204,6 +205,17 @@ def test_statistics_are_those_of_the_stored_records(
         assert dict(s.feature_errors) == {"first:flatten": float(error.max())}
         kept = [f for f in child.manifest.files_of("dense", "a") if (f.rows, f.views) == (file.rows, file.views)]
         assert s.dense == sum(f.arrays["logits"].shape[0] for f in kept)
+        if codec.startswith("topset"):
+            ids, head, _ = targets.head("a", 1.0)
+            log_mass = [
+                targets.log_probs("a", t).double().gather(1, ids).logsumexp(dim=1) for t in (1.0, 2.0, 4.0, 8.0)
+            ]
+            assert list(s.kept.values()) == pytest.approx([float(one.exp().sum()) for one in log_mass], rel=1e-5)
+            assert (
+                bool((head[:, 0] == 0).all())
+                and log_p[np.arange(len(ids)), ids[:, 0]].tolist() == log_p.max(axis=1).tolist()
+            )
+        assert (s.kept == {}) == (not codec.startswith("topset"))
         assert (s.floored, s.measured, s.agreed, dict(s.kl)) == (0, 0, 0, {})
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from softcache.cache.statistics import MemberStatistics
 from softcache.codecs import CODECS, make_codec
 from softcache.errors import LossError
 from softcache.losses import LOSSES, LossTerm, make_term
@@ -35,7 +36,7 @@ def rows(scale: float, seed: int) -> Tensor:
 
 
 def stored(codec: str, scale: float, seed: int) -> tuple[Stored, dict[str, Tensor]]:
-    made = make_codec(codec, {"k": "2"} if codec == "topk" else {}, C)
+    made = make_codec(codec, {"k": "2"} if codec.startswith("top") else {}, C)
     return Stored(f"m{seed}", made), dict(made.encode(rows(scale, seed), None))
 
 
@@ -173,7 +174,9 @@ def table() -> str:
         if not term.loss.has_teacher:
             lines.append(f"| `{name}` | {labels} | - | - |")
             continue
-        keeps = "topk" if codec == "topk" else "every class"
+        some = [one for one in PLAIN if not CODECS[one].complete]
+        fit = [one for one in some if not refusal(term, "mean_logits", [stored(one, 2.0, 1)[0]], several=False)]
+        keeps = ", ".join(fit) or "every class"
         keeps += ", and the level" if term.loss.needs_level else ""
         lines.append(f"| `{name}` | {labels} | {rules or 'one member alone, no vote'} | {keeps} |")
     return "\n".join(lines)
@@ -182,3 +185,47 @@ def table() -> str:
 def test_the_page_says_what_fits() -> None:
     said = PAGE.read_text().partition("<!-- fits: begin -->\n")[2].partition("\n<!-- fits: end -->")[0]
     assert said == table()
+
+
+# mean share of the probability that the classes kept hold, by temperature, as a cache says it
+KEPT = {1.0: 0.9, 2.0: 0.6, 4.0: 0.49, 8.0: 0.1}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "kept", "refused_for"),
+    [
+        ("1", {1.0: 0.1}, None),
+        ("2", KEPT, None),
+        ("4", KEPT, "49.0% of the probability at T=4"),
+        ("3", KEPT, None),  # between what is known: no more than at 2, which is enough
+        ("5", KEPT, "49.0% of the probability at T=4"),
+        ("1.5", {1.0: 0.4}, "40.0% of the probability at T=1"),
+        ("linear(1, 4)", KEPT, "49.0% of the probability at T=4"),
+        ("4", {}, None),  # not known, as of version 1
+    ],
+)
+def test_where_the_classes_kept_hold_less_than_half_losses_on_them_are_refused_beyond_t_1(
+    temperature: str, kept: dict[float, float], refused_for: str | None
+) -> None:
+    member = Stored("m", make_codec("topk", {"k": "2"}, 100), kept=kept)
+    for name in ("kd_lower_bound", "reverse_kl_lower_bound"):
+        found = refusal(make_term(name, temperature=temperature), "mean_logits", [member], several=False)
+        assert (found == "") if refused_for is None else (refused_for in found and "allow_low_mass=true" in found)
+        allowed = make_term(name, temperature=temperature, allow_low_mass="true")
+        assert refusal(allowed, "mean_logits", [member], several=False) == ""
+        assert allowed.describe()["allow_low_mass"] is True
+        assert "allow_low_mass" not in make_term(name, temperature=temperature).describe()
+
+
+def test_only_losses_on_the_classes_kept_can_be_told_to_take_little() -> None:
+    with pytest.raises(LossError, match="'kd' has no setting 'allow_low_mass'"):
+        make_term("kd", allow_low_mass="true")
+
+
+def test_of_records_that_do_not_say_what_is_kept_the_whole_does_not_either() -> None:
+    """As after more views of a cache that an earlier version wrote."""
+    said, silent = MemberStatistics(records=4, kept={"1": 3.0, "2": 2.0}), MemberStatistics(records=4)
+    assert (said + said).mean_kept == {1.0: 0.75, 2.0: 0.5}
+    assert (said + silent).mean_kept == (silent + said).mean_kept == (silent + said + said).mean_kept == {}
+    assert (MemberStatistics() + said).mean_kept == (said + MemberStatistics()).mean_kept == said.mean_kept
+    assert MemberStatistics.from_json(said.to_json(2)) == said and "kept" not in said.to_json(1) | silent.to_json(2)

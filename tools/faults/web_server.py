@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import mmap
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,13 +115,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(self.path).lstrip("/")
+        server, data = self.server, None
+        wrong = bool(server.faults.get(path)) or path in server.always or path in server.changed
         try:
-            data = (self.server.folder / path).read_bytes()
+            with (server.folder / path).open("rb") as file:  # of a large file no more is read than was asked for
+                data = file.read() if wrong else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError:
-            data = None
+            pass
+        except ValueError:
+            data = b""  # an empty file is not mapped
         self.serve(path, data)
 
-    def serve(self, path: str, data: bytes | None) -> None:
+    def serve(self, path: str, data: bytes | mmap.mmap | None) -> None:
         """A file as it is to go wrong; None: there is no such file."""
         given = self.headers.get("Range")
         self.server.asked.append((path, given))
@@ -137,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         start, stop = _range(given, len(data))
         self._answer(path, data, start, stop, given is not None, fault)
 
-    def _answer(self, path: str, data: bytes, start: int, stop: int, ranged: bool, fault: str | None) -> None:
+    def _answer(self, path: str, data: Any, start: int, stop: int, ranged: bool, fault: str | None) -> None:
         if fault in ("headers", "long header", "continues", "trailer"):
             self._without_end(fault)
             return
