@@ -98,8 +98,22 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(B, count) values and int64 ids of the largest of (B, C) float32 logits, in descending order.
 
     Equal logits come in the order of their classes, on any device; torch.topk alone promises neither which of them it
-    takes nor their order.
+    takes nor their order. On a CPU it is asked first, and rows in which it had a choice are done again.
     """
+    if logits.is_cuda or count >= logits.shape[1]:  # on a GPU looking at them would stall the teacher
+        return _largest_by_keys(logits, count)
+    found, ids = logits.topk(count + 1, dim=1)
+    ids, order = ids[:, :count].sort(dim=1)
+    values, order = found.gather(1, order).sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    unclear = (found[:, count - 1] == found[:, count]).nonzero()[:, 0]
+    if len(unclear):
+        values[unclear], ids[unclear] = _largest_by_keys(logits[unclear], count)
+    return values, ids
+
+
+def _largest_by_keys(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`largest`, in a few passes over numbers twice as wide."""
     # int64 keys in the order of (value, -class): a float's bits, flipped below zero, are in the order of the floats
     bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0: they are equal
     sign = bits >> 31

@@ -60,7 +60,7 @@ class TrainConfig(MachineOptions, DataOptions):
     classes_map: str | None = option(None, CLASSES_MAP_OF_BOTH, metavar="FILE")
     eval_data: str | None = option(None, "data set for evaluation", metavar="DATA")
     eval_every: int = option(1, "evaluate only after every N-th epoch, and a stage's last", metavar="N")
-    cache: str | None = option(None, "cache to learn from; none = hard labels", metavar="DIR")
+    cache: str | None = option(None, "cache to learn from, a folder or a URL; none = hard labels", metavar="DIR")
     cache_id: str | None = option(None, "pin a manifest of the cache by its id", metavar="ID")
     loss: tuple[str, ...] = option((), "name:weight=W,key=value,...; repeat to add terms", metavar="LOSS", repeat=True)
     combine: str = option(

@@ -17,11 +17,14 @@ from softcache.cache.schema import BLOCK_BYTES, CRC_SUFFIX
 from softcache.files import durable
 
 MARKS = ".blocks"
+MOST_BYTES = 1 << 40  # of a file, whose checksums are then 64 MiB: they are held in memory
 
 
 def has_holes(file: StoredFile) -> bool:
     """Whether a file is worth fetching by blocks: of version 2, records, and not a small one."""
-    return file.checksums is not None and file.kind in ("member", "views") and file.nbytes > 2 * BLOCK_BYTES
+    return (
+        file.checksums is not None and file.kind in ("member", "views") and 2 * BLOCK_BYTES < file.nbytes <= MOST_BYTES
+    )
 
 
 def holed_name(file: StoredFile) -> str:

@@ -50,7 +50,11 @@ class Hub:
         self._sent: list[Any] = []
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        return self._at_commit().read(path, start, stop)
+        try:
+            files = self._at_commit()
+        except NotThereError as exc:  # more than a file is missing
+            raise RemoteError(exc.message, tip=_access().tip) from None
+        return files.read(path, start, stop)
 
     def _at_commit(self) -> Web:
         """The files of the commit that was the newest at the first look: what is pushed meanwhile is not mixed in."""

@@ -88,7 +88,7 @@ def parse_place(text: str, id: str | None = None) -> Place:
         raise ConfigError(
             f"{_shown(url)}: softcache does not know {scheme[1]}:",
             tip=(f"did you mean {close!r}?" if close else nearest(scheme[1], SCHEMES))
-            + f"; what fsspec reaches is written {FSSPEC}{scheme[1]}://...",
+            + f" (what fsspec reaches is written {FSSPEC}{scheme[1]}://...)",
         )
     if scheme[1] == "hf":
         _check_hub(url)

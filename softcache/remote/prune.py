@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softcache.cache.manifest import Manifest, read_manifest
+from softcache.cache.schema import MANIFEST
 from softcache.errors import CacheError, ConfigError
 from softcache.files import durable
 from softcache.remote.store import CACHES, FILES, IN_USE, Store
@@ -91,26 +92,35 @@ def prune(store: Store, chosen: Callable[[list[Kept]], list[Kept]]) -> tuple[lis
         gone = chosen([one for one in caches if not one.in_use])
         for one in gone:
             _remove_cache(store, one.id)
-        for id in _broken(store, {one.id for one in caches}):
-            _remove_cache(store, id)
+        known = _remove_broken(store, {one.id for one in caches})
         needed = {name for one in caches if one not in gone for name in one.names}
-        for path in list(_files(store)):
+        for path in list(_files(store)) if known else ():
             if path.name[:64] not in needed:
                 durable.remove(path)
         return gone, before - bytes_of(store)
 
 
-def _broken(store: Store, whole: set[str]) -> Iterator[str]:
-    """Caches that were never entered wholly, or are damaged, and that nobody has open."""
+def _remove_broken(store: Store, whole: set[str]) -> bool:
+    """Remove caches that were never entered wholly, or are damaged.
+
+    Returns:
+        False where somebody has one of these open: it cannot be told which files it needs.
+    """
+    known = True
     for folder in sorted((store.root / CACHES).iterdir()):
-        if folder.name not in whole and folder.is_dir() and not folder.is_symlink() and not store.in_use(folder.name):
-            yield folder.name
+        if folder.name in whole or not folder.is_dir() or folder.is_symlink():
+            continue
+        if not store.in_use(folder.name):
+            _remove_cache(store, folder.name)
+        elif (folder / MANIFEST).exists():  # else it is being entered, and has no files yet
+            known = False
+    return known
 
 
 def _remove_cache(store: Store, id: str) -> None:
     """Its manifest first: without it, it is not entered."""
     folder = store.cache_folder(id)
-    for path in sorted(folder.rglob("*"), key=lambda path: (path.name != "manifest.json", path.name == IN_USE)):
+    for path in sorted(folder.rglob("*"), key=lambda path: (path.name != MANIFEST, path.name == IN_USE)):
         if not path.is_dir() or path.is_symlink():
             durable.remove(path)
     for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):

@@ -10,8 +10,8 @@ _SECRETS = re.compile(r"\?[^\s\"'<>)]*|\b(hf_|eyJ|AKIA|ASIA)[\w.-]+|//[^/\s]*@",
 
 def scrubbed(exc: BaseException) -> str:
     """The kind of the innermost cause, and the first line of its text: no queries of addresses, no tokens, no passwords."""
-    while exc.__cause__ is not None or (exc.__context__ is not None and not exc.__suppress_context__):
-        exc = exc.__cause__ or exc.__context__  # type: ignore[assignment]
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
     line = next(iter(str(exc).strip().splitlines()), "")
     text = _SECRETS.sub("...", line)
     return f"{type(exc).__name__}: {text[:LONGEST]}" if text else type(exc).__name__

@@ -229,11 +229,12 @@ def _nothing(student_logits: Tensor, own: nn.Module) -> Tensor:
 
 
 class _Batch:
-    """The inputs of losses on one batch, by the names of INPUTS; the teacher's logits are combined once for each temperature."""
+    """The inputs of losses on one batch, by the names of INPUTS; the teacher's logits are made once for each temperature."""
 
     def __init__(self, student_logits: Tensor, given: Given, teacher: CachedTeacher | None) -> None:
         self.student_logits, self.given, self._teacher = student_logits, given, teacher
         self._logits: dict[tuple[float, str], Tensor] = {}
+        self._heads: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
 
     def find(self, name: str, term: LossTerm, settings: Mapping[str, Any]) -> Any:
         """One input that is no feature."""
@@ -247,7 +248,9 @@ class _Batch:
         assert self.given.targets is not None and self._teacher is not None
         temperature = settings.get("temperature", 1.0)
         if name in HEAD_INPUTS:
-            return self.given.targets.head(self._teacher.class_members[0], temperature)[HEAD_INPUTS.index(name)]
+            if temperature not in self._heads:
+                self._heads[temperature] = self.given.targets.head(self._teacher.class_members[0], temperature)
+            return self._heads[temperature][HEAD_INPUTS.index(name)]
         assert name == "teacher_logits", name
         link = term.loss.link if term.loss.link == "sigmoid" else self.given.targets.link
         asked = (temperature, link)

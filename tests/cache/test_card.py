@@ -125,6 +125,11 @@ def test_the_id_that_it_tells_to_compare(quick_dump: QuickDump) -> None:
     said = section(written(cache), "How to check it")
     assert f"`{hashlib.sha256(data).hexdigest()}`" in said and "sha256sum manifest.json" in said
     assert row(written(cache), "id")[""] == f"`{cache.id}`"
+    said = section(written(cache), "How to use it")
+    assert (
+        f"\n    softcache pull URL@{cache.id[:16]} caches/here\n" in said
+        and f"`URL@{cache.id[:16]}` stands for" in said
+    )
 
 
 def test_without_a_licence_it_says_what_that_means(quick_dump: QuickDump) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from softcache.codecs import CODECS, Codec, TopkCodec, make_codec
 from softcache.codecs.fidelity import GRID, eps_of, kl_rows, round_up_to_half
 from softcache.codecs.floats import FLOAT16_MAX
+from softcache.codecs.headtail import largest
 from softcache.codecs.int8 import codes_of
 from softcache.codecs.records import Field, lay_out, read_field, record_bytes, write_fields
 from softcache.errors import CacheError, CodecRangeError, ConfigError
@@ -555,6 +556,17 @@ def test_of_equal_logits_the_smaller_class_comes_first(case: str, kind: str) -> 
     wanted = np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :kept]
     assert [unpacked(row, kept, 7) for row in read_field(records, ids).numpy()] == wanted.tolist()
     assert torch.equal(codec.encode(logits)["records"], records)
+
+
+@pytest.mark.parametrize("count", [1, 10, 36, 37])
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_largest_are_those_of_a_stable_sort(kind: str, count: int) -> None:
+    logits = given(kind, 24, 37)
+    logits[::3] = given("normal", 24, 37)[::3]  # rows with ties and without in one batch
+    logits[1, :20] = logits[1, 0]
+    wanted = np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :count]
+    values, ids = largest(logits, count)
+    assert ids.tolist() == wanted.tolist() and values.tolist() == logits.gather(1, ids).tolist()
 
 
 # the promised bytes of a record at C=1000; where there is an eps, its 2 bytes come on top

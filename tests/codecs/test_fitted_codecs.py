@@ -735,6 +735,17 @@ def test_linear_head_in_groups_gives_the_scaled_and_capped_logits_within_eps(mor
             LinearHeadCodec(100, group=10).fit(Probe(probe.logits, probe.classifier_input, *head(100)))
 
 
+def test_the_rounding_of_sums_is_scaled_and_that_of_a_cap_is_added() -> None:
+    found = {}
+    for name, more in {"plain": {}, "scaled": {"scale": -8.0}, "capped": {"cap": 64.0, "scale": 2.0}}.items():
+        codec, probe = grouped_head(**more)
+        rounding = codec.rounding(codec.encode(probe.logits, probe.classifier_input))
+        assert rounding is not None
+        found[name] = exact(rounding)
+    np.testing.assert_allclose(found["scaled"], 8 * found["plain"], rtol=1e-6)
+    np.testing.assert_allclose(found["capped"], 2 * (found["plain"] + 64 * 2.0**-20), rtol=1e-6)
+
+
 def test_the_weight_stays_in_16_bits_exactly_where_it_can() -> None:
     codec, probe = grouped_head()
     assert probe.classifier_weight is not None

@@ -434,3 +434,13 @@ def test_what_does_not_fit_is_refused(what: str, world: World) -> None:
 def test_a_label_beyond_the_classes_is_refused(world: World) -> None:
     with pytest.raises(IndexError, match="out of bounds"):
         head_loss(world.hidden, world.weight, None, None, [head_term(make_term("ce"))], torch.full((P,), C))
+
+
+def test_a_wider_head_is_given_by_its_first_rows_and_the_rest_gets_no_gradient(world: World) -> None:
+    wide = torch.cat([world.weight, numbers(5, D, seed=10)]).requires_grad_()
+    hidden = world.hidden.clone().requires_grad_()
+    head_loss(hidden, wide[:C], None, world.teacher, [head_term(make_term("kd"))]).total.backward()
+    exact = world.weight.clone().requires_grad_()
+    kd(world.hidden @ exact.T, world.teacher).backward()
+    assert wide.grad is not None and exact.grad is not None and not wide.grad[C:].any()
+    torch.testing.assert_close(wide.grad[:C], exact.grad, rtol=1e-12, atol=1e-15)

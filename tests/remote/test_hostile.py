@@ -217,22 +217,54 @@ def test_devices_and_folders_in_the_place_of_files_are_refused(out: Path) -> Non
     refused(f"file:{served}", out, "samples.h5")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [100, pytest.param(2000, marks=pytest.mark.whole)])
-def test_many_files_that_are_not_there_are_given_up_at_the_first(out: Path, parts: int) -> None:
-    """The manifest and its lists are right, of a member in as many parts; nothing else is there."""
+def many_files(served: Path, parts: int) -> str:
+    """A manifest and lists, right in themselves, of a cache of as many parts of one row, none of which is there. Its id."""
     from bench.positions import write
 
-    made, served = out.parents[2] / "served" / "made", out.parents[2] / "served" / "lists"
     with mock.patch.object(durable, "sync"), mock.patch.object(durable, "sync_folder"):
-        id = write(made, parts, 1, 1).id
-    (served / "manifests").mkdir(parents=True)
-    for path in (*made.glob("*.json"), *made.glob("manifests/*")):
-        shutil.copy(path, served / path.relative_to(made))
-    with serving(served) as server:
-        refused(server.url, out, "is not there", id)
-        assert len([asked for asked, _ in server.asked if asked.endswith(".h5")]) < 100
-    shutil.rmtree(made)
+        write(served / "wide", parts, 1, 1 << 17)
+        write(served / "thin", 1, 1, 1)
+    told, thin = (json.loads((served / name / MANIFEST).read_text()) for name in ("wide", "thin"))
+    told["rounds"][0]["layout"]["shard_rows"] = 1
+    (setup, *_), (_, *groups) = told["lists"], thin["lists"]
+    (served / "lists" / "manifests").mkdir(parents=True)
+    shutil.copy(served / "wide" / setup["path"], served / "lists")
+    told["lists"] = [setup]
+    for group in groups:
+        (entry,) = json.loads((served / "thin" / group["path"]).read_text())
+        for first in range(0, parts, 2000):
+            numbers = range(first, min(first + 2000, parts))
+            path = f"files-r00000-{len(told['lists']):05d}.json"
+            named = [{**entry, "path": entry["path"].replace("00000", f"{n:05d}"), "rows": [n, n + 1]} for n in numbers]
+            data = json.dumps(named, sort_keys=True, separators=(",", ":")).encode()
+            (served / "lists" / path).write_bytes(data)
+            one = {
+                **group,
+                "path": path,
+                "parts": [first, first + len(numbers)],
+                "files": len(numbers),
+                "bytes": len(data),
+            }
+            one |= {"sha256": hashlib.sha256(data).hexdigest(), "file_bytes": entry["bytes"] * len(numbers)}
+            if one["statistics"]:
+                one["statistics"] = {**one["statistics"], "records": len(numbers)}
+            told["lists"].append(one)
+    data = json.dumps(told, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    (served / "lists" / MANIFEST).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2000, pytest.param(100_000, marks=pytest.mark.whole)])
+def test_many_files_that_are_not_there_are_given_up_at_the_first(out: Path, parts: int) -> None:
+    served = out.parents[2] / "served"
+    id = many_files(served, parts)
+    with serving(served / "lists") as server:
+        refused(server.url, out, "is not there", id[:12])
+        asked = [path for path, _ in server.asked if path.endswith(".h5")]
+    assert 0 < len(asked) < 100
+    assert not [path for path in out.rglob("*") if path.suffix == ".h5"]
+    shutil.rmtree(served)
 
 
 def test_a_cache_of_another_id_is_refused_before_any_file(out: Path) -> None:

@@ -222,7 +222,7 @@ def test_what_the_package_says_is_told_in_a_line_without_secrets(
             raise RuntimeError("of no use") from OSError(text)
         raise ValueError(text)
 
-    monkeypatch.setattr(HfApi, "create_commit", broken)
+    monkeypatch.setattr(HfApi, "create_repo" if not inside else "create_commit", broken)
     with pytest.raises(
         RemoteError, match=r"did not take it \(\w+: cannot send to http:\.\.\.host/a\.\.\. with \.\.\.\)"
     ) as caught:
@@ -283,7 +283,7 @@ def test_a_private_repository_asks_for_a_token(
         pull.run(PLACE, tmp_path / "a", quiet=True)
     assert "hf auth whoami" in caught.value.tip and "xxx" not in repr(caught.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(RemoteError, match=r"hf:team/none: .*no manifest\.json"):
+    with pytest.raises(RemoteError, match=r"hf:team/none: there is no such repository of data"):
         pull.run(parse_place("hf:team/none"), tmp_path / "a", quiet=True)
 
 

@@ -136,7 +136,8 @@ def test_it_pickles_by_its_place(server: Server) -> None:
 def _read_in_child(cache: softcache.Cache, answers: Any) -> None:
     pairs = all_pairs(cache)
     found = read_all(cache, *pairs)
-    answers.put({key: value.tobytes() for key, value in found.items()})
+    if answers is not None:
+        answers.put({key: value.tobytes() for key, value in found.items()})
 
 
 @pytest.mark.slow
@@ -297,6 +298,31 @@ def test_what_was_fetched_before_a_kill_stays_and_is_gone_on_with(server: Server
     assert data_ranges(server, f"{far(V2).name}/{file.path}")
 
 
+def _open_and_read(url: str, answers: Any) -> None:
+    _read_in_child(softcache.open(url, quiet=True), answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["version 1", V2])
+def test_killed_at_any_moment_it_goes_on(server: Server, kind: str) -> None:
+    """Each process is killed when the server has been asked some more; the last one reads all of it."""
+    context = multiprocessing.get_context("fork")
+    url, answers = url_of(server, kind), context.Queue()
+    for more in (1, 2, 3, 5, 8):
+        asked = len(server.asked)
+        child = context.Process(target=_open_and_read, args=(url, None))
+        child.start()
+        while len(server.asked) < asked + more and child.is_alive():
+            time.sleep(0.001)
+        child.kill()
+        child.join()
+    last = context.Process(target=_open_and_read, args=(url, answers))
+    last.start()
+    found = answers.get(timeout=60)
+    last.join()
+    assert found == {key: value.tobytes() for key, value in read_all(local(kind), *all_pairs(local(kind))).items()}
+
+
 def test_offline_it_opens_by_its_id_and_says_only_of_what_is_missing(tmp_path: Path) -> None:
     with serving(folder()) as server:
         url = url_of(server, V2)
@@ -403,6 +429,22 @@ def test_pruning_under_eight_readers_breaks_none(server: Server) -> None:
         reader.join()
     assert faults.empty(), faults.get()
     assert {one.id for one in prune.prune(shared_store(), all_of_it)[0]} == {local(V2).id, local("version 1").id}
+    assert list(prune._files(shared_store())) == []
+
+
+@pytest.mark.slow
+def test_where_an_open_cache_cannot_be_read_any_more_no_file_goes(server: Server) -> None:
+    cache = remote(server)
+    wanted = read_feature(cache)
+    manifest = shared_store().cache_folder(cache.id) / "manifests" / f"{cache.id}.json"
+    manifest.chmod(0o600)
+    manifest.write_text("{}")
+    files = sorted(prune._files(shared_store()))
+    prune.prune(shared_store(), all_of_it)
+    assert sorted(prune._files(shared_store())) == files
+    assert (read_feature(cache) == wanted).all()
+    let_go(cache)
+    prune.prune(shared_store(), all_of_it)
     assert list(prune._files(shared_store())) == []
 
 

@@ -213,6 +213,8 @@ class _HubHandler(Handler):
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if parts[0] == "api" and parts[1] != "datasets":
             return parts[-1], "", []
+        if parts[0] == "api" and len(parts) < 5:  # of the repository itself
+            return "revision", "/".join(parts[2:4]), ["main"]
         if parts[0] == "api":
             return parts[4], "/".join(parts[2:4]), parts[5:]
         if parts[2].endswith(".git"):

@@ -54,6 +54,8 @@ Where this folder is on another machine, `URL` being its address there (`hf:ORG/
 
     softcache pull URL@{manifest.id[:16]} caches/here
 
+or leave it there: `URL@{manifest.id[:16]}` stands for the folder, below too.
+
 {ways}
 
 ```python

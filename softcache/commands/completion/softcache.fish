@@ -168,7 +168,7 @@ complete -c softcache -n '_shtab_softcache_using train' -l classes -x -d 'a stud
 complete -c softcache -n '_shtab_softcache_using train' -l classes-map -xka "(__fish_complete_path (commandline -ct))" -d 'which of the data'"'"'s classes is which of the model'"'"'s, and of the cache'"'"'s: lines with a tab between the two'
 complete -c softcache -n '_shtab_softcache_using train' -l eval-data -x -d 'data set for evaluation'
 complete -c softcache -n '_shtab_softcache_using train' -l eval-every -x -d 'evaluate only after every N-th epoch, and a stage'"'"'s last (default: 1)'
-complete -c softcache -n '_shtab_softcache_using train' -l cache -xka "(__fish_complete_directories)" -d 'cache to learn from; none = hard labels'
+complete -c softcache -n '_shtab_softcache_using train' -l cache -xka "(__fish_complete_directories)" -d 'cache to learn from, a folder or a URL; none = hard labels'
 complete -c softcache -n '_shtab_softcache_using train' -l cache-id -x -d 'pin a manifest of the cache by its id'
 complete -c softcache -n '_shtab_softcache_using train' -l loss -x -d 'name:weight=W,key=value,...; repeat to add terms'
 complete -c softcache -n '_shtab_softcache_using train' -l combine -x -d 'how members combine: mean_logits, mean_probs_at_t, mean_probs, vote, draw (default: mean_logits)'

@@ -491,7 +491,7 @@ _shtab_softcache_train_options=(
   "--classes-map[which of the data\'s classes is which of the model\'s, and of the cache\'s\: lines with a tab between the two]:FILE:_files"
   "--eval-data[data set for evaluation]:DATA:"
   "--eval-every[evaluate only after every N-th epoch, and a stage\'s last (default\: 1)]:N:"
-  "--cache[cache to learn from\; none \= hard labels]:DIR:_files -/"
+  "--cache[cache to learn from, a folder or a URL\; none \= hard labels]:DIR:_files -/"
   "--cache-id[pin a manifest of the cache by its id]:ID:"
   "*--loss[name\:weight\=W,key\=value,...\; repeat to add terms]:LOSS:"
   "--combine[how members combine\: mean_logits, mean_probs_at_t, mean_probs, vote, draw (default\: mean_logits)]:RULE:"
