@@ -50,6 +50,26 @@ def save_tokenizer(folder: Path, *, bos: bool = True, swap: bool = False, indent
     return path
 
 
+CHATS = {
+    "turns": "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}",
+    "marked": "{% for m in messages %}<s>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '</s>' }}"
+    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+    "forgetful": "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{% endfor %}",
+}
+
+
+def save_chat(folder: Path, template: str) -> Path:
+    """A folder whose tokenizer has a chat template; as save_pretrained writes it."""
+    from transformers import PreTrainedTokenizerFast
+
+    path = save_tokenizer(folder)
+    made = PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>", eos_token="</s>")
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return folder
+
+
 def count_of(path: Path) -> int:
     """1 + the largest id."""
     from tokenizers import Tokenizer

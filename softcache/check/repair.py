@@ -281,7 +281,8 @@ def _mend_round(
     spans = out.spans_of(number)
     unfitted = {m for m in one.members if _first_round(plan, m) == number and _lost_constants(manifest, m, damaged)}
     wanted = unfitted.union(*map(out.members_of, spans))
-    prober = Prober(viewed, order, config.batch_size)
+    most_tokens = one.made_with.get("batch_tokens")
+    prober = Prober(viewed, order, config.batch_size, batch_tokens=most_tokens)
     storages = {}
     if (
         wanted
@@ -306,7 +307,18 @@ def _mend_round(
         workers = pick_workers(means.workers, pick_device(config.device))
         in_part = records_of(positions, one.layout)
         write_spans(
-            out, [span], viewed, order, chosen, kept, config.batch_size, workers, clock, pixels, in_part=in_part
+            out,
+            [span],
+            viewed,
+            order,
+            chosen,
+            kept,
+            config.batch_size,
+            workers,
+            clock,
+            pixels,
+            in_part=in_part,
+            batch_tokens=most_tokens,
         )
     clock.close()
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from softcache.data.chat import Template, read_template
 from softcache.data.position_labels import PositionLabels, check_some_word
-from softcache.data.rendering import Rendering, Vocabulary, make_rendering
+from softcache.data.rendering import NONE, Rendering, Vocabulary, make_rendering
 from softcache.data.sources import PACKINGS, Source, StringTable, read_unpacked
 from softcache.errors import ConfigError, DataError, nearest, utf8_tip
 from softcache.tokens import Tokens
@@ -28,13 +29,13 @@ class Document:
 
     Attributes:
         key: names it.
-        text: all of it, a prompt included.
-        prompt: so many letters of it are a prompt, which carries no loss.
+        text: all of it, prompts included.
+        answers: which letters carry loss, from and up to; None: all.
     """
 
     key: str
     text: str
-    prompt: int = 0
+    answers: Sequence[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def text(
     window: int = 0,
     stride: int = 0,
 ) -> Source:
-    """Texts as tokens: a text file, a folder of them, or JSON lines with `text`, or with `prompt` and `completion`.
+    """Texts as tokens: a text file, a folder of them, or JSON lines with `text`, `messages`, or `prompt` and `completion`.
 
     Each text is one context. Keys are the file's name below the folder, with `document=line` and of JSON lines also the number
     of the line; of a text in several windows `KEY#w0`, `KEY#w1`, ...
@@ -87,13 +88,19 @@ def text(
         DataError: no such file, no tokenizer, or texts that cannot be read.
         ConfigError: parameters that do not go together.
     """
-    rendered = make_rendering(tokenizer, bos=bos, eos=eos, max_tokens=max_tokens, window=window, stride=stride, more={})
     is_json = _unpacked_name(path).endswith(JSON_ENDINGS)
+    template = read_template(tokenizer) if is_json and tokenizer and _has_messages(path) else None
+    if template is not None:  # which writes what stands around a conversation itself
+        bos, eos = bos or NONE, eos or NONE
+    more = {} if template is None else template.facts()
+    rendered = make_rendering(
+        tokenizer, bos=bos, eos=eos, max_tokens=max_tokens, window=window, stride=stride, more=more
+    )
     if is_json and document:
         raise ConfigError(f"{path}: document={document} is of text files", tip="leave it out: each line is a text")
     if key and not is_json:
         raise ConfigError(f"{path}: key={key} is of JSON lines", tip="leave it out: keys are the names of the files")
-    documents = _json_lines(path, key) if is_json else _text_files(path, document == "line")
+    documents = _json_lines(path, key, template) if is_json else _text_files(path, document == "line")
     return _source(path, documents, rendered)
 
 
@@ -133,8 +140,8 @@ def _read(file: Path) -> str:
         raise DataError(f"{file}: is not UTF-8: {exc.reason} at byte {exc.start}", tip=utf8_tip("convert it")) from None
 
 
-def _json_lines(path: Path, key: str) -> Iterator[Document]:
-    stem = _unpacked_name(path)
+def _rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(number of the line, its name for messages, object) of each line that is not blank."""
     for number, line in enumerate(_read(path).split("\n")):
         if not line.strip():
             continue
@@ -145,39 +152,56 @@ def _json_lines(path: Path, key: str) -> Iterator[Document]:
             raise DataError(f"{where}: is no JSON: {exc}", tip="write one object a line") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: is no JSON object", tip='write {"text": "..."} a line')
+        yield number, where, row
+
+
+def _has_messages(path: Path) -> bool:
+    """Whether the first line has."""
+    return "messages" in next((row for *_, row in _rows(path)), {})
+
+
+def _json_lines(path: Path, key: str, template: Template | None) -> Iterator[Document]:
+    stem = _unpacked_name(path)
+    for number, where, row in _rows(path):
         name = f"{stem}/{number:06d}"
         if key:
             if not isinstance(row.get(key), str | int):
                 raise DataError(f"{where}: has no {key!r} that names it", tip=nearest(key, row))
             name = str(row[key])
-        yield _document(name, row, where)
+        if ("messages" in row) != (template is not None):
+            raise DataError(
+                f"{where}: has {'no ' if template else ''}messages, and the first line has {'' if template else 'none'}".rstrip(),
+                tip="make two files of them: messages are rendered by a template, and other texts are not",
+            )
+        if template is not None:
+            yield Document(name, *template.rendered(row["messages"], where))
+        else:
+            yield _document(name, row, where)
 
 
 def _document(name: str, row: Mapping[str, Any], where: str) -> Document:
     """What a line of JSON holds."""
-    if "messages" in row:
-        raise DataError(
-            f"{where}: has messages, which only a chat template makes a text of, and that is code of the tokenizer's",
-            tip="render them with your tokenizer (apply_chat_template) and write prompt and completion",
-        )
     pair = [one for one in ("prompt", "completion") if one in row]
     if (len(pair), "text" in row) not in ((2, False), (0, True)):
         raise DataError(
             f"{where}: has the fields {', '.join(map(repr, row)) or 'of nothing'}",
-            tip='give it "text", or "prompt" and "completion"',
+            tip='give it "text", "messages", or "prompt" and "completion"',
         )
     for one in pair or ["text"]:
         if not isinstance(row[one], str):
             raise DataError(f"{where}: its {one} is {type(row[one]).__name__}, no string", tip="mend the line")
     if pair:
-        return Document(name, row["prompt"] + row["completion"], len(row["prompt"]))
+        whole = row["prompt"] + row["completion"]
+        return Document(name, whole, [(len(row["prompt"]), len(whole))])
     return Document(name, row["text"])
 
 
 def _tokens_of(vocabulary: Vocabulary, one: Document) -> tuple[list[int], list[bool]]:
-    """Ids of a text, and which carry loss: all, or behind a prompt those that begin behind it."""
+    """Ids of a text, and which carry loss: all, or those that lie in an answer from their first letter to their last."""
     ids, places = vocabulary.pieces(one.text)
-    return ids, [start >= one.prompt for start, _ in places]
+    if one.answers is None:
+        return ids, [True] * len(ids)
+    return ids, [any(first <= start and stop <= last for first, last in one.answers) for start, stop in places]
 
 
 def _source(path: Path, documents: Iterator[Document], rendered: Rendering) -> Source:

@@ -51,6 +51,7 @@ from softcache.dump.layout import (
 )
 from softcache.dump.open_teachers import open_teachers
 from softcache.dump.position_index import InPart, bytes_of_a_row, one_each, part_bytes, records_of
+from softcache.dump.row_batches import batch_tokens_of
 from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, ConfigError
@@ -376,7 +377,8 @@ def _open(config: PlanConfig, measured_rows: int) -> tuple[TransferSet, Job, Vie
     transfer_set, _ = open_samples(config)
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
-    prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows)
+    most = batch_tokens_of(config, transfer_set)
+    prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows, batch_tokens=most)
     teachers = open_teachers(config, prober, transfer_set, pick_device(config.device))
     return transfer_set, job, viewed, prober, teachers
 

@@ -21,8 +21,10 @@ from softcache.models.left_out import LeftOut
 from softcache.version import __version__
 
 
-def made_with(config: StorageOptions, device: torch.device, threads: int) -> dict[str, Any]:
-    """What equal bytes depend on."""
+def made_with(
+    config: StorageOptions, device: torch.device, threads: int, batch_tokens: int | None = None
+) -> dict[str, Any]:
+    """What equal bytes depend on; `batch_tokens` where batches are made by it."""
     import PIL
     import torchvision
 
@@ -37,6 +39,7 @@ def made_with(config: StorageOptions, device: torch.device, threads: int) -> dic
         "batch_size": config.batch_size,
         "threads": threads,
         "autocast": config.autocast,
+        **({} if batch_tokens is None else {"batch_tokens": batch_tokens}),
     }
 
 

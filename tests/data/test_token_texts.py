@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from token_world import TEXTS, count_of, save_tokenizer, write_texts
+from token_world import CHATS, TEXTS, count_of, save_chat, save_tokenizer, write_texts
 
 from softcache.data.identity import item_digest, pixel_digest
 from softcache.data.rendering import Vocabulary, read_vocabulary
@@ -177,7 +178,7 @@ def test_parameters_that_cannot_be_are_refused(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"messages": []}, "chat template"),
+        ({"messages": []}, "the first line has none"),
         ({"prompt": "a"}, "has the fields 'prompt'"),
         ({"text": "a", "prompt": "b", "completion": "c"}, "has the fields"),
         ({"text": 3}, "its text is int"),
@@ -209,3 +210,45 @@ def test_a_selection_keeps_the_positions_of_its_samples(tmp_path: Path, tokenize
     assert chosen.positions.listed is not None
     assert chosen.positions.listed.tolist() == [*data[4][0].listed, *data[0][0].listed]
     assert chosen[0][1].tolist() == data[4][1].tolist() and chosen.num_classes == data.num_classes
+
+
+TALK = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": " sat on"},
+    {"role": "user", "content": "a dog"},
+    {"role": "assistant", "content": " the mat"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["turns", "marked"])
+def test_of_messages_the_answers_carry_loss(tmp_path: Path, kind: str) -> None:
+    folder = save_chat(tmp_path / "chat", CHATS[kind])
+    data = opened(lines(tmp_path / "m.jsonl", {"messages": TALK}), folder)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    item, _ = data[0]
+    assert item.ids.tolist() == theirs.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
+    carried = "".join(theirs.decode([int(one)]) for one in item.ids[item.trains])
+    assert carried == " sat on</s> the mat</s>"
+    assert data.rendering is not None
+    facts = data.rendering.facts()
+    assert facts["template"] == hashlib.sha256(CHATS[kind].encode()).hexdigest() and facts["loss"] == "assistant"
+    assert (facts["bos"], facts["eos"]) == ("none", "none")
+
+
+@pytest.mark.slow
+def test_messages_whose_answers_nobody_can_tell_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    talk = lines(tmp_path / "m.jsonl", {"messages": TALK})
+    with pytest.raises(SoftcacheError, match="otherwise when more follows"):
+        opened(talk, save_chat(tmp_path / "chat", CHATS["forgetful"]))
+    with pytest.raises(SoftcacheError, match="it has no chat templates"):
+        opened(talk, save_chat(tmp_path / "none", ""))
+    folder = save_chat(tmp_path / "turns", CHATS["turns"])
+    with pytest.raises(SoftcacheError, match=r"a tokenizer\.json has none"):
+        opened(talk, folder / "tokenizer.json")
+    with pytest.raises(SoftcacheError, match=r"line 2: has no messages"):
+        opened(lines(tmp_path / "x.jsonl", {"messages": TALK}, {"text": "a"}), folder)
+    with pytest.raises(SoftcacheError, match="nothing carries loss"):
+        opened(lines(tmp_path / "y.jsonl", {"messages": TALK[:1]}), folder)

@@ -18,6 +18,7 @@ from softcache import dump
 from softcache.check import inspect, repair, verify
 from softcache.config import DumpConfig
 from softcache.data.transfer_set import TransferSet, open_transfer_set
+from softcache.dump.row_batches import cut_rows
 from softcache.errors import (
     ContentMismatchError,
     DataError,
@@ -26,6 +27,7 @@ from softcache.errors import (
     SoftcacheError,
     TeacherError,
 )
+from softcache.models.language_model import TokenInput
 from softcache.share import subset
 
 WORLD = WORLDS / "language_models.py"
@@ -258,3 +260,37 @@ def test_a_teacher_whose_answers_depend_on_its_batch_is_refused(
 ) -> None:
     with pytest.raises(TeacherError, match=r"in another batch|alone than beside others"):
         quick_dump(data=docs, teacher=[f"{WORLD}:module?folder={models / 'llama'}&fault={fault}"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "wanted"),
+    [
+        ([3, 4, 5], 7, [[0, 1], [2]]),
+        ([9, 1, 1, 9], 2, [[0], [1, 2], [3]]),
+        ([0, 0, 2], 2, [[0, 1, 2]]),
+        ([2], 1, [[0]]),
+        ([], 5, []),
+    ],
+)
+def test_a_batch_has_so_many_tokens_at_most_and_one_row_at_least(
+    tokens: list[int], most: int, wanted: list[list[int]]
+) -> None:
+    assert [list(cut) for cut in cut_rows(len(tokens), 100, np.array(tokens), most)] == wanted
+
+
+def test_batches_of_tokens_change_nothing_but_rounding(
+    quick_dump: QuickDump, docs: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = TokenInput.collate
+    monkeypatch.setattr(
+        TokenInput, "collate", lambda self, items: (seen.append(sum(map(len, items))), real(self, items))[1]
+    )
+    few = quick_dump(data=docs, teacher=[f"hf:{models / 'gpt2'}?name=a"], batch_tokens=16, out="few")
+    assert max(seen) <= 16 and few.manifest.plan.made_with["batch_tokens"] == 16
+    many = quick_dump(data=docs, teacher=[f"hf:{models / 'gpt2'}?name=a"], out="many")
+    assert many.manifest.plan.made_with["batch_tokens"] == 16384
+    data = open_transfer_set(docs)
+    torch.testing.assert_close(all_of(few, data).flat("a"), all_of(many, data).flat("a"), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SoftcacheError, match="these samples are no tokens"):
+        quick_dump(batch_tokens=16, out="images")
