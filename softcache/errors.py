@@ -145,6 +145,10 @@ class ClassMismatchError(JoinError):
     """Another class list, another class order or another number of classes."""
 
 
+class RenderingError(JoinError):
+    """Tokens of another vocabulary than the cache's, or texts that were made into tokens otherwise."""
+
+
 class DriftError(SoftcacheError):
     """A view that no longer renders to the pixels the teacher saw."""
 

@@ -75,6 +75,7 @@ def report(path: Path | str) -> str:
         ("format", f"version {plan.format}" + (" (provisional)" if plan.format == PROVISIONAL_FORMAT else "")),
         ("transfer set", f"{plan.samples.source}, {plan.samples.count:,} samples"),
         ("classes", f"{len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "none"),
+        *_of_tokens(plan),
         ("views", f"{plan.views.count} of {cache.policy}, root seed {plan.views.root_seed}"),
         ("size", f"{size(manifest.nbytes)} in {len(manifest.files)} files"),
         *_rounds(plan),
@@ -128,6 +129,16 @@ def report(path: Path | str) -> str:
     return "\n".join(lines)
 
 
+def _of_tokens(plan: Plan) -> list[tuple[str, str]]:
+    """Which tokens the classes are, and how texts became tokens."""
+    found = []
+    if plan.vocabulary is not None:
+        found.append(("tokenizer", f"{plan.vocabulary['count']:,} ids, sha256 {plan.vocabulary['tokenizer'][:16]}"))
+    if plan.rendering is not None:
+        found.append(("rendering", ", ".join(f"{name} {value}" for name, value in sorted(plan.rendering.items()))))
+    return found
+
+
 def _others(cache: Cache) -> list[str]:
     """A table of the members without classes."""
     rows = []
@@ -166,6 +177,7 @@ def _rounds(plan: Plan) -> list[tuple[str, str]]:
 def _index_text(index: IndexInfo) -> str:
     """Its name, and what its positions are."""
     of = f"{'some ' if index.listed else ''}{index.kind}"
+    of = "the tokens that carry loss" if index.kind == "tokens" and index.listed else of
     return f"{index.name}: {of}{', with labels' if index.labels else ''}"
 
 

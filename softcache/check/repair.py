@@ -25,7 +25,7 @@ from softcache.cache.plan import Plan
 from softcache.cache.provenance import provenance_path, read_provenance
 from softcache.cache.reader import CacheReader, read_samples
 from softcache.cache.samples import SampleTable, first_order
-from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, MAX_LIST_BYTES, PROBE, SAMPLES, index_path
+from softcache.cache.schema import CARD, MANIFEST, MANIFESTS, MAX_LIST_BYTES, PROBE, SAMPLES, TOKENIZER, index_path
 from softcache.cache.strict_json import MAX_BYTES
 from softcache.cache.write.rewriter import Rewriter
 from softcache.cache.write.shard import constants_files
@@ -43,10 +43,10 @@ from softcache.dump.job import order_of
 from softcache.dump.made_with import left_out_before
 from softcache.dump.open_teachers import open_teachers
 from softcache.dump.pixels import PixelCheck, renderer
+from softcache.dump.position_index import TOKENS, WORDS, check_has_index, in_rows, index_of, records_of
 from softcache.dump.progress import DumpProgress
 from softcache.dump.samples import make_samples, open_samples
 from softcache.dump.teacher import Teacher
-from softcache.dump.word_index import INDEX, check_has_index, in_rows, records_of
 from softcache.errors import (
     CacheError,
     ConfigError,
@@ -152,7 +152,8 @@ def _make_again(
     if manifest.plan.parents:
         parents = ", ".join(parent.id[:12] for parent in manifest.plan.parents)
         return f"was merged of the caches {parents}: run that `softcache merge` again, or give --from another copy"
-    if any((index.name, index.kind, index.listed) != (INDEX, INDEX, False) for index in manifest.plan.indexes):
+    written = {(WORDS, WORDS, False), (TOKENS, TOKENS, True)}
+    if any((index.name, index.kind, index.listed) not in written for index in manifest.plan.indexes):
         return "was not written by a dump of this version: give --from another copy"
     try:
         for number in range(len(manifest.plan.rounds)):
@@ -261,10 +262,13 @@ def _mend_round(
         out.write(SAMPLES, table.arrays())
     out.samples = read_samples(BoundFiles(path, manifest.files), plan)
     order = order_of(out.samples, transfer_set)
-    check_has_index(transfer_set, plan)
+    check_has_index(transfer_set, plan, None if TOKENIZER in damaged else CacheReader(path).tokenizer())
     positions = in_rows(transfer_set, order)
-    if positions is not None and index_path(INDEX, number) in damaged:
-        out.write(index_path(INDEX, number), positions.arrays())
+    if number == 0 and transfer_set.rendering is not None:
+        out.write_plain(TOKENIZER, transfer_set.rendering.vocabulary.definition)
+    index = index_of(transfer_set)
+    if index is not None and positions is not None and index_path(index.name, number) in damaged:
+        out.write(index_path(index.name, number), positions.arrays())
     viewed = ViewedSet(
         transfer_set,
         Policy.of_cache(plan.views, allow_code=means.allow_code),
@@ -277,7 +281,8 @@ def _mend_round(
     spans = out.spans_of(number)
     unfitted = {m for m in one.members if _first_round(plan, m) == number and _lost_constants(manifest, m, damaged)}
     wanted = unfitted.union(*map(out.members_of, spans))
-    prober = Prober(viewed, order, config.batch_size)
+    most_tokens = one.made_with.get("batch_tokens")
+    prober = Prober(viewed, order, config.batch_size, batch_tokens=most_tokens)
     storages = {}
     if (
         wanted
@@ -302,7 +307,18 @@ def _mend_round(
         workers = pick_workers(means.workers, pick_device(config.device))
         in_part = records_of(positions, one.layout)
         write_spans(
-            out, [span], viewed, order, chosen, kept, config.batch_size, workers, clock, pixels, in_part=in_part
+            out,
+            [span],
+            viewed,
+            order,
+            chosen,
+            kept,
+            config.batch_size,
+            workers,
+            clock,
+            pixels,
+            in_part=in_part,
+            batch_tokens=most_tokens,
         )
     clock.close()
 

@@ -219,7 +219,8 @@ def _checked(
         stopped.set()
         pool.shutdown(cancel_futures=True)
     if full:  # HDF5 is opened where every byte is known to be the writer's
-        for file, faults in structure_faults(path, whole):
+        hdf5 = (file for file in whole if file.kind != "tokenizer")
+        for file, faults in structure_faults(path, hdf5):
             if faults:
                 yield file, faults
 

@@ -87,7 +87,7 @@ def shown_views(replay: Replay, key: str, most: int) -> list[ShownView]:
     cache, row = replay.cache, row_of(replay.cache, key)
     count = min(most, cache.num_views)
     targets = cache.gather(np.full(count, row), np.arange(count))
-    stored = cache.reader.gather(None, "pixel_digests", targets.rows, targets.views)
+    stored = cache.reader.gather(None, cache.manifest.plan.views.digests[0], targets.rows, targets.views)
     views = []
     for view in range(count):
         rendered = replay.rendered(row, view)

@@ -33,9 +33,9 @@ def run(config: DumpConfig, output: Output) -> int:
         data = shlex.quote(config.data)
         loss = suggested_loss(manifest.plan)
         if loss is None:
-            print(
-                f"softcache train learns of words their classes alone; {result.path}/README.md has a loop of your own"
-            )
+            of_tokens = manifest.plan.vocabulary is not None
+            what = "has no student of tokens yet" if of_tokens else "learns of words their classes alone"
+            print(f"softcache train {what}; {result.path}/README.md has a loop of your own")
             return 0
         asked = "" if loss == "kd:temperature=4" else f" --loss {loss}"  # what `train` takes by itself
         print(f"next: softcache train --cache {result.path} --data {data} --student ...{asked} --out runs/student")

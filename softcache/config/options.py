@@ -108,6 +108,9 @@ class StorageOptions(MachineOptions, DataOptions):
     views: int | None = option(None, "views per sample (default: 1)", metavar="V")
     view_seed: int = option(0, "root seed of the views", metavar="SEED")
     batch_size: int = option(256, "samples per teacher call; part of the plan", metavar="B")
+    batch_tokens: int | None = option(
+        None, "tokens per call of a language model, in place of --batch-size (default: by its vocabulary)", metavar="N"
+    )
     order: str = option(
         "permuted", "rows in a seeded order, or as the data set has them", choices=("permuted", "natural")
     )

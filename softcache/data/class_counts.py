@@ -45,6 +45,13 @@ def described(transfer_set: TransferSet) -> str:
         )
     )
     rest = f"; {missing:,} {what}" if missing else ""
+    if transfer_set.rendering is not None and positions is not None:
+        cut = 0 if positions.cut is None else int(positions.cut.sum())
+        kept, every = len(positions.labels), int(positions.lengths.sum())
+        return (
+            f"{len(transfer_set):,} samples of tokens, {transfer_set.num_classes:,} ids: {kept:,} tokens kept, "
+            f"{every - kept:,} masked, {cut:,} cut off"
+        )
     if not names:
         return f"no classes; {len(transfer_set):,} samples"
     if positions is not None:

@@ -120,13 +120,14 @@ class Match:
     """Which of a model's outputs belongs to which class of the data.
 
     Attributes:
-        columns: C numbers, the output for each class; None where they stand as the classes do.
+        columns: C numbers, the output for each class; None where they stand as the classes do. A range where classes are ids of
+            tokens, of which the outputs have more.
         outputs: how many the model has; None where that is not known before it runs.
         how: for people: by what they were matched.
         declared: by a --classes-map.
     """
 
-    columns: tuple[int, ...] | None
+    columns: tuple[int, ...] | range | None
     outputs: int | None
     how: str
     declared: bool = False
@@ -134,7 +135,11 @@ class Match:
     @property
     def permutation(self) -> list[int] | None:
         """The columns where they are all of the model's outputs in another order; None where they stand, or are a choice."""
-        if self.columns is None or sorted(self.columns) != list(range(self.outputs or 0)):
+        if (
+            self.columns is None
+            or isinstance(self.columns, range)
+            or sorted(self.columns) != list(range(self.outputs or 0))
+        ):
             return None
         return list(self.columns)
 

@@ -89,7 +89,7 @@ def check_drift(
     Raises:
         DriftError: more than that, or another sample behind a key; names the samples and the versions on both sides.
     """
-    stored = reader.gather(None, "pixel_digests", rows, views)
+    stored = reader.gather(None, reader.manifest.plan.views.digests[0], rows, views)
     where = np.flatnonzero(stored != digests)
     if not where.size:
         return None
@@ -101,8 +101,8 @@ def check_drift(
     if not reader.probe():  # no pictures
         raise DriftError(
             f"{where.size} of {len(rows)} checked views are not what the teacher saw: {named}",
-            tip="they changed, or are cut into other words: restore them, or leave them out with --without; --on-drift warn "
-            "trains on them as they are",
+            tip="they changed, or are cut into other words or tokens: restore them, or leave them out with --without; "
+            "--on-drift warn trains on them as they are",
         )
     if apart == 0:
         raise DriftError(

@@ -24,6 +24,7 @@ from softcache.data.identity import pixel_digest, sample_id
 from softcache.data.views import Policy
 from softcache.errors import ConfigError, DataError, SoftcacheError, first_offenders, place_of, warn_once
 from softcache.spec import load_user_file, user_files
+from softcache.tokens import Tokens
 from softcache.words import Words
 
 MORE_SHARED_MEMORY = "in a container docker run --shm-size=2g"
@@ -227,7 +228,7 @@ class ViewedSet(Dataset[Any]):
             ) from exc
 
     def _name_words(self, exc: SoftcacheError, items: list[Any], index: np.ndarray) -> None:
-        """Of samples that are words: which of them a model cannot answer about alone either."""
+        """Of samples that are words or tokens: which of them a model cannot answer about alone either."""
 
         def fits(item: Any) -> bool:
             try:
@@ -235,7 +236,7 @@ class ViewedSet(Dataset[Any]):
             except SoftcacheError:
                 return False
 
-        if isinstance(items[0], Words):
+        if isinstance(items[0], Words | Tokens):
             bad = [self.transfer_set.keys[i] for i, item in zip(index.tolist(), items, strict=True) if not fits(item)]
             exc.add_note(f"samples {first_offenders(bad, len(bad))}")
 

@@ -1,9 +1,9 @@
-"""Labels of positions: which label each word of each sample has."""
+"""Labels of positions: which label each word of each sample has, and which token follows each that has a record."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,14 +16,20 @@ class PositionLabels:
     """Which labels the positions of N samples have; P positions in all, sample after sample.
 
     Attributes:
-        kind: "words".
+        kind: "words" or "tokens".
         offsets: (N + 1,) int64: sample i has the positions [offsets[i], offsets[i + 1]).
-        labels: (P,) int32 class index, -1 = none.
+        labels: (P,) int32 class index, -1 = none; of tokens the id of the next one.
+        all: (N,) int64 how many positions each sample has, those without a record among them; None: there are none such.
+        listed: (P,) int64 which position of its sample each one is; None: they are numbered on.
+        cut: (N,) int64 how many tokens of its text were cut off behind each sample; None where nothing is cut.
     """
 
-    kind: Literal["words"]
+    kind: Literal["words", "tokens"]
     offsets: np.ndarray
     labels: np.ndarray
+    all: np.ndarray | None = None
+    listed: np.ndarray | None = None
+    cut: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -32,6 +38,11 @@ class PositionLabels:
     def counts(self) -> np.ndarray:
         """(N,) int64: how many positions each sample has."""
         return np.diff(self.offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) int64: how many positions each sample has in all."""
+        return self.counts if self.all is None else self.all
 
     @property
     def labelled(self) -> int:
@@ -48,21 +59,29 @@ class PositionLabels:
         counts = self.offsets[rows + 1] - self.offsets[rows]  # of these alone: it is asked for each batch
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         places = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], counts)
-        return PositionLabels(self.kind, offsets, self.labels[places])
+        whole, cut = (None if one is None else one[rows] for one in (self.all, self.cut))
+        listed = None if self.listed is None else self.listed[places]
+        return PositionLabels(self.kind, offsets, self.labels[places], whole, listed, cut)
 
     def placed(self, place: np.ndarray) -> PositionLabels:
         """The same under another class list: label i becomes place[i]; the last of `place` is for -1."""
-        return PositionLabels(self.kind, self.offsets, place[self.labels].astype(np.int32))
+        return replace(self, labels=place[self.labels].astype(np.int32))
 
 
 def one_after_the_other(parts: Sequence[PositionLabels]) -> PositionLabels:
     """Those of several data sets, as of one; of one at least."""
     counts = np.concatenate([part.counts for part in parts])
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    return PositionLabels(parts[0].kind, offsets, np.concatenate([part.labels for part in parts]))
+    more = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("all", "listed", "cut")
+        if getattr(parts[0], name) is not None
+    }
+    return PositionLabels(parts[0].kind, offsets, np.concatenate([part.labels for part in parts]), **more)
 
 
 def check_some_word(positions: PositionLabels | None, name: str) -> None:
-    """Raise DataError where samples are words, and none has one."""
+    """Raise DataError where samples are words, and none has one; or tokens, of which none carries loss."""
     if positions is not None and not len(positions.labels):
-        raise DataError(f"{name}: none of its {len(positions)} samples has a word", tip="give some")
+        what = "a word" if positions.kind == "words" else "a token that carries loss behind another token"
+        raise DataError(f"{name}: none of its {len(positions)} samples has {what}", tip="give some")

@@ -14,6 +14,7 @@ from softcache.data.images import describe
 from softcache.data.loading import Pair, ViewedSet, load_batches
 from softcache.data.views import Policy
 from softcache.errors import DataError, SoftcacheError, first_offenders, place_of
+from softcache.tokens import Tokens
 from softcache.words import Words
 
 PIECE = 1024  # samples of one batch
@@ -67,11 +68,11 @@ class ReadingSet(ViewedSet):
                 item, digest = self.transfer_set.load(index)
                 digests[place] = np.frombuffer(digest, np.uint8)
                 form = _form(item)
-                for collate in self.collates if isinstance(item, Words) else ():
-                    collate([item])  # a network may take fewer words than a sample has
+                for collate in self.collates if isinstance(item, Words | Tokens) else ():
+                    collate([item])  # a network may take fewer words or tokens than a sample has
             except Exception as exc:  # of somebody's own code too
                 fault = _fault(exc, self.transfer_set.keys[index])
-                fault = _named(fault, self.transfer_set.keys[index]) if type(item) is Words else fault
+                fault = _named(fault, self.transfer_set.keys[index]) if isinstance(item, Words | Tokens) else fault
             forms.append(form)
             faults.append(fault)
         return Read(np.array([index for index, _ in pairs], np.int64), digests, tuple(forms), tuple(faults))
@@ -123,8 +124,8 @@ def refuse_misfits(misfits: dict[int, SoftcacheError], keys: Sequence[str]) -> N
 
 
 def _form(item: Any) -> str:
-    """Type, dtype and shape of an item; "" of a text, and of words."""
-    if isinstance(item, str | Words):
+    """Type, dtype and shape of an item; "" of a text, of words and of tokens."""
+    if isinstance(item, str | Words | Tokens):
         return ""
     return describe(item) + (f" {item.mode} {item.size}" if hasattr(item, "getbands") else "")
 

@@ -72,3 +72,26 @@ def check_position_labels(
 
         refuse_changed_labels((offender(int(i)) for i in where), int(where.size), int(both.sum()))
     return int(where.size)
+
+
+def check_listed(
+    index: PositionIndex, rows: np.ndarray, counts: np.ndarray, listed: np.ndarray | None, key_of: Callable[[int], str]
+) -> None:
+    """Raise ContentMismatchError where other tokens of a sample carry loss than the teacher was asked about, with its name.
+
+    Args:
+        rows: (N,) row of the cache for each sample.
+        counts, listed: (N,) how many positions of each sample have a record, and (P,) which these are; None: all.
+        key_of: row of the cache -> the sample's name.
+    """
+    stored = index.positions(rows, np.zeros_like(rows))
+    differ = np.flatnonzero(stored.counts != counts)
+    if not differ.size and listed is not None:
+        differ = np.unique(np.repeat(np.arange(len(rows)), counts)[stored.values != listed])
+    if differ.size:
+        named = first_offenders((key_of(int(rows[i])) for i in differ), differ.size)
+        raise ContentMismatchError(
+            f"in {differ.size} of {len(rows)} samples other {index.info.kind} carry loss than the teacher was asked about: "
+            + named,
+            tip="mark prompts and answers as it was done for the dump, or dump again",
+        )

@@ -20,6 +20,7 @@ from PIL import Image
 
 from softcache.data.identity import sample_id
 from softcache.data.position_labels import PositionLabels
+from softcache.data.rendering import Rendering
 from softcache.errors import ConfigError, DataError, require_extra, utf8_tip, warn_once
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as ImageFolder's
@@ -54,7 +55,8 @@ class Source:
         labels: (N,) int32 with -1 = none; or (N, C) bool, int8 with -1 = unknown where some are.
         class_names: C names.
         values: (N, K) float64 numbers of each sample that are no classes, NaN = not known; None where there are none.
-        positions: labels of the words of each sample, whose `labels` are all -1; None where items are no `Words`.
+        positions: labels of the words of each sample, or of its tokens, whose `labels` are all -1; None of anything else.
+        rendering: how texts became tokens; None where items are no `Tokens`.
     """
 
     reader: Reader
@@ -63,6 +65,7 @@ class Source:
     class_names: tuple[str, ...]
     values: np.ndarray | None = None
     positions: PositionLabels | None = None
+    rendering: Rendering | None = None
 
 
 class StringTable(Sequence[str]):

@@ -7,13 +7,14 @@
     table:PATH?text=NAME&label=NAME       CSV, TSV, JSON lines, plain or packed; Parquet
     table:PATH?words=NAME&tags=NAME       lists of words, and a tag for each
     conll:PATH?words=0&tags=-1            a word a line with its tags; CoNLL-U
+    text:PATH?tokenizer=FOLDER            texts as tokens: files, folders, JSON lines
     hf-dataset:PATH?item=NAME&label=NAME  Hugging Face's data sets
     tsv:PATH?text=0&label=1&header=true   tab-separated text, as it is
     synthetic:images?classes=10           made up, for trials; also synthetic:texts, synthetic:words
     package.module:factory?arg=1          any map-style data set; also path/file.py:factory
 
 An item is a uint8 array (H, W) or (H, W, C), a string, a pair of strings, the
-`Words` of a text with a label each, or whatever else a user's data set returns.
+`Words` of a text with a label each, the `Tokens` of one, or whatever else a user's data set returns.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from softcache.data.selection import of_classes, read_keys
 from softcache.data.sources import Source, StringTable, digits, imagefolder
 from softcache.data.synthetic import images, texts, words
 from softcache.data.text_tables import table, tsv
+from softcache.data.token_texts import text
 from softcache.errors import ConfigError, DataError, first_offenders, nearest
 from softcache.spec import Spec, call_factory, parse_spec, quoted
 
@@ -48,9 +50,10 @@ FILE_SOURCES: dict[str, Callable[..., Source]] = {
     "table": table,
     "tsv": tsv,
     "conll": conll,
+    "text": text,
 }
 MADE_UP: dict[str, Callable[..., Source]] = {"images": images, "texts": texts, "words": words}
-OTHER_WORDS = dict.fromkeys(("csv", "json", "jsonl", "ndjson", "txt", "text", "file"), "table")  # for a source
+OTHER_WORDS = dict.fromkeys(("csv", "json", "jsonl", "ndjson", "txt", "file"), "table")  # for a source
 OTHER_WORDS |= dict.fromkeys(("conllu", "conll2003", "iob", "iob2", "bio"), "conll")
 OTHER_WORDS |= dict.fromkeys(("hf", "huggingface", "hf-datasets", "datasets", "dataset"), "hf-dataset")
 SOURCES = ("digits", "torchvision", "synthetic", "hf-dataset", *FILE_SOURCES)
@@ -65,7 +68,8 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         labels: (N,) int32 class indices, -1 = none; or (N, C) bool, int8 of 1, 0 and -1 = unknown where some are.
         class_names: C names, whole even in a selection.
         values: (N, K) float64 numbers of each sample that are no classes (a score, a measure); None where there are none.
-        positions: labels of each sample's words, whose `labels` are all -1; None where items are no words.
+        positions: labels of each sample's words or tokens, whose `labels` are all -1; None where items are neither.
+        rendering: how texts became tokens; None where items are no `Tokens`.
         whole: the set that this one was selected from; itself where it was not.
     """
 
@@ -76,6 +80,7 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         self.class_names = source.class_names
         self.values = source.values
         self.positions = source.positions
+        self.rendering = source.rendering
         self._reader = source.reader
         self._rows = np.arange(len(source.keys))  # where the reader finds each sample
         self._whole: TransferSet | None = None
@@ -101,7 +106,8 @@ class TransferSet(Dataset[tuple[Any, Any]]):
 
     @property
     def num_classes(self) -> int:
-        return len(self.class_names)
+        """How many; of tokens how many ids there are."""
+        return len(self.class_names) if self.rendering is None else self.rendering.vocabulary.count
 
     @property
     def digest_kind(self) -> str:
@@ -123,7 +129,8 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         return item, item_digest(item) if data is None else file_digest(data)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """(item, label): the label an int, or (C,) bool, int8 with -1 = unknown where some are; of words (n,) int32."""
+        """(item, label): the label an int, or (C,) bool, int8 with -1 = unknown where some are; of words (n,) int32; of tokens
+        (n,) int32 the ids that follow the positions with a record."""
         item, _ = self.read(index)
         if self.positions is not None:
             return item, self.positions.of(index).copy()
@@ -134,7 +141,15 @@ class TransferSet(Dataset[tuple[Any, Any]]):
         taken = np.arange(len(self))[indices]
         values = None if self.values is None else self.values[taken]
         positions = None if self.positions is None else self.positions.take(taken)
-        source = Source(self._reader, self.keys.take(taken), self.labels[taken], self.class_names, values, positions)
+        source = Source(
+            self._reader,
+            self.keys.take(taken),
+            self.labels[taken],
+            self.class_names,
+            values,
+            positions,
+            self.rendering,
+        )
         chosen = TransferSet(self.name, source)
         chosen._rows = self._rows[taken]
         chosen._whole = self.whole
@@ -323,6 +338,8 @@ def _portable_name(spec: Spec) -> str:
     """The spec without local folders: two machines that keep the same data in different places agree on it."""
     if spec.scheme in (*FILE_SOURCES, "hf-dataset"):
         spec = replace(spec, name=Path(spec.name).expanduser().resolve().name)
+    if spec.scheme == "text":  # whose tokenizer the cache keeps
+        spec = spec.without("tokenizer")
     return spec.without("root", "download").portable() if spec.scheme == "torchvision" else spec.portable()
 
 

@@ -13,6 +13,7 @@ from softcache.dump.results import place_of
 from softcache.dump.teacher import Teacher
 from softcache.errors import TeacherError
 from softcache.models.inputs import has_vocabulary
+from softcache.tokens import Tokens
 
 # what another composition of the batch may change, of the largest logit: kernels that add up in another order, layer upon layer
 FLOAT32_APART = 1e-3
@@ -50,7 +51,11 @@ def check_batch_composition(teacher: Teacher, items: Sequence[Any]) -> None:
 
 def _rows_of(teacher: Teacher, items: Sequence[Any]) -> list[int]:
     """Where the rows of each sample begin, and where the last one's end."""
-    return [0, *accumulate(1 if teacher.index is None else len(item) for item in items)]
+    return [0, *accumulate(1 if teacher.index is None else _rows_of_item(item) for item in items)]
+
+
+def _rows_of_item(item: Any) -> int:
+    return len(item.listed) if isinstance(item, Tokens) else len(item)
 
 
 def _without_autocast(teacher: Teacher, logits: Tensor) -> Tensor:
@@ -68,7 +73,9 @@ def _in_another_composition(teacher: Teacher, items: Sequence[Any]) -> tuple[lis
     """The logits of the first batch's samples in an order of two halves, and that order."""
     count = len(items)
     order = list(range(count))[::-1]
-    if has_vocabulary(items[0]):
+    if isinstance(items[0], Tokens):
+        order.sort(key=lambda i: len(items[i]))
+    elif has_vocabulary(items[0]):
         order.sort(key=lambda i: len("".join(items[i])))
     halves = order[: count // 2], order[count // 2 :]
     try:

@@ -39,6 +39,7 @@ from softcache.dump.layout import (
 )
 from softcache.dump.output_scale import measure_scale
 from softcache.dump.results import not_finite
+from softcache.dump.row_batches import cut_rows, tokens_of
 from softcache.dump.teacher import Teacher
 from softcache.errors import CodecFitError, CodecRangeError, ConfigError, first_offenders, nearest
 
@@ -81,6 +82,7 @@ class Prober:
         batch_size: of the teachers.
         fitted_rows: the first ones, on which codecs are fitted.
         measured_rows: those behind them, on which codecs are compared.
+        batch_tokens: of a call, in place of `batch_size` samples.
     """
 
     def __init__(
@@ -91,12 +93,16 @@ class Prober:
         *,
         fitted_rows: int = FITTED_ROWS,
         measured_rows: int = MEASURED_ROWS,
+        batch_tokens: int | None = None,
     ) -> None:
         self._viewed, self._order, self._batch_size = viewed, order, batch_size
         self._view = -viewed.policy.first_view
         self._fitted_rows, self._measured_rows = fitted_rows, measured_rows
         self._rows: dict[tuple[str, bytes], Probe] = {}
+        self._batch_tokens, self._tokens = batch_tokens, None
         positions = getattr(viewed.transfer_set, "positions", None)
+        if batch_tokens is not None:
+            self._tokens = tokens_of(viewed.transfer_set, order)
         self._counts = (
             np.ones(len(order), np.int64) if positions is None else positions.counts[order]
         )  # records of each row
@@ -110,7 +116,11 @@ class Prober:
 
     def first_items(self) -> list[Any]:
         """Rendered samples of the first rows, without words none: what a teacher is looked at with before anything is written."""
-        return self._rendered(np.flatnonzero(self._counts)[:CHECKED_SAMPLES].tolist())
+        rows = np.flatnonzero(self._counts)[:CHECKED_SAMPLES]
+        if self._tokens is not None and self._batch_tokens is not None:  # one call; two texts at least, to compare
+            held = int((np.cumsum(self._tokens[rows]) <= self._batch_tokens).sum())
+            rows = rows[: max(2, held)]
+        return self._rendered(rows.tolist())
 
     def first_batch(self, teacher: Teacher) -> Any:
         """The collated inputs of the first rows."""
@@ -157,8 +167,9 @@ class Prober:
             classifier = teacher.find_classifier(self.first_batch(teacher))
             before, teacher.classifier = teacher.classifier, classifier
             logits, inputs = [], []
-            for begin in range(0, len(rows), self._batch_size):
-                batch = rows[begin : begin + self._batch_size]
+            own = None if self._tokens is None else self._tokens[rows]
+            for cut in cut_rows(len(rows), self._batch_size, own, self._batch_tokens):
+                batch = rows[cut.start : cut.stop]
                 output = teacher(teacher.collated(self._rendered(batch.tolist())))
                 self._check_finite(teacher, output.logits, np.repeat(batch, self._counts[batch]))
                 logits.append(output.logits.cpu())

@@ -29,6 +29,9 @@ class Answers:
         self.teacher, self.num_classes = teacher, num_classes
         self.rows = self.labelled = self.correct = self.flat = self.same = 0
         small = num_classes <= MANY_CLASSES and not teacher.multi_label
+        small = (
+            small and teacher.index != "tokens"
+        )  # which are not in another order by accident: their tokenizer is compared
         self.halves = np.zeros((2, num_classes, num_classes), np.int32) if small else None  # label, largest
 
     def add(self, measured: Mapping[str, np.ndarray], labels: np.ndarray, ids: np.ndarray) -> None:
@@ -109,7 +112,9 @@ class Answers:
         """What provenance.json keeps."""
         match = self.teacher.match
         told: dict[str, Any] = {"matched": match.how, "labelled": self.labelled, "correct": self.correct}
-        return told | ({"columns": list(match.columns)} if match.columns is not None else {})
+        if match.columns is None or isinstance(match.columns, range):
+            return told
+        return told | {"columns": list(match.columns)}
 
 
 class ClassReport:

@@ -38,10 +38,12 @@ from softcache.dump.layout import Storage, bytes_of_spans, sizes
 from softcache.dump.made_with import left_out_before, made_with, provenance, told_of
 from softcache.dump.open_teachers import build_teachers, check_teachers, left_out_of
 from softcache.dump.pixels import PixelCheck, renderer
+from softcache.dump.position_index import InPart, check_same_positions, index_of, one_each, records_of
 from softcache.dump.progress import DumpProgress
+from softcache.dump.row_batches import batch_tokens_of, cut_rows, tokens_of
 from softcache.dump.samples import check_same_samples, check_unchanged, make_samples, open_samples
 from softcache.dump.teacher import Teacher
-from softcache.dump.word_index import INDEX, InPart, check_same_words, one_each, records_of
+from softcache.dump.token_teachers import token_lines
 from softcache.errors import DataError, DumpError, printable
 from softcache.files.durable import require_room
 from softcache.machine import as_fresh, pick_device, pick_threads, pick_workers
@@ -110,7 +112,8 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     torch.set_num_threads(threads)
 
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
-    prober = Prober(viewed, job.order, config.batch_size)
+    most_tokens = batch_tokens_of(config, transfer_set)
+    prober = Prober(viewed, job.order, config.batch_size, batch_tokens=most_tokens)
     workers = pick_workers(config.workers, device)
     reads_all = (
         job.base is None and job.planned is None and part.count == 1
@@ -153,29 +156,35 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
     if reads_all:
         read_samples()  # what does not fit is told before a teacher runs over many samples
     storages = choose_storages(config, job, teachers, prober, out)
-    plan = make_plan(config, job, transfer_set, teachers, storages, made_with(config, device, threads))
+    plan = make_plan(config, job, transfer_set, teachers, storages, made_with(config, device, threads, most_tokens))
     plan = replace(plan, license=job.base.plan.license if job.base else config.license)
     lost = left_out_of(teachers, prober)
     if not quiet:
-        words = None if job.positions is None else job.positions.total
-        print(sizes(plan, storages, words), printable(described(transfer_set)), sep="\n", file=sys.stderr)
+        records = None if job.positions is None else job.positions.total
+        print(sizes(plan, storages, records), printable(described(transfer_set)), sep="\n", file=sys.stderr)
         if job.base is None and plan.format != int(config.format):
             others = ", ".join(dict.fromkeys(t.index or t.output for t in teachers if not is_of_version_1(t)))
             print(f"written as format version {plan.format}, which is provisional: {others}", file=sys.stderr)
         for name, one in lost.items():
             print(f"teacher {name!r}: {one.text()}", file=sys.stderr)
+        for line in token_lines(teachers):
+            print(line, file=sys.stderr)
+
+    index = index_of(transfer_set)
 
     def make_setup() -> Setup:
         constants = {name: storages[name].constants() for name in storages if job.base is None or not job.new_views}
         if job.base is not None:
             return Setup(CacheReader(out).samples, {}, constants)
         probe = make_probe(renderer(viewed, job.order), len(ids), job.views)
-        return Setup(read_samples(), probe, constants, {} if job.positions is None else {INDEX: job.positions})
+        positions = {} if index is None or job.positions is None else {index.name: job.positions}
+        tokenizer = None if transfer_set.rendering is None else transfer_set.rendering.vocabulary.definition
+        return Setup(read_samples(), probe, constants, positions, tokenizer=tokenizer)
 
     with CacheWriter(out, plan, make_setup, part=part, base=job.base) as writer:
         check_same_samples(writer.samples, ids[job.order], transfer_set, job.order)
-        if job.positions is not None:
-            check_same_words(writer.index(INDEX), transfer_set, job.order, writer.samples.key)
+        if index is not None:
+            check_same_positions(writer.index(index.name), transfer_set, job.order, writer.samples.key)
         in_part = records_of(job.positions, plan.rounds[-1].layout)
         storages = {n: s.with_constants(writer.constants(n)) for n, s in storages.items()}
         spans = writer.my_spans()
@@ -199,6 +208,7 @@ def run(config: DumpConfig, *, quiet: bool = False) -> DumpResult:
             pixels,
             report,
             in_part=in_part,
+            batch_tokens=most_tokens,
         )
         for teacher in teachers:
             teacher.check_at_end()
@@ -228,6 +238,7 @@ def write_spans(
     report: ClassReport | None = None,
     *,
     in_part: InPart = one_each,
+    batch_tokens: int | None = None,
 ) -> None:
     """Every batch of every span, through every teacher, into its shards. A batch never crosses a span's border.
 
@@ -236,26 +247,29 @@ def write_spans(
         pixels: compares what is rendered with the digests that are there; None where the views are new.
         report: is shown the answers at its view.
         in_part: how many records a part has.
+        batch_tokens: a batch has so many tokens at most, in place of `batch_size` samples.
     """
     transfer_set = viewed.transfer_set
     collates = [teacher.collate for teacher in teachers]
     viewed = ViewedSet(transfer_set, viewed.policy, collates, digests=True, partners=viewed.partners)
-    pairs = [_pairs(span, order, batch_size) for span in spans]
+    tokens = tokens_of(transfer_set, order)
+    cuts = [_cuts(span, batch_size, tokens, batch_tokens) for span in spans]
+    pairs = [_pairs(span, order, cut) for span, cut in zip(spans, cuts, strict=True)]
     pinned = any(teacher.device.type == "cuda" for teacher in teachers)
     loaded = load_batches(viewed, (batch for span in pairs for batch in span), workers=workers, pin_memory=pinned)
     row_of = np.empty(len(order), np.int64)
     row_of[order] = np.arange(len(order))
-    for span in spans:
+    for span, cut in zip(spans, cuts, strict=True):
         with writer.span(
             span, {name: storage.array_specs(span, in_part(span)) for name, storage in storages.items()}
         ) as out:
             pending: list[Encoded] = []  # the previous batch, copied to the host while the device computes the next
-            for _ in range(-(-span.rows // batch_size) * span.views):
+            for _ in range(len(cut) * span.views):
                 batch = clock.wait_for(loaded)
                 rows = row_of[batch.index]
                 check_unchanged(writer.samples, rows, batch)
                 if pixels is None:
-                    out.append(None, {"pixel_digests": batch.pixel_digests})
+                    out.append(None, {writer.plan.views.digests[0]: batch.pixel_digests})
                 else:
                     pixels.check(rows, batch)
                 labels, of_records = _labels_and_rows(transfer_set, batch.index, rows)
@@ -280,7 +294,7 @@ def write_spans(
 
 
 def _labels_and_rows(transfer_set: Any, index: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each record of a batch its label and its row: of each sample, or of each of its words."""
+    """Of each record of a batch its label and its row: of each sample, or of each of its words or tokens."""
     if transfer_set.positions is None:
         return transfer_set.labels[index], rows
     found = transfer_set.positions.take(index)
@@ -295,11 +309,17 @@ def _append(pending: Sequence[Encoded], out: Any, report: ClassReport | None) ->
             report.add(done)
 
 
-def _pairs(span: Span, order: np.ndarray, batch_size: int) -> Iterator[list[Pair]]:
+def _cuts(span: Span, batch_size: int, tokens: np.ndarray | None, most: int | None) -> Sequence[range]:
+    """The batches of a span's rows, counted from its first one."""
+    own = None if tokens is None else tokens[span.row_start : span.row_stop]
+    return cut_rows(span.rows, batch_size, own, most)
+
+
+def _pairs(span: Span, order: np.ndarray, cuts: Sequence[range]) -> Iterator[list[Pair]]:
     """(index, view) of the span's records in stored order: view by view, row by row."""
     for view in range(span.view_start, span.view_stop):
-        for start in range(span.row_start, span.row_stop, batch_size):
-            yield [(int(i), view) for i in order[start : min(start + batch_size, span.row_stop)]]
+        for cut in cuts:
+            yield [(int(i), view) for i in order[span.row_start + cut.start : span.row_start + cut.stop]]
 
 
 def _part(config: DumpConfig) -> Part:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from softcache.cache.plan import PIXEL_DIGESTS
 from softcache.cache.schema import FORMAT_VERSION, PROVISIONAL_FORMAT, ArraySpec, Layout, fit_layout, plan_layout
 from softcache.cache.write.shard import file_bytes
 from softcache.codecs.fidelity import GRID
@@ -49,9 +50,10 @@ from softcache.dump.layout import (
     record_bytes,
 )
 from softcache.dump.open_teachers import open_teachers
+from softcache.dump.position_index import InPart, bytes_of_a_row, one_each, part_bytes, records_of
+from softcache.dump.row_batches import batch_tokens_of
 from softcache.dump.samples import open_samples
 from softcache.dump.teacher import Teacher
-from softcache.dump.word_index import InPart, bytes_of_a_row, one_each, part_bytes, records_of
 from softcache.errors import CodecFitError, ConfigError
 from softcache.machine import as_fresh, pick_device, pick_threads
 from softcache.report.progress import Meter
@@ -375,7 +377,8 @@ def _open(config: PlanConfig, measured_rows: int) -> tuple[TransferSet, Job, Vie
     transfer_set, _ = open_samples(config)
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
-    prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows)
+    most = batch_tokens_of(config, transfer_set)
+    prober = Prober(viewed, job.order, config.batch_size, measured_rows=measured_rows, batch_tokens=most)
     teachers = open_teachers(config, prober, transfer_set, pick_device(config.device))
     return transfer_set, job, viewed, prober, teachers
 
@@ -417,7 +420,7 @@ def _cache_bytes(
     if job.positions is not None:
         numbers = job.positions.arrays()
         total += file_bytes([ArraySpec(name, one.dtype.str, one.shape) for name, one in numbers.items()])
-    return total + _parts_bytes(layout, {"pixel_digests": ("<u4", ())})
+    return total + _parts_bytes(layout, {PIXEL_DIGESTS: ("<u4", ())})
 
 
 def _classifier_arrays(teacher: Teacher, prober: Prober) -> Arrays:

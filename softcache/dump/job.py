@@ -14,7 +14,7 @@ from softcache.cache.bound_files import BoundFiles
 from softcache.cache.canonical import canonical_json, differences
 from softcache.cache.dump_folder import Planned, read_planned
 from softcache.cache.manifest import Manifest, read_manifest
-from softcache.cache.plan import MemberInfo, Plan, Round, SampleInfo, ViewInfo
+from softcache.cache.plan import PIXEL_DIGESTS, TOKEN_DIGESTS, MemberInfo, Plan, Round, SampleInfo, ViewInfo
 from softcache.cache.positions import Positions
 from softcache.cache.reader import CacheReader, read_constants
 from softcache.cache.samples import SampleTable, first_order
@@ -26,8 +26,8 @@ from softcache.data.join import find_ids
 from softcache.data.transfer_set import TransferSet
 from softcache.data.views import Policy
 from softcache.dump.layout import Storage, member_info
+from softcache.dump.position_index import bytes_of_a_row, check_has_index, in_rows, index_of, part_bytes
 from softcache.dump.teacher import Teacher
-from softcache.dump.word_index import bytes_of_a_row, check_has_index, in_rows, index_of, part_bytes
 from softcache.errors import ConfigError, DataError, ModelError, first_offenders
 
 # settings that a cache fixed when it was made
@@ -44,7 +44,7 @@ class Job:
         first_view, views: the views to write are [first_view, first_view + views).
         base: the manifest that is extended; None for a new cache.
         planned: what an interrupted dump of the same round fixed; None if there is none.
-        positions: of the words of each row; None where samples have one answer each.
+        positions: of the words or tokens of each row; None where samples have one answer each.
     """
 
     policy: Policy
@@ -126,7 +126,7 @@ def extension_job(config: DumpConfig, transfer_set: TransferSet) -> Job:
         )
     if wanted is not None and wanted > there and not policy.is_random:
         raise ConfigError(f"--views {wanted}, but every view of this cache's policy is the same ({policy})")
-    check_has_index(transfer_set, base.plan)
+    check_has_index(transfer_set, base.plan, CacheReader(out).tokenizer())
     if base.plan.class_names:
         check_classes(transfer_set, base.plan.class_names)
     order = order_of(CacheReader(out).samples, transfer_set)
@@ -228,7 +228,7 @@ def make_plan(
     )
     if format != FORMAT_VERSION:
         layout = fit_layout(layout, part_bytes(record_bytes, job.positions, layout))
-    index = index_of(transfer_set)
+    index, rendered = index_of(transfer_set), transfer_set.rendering
     indexes = () if index is None or not job.new_views else (index.name,)  # which has them in all its views
     this = Round(layout, tuple(info.name for info in infos), job.new_views, made_with, indexes)
     if base is not None:
@@ -255,12 +255,21 @@ def make_plan(
         ),
         class_names=tuple(transfer_set.class_names),
         views=ViewInfo(
-            job.views, job.policy.first_view, str(config.view_seed), job.policy.replay, job.policy.to_json()
+            job.views,
+            job.policy.first_view,
+            str(config.view_seed),
+            job.policy.replay,
+            job.policy.to_json(),
+            (PIXEL_DIGESTS,) if rendered is None else (TOKEN_DIGESTS,),
         ),
         members=tuple(infos),
         rounds=(this,),
         format=format,
         indexes=() if index is None else (index,),
+        vocabulary=None
+        if rendered is None
+        else {"count": rendered.vocabulary.count, "tokenizer": rendered.vocabulary.sha256},
+        rendering=None if rendered is None else rendered.facts(),
     )
 
 

@@ -16,8 +16,8 @@ from softcache.codecs import Codec, codec_constants, make_codec, restore_codec
 from softcache.codecs.features import StoredFeature
 from softcache.codecs.fidelity import grid_of
 from softcache.config import StorageOptions
+from softcache.dump.position_index import InPart
 from softcache.dump.teacher import Teacher
-from softcache.dump.word_index import InPart
 from softcache.errors import ConfigError
 from softcache.features.taps import shapes_of
 from softcache.report.tables import size, table
@@ -242,14 +242,15 @@ def bytes_of_spans(spans: Iterable[Span], storages: Mapping[str, Storage], in_pa
     return sum(spec.nbytes + spec.checksums.nbytes for spec in specs)
 
 
-def sizes(plan: Plan, storages: Mapping[str, Storage], words: int | None = None) -> str:
+def sizes(plan: Plan, storages: Mapping[str, Storage], positions: int | None = None) -> str:
     """What this round will write, as a table: bytes of a record and of the whole, for each member and each thing kept.
 
     Args:
-        words: of all samples; None where each has one record a view.
+        positions: words or tokens with a record, of all samples; None where each has one record a view.
     """
     layout = plan.rounds[-1].layout
-    records = (layout.num_rows if words is None else words) * layout.num_views
+    records = (layout.num_rows if positions is None else positions) * layout.num_views
+    what = ", ".join(index.kind for index in plan.indexes)
     rows, total = [], 0
     for name, storage in storages.items():
         parts = [] if storage.codec is None else [(storage.codec.text, storage.codec_bytes)]
@@ -259,7 +260,7 @@ def sizes(plan: Plan, storages: Mapping[str, Storage], words: int | None = None)
         rows += [[name, what, f"{nbytes:,}", size(nbytes * records)] for what, nbytes in parts]
         total += sum(nbytes for _, nbytes in parts)
     title = (
-        f"{layout.num_rows:,} samples x {layout.num_views} views{'' if words is None else f', {words:,} words'}, "
+        f"{layout.num_rows:,} samples x {layout.num_views} views{'' if positions is None else f', {positions:,} {what}'}, "
         f"{len(layout)} parts; {size(total * records)} in all"
     )
     return title + "\n" + table(["member", "stored", "bytes a record", "bytes"], rows)

@@ -7,6 +7,7 @@ from softcache.data.loading import Partners, ViewedSet
 from softcache.dump.choose_codec import Prober
 from softcache.dump.job import new_job
 from softcache.dump.open_teachers import open_teachers
+from softcache.dump.row_batches import batch_tokens_of
 from softcache.dump.samples import open_samples
 from softcache.machine import pick_device
 from softcache.report.tables import table
@@ -17,7 +18,7 @@ def list_modules(config: StorageOptions) -> str:
     transfer_set, _ = open_samples(config)
     job = new_job(config, transfer_set)
     viewed = ViewedSet(transfer_set, job.policy, (), partners=Partners(transfer_set, job.order))
-    prober = Prober(viewed, job.order, config.batch_size)
+    prober = Prober(viewed, job.order, config.batch_size, batch_tokens=batch_tokens_of(config, transfer_set))
     texts = []
     for teacher in open_teachers(config, prober, transfer_set, pick_device(config.device)):
         modules = teacher.list_modules(prober.first_batch(teacher))

@@ -21,8 +21,10 @@ from softcache.models.left_out import LeftOut
 from softcache.version import __version__
 
 
-def made_with(config: StorageOptions, device: torch.device, threads: int) -> dict[str, Any]:
-    """What equal bytes depend on."""
+def made_with(
+    config: StorageOptions, device: torch.device, threads: int, batch_tokens: int | None = None
+) -> dict[str, Any]:
+    """What equal bytes depend on; `batch_tokens` where batches are made by it."""
     import PIL
     import torchvision
 
@@ -37,6 +39,7 @@ def made_with(config: StorageOptions, device: torch.device, threads: int) -> dic
         "batch_size": config.batch_size,
         "threads": threads,
         "autocast": config.autocast,
+        **({} if batch_tokens is None else {"batch_tokens": batch_tokens}),
     }
 
 
@@ -45,7 +48,9 @@ def told_of(teachers: Sequence[Teacher], left_out: Mapping[str, LeftOut]) -> dic
     warnings = {teacher.name: teacher.warnings for teacher in teachers if teacher.warnings}
     lost = {name: one.to_json() for name, one in left_out.items()}
     chosen = {teacher.name: told for teacher in teachers if (told := getattr(teacher.network, "weights_told", ""))}
-    return {name: told for name, told in (("warnings", warnings), ("left_out", lost), ("weights", chosen)) if told}
+    seen = {teacher.name: teacher.told for teacher in teachers if teacher.told}
+    named = (("warnings", warnings), ("left_out", lost), ("weights", chosen), ("tokens", seen))
+    return {name: told for name, told in named if told}
 
 
 def left_out_before(path: Path, rounds: int) -> dict[str, str]:

@@ -13,11 +13,18 @@ from torch import nn
 from softcache.cache.schema import member_name
 from softcache.config import StorageOptions
 from softcache.data.classes import Match, match_classes, read_classes_map
+from softcache.data.rendering import Rendering
 from softcache.data.transfer_set import TransferSet
 from softcache.dump.batch_composition import check_batch_composition
 from softcache.dump.choose_codec import Prober
 from softcache.dump.teacher import Teacher
-from softcache.dump.word_index import INDEX
+from softcache.dump.token_teachers import (
+    check_alone,
+    check_vocabulary,
+    match_tokens,
+    spec_of_tokens,
+    surplus,
+)
 from softcache.errors import ConfigError, DataError, ModelError, faults_explained, warn_once
 from softcache.features.taps import classifier_of
 from softcache.machine import autocast_dtype
@@ -27,6 +34,7 @@ from softcache.models.class_names import gives_classes
 from softcache.models.estimators import callee_of
 from softcache.models.inputs import is_text
 from softcache.models.item_range import check_scale
+from softcache.models.language_model import Engine
 from softcache.models.left_out import LOOKED_AT, LeftOut, left_out
 from softcache.models.model import CLASS_OUTPUTS, FEATURES, OTHER_OUTPUTS
 from softcache.spec import Spec, parse_spec, split_list
@@ -72,8 +80,9 @@ def build_teachers(
             allow_code=config.allow_code,
             classes_map=classes_map,
             items=prober.first_items,
+            rendering=transfer_set.rendering,
         )
-        teacher.index = None if transfer_set.positions is None else INDEX
+        teacher.index = None if transfer_set.positions is None else transfer_set.positions.kind
         if not teacher.has_weights:
             raise ModelError(
                 f"teacher {text!r} has no weights: what it gives would be random numbers",
@@ -92,7 +101,17 @@ def check_teachers(teachers: Sequence[Teacher], prober: Prober, *, again: bool =
         teacher.check_first_batch(prober.first_batch(teacher))
         if not again:
             check_batch_composition(teacher, prober.first_items())
+            if teacher.index == "tokens":
+                _check_tokens(teacher, prober.first_items())
             _tell_twins(teacher, teachers)
+
+
+def _check_tokens(teacher: Teacher, items: Sequence[Any]) -> None:
+    """What is asked of teachers of tokens alone, and told of them."""
+    apart, unused = check_alone(teacher, items), surplus(teacher, teacher.num_classes)
+    teacher.told["noise_floor"] = apart
+    if unused is not None:
+        teacher.told["unused_ids"] = unused
 
 
 def _tell_twins(teacher: Teacher, teachers: Sequence[Teacher]) -> None:
@@ -128,6 +147,7 @@ def open_teacher(
     allow_code: bool = False,
     classes_map: Mapping[str, str] | None = None,
     items: Callable[[], Sequence[Any]] = tuple,
+    rendering: Rendering | None = None,
 ) -> Teacher:
     """The teacher behind `MODEL@WEIGHTS`, a run folder, or a factory (torch module, scikit-learn estimator, callable).
 
@@ -140,6 +160,7 @@ def open_teacher(
         items: some samples, by which a final linear layer is found.
         allow_code: call the factory that a run folder names.
         classes_map: data's class -> teacher's class.
+        rendering: how texts became tokens, where samples are tokens.
 
     Raises:
         ModelError: it cannot be built, has other classes, or gives something else.
@@ -150,6 +171,7 @@ def open_teacher(
     # of a factory of the user `head` and `names` may be parameters of its own
     own_words = [*(["head"] if headless else []), *(["names"] if spec.value("output") == "values" else [])]
     bare = spec.without(*OF_TEACHERS, *own_words)
+    bare = bare if rendering is None else spec_of_tokens(bare)
     decides = spec.value("decides") or None
     if decides not in (None, "own"):
         raise ConfigError(f"{text!r}: decides={decides}", tip="decides=own, or leave it out")
@@ -161,7 +183,7 @@ def open_teacher(
     name = member_name(wanted_name, taken)
     what, model_text = f"teacher {name!r}", bare.text + (f"@{weights}" if weights else "")
     shape: dict[str, Any] = {"num_classes": num_classes, "class_names": tuple(class_names), "input_shape": input_shape}
-    own = own_classes(model_text, num_classes)
+    own = None if rendering is not None else own_classes(model_text, num_classes)
     more = own if own is not None and len(own) > num_classes else None  # of which the data's are chosen
     if not gives_classes(text):
         shape |= {"num_classes": len(own or ()) or max(1, num_classes), "class_names": own or tuple(class_names)}
@@ -185,6 +207,9 @@ def open_teacher(
             with faults_explained(ModelError, f"the teacher {text!r}"):
                 _take_head_off(model, text, items())
             portable = parse_spec(model.spec).having(head="none").portable()
+        if rendering is not None:
+            model.check_gives("tokens", "the data")
+            check_vocabulary(model, rendering, text)
         model.check_trained(f"teacher {text!r}")
     elif headless:
         raise ConfigError(
@@ -192,6 +217,19 @@ def open_teacher(
         )
     elif weights:
         raise ModelError(f"{text!r}: weights can only be loaded into a torch module")
+    elif rendering is not None:
+        if not callable(made):
+            raise ModelError(
+                f"{text!r} returned {type(made).__name__}, which cannot be called", tip="return a function"
+            )
+        check_vocabulary(made, rendering, text)
+        network, output, declared, decide = (
+            Engine(made, f"teacher {text!r}"),
+            getattr(made, "output", "logits"),
+            None,
+            None,
+        )
+        collate, portable = network.collate, bare.portable()
     else:
         callee = callee_of(made, text, output=spec.value("output") or None, multi_label=multi_label)
         network, collate, output, declared = callee.run, callee.collate, callee.output, callee.classes
@@ -200,6 +238,10 @@ def open_teacher(
     output = said_output or output
     if output not in (*OTHER_OUTPUTS, FEATURES) and not num_classes:
         raise _no_classes(text)
+    if rendering is not None:
+        match = match_tokens(rendering)
+    else:
+        match = match_classes(what, declared, class_names, classes_map) if output in CLASS_OUTPUTS else NO_MATCH
     told_input = dict(getattr(network, "told_input", {})) | ({"head": "none"} if headless else {})
     teacher = Teacher(
         name,
@@ -209,7 +251,7 @@ def open_teacher(
         output=output,
         num_classes=num_classes,
         multi_label=multi_label,
-        match=match_classes(what, declared, class_names, classes_map) if output in CLASS_OUTPUTS else NO_MATCH,
+        match=match,
         decide=decide,
         device=device,
         autocast=autocast,

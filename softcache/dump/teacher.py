@@ -88,7 +88,9 @@ class Teacher:
         features: what is tapped at each call.
         classifier: the final linear layer, where its input is tapped at each call.
         warnings: what was told of it, for provenance.
-        index: "words" where it gives a row for each word of a sample; None: one for each sample.
+        told: of a teacher of tokens `noise_floor`, how far its logits for a text alone and beside others are apart, of the
+            largest one; and `unused_ids`, the mean probability that its head gives to ids that are not in use, where there are.
+        index: "words" or "tokens" where it gives a row for each of a sample; None: one for each sample.
         first_batch: the inputs that `check_first_batch` saw, and its logits; None before.
     """
 
@@ -125,6 +127,7 @@ class Teacher:
         self.features: tuple[FeatureSpec, ...] = ()
         self.classifier: nn.Linear | None = None
         self.warnings: list[str] = []
+        self.told: dict[str, float] = {}
         self.index: str | None = None
         self.first_batch: tuple[Any, Tensor] | None = None
         self._half: torch.dtype | None = None
@@ -173,7 +176,10 @@ class Teacher:
         self._refuse_other_decision(batch, whole)
         if self.match.columns is None:
             return TeacherOutput(whole, relative * whole.abs().amax(dim=1), floored, classifier_input, features)
-        logits = whole[:, torch.tensor(self.match.columns, device=whole.device)]
+        if isinstance(self.match.columns, range):  # of ids
+            logits = whole[:, : len(self.match.columns)]
+        else:
+            logits = whole[:, torch.tensor(self.match.columns, device=whole.device)]
         rounding = relative * logits.abs().amax(dim=1)
         return TeacherOutput(logits, rounding, floored, classifier_input, features, whole)
 
@@ -194,6 +200,8 @@ class Teacher:
         tip = "one row of logits per sample, in their order"
         if self.index is not None:
             tip = "a row for each word, sample after sample, and none for padding: logits[mask]"
+        if self.index == "tokens":
+            tip = "a row for each position that is listed, sample after sample: logits[batch['listed']]"
         raise TeacherError(
             f"teacher {self.name!r} gave {found} rows for {wanted} {self.asked}{place_of(self.function)}", tip=tip
         )
@@ -217,6 +225,8 @@ class Teacher:
     def _taken(self) -> str:
         """What its fingerprint says of columns that were chosen, or that a map declares."""
         match = self.match
+        if isinstance(match.columns, range):
+            return f" tokens {len(match.columns)}"
         return f" columns {list(match.columns)}" if match.columns and (match.declared or match.is_choice) else ""
 
     def _check_width(self, raw: Tensor) -> None:
@@ -240,7 +250,11 @@ class Teacher:
     def _check_shape(self, raw: Tensor) -> None:
         outputs = self.match.outputs
         if outputs is None and raw.ndim == 2 and raw.shape[1] > max(self.match.columns or (0,)):
-            self.match = replace(self.match, outputs=raw.shape[1])  # it names no classes: what it has is seen now
+            columns = self.match.columns
+            if isinstance(columns, range) and len(columns) == raw.shape[1]:
+                columns = None  # each output is an id in use
+            # it names no classes: what it has is seen now
+            self.match = replace(self.match, outputs=raw.shape[1], columns=columns)
             self.class_order = self.match.permutation
             return
         if raw.ndim == 2 and raw.shape[1] == outputs:

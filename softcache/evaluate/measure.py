@@ -274,7 +274,7 @@ def _load(
             device=str(pick_device(config.device)),
             allow_code=config.allow_code,
         )
-    model.check_gives("sample" if transfer_set.positions is None else "words", transfer_set.name)
+    model.check_gives("sample" if transfer_set.positions is None else transfer_set.positions.kind, transfer_set.name)
     model.check_trained(repr(model_text))
     check_scale(model, model_text, items)
     return model

@@ -26,6 +26,7 @@ from softcache.models.from_transformers import TokenizerInput, rebuild_transform
 from softcache.models.graft import graft
 from softcache.models.initialise import Initialised, initialise
 from softcache.models.inputs import AnyInput, ImageInput, Input, TextInput, VectorInput, restore_input
+from softcache.models.language_model import token_model
 from softcache.models.mlp import mlp
 from softcache.models.mobilenet import mobilenetv2
 from softcache.models.model import OTHER_OUTPUTS, Model, final_linear
@@ -261,7 +262,10 @@ def _build_model(spec: Spec, *, transformer: Mapping[str, Any] | None = None, wh
         model = made
     elif isinstance(made, nn.Module):
         own = getattr(made, "collate", None)
-        model = Model(made, AnyInput(own if callable(own) else None))
+        if getattr(made, "gives", None) == "tokens" and not callable(own):
+            model = token_model(made)
+        else:
+            model = Model(made, AnyInput(own if callable(own) else None))
     else:
         raise ModelError(
             f"{spec.text!r} returned {type(made).__name__}; a student must be an nn.Module",

@@ -1,4 +1,5 @@
-"""transformers' classifiers of texts and of words (extra `text`), each with its tokenizer: `hf:FOLDER`, `hf:NAME` on the hub.
+"""transformers' models (extra `text`), `hf:FOLDER`, or `hf:NAME` on the hub: classifiers of texts and of words, each with its
+tokenizer, and causal language models.
 
 Only safetensors are read, no code that a model brings is run, and the network is used for a NAME alone.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from softcache.errors import ConfigError, ModelError, SoftcacheError, first_offenders, require_extra
 from softcache.models.inputs import check_texts
+from softcache.models.language_model import OF_TOKENS, LanguageModel, TokenInput, check_head
 from softcache.models.model import Model
 from softcache.models.saved_metadata import check_config
 from softcache.models.word_pieces import ALIGN, PieceInput, WordPieces
@@ -161,6 +163,8 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
         pooling: Literal["", "cls", "mean"] = "",
         prompt: str = "",
         align: Literal["", "first", "mean"] = "",
+        gives: Literal["", "tokens"] = "",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> Model:
         """`max_tokens`: longer texts are cut; by default to what the tokenizer and the network take. `prompt` stands before each.
 
@@ -168,6 +172,8 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
         those that are no padding.
         align: the network tags words: a word's logits are those of its first piece, or the mean over its pieces. Empty: "first"
         of a network that was saved as a token classifier. Samples longer than `max_tokens` are then refused.
+        gives: "tokens": a causal language model, asked for a row of logits of each token; its tokenizer is the data's.
+        dtype: of such a model's weights.
 
         A network whose weights have no classifier gets a new one, see `Model.untrained`. Classes are those of the
         weights, by the names that their configuration gives them; where it gives none, or the data's classes are called
@@ -177,6 +183,11 @@ def transformers_model(name: str, class_names: Sequence[str] = ()) -> Callable[.
         is as much as the batch's longest text needs.
         """
         config = place.config()
+        if gives:
+            asked = {"pooling": pooling, "prompt": prompt, "align": align}
+            return _causal_model(place, config, num_classes, max_tokens, getattr(torch, dtype), asked)
+        if dtype != "float32":
+            raise ConfigError(f"{place.text}: dtype={dtype} is of language models", tip="leave it out: --autocast bf16")
         labels = _labels(config)
         way = _align(config, align, place.text, {"pooling": pooling, "prompt": prompt})
         place.check_kind(config, of_words=bool(way))
@@ -466,6 +477,56 @@ def _encoder(place: _Place, config: Any, tokenizer: Any, max_tokens: int | None,
     model.told_input = {"pooling": pooling} | ({"prompt": prompt} if prompt else {})
     if taken.max_tokens is not None:
         model.told_input["max_tokens"] = str(taken.max_tokens)
+    return model
+
+
+def _causal_model(
+    place: _Place,
+    config: Any,
+    num_classes: int,
+    max_tokens: int | None,
+    dtype: torch.dtype,
+    others: Mapping[str, str],
+) -> Model:
+    """A causal language model that is asked about tokens; its head gives as many numbers as ids are in use, or more."""
+    import transformers
+
+    if asked := next((f"{name}={value}" for name, value in others.items() if value), None):
+        raise ConfigError(f"{place.text}: {asked}, and it is asked about tokens", tip="leave it out")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{place.text} is a {config.model_type!r} model, of which transformers makes no causal language model",
+            tip="ask a model that foretells the next token; others through file.py:factory",
+        )
+    if getattr(config, "is_decoder", True) is False and hasattr(config, "is_decoder"):
+        saved = [str(one) for one in getattr(config, "architectures", None) or ()]
+        if any("MaskedLM" in one for one in saved):
+            raise ModelError(
+                f"{place.text} was saved as {saved[0]}, which sees the tokens that it is to foretell",
+                tip="ask a model that foretells the next token",
+            )
+    with place.explained("weights"), _hushed():
+        read: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place.name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **place._how
+        )
+    net, report = read
+    lost = sorted(report["missing_keys"])
+    if lost or report["mismatched_keys"]:
+        raise ModelError(
+            f"{place.text}: the weights are of another network than its config.json says"
+            + (f"; they hold no {first_offenders(lost, len(lost))}" if lost else ""),
+            tip="save model and configuration again, together: model.save_pretrained(FOLDER)",
+        )
+    head, most = net.get_output_embeddings(), _positions(net)
+    check_head(head.weight.shape[0], num_classes, place.text)
+    if max_tokens is not None and most is not None and max_tokens > most:
+        raise ConfigError(f"{place.text}: max_tokens={max_tokens}, the network takes {most} at most", tip="lower it")
+    takes = tuple(name for name in OF_TOKENS if name in inspect.signature(net.forward).parameters)
+    model = Model(LanguageModel(net, head), TokenInput(max_tokens or most, takes=takes))
+    model.spec = f"hf:{type(net).__name__}?config={_digest(_canonical(_settings(net.config)))[:12]}"
+    model.spec += "" if dtype == torch.float32 else f"&dtype={str(dtype).removeprefix('torch.')}"
+    own = Path(place.name, "tokenizer.json")
+    model.tokenizer = own.read_bytes() if place.is_folder and own.is_file() else None
     return model
 
 

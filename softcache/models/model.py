@@ -14,7 +14,7 @@ from softcache.models.shrunk import Shrunk
 CLASS_OUTPUTS = ("logits", "log_probs", "probs")
 OTHER_OUTPUTS = ("embedding", "values")  # numbers that are no classes
 OUTPUTS = (*CLASS_OUTPUTS, *OTHER_OUTPUTS)
-GIVES = ("sample", "words")  # what a row of its output is of
+GIVES = ("sample", "words", "tokens")  # what a row of its output is of
 FEATURES = "features"  # in place of an output, of a teacher: what it gives is not kept, and may be anything
 
 
@@ -36,6 +36,7 @@ class Model(nn.Module):
         weights_told: what was chosen of the file of its weights, or left out; empty where there was no choice.
         output: "logits", unless the network declares `output = "log_probs"`, "probs", "embedding" or "values".
         value_names: of the output "values".
+        tokenizer: of a language model the tokenizer.json that lies beside its weights; None: there is none.
         told_input: what it alone does to its inputs, and to the outputs behind it: pooling, prompt, truncation.
     """
 
@@ -56,6 +57,7 @@ class Model(nn.Module):
         self.output: str = declared if isinstance(declared, str) else "logits"  # a layer may be called `output`
         self.value_names: tuple[str, ...] = ()
         self.told_input: dict[str, str] = {}
+        self.tokenizer: bytes | None = None
         if self.output not in OUTPUTS:
             raise ModelError(f"the module declares output={self.output!r}", tip=f"use one of {', '.join(OUTPUTS)}")
         if self.gives not in GIVES:
@@ -63,9 +65,9 @@ class Model(nn.Module):
 
     @property
     def gives(self) -> str:
-        """What each row of its output is of: "sample", or "words": a row a word, sample after sample.
+        """What each row of its output is of: "sample", or "words" or "tokens": a row for each, sample after sample.
 
-        So its input says; a network of a user's factory says `gives = "words"` itself.
+        So its input says; a network of a user's factory says `gives = "words"` or `gives = "tokens"` itself.
         """
         own = getattr(self.net, "gives", None)
         return own if isinstance(own, str) else getattr(self.input, "gives", "sample")
@@ -86,11 +88,16 @@ class Model(nn.Module):
         """Raise ModelError where it answers for each sample and words have labels, or the other way round.
 
         Args:
-            wanted: what the data has labels of, "sample" or "words".
+            wanted: what the data has labels of, "sample", "words" or "tokens".
             name: of the data, for the message.
         """
         if self.gives == wanted:
             return
+        if "tokens" in (wanted, self.gives):
+            raise ModelError(
+                f"{self.spec}: answers about {_each(self.gives)}, and {name} asks about {_each(wanted)}",
+                tip="answers about tokens are dumped (`softcache dump`), and no student of `softcache train` gives them yet",
+            )
         if wanted == "words":
             raise ModelError(
                 f"{self.spec}: gives one answer for each sample, and in {name} each word has a label",
@@ -120,6 +127,10 @@ class Model(nn.Module):
                 tip="wrap it in a module that returns the logits only",
             )
         return logits
+
+
+def _each(gives: str) -> str:
+    return {"sample": "samples"}.get(gives, gives)
 
 
 def final_linear(net: nn.Module, num_classes: int | None = None) -> nn.Linear | None:

@@ -24,6 +24,7 @@ from softcache.cache.card.teachers import codec_text
 from softcache.cache.checksums import CheckBlocks
 from softcache.cache.manifest import Manifest
 from softcache.cache.plan import CLASS_OUTPUTS, FeatureInfo, MemberInfo
+from softcache.cache.positions import PositionIndex
 from softcache.cache.reader import CacheReader
 from softcache.cache.row_table import ReadMode
 from softcache.cache.samples import SampleTable
@@ -34,10 +35,11 @@ from softcache.data.foreign import check_map_style, dataset_keys, item_of, label
 from softcache.data.identity import pixel_digest, sample_ids
 from softcache.data.join import ContentCheck, JoinBy, find_ids, join
 from softcache.data.loading import Partners
-from softcache.data.same_positions import check_counts, check_position_labels
+from softcache.data.same_positions import check_counts, check_listed, check_position_labels
+from softcache.data.same_tokens import check_same_rendering
 from softcache.data.tables import item_column, with_columns
 from softcache.data.views import Policy
-from softcache.data.word_samples import are_strings, positions_of
+from softcache.data.word_samples import are_strings, kept_positions, positions_of
 from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, note_once, warn_once
 from softcache.features.spec import SCALES
 from softcache.remote.opened import open_place
@@ -351,6 +353,7 @@ class Cache:
             LabelMismatchError: labels that differ from the cache's, of samples or of their words.
             ContentMismatchError: samples that hold something else than the teacher saw, or are cut into words otherwise.
             ClassMismatchError: other classes, or in another order.
+            RenderingError: tokens of another vocabulary, or texts that were made into tokens otherwise.
             JoinError: a data set that can only be iterated, or whose samples have no names.
 
         Example:
@@ -365,6 +368,7 @@ class Cache:
         dataset = with_columns(dataset, key=key, item=item, label=label)
         if whole is not None:
             whole = with_columns(whole, key=key, item=item, label=label)
+        check_same_rendering(self.manifest.plan, self.reader.tokenizer(), dataset)
         found = join(
             self.samples,
             dataset,
@@ -383,8 +387,12 @@ class Cache:
 
     def _check_positions(self, dataset: Any, rows: np.ndarray, *, allow: bool) -> int:
         """The positions of the samples must be those of the cache's indexes of that kind; how many of their labels differ."""
-        indexes = [self.reader.index(info.name) for info in self.manifest.plan.indexes if info.kind == "words"]
+        plan = self.manifest.plan
+        indexes = [self.reader.index(info.name) for info in plan.indexes if info.kind in ("words", "tokens")]
         if not indexes or not len(rows):
+            return 0
+        if plan.vocabulary is not None:
+            self._check_tokens(dataset, rows, indexes)
             return 0
         own = positions_of(dataset, self.class_names)
         if own is None:
@@ -398,6 +406,15 @@ class Cache:
             check_counts(index, rows, own.counts, self.samples.key)
             changed += check_position_labels(index, rows, own.counts, own.labels, self.samples.key, allow=allow)
         return changed
+
+    def _check_tokens(self, dataset: Any, rows: np.ndarray, indexes: Sequence[PositionIndex]) -> None:
+        """The tokens of a data set that keeps them, and which carry loss, must be the cache's: those of each sample."""
+        own = kept_positions(dataset)
+        if own is None or own.kind != "tokens":
+            return  # contents tell, where they can be compared
+        for index in indexes:
+            check_counts(index, rows, own.lengths, self.samples.key)
+            check_listed(index, rows, own.counts, own.listed, self.samples.key)
 
     def _as_dumped(self, item: Any) -> bool:
         """Whether an item is of the kind that the teacher was given, as far as the cache tells: by its probe, if it has one."""
@@ -418,7 +435,9 @@ class Cache:
         ids = self.samples.ids[rows]
         rendered = [policy.render(item, int(one), 0) for item, one in zip(items, ids, strict=True)]
         digests = np.array([pixel_digest(item) for item in rendered], dtype=np.uint32)
-        return bool((self.reader.gather(None, "pixel_digests", rows, np.zeros_like(rows)) == digests).all())
+        return bool(
+            (self.reader.gather(None, self.manifest.plan.views.digests[0], rows, np.zeros_like(rows)) == digests).all()
+        )
 
     def check_pixels(
         self, items: Sequence[Any], rows: np.ndarray, views: np.ndarray, render: Render, *, on_drift: str = "error"

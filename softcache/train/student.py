@@ -45,7 +45,7 @@ def build_student(config: TrainConfig, material: Material) -> tuple[Model, Any, 
             vocabulary=vocabulary,
             allow_code=config.allow_code,
         )
-    model.check_gives("sample" if transfer_set.positions is None else "words", transfer_set.name)
+    model.check_gives("sample" if transfer_set.positions is None else transfer_set.positions.kind, transfer_set.name)
     if not given.has_classes:
         model.output = given.kind
         model.value_names = given.value_names if width == given.width else ()

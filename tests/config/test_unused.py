@@ -172,6 +172,7 @@ USED: dict[type[Any], set[str]] = {
             "policy",
             "views",
             "batch_size",
+            "batch_tokens",
             "order",
         ),
         *(

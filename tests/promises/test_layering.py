@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "spec": set(),
     "words": set(),
+    "tokens": set(),
     "signals": set(),
     "machine": set(),
     "features": set(),
@@ -35,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"files"},
     "codecs": {"spec", "features"},
     "losses": {"spec", "features"},
-    "models": {"spec", "features", "files", "words"},
-    "data": {"spec", "cache", "words"},
+    "models": {"spec", "features", "files", "words", "tokens"},
+    "data": {"spec", "cache", "words", "tokens"},
     "remote": {"cache", "files", "report"},
     "targets": {"cache", "codecs", "data", "features", "remote", "report"},
     "dump": {
@@ -51,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         "features",
         "models",
         "losses",  # features_for only, see INNER
+        "tokens",
     },
     "evaluate": {"config", "spec", "machine", "report", "data", "models", "targets"},
     "train": {
@@ -149,10 +151,11 @@ INNER: dict[str, dict[str, set[str]]] = {
         "progress": set(),
         "samples": set(),
         "made_with": {"progress", "teacher"},
-        "word_index": set(),
-        "layout": {"teacher", "word_index"},
+        "position_index": set(),
+        "row_batches": set(),
+        "layout": {"teacher", "position_index"},
         "features_for": {"teacher"},
-        "job": {"layout", "teacher", "word_index"},
+        "job": {"layout", "teacher", "position_index"},
         "kept": {"layout"},
         "choose_codec": {
             "kept",
@@ -162,9 +165,11 @@ INNER: dict[str, dict[str, set[str]]] = {
             "layout",
             "output_scale",
             "results",
+            "row_batches",
             "teacher",
         },
-        "open_teachers": {"choose_codec", "batch_composition", "teacher", "word_index"},
+        "token_teachers": {"teacher"},
+        "open_teachers": {"choose_codec", "batch_composition", "teacher", "position_index", "token_teachers"},
         "encode": {"layout", "results", "teacher"},
         "pixels": {"choose_codec"},
         "class_report": {"encode", "teacher"},
@@ -178,9 +183,11 @@ INNER: dict[str, dict[str, set[str]]] = {
             "open_teachers",
             "pixels",
             "progress",
+            "row_batches",
             "samples",
             "teacher",
-            "word_index",
+            "token_teachers",
+            "position_index",
         },
         "forecast": {
             "kept",
@@ -189,11 +196,12 @@ INNER: dict[str, dict[str, set[str]]] = {
             "job",
             "layout",
             "open_teachers",
+            "row_batches",
             "samples",
             "teacher",
-            "word_index",
+            "position_index",
         },
-        "list_modules": {"choose_codec", "job", "open_teachers", "samples"},
+        "list_modules": {"choose_codec", "job", "open_teachers", "row_batches", "samples"},
     },
     "train": {
         "ranks": set(),
@@ -477,8 +485,8 @@ def test_the_promises_are_in_the_tables() -> None:
     for room in EVERYBODY | {"report", "files", "spec", "machine", "features"}:
         assert ALLOWED[room] == set()
     assert ALLOWED["cache"] == {"files"} and "torch" not in PACKAGES["cache"]
-    assert ALLOWED["config"] == {"spec"} and ALLOWED["models"] == {"spec", "features", "files", "words"}
-    assert ALLOWED["data"] == {"spec", "cache", "words"} and ALLOWED["targets"] == {
+    assert ALLOWED["config"] == {"spec"} and ALLOWED["models"] == {"spec", "features", "files", "words", "tokens"}
+    assert ALLOWED["data"] == {"spec", "cache", "words", "tokens"} and ALLOWED["targets"] == {
         "cache",
         "codecs",
         "data",

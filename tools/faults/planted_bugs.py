@@ -160,6 +160,20 @@ BUGS = (
         "tests/targets",
     ),
     Bug(
+        "the mask of a text's tokens is shifted by one",
+        "tokens.py",
+        "np.flatnonzero(self.trains[1:])",
+        "np.flatnonzero(self.trains[:-1])",
+        "tests/data/test_token_texts.py",
+    ),
+    Bug(
+        "a token's record is that of the token itself, not of the one before it",
+        "data/token_texts.py",
+        "listed = (at - 1 - offsets[sample])",
+        "listed = (at - offsets[sample])",
+        "tests/data/test_token_texts.py",
+    ),
+    Bug(
         "the parts of a dump are dealt out from the second process on",
         "cache/write/writer.py",
         "        return span % self.count == self.index - 1\n",

@@ -65,9 +65,10 @@ def size_category(count: int) -> str:
 
 
 def item_kind(plan: Plan) -> str | None:
-    """ "images", "texts" or "words", where the plan tells; else None."""
-    if any(index.kind == "words" for index in plan.indexes):
-        return "words"
+    """ "images", "texts", "words" or "tokens", where the plan tells; else None."""
+    for kind in ("words", "tokens"):
+        if any(index.kind == kind for index in plan.indexes):
+            return kind
     source = plan.samples.source.partition("?")[0]
     name = source if source.startswith("synthetic:") else source.partition(":")[0]
     if name in IMAGE_SOURCES or any(step["name"] in (*IMAGE_STEPS, *COLOUR_STEPS) for step in plan.views.steps):

@@ -28,7 +28,9 @@ The samples themselves are not in here: bring your own copy of them.
         listed(
             [
                 f"Source, as the teachers were given it: {code(without_folders(samples.source))}, {samples.count:,} samples",
-                (
+                _of_tokens(manifest)
+                if plan.vocabulary is not None
+                else (
                     f"Classes, in the order of the logits ({len(plan.class_names):,}): {', '.join(names)}"
                     if names
                     else "Classes: none"
@@ -47,6 +49,20 @@ The samples themselves are not in here: bring your own copy of them.
             ]
         )
     }"""
+
+
+def _of_tokens(manifest: Manifest) -> str:
+    """Which tokens the classes are, how texts became tokens, and how many of these have an answer."""
+    plan = manifest.plan
+    assert plan.vocabulary is not None
+    rendered = ", ".join(f"{escaped(name)} {code(value)}" for name, value in sorted((plan.rendering or {}).items()))
+    members = [member.name for member in plan.members if member.index == "tokens"]
+    kept = manifest.statistics[members[0]].records // plan.views.count if members else 0
+    return (
+        f"Classes: {plan.vocabulary['count']:,} ids of the tokenizer in `tokenizer.json`\n"
+        f"- Rendering of the texts: {rendered}\n"
+        f"- Tokens that carry loss, each with an answer about it: {kept:,}"
+    )
 
 
 def _labels(manifest: Manifest) -> str:

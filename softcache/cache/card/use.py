@@ -11,8 +11,10 @@ LOSS_OF_OTHERS = {"embedding": "cosine", "values": "mse", "features": "hint"}
 
 
 def suggested_loss(plan: Plan) -> str | None:
-    """A loss that such a cache serves, as `--loss` takes it; None of words without classes, which `train` does not learn."""
+    """A loss that such a cache serves, as `--loss` takes it; None where `train` has no student: words without classes, tokens."""
     member = plan.members[0]
+    if any(index.kind == "tokens" for index in plan.indexes):
+        return None
     if member.index is not None:
         of_words = [one for one in plan.members if one.index is not None and one.output in CLASS_OUTPUTS]
         if not of_words:
@@ -39,7 +41,10 @@ def how_to_use(manifest: Manifest) -> str:
     suggested = suggested_loss(plan)
     own = "a training loop of your own, with a map-style data set that knows the names of its samples"
     if suggested is None:
-        ways = f"`softcache train` learns of words their classes alone, and here are none.\nIn {own}:"
+        ways = "`softcache train` learns of words their classes alone, and here are none.\n"
+        if item_kind(plan) == "tokens":
+            ways = "`softcache train` has no student of tokens yet.\n"
+        ways += f"In {own}:"
     else:
         command = f"softcache train --cache . --data DATA --student MODEL --loss {suggested} --out runs/student"
         ways = f"In one command, or in {own}:\n\n    {command}"
@@ -101,18 +106,19 @@ def _loop_over_positions(plan: Plan) -> str:
     """A training loop over samples of unlike lengths, with an answer for each word, cell or frame."""
     of_classes = [one for one in plan.members if one.index is not None and one.output in CLASS_OUTPUTS]
     member = (of_classes or plan.members)[0]
-    items = "sentences" if item_kind(plan) == "words" else "items"
+    items = {"words": "sentences", "tokens": "tokens"}.get(item_kind(plan) or "", "items")
     read, what = "", f'flat("{member.name}")'
     if member.output is None and member.features:
         feature = quoted(member.features[0].name)
         read, what = f", features=[{feature}]", f'flat("{member.name}", {feature})'
     partial = member.output in CLASS_OUTPUTS and codec_text(member.codec).startswith(("topk", "topset"))
     function = "kd" if member.output in CLASS_OUTPUTS else LOSS_OF_OTHERS[member.output or "features"]
-    loss = f"{function}(student_rows, targets.{what}{', temperature=4' if function == 'kd' else ''})"
+    # of many ids a higher temperature leaves little to the largest ones
+    t = 1 if items == "tokens" else _partial_at(plan) if partial else 4
+    loss = f"{function}(student_rows, targets.{what}{f', temperature={t}' if function == 'kd' else ''})"
     if partial:
-        loss = 'kl_div(log_softmax(student_rows, 1), log_probs, reduction="batchmean", log_target=True)'
-        if _partial_at(plan) != 1:
-            loss = f"16 * {loss}".replace("student_rows", "student_rows / 4")
+        softened = "16 * kl_div(log_softmax(student_rows / 4, 1)" if t == 4 else "kl_div(log_softmax(student_rows, 1)"
+        loss = f'{softened}, log_probs, reduction="batchmean", log_target=True)'
     lines = ["import torch", *_imports("" if partial else function), "", "def collate(samples):  # of unlike lengths"]
     lines += [f"    {items} = [item for (item, labels), record in samples]"]
     lines += [f"    return {items}, torch.tensor([record for _, record in samples])", ""]
@@ -120,12 +126,21 @@ def _loop_over_positions(plan: Plan) -> str:
     lines += ["    joined = cache.join(data_set).for_view(epoch % cache.num_views)"]
     lines += [f"    for {items}, records in DataLoader(joined, batch_size=16, shuffle=True, collate_fn=collate):"]
     lines += [f"        targets = joined.gather(records{read})"]
-    lines += [f'        mask = targets.at("{member.name}").mask()  # (B, L): where a sample has something to answer']
-    lines += [f"        student_rows = student({items})[mask]  # (B, L, C) -> (P, C): row by row, as the targets are"]
-    if partial:
+    if items == "tokens":
+        lines += ["        listed = [torch.from_numpy(one.listed) for one in tokens]  # row i is for token i + 1"]
+        lines += ["        logits = student([torch.from_numpy(one.ids) for one in tokens])  # padded behind: (B, L, C)"]
         lines += [
-            f'        log_probs = targets.per_position("{member.index}").log_probs("{member.name}", {_partial_at(plan)}.0)'
+            "        student_rows = torch.cat([rows[at] for rows, at in zip(logits, listed)])  # (P, C), as the targets"
         ]
+    else:
+        lines += [
+            f'        mask = targets.at("{member.name}").mask()  # (B, L): where a sample has something to answer'
+        ]
+        lines += [
+            f"        student_rows = student({items})[mask]  # (B, L, C) -> (P, C): row by row, as the targets are"
+        ]
+    if partial:
+        lines += [f'        log_probs = targets.per_position("{member.index}").log_probs("{member.name}", {t}.0)']
     return "\n".join([*lines, f"        loss = {loss}"])
 
 

@@ -19,7 +19,7 @@ from softcache.cache.open_file import open_checked
 from softcache.cache.plan import Plan
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import WORK, ArraySpec, Span
-from softcache.cache.write.shard import write_shard
+from softcache.cache.write.shard import write_plain, write_shard
 from softcache.cache.write.writer import SpanWriter, written_span
 from softcache.errors import DamagedCacheError, LockedError
 from softcache.files import durable
@@ -118,6 +118,11 @@ class Rewriter:
                 views=wanted.views,
             )
         )
+
+    def write_plain(self, relative: str, data: bytes) -> None:
+        """Write a file that is not HDF5 again, the tokenizer's."""
+        if relative in self._wanted:
+            self._put_back(write_plain(self.path / relative, data, relative, self.tag))
 
     def copy(self, source: Path, relative: str) -> bool:
         """Take the file from another copy of the cache; False where that one is not whole either."""

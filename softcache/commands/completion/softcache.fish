@@ -51,7 +51,7 @@ function _shtab_softcache_using
 end
 
 set -g _shtab_softcache_commands demo plan dump train eval shrink export reproduce losses inspect views verify repair subset merge diff card push pull sign store completion help
-set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --first-view --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --language --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --older --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --pictures --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --temperatures --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
+set -g _shtab_softcache_opts_with_value --accumulate --at-temperature --augment --autocast --batch-size --batch-tokens --bias --bias-data --bias-model --budget --by --cache --cache-id --check-blocks --check-content --check-files --checkpoint-every --classes --classes-map --clip-norm --codec --combine --config --data --data-root --device --drop-labels --ema --epochs --eval-data --eval-every --feature-dtype --features --first-view --fit-bias --for --format --freeze --from --id --init-from --init-map --join --keep --keep-labels --key --labels --language --license --loss --lr --max-kl --max-relative-error --members --misfits --momentum --more-epochs --older --on-drift --only --opset --optimizer --order --order-seed --out --part --patience --pictures --policy --prune --quantise --read --replay --sample --samples --schedule --seed --seeds --set --shard-rows --signed-by --size --stage --student --teacher --temperature --temperatures --threads --to --use --view --view-seed --views --views-per-visit --weight-decay --without --workers
 
 complete -c softcache -e
 complete -c softcache -f
@@ -93,6 +93,7 @@ complete -c softcache -n '_shtab_softcache_using plan' -l policy -x -d 'one step
 complete -c softcache -n '_shtab_softcache_using plan' -l views -x -d 'views per sample (default: 1)'
 complete -c softcache -n '_shtab_softcache_using plan' -l view-seed -x -d 'root seed of the views'
 complete -c softcache -n '_shtab_softcache_using plan' -l batch-size -x -d 'samples per teacher call; part of the plan (default: 256)'
+complete -c softcache -n '_shtab_softcache_using plan' -l batch-tokens -x -d 'tokens per call of a language model, in place of --batch-size (default: by its vocabulary)'
 complete -c softcache -n '_shtab_softcache_using plan' -l order -xka "permuted natural" -d 'rows in a seeded order, or as the data set has them (default: permuted)'
 complete -c softcache -n '_shtab_softcache_using plan' -l order-seed -x -d 'seed of the row order'
 complete -c softcache -n '_shtab_softcache_using plan' -l shard-rows -x -d 'rows per shard (default: about 64 shards)'
@@ -130,6 +131,7 @@ complete -c softcache -n '_shtab_softcache_using dump' -l policy -x -d 'one step
 complete -c softcache -n '_shtab_softcache_using dump' -l views -x -d 'views per sample (default: 1)'
 complete -c softcache -n '_shtab_softcache_using dump' -l view-seed -x -d 'root seed of the views'
 complete -c softcache -n '_shtab_softcache_using dump' -l batch-size -x -d 'samples per teacher call; part of the plan (default: 256)'
+complete -c softcache -n '_shtab_softcache_using dump' -l batch-tokens -x -d 'tokens per call of a language model, in place of --batch-size (default: by its vocabulary)'
 complete -c softcache -n '_shtab_softcache_using dump' -l order -xka "permuted natural" -d 'rows in a seeded order, or as the data set has them (default: permuted)'
 complete -c softcache -n '_shtab_softcache_using dump' -l order-seed -x -d 'seed of the row order'
 complete -c softcache -n '_shtab_softcache_using dump' -l shard-rows -x -d 'rows per shard (default: about 64 shards)'

@@ -1,4 +1,4 @@
-"""The index of a dump whose samples are words: how many each row has, with their labels, and that they stay the same."""
+"""The index of a dump whose samples are words or tokens: which of them have a record, and that they stay the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from softcache.cache.plan import IndexInfo, Plan
 from softcache.cache.positions import PositionIndex, Positions, build_positions
 from softcache.cache.schema import Layout, Span
 from softcache.data.position_labels import check_some_word
+from softcache.data.same_tokens import check_same_rendering
 from softcache.data.transfer_set import TransferSet
 from softcache.errors import DataError, first_offenders
 
-INDEX = "words"  # its name, and its kind
+WORDS, TOKENS = "words", "tokens"  # names of indexes, and their kinds
 
 InPart = Callable[[Span], int | None]  # records of a part; None: one for each row and view
 
@@ -27,13 +28,15 @@ def index_of(transfer_set: TransferSet) -> IndexInfo | None:
     """The index that a dump of this set writes; None where samples have one answer each.
 
     Raises:
-        DataError: no sample has a word.
+        DataError: no sample has a word, or a token that carries loss.
     """
     positions = transfer_set.positions
     if positions is None:
         return None
     check_some_word(positions, transfer_set.name)
-    return IndexInfo(INDEX, INDEX, labels=bool((positions.labels >= 0).any()))
+    if positions.kind == TOKENS:  # the last token of a sample has no next one, so some are never listed
+        return IndexInfo(TOKENS, TOKENS, listed=True)
+    return IndexInfo(WORDS, WORDS, labels=bool((positions.labels >= 0).any()))
 
 
 def in_rows(transfer_set: TransferSet, order: np.ndarray) -> Positions | None:
@@ -42,14 +45,19 @@ def in_rows(transfer_set: TransferSet, order: np.ndarray) -> Positions | None:
     if info is None or transfer_set.positions is None:
         return None
     found = transfer_set.positions.take(order)
-    return build_positions(found.counts, labels=found.labels if info.labels else None)
+    return build_positions(
+        found.lengths,
+        counts=found.counts,
+        listed=found.listed if info.listed else None,
+        labels=found.labels if info.labels else None,
+    )
 
 
 def records_of(positions: Positions | None, layout: Layout) -> InPart:
     """How many records each part of a layout has."""
     if positions is None:
         return one_each
-    return PositionIndex(IndexInfo(INDEX, INDEX), [(layout, positions)]).in_part
+    return PositionIndex(IndexInfo(WORDS, WORDS), [(layout, positions)]).in_part
 
 
 def bytes_of_a_row(record_bytes: int, positions: Positions | None) -> int:
@@ -68,23 +76,33 @@ def part_bytes(record_bytes: int, positions: Positions | None, layout: Layout) -
     return of
 
 
-def check_has_index(transfer_set: TransferSet, plan: Plan) -> None:
-    """Raise DataError where a cache of words is extended by other samples, or the other way round."""
-    of_words = any(index.name == INDEX for index in plan.indexes)
-    if of_words and transfer_set.positions is None:
+def check_has_index(transfer_set: TransferSet, plan: Plan, tokenizer: bytes | None) -> None:
+    """Raise DataError where a cache of words or tokens is extended by other samples, or the other way round.
+
+    Args:
+        tokenizer: the cache's, where it has one.
+
+    Raises:
+        RenderingError: tokens of another vocabulary, or rendered otherwise.
+    """
+    known = next((index.name for index in plan.indexes if index.name in (WORDS, TOKENS)), None)
+    found = None if transfer_set.positions is None else transfer_set.positions.kind
+    if known is not None and found != known:
         raise DataError(
-            f"{transfer_set.name}: the cache has answers about words, and these samples are none",
-            tip="give --data as it was when the cache was made: words=NAME of a table, or conll:",
+            f"{transfer_set.name}: the cache has answers about {known}, and these samples are none",
+            tip="give --data as it was when the cache was made: "
+            + ("words=NAME of a table, or conll:" if known == WORDS else "text:"),
         )
-    if not of_words and transfer_set.positions is not None:
+    if known is None and found is not None:
         raise DataError(
-            f"{transfer_set.name}: its samples are words, and the cache has one answer for each sample",
+            f"{transfer_set.name}: its samples are {found}, and the cache has one answer for each sample",
             tip="make a cache of its own: another --out",
         )
+    check_same_rendering(plan, tokenizer, transfer_set)
 
 
-def check_same_words(index: PositionIndex, transfer_set: TransferSet, order: np.ndarray, key_of: Any) -> None:
-    """A resumed or extended dump must see as many words, with the labels, as the index has.
+def check_same_positions(index: PositionIndex, transfer_set: TransferSet, order: np.ndarray, key_of: Any) -> None:
+    """A resumed or extended dump must see as many words, with the labels, as the index has; and the same tokens listed.
 
     Args:
         key_of: row -> the sample's key.
@@ -95,16 +113,20 @@ def check_same_words(index: PositionIndex, transfer_set: TransferSet, order: np.
     assert transfer_set.positions is not None
     found = transfer_set.positions.take(order)
     rows, views = np.arange(len(order)), np.zeros(len(order), np.int64)
-    counts = index.counts(rows, views)
-    differ = np.flatnonzero(counts != found.counts)
-    what = "have another number of words than"
-    if not differ.size:
+    counts, what = index.counts(rows, views), index.info.kind
+    differ = np.flatnonzero((counts != found.counts) | (index.lengths(rows, views) != found.lengths))
+    how = f"have another number of {what} than"
+    if not differ.size and found.listed is not None:
+        listed = index.positions(rows, views).values
+        differ = np.unique(np.repeat(rows, counts)[listed != found.listed])
+        how = "have records of other tokens than"
+    elif not differ.size:
         labels = index.labels(rows, views).values if index.info.labels else np.full(len(found.labels), -1)
         differ = np.unique(np.repeat(rows, counts)[labels != found.labels])
-        what = "have words with other labels than"
+        how = "have words with other labels than"
     if differ.size:
         named = first_offenders((key_of(int(row)) for row in differ), differ.size)
         raise DataError(
-            f"{differ.size} samples {what} this cache was started with: {named}",
+            f"{differ.size} samples {how} this cache was started with: {named}",
             tip="restore them, or choose another --out",
         )
