@@ -13,6 +13,7 @@ from softcache.losses import CLASSIFIER, INPUTS, LOSSES, OUTPUT, Loss
 from softcache.report.tables import table
 
 WIDTH = 130  # of a terminal, at most
+SETTINGS_WIDTH = 48  # of a column of it
 UNBROKEN: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
 WHERE = {
     CLASSIFIER: "the input of the final linear layer",
@@ -95,7 +96,7 @@ def to_json(name: str | None) -> Any:
 def listing() -> str:
     """All losses as a table, by what they learn from."""
     entries = sorted(map(entry, LOSSES), key=lambda one: list(GROUPS).index(one.group))
-    rows = [[one.name, one.stored or _kept(one), _settings(one), one.source.partition(";")[0]] for one in entries]
+    rows = [[one.name, one.stored or _kept(one), _first_settings(one), one.source.partition(";")[0]] for one in entries]
     head, rule, *lines = table(["loss", "kept by the dump", "settings", "source"], rows, words=True).splitlines()
     shown = [head, rule]
     for number, (one, line) in enumerate(zip(entries, lines, strict=True)):
@@ -176,6 +177,12 @@ def _aligned(rows: Iterable[tuple[str, str]]) -> list[str]:
         wrapped = [line for part in value.splitlines() for line in textwrap.wrap(part, WIDTH - width, **UNBROKEN)]
         lines += [key.ljust(width) + wrapped[0], *(" " * width + line for line in wrapped[1:])]
     return lines
+
+
+def _first_settings(one: Entry) -> str:
+    """As many as have room in a table; the page of the loss has them all."""
+    told = _settings(one)
+    return told if len(told) <= SETTINGS_WIDTH else told[: told.rindex(",", 0, SETTINGS_WIDTH - 3)] + ",..."
 
 
 def _settings(one: Entry) -> str:
