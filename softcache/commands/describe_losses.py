@@ -96,7 +96,7 @@ def to_json(name: str | None) -> Any:
 def listing() -> str:
     """All losses as a table, by what they learn from."""
     entries = sorted(map(entry, LOSSES), key=lambda one: list(GROUPS).index(one.group))
-    rows = [[one.name, one.stored or _kept(one), _first_settings(one), one.source.partition(";")[0]] for one in entries]
+    rows = [[one.name, one.stored or _kept(one), _short_settings(one), one.source.partition(";")[0]] for one in entries]
     head, rule, *lines = table(["loss", "kept by the dump", "settings", "source"], rows, words=True).splitlines()
     shown = [head, rule]
     for number, (one, line) in enumerate(zip(entries, lines, strict=True)):
@@ -179,10 +179,10 @@ def _aligned(rows: Iterable[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def _first_settings(one: Entry) -> str:
-    """As many as have room in a table; the page of the loss has them all."""
+def _short_settings(one: Entry) -> str:
+    """With their defaults where a table has room for them; the page of the loss has it."""
     told = _settings(one)
-    return told if len(told) <= SETTINGS_WIDTH else told[: told.rindex(",", 0, SETTINGS_WIDTH - 3)] + ",..."
+    return told if len(told) <= SETTINGS_WIDTH else ",".join(one.settings)
 
 
 def _settings(one: Entry) -> str:
