@@ -61,6 +61,11 @@ def folder_of(text: str, what: str) -> Path:
     return Path(text)
 
 
+def has_id(text: str) -> bool:
+    """Whether it ends with the id of a cache."""
+    return _ID.fullmatch(text) is not None
+
+
 def cache_of(text: str) -> Path | str:
     """Where a cache is opened: a folder, or a place as it was written, which is no path."""
     return text if is_place(text) else Path(text)

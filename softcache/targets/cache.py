@@ -43,7 +43,7 @@ from softcache.data.word_samples import are_strings, kept_positions, positions_o
 from softcache.errors import CacheError, DataError, LabelMismatchError, nearest, note_once, warn_once
 from softcache.features.spec import SCALES
 from softcache.remote.opened import open_place
-from softcache.remote.places import is_place, parse_place
+from softcache.remote.places import has_id, is_place, parse_place
 from softcache.report.progress import Meter
 from softcache.targets.batch import Targets
 from softcache.targets.described import member_codec, member_feature
@@ -708,7 +708,7 @@ def is_cache(path: str | os.PathLike[str], *, finished: bool = True) -> bool:
     """
     text = os.fspath(path)
     if is_place(text):
-        return not text.startswith("hf:") or parse_place(text).id is not None
+        return not text.startswith("hf:") or has_id(text)
     return os.path.isfile(os.path.join(path, MANIFEST)) or (not finished and os.path.isdir(os.path.join(path, WORK)))
 
 
