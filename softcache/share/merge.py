@@ -20,7 +20,7 @@ from softcache.cache.manifest import Manifest
 from softcache.cache.open_file import COPY_AGAIN
 from softcache.cache.provenance import told_data, told_of_copies
 from softcache.cache.write.copier import Copier
-from softcache.errors import CacheError, ConfigError, DamagedCacheError
+from softcache.errors import CacheError, ConfigError, DamagedCacheError, warn
 from softcache.report.progress import Meter
 from softcache.share import merge_samples
 from softcache.share.merge_rounds import Stack, added, stack_of
@@ -77,11 +77,15 @@ def run(
             if not all(of_cache):
                 raise _mixed(caches, number)
         names = merge_samples.check(caches)
+        notes = merge_samples.notes_of(caches, names)
+        for note in notes:
+            warn(note)
         _refuse_damaged(caches, quiet=quiet)
+        command |= {"notes": notes}
         manifest = merge_samples.write(
             caches, names, out, license, command, started=started, quiet=quiet, shard_rows=shard_rows
         )
-        return Merged(manifest, "samples")
+        return Merged(manifest, "samples", notes)
     for number, of_cache in enumerate(disjoint):
         if any(of_cache):
             raise _mixed(caches, number)

@@ -35,7 +35,12 @@ TIPS = {
     "order of their views; `dump --first-view` and `softcache subset --views` make such",
     "samples.order": SAME_ORDER,
     "samples.order_seed": SAME_ORDER,
-    "members": "merge caches of the same teachers; `softcache subset --members` leaves out what only one of them has",
+    "samples.multi_label": "a sample has one class, or several, in both",
+    "samples.has_masks": "open the data of both with their maps of labels, or neither",
+    "made_with.autocast": "other numbers come of half types: dump both with the same --autocast",
+    "members": "merge caches of the same teachers, of the same order of classes; `softcache subset --members` leaves out what only "
+    "one of them has. A teacher without weights, such as a function or a service, is known by its first answers, and these are to "
+    "other samples: dump all of them at once",
 }
 
 

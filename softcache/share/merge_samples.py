@@ -19,7 +19,7 @@ from softcache.cache.provenance import told_of_copies
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import OUTPUT_PREFIX, PROBE_RECORDS, PROVISIONAL_FORMAT, ArraySpec, Span
 from softcache.cache.write.writer import CacheWriter, Setup
-from softcache.errors import DumpError
+from softcache.errors import CacheError, DumpError
 from softcache.files.durable import require_room
 from softcache.report.progress import Meter
 from softcache.share.copy_records import (
@@ -47,31 +47,62 @@ Names = Sequence[Mapping[str, str]]  # of each cache: its names of members -> th
 def check(caches: Sequence[Cache]) -> Names:
     """CacheError, naming the first field that differs, unless the caches are of the same teachers, stored alike."""
     first = caches[0]
-    one, names = first.manifest.plan, []
-    for cache in caches:
+    one, names = first.manifest.plan, [{name: name for name in first.members}]
+    _check_alone(first)
+    for cache in caches[1:]:
         a, b, other = first.reader.path, cache.reader.path, cache.manifest.plan
         refuse_unlike(a, b, shared_fields(one, other))
         refuse_unlike(a, b, [("samples.has_keys", one.samples.has_keys, other.samples.has_keys)])
         refuse_unlike(
             a, b, [(f"views.{n}", getattr(one.views, n), getattr(other.views, n)) for n in ("first", "count")]
         )
-        if cache.policy.mixing is not None:
-            raise cannot(
-                a,
-                b,
-                f"their views are mixed ({cache.policy}) with partners of each one's own samples, and in the merged cache a "
-                "sample would have another partner",
-                "dump all samples at once, or without the step that mixes",
-            )
-        for index in other.indexes:
-            if index.kind == "candidates":
-                raise cannot(
-                    a, b, f"index {index.name!r} is of candidates, whose lists are not merged", "dump all at once"
-                )
+        refuse_unlike(a, b, [("made_with.autocast", _made_with(one, "autocast"), _made_with(other, "autocast"))])
         names.append(matched_members(a, b, one, other))
         for theirs, ours in names[-1].items():
             refuse_unlike_constants(first, ours, cache, theirs)
     return names
+
+
+def _check_alone(cache: Cache) -> None:
+    """CacheError where samples of such a cache are merged with no others; the others are known to be like it."""
+    path = cache.reader.path
+    if cache.policy.mixing is not None:
+        raise CacheError(
+            f"{path}: cannot be merged with other samples: its views are mixed ({cache.policy}) with partners among its own, and "
+            "in the merged cache a sample would have another partner",
+            tip="dump all samples at once, or without the step that mixes",
+        )
+    for index in cache.manifest.plan.indexes:
+        if index.kind == "candidates":
+            raise CacheError(
+                f"{path}: cannot be merged with other samples: index {index.name!r} is of candidates, whose lists are not merged",
+                tip="dump all at once",
+            )
+
+
+def _made_with(plan: Plan, what: str) -> str:
+    """Of all its rounds."""
+    return ", ".join(dict.fromkeys(str(one.made_with[what]) for one in plan.rounds))
+
+
+def notes_of(caches: Sequence[Cache], names: Names) -> list[str]:
+    """What is tolerated, and is to be told: records that were made otherwise, and what whitens no more."""
+    notes = []
+    for what in caches[0].manifest.plan.made_with:
+        told = [_made_with(cache.manifest.plan, what) for cache in caches]
+        if len(set(told)) > 1:
+            each = ", ".join(f"{one} in {cache.reader.path}" for one, cache in zip(told, caches, strict=True))
+            notes.append(f"the records were made with different {what.replace('_', ' ')}: {each}")
+    for name in caches[0].members:
+        theirs = [next(b for b, a in of_cache.items() if a == name) for of_cache in names]
+        constants = [cache.reader.constants(one) for cache, one in zip(caches, theirs, strict=True)]
+        whitens = OUTPUT_PREFIX + "whitening"
+        if any(whitens in found for found in constants) and whitens not in pooled_scale(constants, list(map(len, caches))):
+            notes.append(
+                f"member {name!r}: what whitens it is left out, since each cache has its own (--whiten): of the merged cache there "
+                "is a mean and a deviation, for scale=member and scale=each"
+            )
+    return notes
 
 
 def write(
@@ -133,10 +164,13 @@ def _plan(
     members = tuple(
         replace(one, width=0 if one.output is None else width_of(one, plan)) for one in plan.members
     )  # version 1 does not say it
-    parents = tuple(
-        Parent(cache.id, {ours: measured_of(cache.manifest, theirs) for theirs, ours in of_cache.items()})
-        for cache, of_cache in zip(caches, names, strict=True)
-    )
+    parents, counted = [], set[str]()
+    for cache, of_cache in zip(caches, names, strict=True):
+        told, before = cache.manifest, {one.id for one in cache.manifest.plan.parents}
+        again = bool(before & counted)  # what was measured when they were one cache is counted once
+        counted |= before
+        statistics = {b: told.statistics[a] if again else measured_of(told, a) for a, b in of_cache.items()}
+        parents.append(Parent(cache.id, statistics))
     return replace(
         plan,
         format=PROVISIONAL_FORMAT,
@@ -144,7 +178,7 @@ def _plan(
         members=members,
         rounds=(Round(layout, tuple(first.members), True, plan.made_with, tuple(cut)),),
         license=license,
-        parents=parents,
+        parents=tuple(parents),
     )
 
 

@@ -78,12 +78,18 @@ def _cells(cache: Cache, targets: Targets) -> Iterator[tuple[str, list[Any]]]:
 
 def _of_classes(cache: Cache, name: str, targets: Targets) -> Iterator[tuple[str, list[Any]]]:
     shares = targets.log_soft_target(name, 1.0).double().exp()  # (B, C)
-    best = shares.topk(min(CLASSES, shares.shape[1]), dim=1)
-    yield f"{name}_classes", [[_class(cache, place) for place in row] for row in best.indices.tolist()]
-    yield f"{name}_probabilities", [_short(row) for row in best.values]
+    count = min(CLASSES, _stored_classes(cache, name, targets, shares.shape[1]))
+    places = shares.sort(dim=1, descending=True, stable=True).indices[:, :count]  # of equal ones the lower number first
+    yield f"{name}_classes", [[_class(cache, place) for place in row] for row in places.tolist()]
+    yield f"{name}_probabilities", [_short(row) for row in shares.gather(1, places)]
     if not cache.multi_label:
         whole = cache.codecs[name].complete  # of some classes only it is not known
         yield f"{name}_entropy", _short(torch.special.entr(shares).sum(dim=1)) if whole else [None] * len(shares)
+
+
+def _stored_classes(cache: Cache, name: str, targets: Targets, classes: int) -> int:
+    """How many classes of a record are known: of the k largest alone, k."""
+    return classes if cache.codecs[name].complete else min(classes, targets.head(name, 1.0)[0].shape[1])
 
 
 def _of_positions(cache: Cache, name: str, first: Targets | None) -> Iterator[tuple[str, list[Any]]]:

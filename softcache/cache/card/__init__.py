@@ -118,10 +118,12 @@ def _origin(plan: Plan) -> str:
     said = f"{versions}; {how}; autocast: {escaped(made['autocast'])}."
     if len(plan.rounds) > 1:
         said += f" Extended {len(plan.rounds) - 1} times since (`rounds` in `manifest.json`)."
-    if plan.parent is not None:
-        said += f"\n\nTaken out of the larger cache `{plan.parent.id}`: its records, copied as they are stored there."
+    ids = ", ".join(f"`{one.id}`" for one in plan.parents)
+    if plan.parents and len(plan.rounds) > 1:
+        said += f"\n\nSome of its records, copied as they are stored there, are of {ids}; the others were added to them."
+    elif plan.parent is not None:
+        said += f"\n\nTaken out of the larger cache {ids}: its records, copied as they are stored there."
     elif plan.parents:
-        ids = ", ".join(f"`{one.id}`" for one in plan.parents)
         said += f"\n\nMerged of the caches {ids}: their records, as they are stored there."
     return f"## What made it\n\n{said}"
 
