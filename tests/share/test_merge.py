@@ -731,7 +731,7 @@ def test_a_finished_cache_is_never_said_to_be_one_to_delete(parents: Path, tmp_p
         with pytest.raises((PlanMismatchError, CacheError), match="holds another cache") as raised:
             merge.run([parents / name for name in other], tmp_path / "out", quiet=True)
         assert "delete" not in (raised.value.tip or "")
-    assert softcache.open(tmp_path / "out").id == done.id
+    assert softcache.open(tmp_path / "out").id == done.manifest.id
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
