@@ -93,6 +93,8 @@ def new_job(config: StorageOptions, transfer_set: TransferSet, out: Path | None 
         )
     if first_view < 0:
         raise ConfigError(f"--first-view {first_view}: views are counted from 0")
+    if first_view + views > 2**53:
+        raise ConfigError(f"--first-view {first_view}: a cache has no view beyond number 2**53 - 1")
     if first_view > 0 and not policy.is_random:
         raise ConfigError(
             f"--first-view {first_view}, but every view of this policy is the same ({policy})",

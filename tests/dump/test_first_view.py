@@ -62,6 +62,9 @@ def test_a_cache_of_later_views_grows_by_views_and_members(quick_dump: QuickDump
     ("settings", "message"),
     [
         pytest.param({"first_view": -1, "policy": POLICY}, "--first-view -1: views are counted from 0", id="negative"),
+        pytest.param(
+            {"first_view": 2**53, "policy": POLICY}, "no view beyond number", id="larger than a manifest holds"
+        ),
         pytest.param({"first_view": 1}, "--first-view 1, but every view of this policy is the same", id="no policy"),
         pytest.param(
             {"first_view": 1, "extend": True, "codec": None},

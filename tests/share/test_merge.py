@@ -724,6 +724,16 @@ def test_an_unfinished_merge_says_what_it_is(parents: Path, tmp_path: Path, pair
         merge.run(begun_with_less, tmp_path / "out", quiet=True, license="another")
 
 
+def test_a_finished_cache_is_never_said_to_be_one_to_delete(parents: Path, tmp_path: Path) -> None:
+    first, *others = PAIRS.values()
+    done = merge.run([parents / name for name in first], tmp_path / "out", quiet=True)
+    for other in others:
+        with pytest.raises((PlanMismatchError, CacheError), match="holds another cache") as raised:
+            merge.run([parents / name for name in other], tmp_path / "out", quiet=True)
+        assert "delete" not in (raised.value.tip or "")
+    assert softcache.open(tmp_path / "out").id == done.manifest.id
+
+
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 def test_what_was_copied_is_looked_at_again(parents: Path, tmp_path: Path, pair: tuple[str, str]) -> None:
     """Somebody has been at the folder of an interrupted merge by members; of samples the journal's sizes say so."""

@@ -229,6 +229,13 @@ class CacheWriter:
             setup = make_setup()
             fingerprint = self.base.plan.samples.fingerprint if self.base else setup.fingerprint(plan)
             plan = replace(plan, samples=replace(plan.samples, fingerprint=fingerprint))
+            if not self.base and (self.path / MANIFEST).exists():  # one that was copied has no plan beside it
+                there = read_manifest(self.path)
+                if there.plan != plan:
+                    raise PlanMismatchError(
+                        f"{self.path}: holds another cache, id {there.id[:12]}...",
+                        tip="choose another folder for the new one",
+                    )
             check_plan(plan)
             self._check_positions(plan, setup)
             planned = Planned(plan, self.base.id if self.base else None, self._write_setup(plan, setup))
@@ -244,6 +251,11 @@ class CacheWriter:
             changed.append(("the cache it extends", self.base.id[:12] if self.base else None, (found.base or "")[:12]))
         if changed:
             listing = "; ".join(f"{name} was {old!r}, is now {new!r}" for name, new, old in changed[:6])
+            if not self.base and (self.path / MANIFEST).exists():
+                raise PlanMismatchError(
+                    f"{self.path}: holds another cache, id {read_manifest(self.path).id[:12]}...: {listing}",
+                    tip="choose another folder for the new one",
+                )
             raise PlanMismatchError(
                 f"{self.path}: was started with another plan: {listing}",
                 tip=self._way_on({name: old for name, _, old in changed}),
