@@ -148,7 +148,9 @@ def _make_again(
     """Round by round; returns why the rest could not be done."""
     if manifest.plan.parents and len(manifest.plan.rounds) > 1:
         parents = ", ".join(parent.id[:12] for parent in manifest.plan.parents)
-        return f"was copied, as a whole or in part, out of {parents}: make it as it was made, or give --from another copy"
+        return (
+            f"was copied, as a whole or in part, out of {parents}: make it as it was made, or give --from another copy"
+        )
     if manifest.plan.parent is not None:
         parent = manifest.plan.parent.id[:12]
         return f"was taken out of the cache {parent}: run that `softcache subset` again, or give --from another copy"

@@ -38,8 +38,8 @@ TIPS = {
     "samples.multi_label": "a sample has one class, or several, in both",
     "samples.has_masks": "open the data of both with their maps of labels, or neither",
     "made_with.autocast": "other numbers come of half types: dump both with the same --autocast",
-    "members": "merge caches of the same teachers, of the same order of classes; `softcache subset --members` leaves out what only "
-    "one of them has. A teacher without weights, such as a function or a service, is known by its first answers, and these are to "
+    "members": "merge caches of the same teachers, in one order of classes; `softcache subset --members` leaves out what only "
+    "one has. A teacher without weights, such as a function or a service, is known by its first answers, and here these are to "
     "other samples: dump all of them at once",
 }
 

@@ -18,6 +18,7 @@ from softcache.cache.positions import Positions, build_positions, cut_positions
 from softcache.cache.provenance import told_of_copies
 from softcache.cache.samples import SampleTable
 from softcache.cache.schema import OUTPUT_PREFIX, PROBE_RECORDS, PROVISIONAL_FORMAT, ArraySpec, Span
+from softcache.cache.statistics import MemberStatistics
 from softcache.cache.write.writer import CacheWriter, Setup
 from softcache.errors import CacheError, DumpError
 from softcache.files.durable import require_room
@@ -33,7 +34,6 @@ from softcache.share.copy_records import (
 )
 from softcache.share.cut_index import array_specs, indexes_of, layout_of
 from softcache.share.merge_rules import (
-    cannot,
     matched_members,
     refuse_unlike,
     refuse_unlike_constants,
@@ -97,10 +97,12 @@ def notes_of(caches: Sequence[Cache], names: Names) -> list[str]:
         theirs = [next(b for b, a in of_cache.items() if a == name) for of_cache in names]
         constants = [cache.reader.constants(one) for cache, one in zip(caches, theirs, strict=True)]
         whitens = OUTPUT_PREFIX + "whitening"
-        if any(whitens in found for found in constants) and whitens not in pooled_scale(constants, list(map(len, caches))):
+        if any(whitens in found for found in constants) and whitens not in pooled_scale(
+            constants, list(map(len, caches))
+        ):
             notes.append(
-                f"member {name!r}: what whitens it is left out, since each cache has its own (--whiten): of the merged cache there "
-                "is a mean and a deviation, for scale=member and scale=each"
+                f"member {name!r}: what whitens it (--whiten) is left out, since each cache has its own; a mean and a deviation "
+                "of the whole are there, for scale=member and scale=each"
             )
     return notes
 
@@ -169,7 +171,7 @@ def _plan(
         told, before = cache.manifest, {one.id for one in cache.manifest.plan.parents}
         again = bool(before & counted)  # what was measured when they were one cache is counted once
         counted |= before
-        statistics = {b: told.statistics[a] if again else measured_of(told, a) for a, b in of_cache.items()}
+        statistics = {b: MemberStatistics() if again else measured_of(told, a) for a, b in of_cache.items()}
         parents.append(Parent(cache.id, statistics))
     return replace(
         plan,

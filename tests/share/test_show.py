@@ -78,7 +78,11 @@ def test_at_most_a_hundred_samples_are_shown_and_they_are_spread(quick_dump: Qui
 
 
 def test_of_a_codec_of_some_classes_no_entropy_is_told(quick_dump: QuickDump) -> None:
-    assert set(preview.preview_cells(quick_dump(codec="topk:k=2"))["exact_entropy"]) == {None}
+    cells = preview.preview_cells(quick_dump(codec="topk:k=2"))
+    assert set(cells["exact_entropy"]) == {None}
+    assert {len(row) for name in ("exact_classes", "exact_probabilities") for row in cells[name]} == {
+        2
+    }  # and no others
 
 
 def test_several_labels_are_told_by_name_with_the_share_of_each(quick_dump: QuickDump, toy: Path) -> None:

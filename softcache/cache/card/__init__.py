@@ -120,7 +120,9 @@ def _origin(plan: Plan) -> str:
         said += f" Extended {len(plan.rounds) - 1} times since (`rounds` in `manifest.json`)."
     ids = ", ".join(f"`{one.id}`" for one in plan.parents)
     if plan.parents and len(plan.rounds) > 1:
-        said += f"\n\nSome of its records, copied as they are stored there, are of {ids}; the others were added to them."
+        said += (
+            f"\n\nSome of its records, copied as they are stored there, are of {ids}; the others were added to them."
+        )
     elif plan.parent is not None:
         said += f"\n\nTaken out of the larger cache {ids}: its records, copied as they are stored there."
     elif plan.parents:

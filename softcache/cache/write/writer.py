@@ -231,7 +231,7 @@ class CacheWriter:
             plan = replace(plan, samples=replace(plan.samples, fingerprint=fingerprint))
             if not self.base and (self.path / MANIFEST).exists():  # one that was copied has no plan beside it
                 there = read_manifest(self.path)
-                if there.plan != plan:
+                if canonical_json(there.plan.to_json()) != canonical_json(plan.to_json()):
                     raise PlanMismatchError(
                         f"{self.path}: holds another cache, id {there.id[:12]}...",
                         tip="choose another folder for the new one",
