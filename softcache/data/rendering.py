@@ -49,6 +49,12 @@ class Vocabulary:
         return 1 + max(self.ids.values())
 
     @cached_property
+    def special(self) -> dict[int, str]:
+        """Id -> token, of those that stand for no text, such as the end of one."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
+    @cached_property
     def tokenizer(self) -> Any:
         """It tells where each token lies in the text, spaces counted in; it neither cuts nor pads.
 

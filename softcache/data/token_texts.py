@@ -16,7 +16,7 @@ from softcache.data.chat import Template, read_template
 from softcache.data.position_labels import PositionLabels, check_some_word
 from softcache.data.rendering import NONE, Rendering, Vocabulary, make_rendering
 from softcache.data.sources import PACKINGS, Source, StringTable, read_unpacked
-from softcache.errors import ConfigError, DataError, nearest, utf8_tip
+from softcache.errors import ConfigError, DataError, first_offenders, nearest, utf8_tip, warn_once
 from softcache.tokens import Tokens
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -101,7 +101,7 @@ def text(
     if key and not is_json:
         raise ConfigError(f"{path}: key={key} is of JSON lines", tip="leave it out: keys are the names of the files")
     documents = _json_lines(path, key, template) if is_json else _text_files(path, document == "line")
-    return _source(path, documents, rendered)
+    return _source(path, documents, rendered, of_template=template is not None)
 
 
 def _unpacked_name(path: Path) -> str:
@@ -204,11 +204,16 @@ def _tokens_of(vocabulary: Vocabulary, one: Document) -> tuple[list[int], list[b
     return ids, [any(first <= start and stop <= last for first, last in one.answers) for start, stop in places]
 
 
-def _source(path: Path, documents: Iterator[Document], rendered: Rendering) -> Source:
+def _source(path: Path, documents: Iterator[Document], rendered: Rendering, *, of_template: bool) -> Source:
+    """Of a template's texts special tokens are a part, and of others none is expected."""
     keys: list[str] = []
     ids, trains, counts, cut = array("i"), bytearray(), array("q"), array("q")
+    special, spelt = rendered.vocabulary.special, list[tuple[str, str]]()
     for one in documents:
-        found, lost = rendered.samples(*_tokens_of(rendered.vocabulary, one))
+        tokens, carried = _tokens_of(rendered.vocabulary, one)
+        if not of_template and (inside := special.keys() & set(tokens)):
+            spelt.append((one.key, special[min(inside)]))
+        found, lost = rendered.samples(tokens, carried)
         for number, (mine, carries) in enumerate(found):
             keys.append(one.key if len(found) == 1 else f"{one.key}#w{number}")
             ids.frombytes(mine.tobytes())
@@ -217,6 +222,12 @@ def _source(path: Path, documents: Iterator[Document], rendered: Rendering) -> S
             cut.append(lost if number == len(found) - 1 else 0)
     if not keys:
         raise DataError(f"{path}: holds no text", tip="give some")
+    if spelt:
+        named = first_offenders((key for key, _ in spelt), len(spelt))
+        warn_once(
+            f"{path}: {len(spelt):,} texts hold the letters of a special token, such as {spelt[0][1]!r}, and are read with that "
+            f"token in their midst: {named}; take the letters out where they are only text"
+        )
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.frombuffer(counts, np.int64))])
     reader = TokenReader(np.frombuffer(ids, np.int32), np.frombuffer(bytes(trains), bool), offsets)
     positions = positions_of_tokens(reader.ids, reader.trains, offsets)

@@ -238,6 +238,23 @@ def test_of_messages_the_answers_carry_loss(tmp_path: Path, kind: str) -> None:
     assert (facts["bos"], facts["eos"]) == ("none", "none")
 
 
+def test_letters_of_a_special_token_in_a_text_are_told(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library reads them as that token: an end of text in its midst."""
+    rows = [{"text": "the cat"}, {"text": "the </s> cat"}, {"prompt": "<s> a", "completion": " dog"}]
+    data = opened(lines(tmp_path / "a.jsonl", *rows), tokenizer)
+    (eos,) = named(tokenizer, "</s>")
+    assert data[1][0].ids.tolist()[:-1].count(eos) == 1
+    told = capsys.readouterr().err
+    assert (
+        "2 texts hold the letters of a special token, such as '</s>'" in told
+        and "a.jsonl/000001, a.jsonl/000002" in told
+    )
+    opened(lines(tmp_path / "b.jsonl", rows[0]), tokenizer)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.slow
 def test_messages_whose_answers_nobody_can_tell_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     talk = lines(tmp_path / "m.jsonl", {"messages": TALK})
