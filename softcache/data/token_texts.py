@@ -88,6 +88,12 @@ def text(
         DataError: no such file, no tokenizer, or texts that cannot be read.
         ConfigError: parameters that do not go together.
     """
+    if not tokenizer:
+        raise ConfigError(
+            f"text:{path}: without tokenizer=",
+            tip="texts as tokens, for language models: tokenizer=FOLDER names the teacher's; texts with classes: "
+            f"table:{path}?text=NAME&label=NAME",
+        )
     is_json = _unpacked_name(path).endswith(JSON_ENDINGS)
     template = read_template(tokenizer) if is_json and tokenizer and _has_messages(path) else None
     if template is not None:  # which writes what stands around a conversation itself

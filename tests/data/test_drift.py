@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -408,7 +409,8 @@ def test_images_of_many_shapes() -> None:
     probe = make_probe(lambda row, view: items[row], 5, 1)
 
     class Reader:
-        samples, manifest = None, None
+        samples = None
+        manifest = SimpleNamespace(plan=SimpleNamespace(views=SimpleNamespace(digests=("pixel_digests",))))
 
         def gather(self, *_: Any) -> np.ndarray:
             return np.zeros(1, np.uint32)

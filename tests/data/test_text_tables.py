@@ -167,7 +167,9 @@ def test_who_has_a_csv_file_is_led_to_table(tmp_path: Path, capsys: pytest.Captu
         with pytest.raises(SoftcacheError) as caught:
             open_transfer_set(spec)
         assert f"table:{path}" in caught.value.tip, spec
-    for scheme in ("csv", "jsonl", "json", "text", "txt"):
+    with pytest.raises(SoftcacheError, match=rf"text:{path}: without tokenizer=\n.*table:{path}"):
+        open_transfer_set(f"text:{path}")
+    for scheme in ("csv", "jsonl", "json", "txt"):
         with pytest.raises(SoftcacheError, match=rf"no source is called '{scheme}'\n.*table:{path}"):
             open_transfer_set(f"{scheme}:{path}")
     assert items(open_transfer_set(f"tsv:{path}?label=none")) == ["text,label", "a,1", "b,0"]  # as it always was

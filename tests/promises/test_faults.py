@@ -183,7 +183,11 @@ def test_what_a_fault_is_called(code: int, kind: type[SoftcacheError], words: st
             raise OSError(code, os.strerror(code))
     assert type(caught.value) is kind
     tip = caught.value.tip
-    assert "--out" in tip if code == errno.ENOTDIR else "what was finished is kept" in tip and "same command" in tip
+    assert (
+        "another folder" in tip
+        if code == errno.ENOTDIR
+        else "what was finished is kept" in tip and "same command" in tip
+    )
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, tool: Any, faults: dict[str, int]) -> None:
@@ -231,7 +235,7 @@ def test_a_file_in_the_way_of_a_folder(tool: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DumpError, match=r"file: File exists \(mkdir\)") as caught:
         tool.write_part(tmp_path / "file" / "cache", Part())
-    assert "another --out" in caught.value.tip
+    assert "another folder" in caught.value.tip
 
 
 def test_a_disk_that_gives_other_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
